@@ -1,0 +1,57 @@
+// The scaled error of a step and its norm, row by row (Hairer, Norsett and Wanner I, eq. II.4.11):
+//
+//   err_i = dt * sum_j e[j] k_j,i / (atol + rtol * max(|y0_i|, |y1_i|))
+//   error_ratio = max over leaves of sqrt(mean_i err_i^2)
+#pragma once
+
+#include "host_device.h"
+
+namespace odenet {
+
+template <class T>
+struct Error {
+  const T* y0;              // [rows, columns]
+  const T* y1;              // [rows, columns]
+  const T* k[kMaxStages];   // slopes, each [rows, columns]
+  double e[kMaxStages];     // error weights: b minus the embedded b
+  const double* dt;         // [rows]
+  double rtol, atol;
+  int stages;
+  int64_t rows, columns;
+};
+
+template <int S, class T>
+ODENET_HD void error_weights(const Error<T>& s, int64_t row, Real<T> (&w)[S > 0 ? S : 1]) {
+  for (int j = 0; j < S; ++j) w[j] = static_cast<Real<T>>(s.e[j] * s.dt[row]);
+}
+
+template <class R>
+ODENET_HD R magnitude(R x) {
+  return x < 0 ? -x : x;
+}
+
+// The larger; not a number if either is, so that an overflow is never taken for a small error.
+template <class R>
+ODENET_HD R larger(R x, R y) {
+  return (x >= y || x != x) ? x : y;
+}
+
+// |err_i|^2 of one element.
+template <int S, class T>
+ODENET_HD Real<T> error_element(const Error<T>& s, const Real<T> (&w)[S > 0 ? S : 1], int64_t i) {
+  using A = Accumulate<T>;
+  A sum = 0;
+  for (int j = 0; j < S; ++j) sum += w[j] * static_cast<A>(s.k[j][i]);
+  const Real<T> size = larger(magnitude(static_cast<A>(s.y0[i])), magnitude(static_cast<A>(s.y1[i])));
+  const Real<T> scaled = sum / (static_cast<Real<T>>(s.atol) + static_cast<Real<T>>(s.rtol) * size);
+  return scaled * scaled;
+}
+
+// Folds the sum of squares of one leaf's row into the ratio so far; `first` starts the maximum.
+// A leaf without elements has no error.
+ODENET_HD double error_fold(double ratio, double sum, int64_t columns, bool first) {
+  const double norm = columns > 0 ? sqrt(sum / static_cast<double>(columns)) : 0.0;
+  return first ? norm : larger(norm, ratio);
+}
+
+}  // namespace odenet

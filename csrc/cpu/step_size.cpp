@@ -1,0 +1,41 @@
+#include "parallel.h"
+
+namespace odenet::cpu {
+
+namespace {
+
+constexpr int64_t kRowGrain = 1024;
+
+template <class R>
+void write_times(const StepSize& s, int64_t row, R* times) {
+  for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, row, i);
+}
+
+}  // namespace
+
+template <class R>
+void step_size(const StepSize& args, R* times, ParallelFor parallel_for) {
+  parallel(parallel_for, args.rows, kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      step_size_row(args, row);
+      write_times(args, row, times);
+    }
+  });
+}
+
+template <class R>
+void first_step(const StepSize& args, const FirstStep& first, R* times, ParallelFor parallel_for) {
+  parallel(parallel_for, args.rows, kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      first_step_row(args, row, first.norms, first.size, first.phase);
+      write_times(args, row, times);
+    }
+  });
+}
+
+template void step_size(const StepSize&, float*, ParallelFor);
+template void step_size(const StepSize&, double*, ParallelFor);
+template void first_step(const StepSize&, const FirstStep&, float*, ParallelFor);
+template void first_step(const StepSize&, const FirstStep&, double*, ParallelFor);
+
+}  // namespace odenet::cpu

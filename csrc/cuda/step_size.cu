@@ -1,0 +1,46 @@
+#include "grid.h"
+
+namespace odenet::cuda {
+
+namespace {
+
+template <class R>
+__global__ void step_size_kernel(const StepSize s, R* times) {
+  ODENET_GRID_STRIDE(row, s.rows) {
+    step_size_row(s, row);
+    for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, row, i);
+  }
+}
+
+template <class R>
+__global__ void first_step_kernel(const StepSize s, const FirstStep first, R* times) {
+  ODENET_GRID_STRIDE(row, s.rows) {
+    first_step_row(s, row, first.norms, first.size, first.phase);
+    for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, row, i);
+  }
+}
+
+}  // namespace
+
+template <class R>
+const char* step_size(const StepSize& args, R* times, Stream stream) {
+  if (args.rows == 0) return nullptr;
+  step_size_kernel<<<blocks_for(args.rows), kThreads, 0, native(stream)>>>(args, times);
+  return launch_error();
+}
+
+template <class R>
+const char* first_step(const StepSize& args, const FirstStep& first, R* times, Stream stream) {
+  if (args.rows == 0) return nullptr;
+  first_step_kernel<<<blocks_for(args.rows), kThreads, 0, native(stream)>>>(args, first, times);
+  return launch_error();
+}
+
+template const char* step_size(const StepSize&, float*, Stream);
+template const char* step_size(const StepSize&, double*, Stream);
+template const char* first_step(const StepSize&, const FirstStep&, float*, Stream);
+template const char* first_step(const StepSize&, const FirstStep&, double*, Stream);
+
+const char* architectures() { return ODENET_ARCHITECTURES; }
+
+}  // namespace odenet::cuda

@@ -1,0 +1,67 @@
+"""Which tensors outside of it func depends on: found in the autograd graph of one of its results."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def captured_tensors(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int) -> tuple[list[Tensor], bool]:
+    """Leaf tensors that `outputs` depend on, `inputs` left out, and whether they depend on earlier results as well.
+
+    since: the sequence number of autograd when func was called; a node from before is an earlier result, not a leaf.
+    """
+    own = {id(tensor) for tensor in inputs}
+    found: dict[int, Tensor] = {}
+    earlier = False
+    seen = set()
+    waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    for tensor in outputs:
+        if tensor.grad_fn is None and tensor.requires_grad and id(tensor) not in own:
+            found[id(tensor)] = tensor
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            if id(leaf) not in own:
+                found[id(leaf)] = leaf
+        elif node._sequence_nr() < since:
+            earlier = True
+        else:
+            waiting.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
+    return list(found.values()), earlier
+
+
+class _EarlierResults(TorchDispatchMode):
+    """Collects the non-leaf tensors from before `since` that operations take part in."""
+
+    def __init__(self, since: int):
+        super().__init__()
+        self.since = since
+        self.found: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and value.grad_fn is not None and value.grad_fn._sequence_nr() < self.since:
+                self.found.setdefault(id(value), value)
+        return func(*args, **(kwargs or {}))
+
+
+def earlier_results(func: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """The non-leaf tensors that func() uses; it is called once, with gradients on."""
+    with torch.enable_grad():
+        since = sequence_number()
+        with _EarlierResults(since) as mode:
+            func()
+    return list(mode.found.values())
+
+
+def sequence_number() -> int:
+    """Autograd's sequence number now: nodes made from here on have this number or a higher one. Gradients must be on."""
+    probe = torch.ones((), requires_grad=True) * 1
+    return probe.grad_fn._sequence_nr() + 1

@@ -1,0 +1,59 @@
+"""The step mathematics in plain torch: differentiable, transformable, and the oracle that the kernels are tested against.
+
+States are single tensors here; ``dt`` is a number or a tensor that broadcasts against the state.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .tableau import ButcherTableau
+
+Number = float | Tensor
+
+
+def stage(y0: Tensor | None, k: Sequence[Tensor], a: Sequence[float], dt: Number) -> Tensor:
+    """``y0 + dt * sum_j a[j] k[j]``."""
+    terms = [(dt * weight) * slope for weight, slope in zip(a, k, strict=False) if weight != 0]
+    if y0 is not None:
+        terms.insert(0, y0)
+    if not terms:
+        return torch.zeros_like(k[0])
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def scaled_error(
+    y0: Tensor, y1: Tensor, k: Sequence[Tensor], e: Sequence[float], dt: Number, rtol: Number, atol: Number
+) -> Tensor:
+    """``dt * sum_j e[j] k[j] / (atol + rtol * max(|y0|, |y1|))``, elementwise."""
+    return stage(None, k, e, dt) / (atol + rtol * torch.maximum(y0.abs(), y1.abs()))
+
+
+def rms_norm(x: Tensor, rows: int = 1) -> Tensor:
+    """``sqrt(mean |x|^2)`` of each of the rows, [rows], in float64; 0 where a row is empty."""
+    if x.numel() == 0:
+        return x.new_zeros(rows, dtype=torch.float64)
+    return x.abs().reshape(rows, -1).double().square().mean(1).sqrt()
+
+
+def interpolant_weights(tableau: ButcherTableau, theta: Number) -> list[Number]:
+    """``b_j(theta) = sum_d p[j][d] theta**(d + 1)`` for every slope."""
+    weights: list[Number] = []
+    for row in tableau.p:
+        weight: Number = 0.0
+        for coefficient in reversed(row):
+            weight = (weight + coefficient) * theta
+        weights.append(weight)
+    return weights
+
+
+def dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Number, dt: Number) -> Tensor:
+    """The interpolant of a step at ``t0 + theta dt``."""
+    total = y0
+    for weight, slope in zip(interpolant_weights(tableau, theta), k, strict=False):
+        total = total + (dt * weight) * slope
+    return total

@@ -1,0 +1,275 @@
+"""The adjoint method (Chen et al. 2018, arXiv:1806.07366): the gradient from one more solve, backwards in time.
+
+    dy/dt = f,   da/dt = -a^T df/dy,   dL/dtheta = -integral a^T df/dtheta dt   from t1 to t0,   a(t1) = dL/dy(t1)
+
+The memory does not grow with the number of steps. The integral for the parameters is accumulated: f does not depend on it, so
+it has slopes but no stages, and a stage whose weights b and e are both zero needs no parameter gradient at all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formulas import rms_norm
+from ..integrate import Options, fixed_grid, integrate
+from ..ops import FIELDS
+from ..problem import Field, Problem
+from ..solution import Solution, Stats, failure
+from .direct import NO_SECOND_DERIVATIVE
+
+
+@dataclass
+class Adjoint:
+    """How the backward solve is done.
+
+    options, rtol, atol (one number a leaf of y): of the backward solve. seminorm: leave the parameters out of the error norm
+    (Kidger et al. 2021, arXiv:2009.09457). norm: a user's norm of (t, y, a, *params), or None. callbacks: by name.
+    user_options: what the autograd node shows as `adjoint_options`.
+    """
+
+    options: Options
+    rtol: list[float]
+    atol: list[float]
+    seminorm: bool
+    norm: Callable[[tuple], Any] | None
+    callbacks: dict[str, Callable]
+    user_options: dict[str, Any]
+
+
+def attach(
+    adjoint: Adjoint,
+    problem: Problem,
+    ys: Sequence[Tensor],
+    y0: Sequence[Tensor],
+    t: Tensor,
+    params: Sequence[Tensor],
+    stats: Stats,
+) -> list[Tensor]:
+    """ys, with a gradient for y0, t and params."""
+    return list(_Adjoint.apply(adjoint, problem, tuple(ys), stats, _autocast_state(problem.device), len(y0), t, *y0, *params))
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, adjoint, problem, ys, stats, autocast, count, t, *tensors):
+        ctx.adjoint, ctx.problem, ctx.stats, ctx.autocast, ctx.count = adjoint, problem, stats, autocast, count
+        ctx.adjoint_options = adjoint.user_options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*ys, *tensors[count:])
+        return ys
+
+    @staticmethod
+    def backward(ctx, *grad_ys):
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        saved = ctx.saved_tensors
+        ys, params = saved[: ctx.count], saved[ctx.count :]
+        with torch.autocast(**ctx.autocast):
+            grad_y0, grad_t, grad_params = solve_backwards(
+                ctx.adjoint, ctx.problem, ys, params, grad_ys, ctx.needs_input_grad[6], ctx.stats
+            )
+        return None, None, None, None, None, None, grad_t, *grad_y0, *grad_params
+
+
+def _autocast_state(device: torch.device) -> dict[str, Any]:
+    kind = device.type
+    return {
+        "device_type": kind,
+        "enabled": torch.is_autocast_enabled(kind),
+        "dtype": torch.get_autocast_dtype(kind),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
+
+
+class AugmentedField:
+    """Slopes of (y, a) and of the parameters' integral, from one call of func and one vector-Jacobian product."""
+
+    def __init__(self, field: Field, params: Sequence[Tensor], leaves: int, quadrature_stages: Sequence[bool]):
+        self.field, self.params, self.leaves, self.quadrature_stages = field, list(params), leaves, quadrature_stages
+        self.zeros = [torch.zeros_like(param) for param in params]
+
+    def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
+        n = self.leaves
+        y = [leaf.detach().requires_grad_() for leaf in state[:n]]
+        with torch.enable_grad():
+            k = self.field(t, y)
+        params = self.params if self.quadrature_stages[stage] else []
+        grads = self.product(k, state[n:], [*y, *params], y)
+        slopes = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads[:n], y, strict=True)]
+        integrals: list[Tensor | None] = [None] * len(self.params)
+        if params:
+            integrals = [zero if grad is None else grad for grad, zero in zip(grads[n:], self.zeros, strict=True)]
+        return [*(slope.detach() for slope in k), *slopes, *integrals]
+
+    def product(self, k: list[Tensor], a: Sequence[Tensor], inputs: list[Tensor], y: list[Tensor]) -> Sequence[Tensor | None]:
+        """-a^T dk/dinputs."""
+        pairs = [(slope, -cotangent) for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
+        if not pairs:
+            return [None] * len(inputs)
+        return torch.autograd.grad([k for k, _ in pairs], inputs, [cot for _, cot in pairs], allow_unused=True)
+
+
+class PerSampleField(AugmentedField):
+    """The same where every sample has its own steps: which rows a step counts for, and how much, is known only after it.
+
+    So the stages keep their graphs to the end of the step, and the parameters' integral takes dt * b_j * accept of each row
+    then. The slope of the first stage may stem from an earlier step: it is evaluated again.
+    """
+
+    def __init__(self, field: Field, params: Sequence[Tensor], leaves: int, b: Sequence[float]):
+        super().__init__(field, params, leaves, [False] * len(b))
+        self.b = b
+        self.integral = [torch.zeros_like(param) for param in params]
+        self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
+        n = self.leaves
+        y = [leaf.detach().requires_grad_() for leaf in state[:n]]
+        with torch.enable_grad():
+            k = self.field(t, y)
+        keep = stage != 0 and self.b[stage] != 0 and bool(self.params)
+        pairs = [(slope, -a) for slope, a in zip(k, state[n:], strict=True) if slope.requires_grad]
+        grads = [None] * n
+        if pairs:
+            grads = torch.autograd.grad(
+                [k for k, _ in pairs], y, [cot for _, cot in pairs], allow_unused=True, retain_graph=keep
+            )
+        if keep:
+            self.kept[stage] = (k, list(state[n:]))
+        return [
+            *(slope.detach() for slope in k),
+            *(torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, y, strict=True)),
+        ]
+
+    def after_step(self, t0: Tensor, y0: Sequence[Tensor], accept: Tensor, dt: Tensor) -> None:
+        if not self.params:
+            return
+        if self.b[0] != 0:
+            y = [leaf.detach() for leaf in y0[: self.leaves]]
+            with torch.enable_grad():
+                self.kept[0] = (self.field(t0, y), list(y0[self.leaves :]))
+        for stage, (k, a) in self.kept.items():
+            weight = -self.b[stage] * accept * dt
+            pairs = [
+                (slope, weight.to(x.dtype.to_real()).reshape(-1, *[1] * (x.dim() - 1)) * x)
+                for slope, x in zip(k, a, strict=True)
+                if slope.requires_grad
+            ]
+            if not pairs:
+                continue
+            grads = torch.autograd.grad([k for k, _ in pairs], self.params, [cot for _, cot in pairs], allow_unused=True)
+            for total, grad in zip(self.integral, grads, strict=True):
+                if grad is not None:
+                    total += grad
+        self.kept.clear()
+
+
+def solve_backwards(
+    adjoint: Adjoint,
+    problem: Problem,
+    ys: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grad_ys: Sequence[Tensor | None],
+    t_grad: bool,
+    stats: Stats,
+) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+    """(dL/dy0, dL/dt, dL/dparams)"""
+    n = len(ys)
+    grad_ys = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_ys, ys, strict=True)]
+    tableau = adjoint.options.tableau
+    forward: Field = problem.field
+    field = Field(forward.func, forward.structure)
+    in_norm = not adjoint.seminorm and not problem.per_sample
+    per_sample = problem.per_sample
+    if per_sample:
+        augmented: AugmentedField = PerSampleField(field, params, n, tableau.b)
+    else:
+        e = tableau.e if in_norm and tableau.e else [0.0] * tableau.stages
+        needed = [b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
+                  for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))]
+        augmented = AugmentedField(field, params, n, needed)
+    a = [torch.zeros_like(y[0]) for y in ys]
+    integral = [torch.zeros_like(param) for param in params]
+    grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
+    options = adjoint.options
+    quadratures = 0 if per_sample else len(params)
+    backward = Problem(
+        field=augmented,
+        leaves=[],
+        t=[],
+        direction=-problem.direction,
+        per_sample=per_sample,
+        rtol=[*adjoint.rtol, *adjoint.rtol, *[min(adjoint.rtol)] * quadratures],
+        atol=[*adjoint.atol, *adjoint.atol, *[min(adjoint.atol)] * quadratures],
+        norm=adjoint_norm(adjoint, problem, n),
+        quadratures=quadratures,
+        quadratures_in_norm=in_norm,
+    )
+    callbacks = {name: _with_all_parts(callback) for name, callback in adjoint.callbacks.items()}
+    after_step = augmented.after_step if isinstance(augmented, PerSampleField) else None
+    for i in range(len(problem.t) - 1, 0, -1):
+        y = [out[i] for out in ys]
+        a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
+        if grad_t is not None:
+            grad_t[i] = _slope_product(field, problem, i, y, [grad[i] for grad in grad_ys])
+        backward.leaves = [*y, *a, *([] if per_sample else integral)]
+        backward.t = [problem.t[i], problem.t[i - 1]]
+        grid = None if options.adaptive else fixed_grid(options, backward.t)
+        trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid)
+        if trajectory.state is not None:
+            state = trajectory.state.cpu().numpy()
+            words = failure(state, _last_state(trajectory.last[: 2 * n], problem, stats), options.control.max_num_steps)
+            if words is not None:
+                stats.nfe_backward = field.nfe
+                raise words
+            if not per_sample:  # the next interval goes on with the step size this one ended with
+                options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
+        a = trajectory.last[n : 2 * n]
+        integral = augmented.integral if isinstance(augmented, PerSampleField) else trajectory.last[2 * n :]
+    if grad_t is not None:
+        grad_t[0] = -_slope_product(field, problem, 0, [out[0] for out in ys], a)
+    stats.nfe_backward = field.nfe
+    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, integral
+
+
+def _slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
+    """g . f(t_i, y)"""
+    times = torch.full((1, problem.rows), problem.t[i], dtype=problem.real, device=problem.device)
+    k = field(problem.time_views(times)[0], y)
+    return torch.stack([(x * slope).sum().double() for x, slope in zip(g, k, strict=True)]).sum()
+
+
+def adjoint_norm(adjoint: Adjoint, problem: Problem, n: int) -> Callable[[list[Tensor]], Any] | None:
+    """The norm of the backward solve over its leaves (y, a, params); None: the kernels' own.
+
+    That is torchdiffeq's: the largest of the norms of y, of a and, but for the seminorm, of each parameter.
+    """
+    if adjoint.norm is not None:
+        return _with_all_parts_of(adjoint.norm)
+    state_norm = problem.norm
+    if state_norm is None:
+        return None
+
+    def norm(leaves: list[Tensor]) -> Tensor:
+        values = [torch.as_tensor(state_norm(part)).double().reshape(-1) for part in (leaves[:n], leaves[n : 2 * n])]
+        if not adjoint.seminorm:
+            values += [rms_norm(leaf) for leaf in leaves[2 * n :]]
+        return torch.stack(values).amax(0)
+
+    return norm
+
+
+def _with_all_parts_of(user: Callable) -> Callable[[list[Tensor]], Any]:
+    """A user's function of (t, y, a, *params): the part of t is always zero here, for its gradient needs no integral."""
+    return lambda leaves: user((leaves[0].new_zeros(()), *leaves))
+
+
+def _with_all_parts(callback: Callable) -> Callable:
+    return lambda t, leaves, dt: callback(t, (leaves[0].new_zeros(()), *leaves), dt)
+
+
+def _last_state(leaves: list[Tensor], problem: Problem, stats: Stats) -> Solution:
+    return Solution(ys=None, t=torch.tensor(problem.t), stats=stats, y_last=leaves, per_sample=problem.per_sample)

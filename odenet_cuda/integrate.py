@@ -1,0 +1,106 @@
+"""Problem -> solver -> trajectory, with no thought of gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .methods import ADAPTIVE, find_method
+from .problem import Problem, check_times
+from .solvers.adaptive import AdaptiveSolver
+from .solvers.fixed import FixedSolver, uniform_grid
+from .solvers.trajectory import Evaluation, Recorder, Trajectory
+from .step_control import StepControl
+from .tableau import ButcherTableau
+
+INTERPOLATIONS = ("method", "linear", "cubic")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to solve. step_t, jump_t: times at which steps must end; func is discontinuous at the latter."""
+
+    method: str = "dopri5"
+    control: StepControl = field(default_factory=StepControl)
+    first_step: float | None = None
+    step_t: tuple[float, ...] = ()
+    jump_t: tuple[float, ...] = ()
+    step_size: float | None = None
+    grid_constructor: Callable | None = None
+    perturb: bool = False
+    interp: str = "method"
+
+    def __post_init__(self) -> None:
+        find_method(self.method)
+        if self.interp not in INTERPOLATIONS:
+            raise ValueError(f"interp must be one of {INTERPOLATIONS}, got {self.interp!r}")
+        for name in ("first_step", "step_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        if self.step_size is not None and self.grid_constructor is not None:
+            raise ValueError("step_size and grid_constructor are mutually exclusive, got both")
+        if set(self.step_t) & set(self.jump_t) or len(set(self.step_t)) < len(self.step_t) or len(set(self.jump_t)) < len(
+            self.jump_t
+        ):
+            raise ValueError("`step_t` and `jump_t` must not have any repeated elements between them.")
+
+    @property
+    def adaptive(self) -> bool:
+        return self.method in ADAPTIVE
+
+    @property
+    def tableau(self) -> ButcherTableau:
+        tableau = find_method(self.method)
+        return {"method": lambda: tableau, "linear": tableau.linear, "cubic": tableau.cubic}[self.interp]()
+
+
+def integrate(
+    problem: Problem,
+    options: Options,
+    *,
+    callbacks: dict[str, Callable] | None = None,
+    recorder: Recorder | None = None,
+    start: Evaluation | None = None,
+    after_step: Callable[[Tensor, list[Tensor], Tensor, Tensor], None] | None = None,
+    grid: list[float] | None = None,
+) -> Trajectory:
+    """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`.
+
+    Does not raise when the solve fails: the solver state of the trajectory says so.
+    """
+    with torch.no_grad():
+        if len(problem.t) == 1 or all(leaf.numel() == 0 for leaf in problem.leaves):
+            n = len(problem.leaves) - problem.quadratures
+            ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
+            return Trajectory(ys=ys, last=list(problem.leaves), state=None)
+        if options.adaptive:
+            return AdaptiveSolver(
+                problem,
+                options.tableau,
+                options.control,
+                first_step=options.first_step,
+                step_t=options.step_t,
+                jump_t=options.jump_t,
+                callbacks=callbacks,
+                recorder=recorder,
+                after_step=after_step,
+            ).run(start)
+        nodes = grid or fixed_grid(options, problem.t)
+        return FixedSolver(
+            problem, options.tableau, nodes, perturb=options.perturb, callbacks=callbacks, recorder=recorder
+        ).run(start)
+
+
+def fixed_grid(options: Options, t: list[float], func: Any = None, y0: Any = None, user_t: Tensor | None = None) -> list[float]:
+    """The nodes of a fixed method: those of grid_constructor or step_size, else t itself."""
+    if options.grid_constructor is not None:
+        times, nodes = check_times(options.grid_constructor(func, y0, user_t), torch.device("cpu"), "the grid of grid_constructor")
+        tolerance = 4 * torch.finfo(times.dtype).eps
+        for name, node, time in (("begin", nodes[0], t[0]), ("end", nodes[-1], t[-1])):
+            if abs(node - time) > tolerance * max(1.0, abs(time)):
+                raise ValueError(f"the grid of grid_constructor must {name} at {time}, got {node}")
+        return [t[0], *nodes[1:-1], t[-1]] if len(t) > 1 else [t[0]]
+    return uniform_grid(t, options.step_size) if options.step_size is not None else list(t)

@@ -1,0 +1,226 @@
+"""What the user gave, made regular once: leaves of the state, times, tolerances, norm, and func over leaves."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+DTYPES = (torch.float32, torch.float64)
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+
+
+class Structure:
+    """How the leaves of a state make up what the user sees: one tensor, or a nest of tuples, lists and dicts."""
+
+    def __init__(self, state: Any, name: str = "y0"):
+        self.single = isinstance(state, Tensor)
+        leaves, self.spec = pytree.tree_flatten(state)
+        if not leaves:
+            raise ValueError(f"{name} must hold at least one tensor, got {state!r}")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{name} must be a tensor or a tuple, list or dict of tensors, got {type(leaf).__name__} in it")
+        self.leaves: list[Tensor] = leaves
+        self.flat_tuple = type(state) is tuple and all(isinstance(part, Tensor) for part in state)
+
+    def unflatten(self, leaves: Sequence[Tensor]) -> Any:
+        if self.single:
+            return leaves[0]
+        if self.flat_tuple:
+            return tuple(leaves)
+        return pytree.tree_unflatten(list(leaves), self.spec)
+
+    def flatten(self, value: Any) -> list[Tensor]:
+        """The leaves of what func returned. Raises TypeError or ValueError where its structure is another."""
+        if self.single:
+            if isinstance(value, Tensor):
+                return [value]
+            raise TypeError(f"func must return a tensor, as y0 is one, got {type(value).__name__}")
+        if self.flat_tuple and type(value) is tuple and len(value) == len(self.leaves):
+            return list(value)
+        leaves, spec = pytree.tree_flatten(value)
+        if len(leaves) != len(self.leaves) or (spec != self.spec and not isinstance(value, (tuple, list))):
+            raise ValueError(f"func must return the structure of y0, {self.spec}, got {spec}")
+        return leaves
+
+
+class Field:
+    """func over leaves: counts its calls and checks what it returns.
+
+    The tensors handed to func belong to the solver and are written again after the call; func must copy what it keeps.
+    """
+
+    def __init__(self, func: Callable, structure: Structure):
+        if not callable(func):
+            raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
+        self.func, self.structure = func, structure
+        self.nfe = 0
+        self._first: list[Tensor] = []
+        self._returns_one_buffer = False
+
+    def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
+        self.nfe += 1
+        structure = self.structure
+        k = structure.flatten(self.func(t, structure.unflatten(y)))
+        for i, (slope, leaf) in enumerate(zip(k, y, strict=True)):
+            if slope.shape != leaf.shape or slope.dtype != leaf.dtype:
+                k[i] = self._conform(slope, leaf, i)
+        if self.nfe <= 2 or self._returns_one_buffer:
+            return self._own(k)
+        return k
+
+    def _own(self, k: list[Tensor]) -> list[Tensor]:
+        """A func that writes each result into the same memory would overwrite slopes still in use. The first result is
+        copied, the second tells whether func is such a one, and then every result is copied."""
+        if self.nfe == 1:
+            self._first = k
+        elif self.nfe == 2:
+            pairs = zip(self._first, k, strict=True)
+            self._returns_one_buffer = any(x.numel() and x.data_ptr() == y.data_ptr() for x, y in pairs)
+            self._first = []
+            if not self._returns_one_buffer:
+                return k
+        return [slope.clone() for slope in k]
+
+    def _conform(self, slope: Any, leaf: Tensor, i: int) -> Tensor:
+        part = "" if self.structure.single else f" in leaf {i}"
+        if not isinstance(slope, Tensor):
+            raise TypeError(f"func must return tensors, got {type(slope).__name__}{part}")
+        if slope.shape != leaf.shape:
+            raise ValueError(
+                f"func must return the shape of y0{part}, {list(leaf.shape)}, got {list(slope.shape)}"
+            )
+        if slope.dtype.is_complex and not leaf.dtype.is_complex:
+            raise ValueError(f"func must return real numbers for a real y0{part}, got {slope.dtype}")
+        return slope.to(leaf.dtype)  # a field under autocast, say
+
+
+@dataclass
+class Problem:
+    """An initial value problem over leaves.
+
+    leaves: y0, detached, each contiguous. t: output times, strictly monotone. direction: +1 or -1. rows: 0 under joint
+    control (one error ratio), else the number of samples. rtol, atol: one number or tensor a leaf. norm: the user's, of
+    leaves, or None for the largest of the leaves' RMS norms. quadratures: how many of the last leaves func does not depend
+    on; they have slopes but no stages. quadratures_in_norm: whether their error counts.
+    """
+
+    field: Callable[..., list[Tensor]]
+    leaves: list[Tensor]
+    t: list[float]
+    direction: float
+    per_sample: bool
+    rtol: list[Any]
+    atol: list[Any]
+    norm: Callable[[list[Tensor]], Any] | None = None
+    quadratures: int = 0
+    quadratures_in_norm: bool = True
+
+    @property
+    def rows(self) -> int:
+        return self.leaves[0].shape[0] if self.per_sample else 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.leaves[0].device
+
+    @property
+    def real(self) -> torch.dtype:
+        """The real type of the state: that of the times func sees."""
+        return self.leaves[0].dtype.to_real()
+
+    @property
+    def fused_error(self) -> bool:
+        """Whether the error kernel serves this problem: the default norm and tolerances that are numbers."""
+        return self.norm is None and not any(isinstance(tol, Tensor) for tol in (*self.rtol, *self.atol))
+
+    def time_views(self, times: Tensor) -> list[Tensor]:
+        """times [stages, rows] as func sees them: 0-dimensional, or [batch, 1, ...] of the first leaf's rank."""
+        if self.per_sample:
+            return list(times.view(*times.shape, *[1] * (self.leaves[0].dim() - 1)).unbind(0))
+        return list(times.view(-1).unbind(0))
+
+
+def check_state(y0: Any) -> Structure:
+    structure = Structure(y0)
+    first = structure.leaves[0]
+    for i, leaf in enumerate(structure.leaves):
+        name = "y0" if structure.single else f"leaf {i} of y0"
+        if leaf.dtype not in DTYPES:
+            if leaf.dtype.is_floating_point or leaf.dtype.is_complex:
+                raise NotImplementedError(f"{name} must be float32 or float64 in this version, got {leaf.dtype}")
+            raise TypeError(f"{name} must be float32 or float64, got {leaf.dtype}")
+        if leaf.device != first.device:
+            raise ValueError(f"{name} must be on the device of the first leaf, {first.device}, got {leaf.device}")
+        if leaf.device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"{name} must be on the CPU or a CUDA device, got {leaf.device}")
+    return structure
+
+
+def check_samples(structure: Structure) -> None:
+    """Under per-sample control every leaf has the samples on axis 0."""
+    sizes = []
+    for i, leaf in enumerate(structure.leaves):
+        if leaf.dim() == 0:
+            raise ValueError(f"step_control='per_sample' needs samples on axis 0 of every leaf of y0; leaf {i} has no axis")
+        sizes.append(leaf.shape[0])
+    if len(set(sizes)) > 1:
+        raise ValueError(f"step_control='per_sample' needs as many samples in every leaf of y0, got {sizes}")
+
+
+def check_times(t: Any, device: torch.device, name: str = "t") -> tuple[Tensor, list[float]]:
+    """t as a one-dimensional floating tensor and as numbers. Lists of numbers are taken too."""
+    if not isinstance(t, Tensor):
+        try:
+            t = torch.as_tensor(t, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} must be a one-dimensional tensor of times, got {type(t).__name__}") from None
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating tensor, got {t.dtype}")
+    if t.dim() != 1 or t.numel() == 0:
+        raise ValueError(f"{name} must be one-dimensional with at least one time, got shape {list(t.shape)}")
+    values = t.detach().double().tolist()
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{name} must be finite, got {values}")
+    steps = [b - a for a, b in zip(values[:-1], values[1:], strict=True)]
+    if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
+        raise ValueError(f"{name} must be strictly increasing or decreasing, got {values}")
+    return t, values
+
+
+def check_tolerance(name: str, value: Any, structure: Structure) -> list[Any]:
+    """One number or broadcastable tensor a leaf."""
+    leaves = structure.leaves
+    if isinstance(value, (tuple, list)) and not structure.single:
+        if len(value) != len(leaves):
+            raise ValueError(f"{name} must be one tolerance or one for each of the {len(leaves)} leaves, got {len(value)}")
+        parts = list(value)
+    else:
+        parts = [value] * len(leaves)
+    return [_check_one_tolerance(name, part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+def _check_one_tolerance(name: str, value: Any, leaf: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}") from None
+        if not (number >= 0 and math.isfinite(number)):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+        return number
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient")
+    if not bool((value >= 0).all()):
+        raise ValueError(f"{name} must be at least 0 everywhere, got {value}")
+    if value.numel() == 1:
+        return float(value)
+    try:
+        torch.broadcast_shapes(value.shape, leaf.shape)
+    except RuntimeError:
+        raise ValueError(f"{name} must broadcast against y0, {list(leaf.shape)}, got {list(value.shape)}") from None
+    return value.to(leaf.device, leaf.dtype.to_real())

@@ -1,0 +1,181 @@
+"""What a solve gives back: Solution, its statistics and interpolant, and the exception of a failed solve."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import formulas
+from .ops import FIELDS
+from .step_control import MAX_NUM_STEPS, NON_FINITE, SUCCESS, UNDERFLOW
+from .tableau import ButcherTableau
+
+STATUS_WORDS = {
+    SUCCESS: "success",
+    UNDERFLOW: "underflow in dt",
+    NON_FINITE: "non-finite values",
+    MAX_NUM_STEPS: "max_num_steps exceeded",
+}
+_REMEDIES = {
+    UNDERFLOW: "the error test cannot be met however small the step: loosen rtol and atol, solve in float64, give the "
+    "discontinuities of func in jump_t, or set min_step",
+    NON_FINITE: "look for overflow or a division by zero in func near this time, and at the initial state",
+    MAX_NUM_STEPS: "raise max_num_steps, loosen rtol and atol, or use an output in between; a problem this expensive for an "
+    "explicit method is often stiff",
+}
+
+
+class SolverError(AssertionError):
+    """A solve that could not be finished.
+
+    status: ``"underflow in dt"``, ``"non-finite values"`` or ``"max_num_steps exceeded"``. sample: index of the first row
+    that failed, or None under joint control. t, dt: time reached and last step tried. y: the last accepted state, as the
+    user gave it. solution: everything known, with NaN where an output was not reached.
+    """
+
+    def __init__(self, message: str, *, status: str, sample: int | None, t: float, dt: float, solution: "Solution"):
+        super().__init__(message)
+        self.status, self.sample, self.t, self.dt, self.solution = status, sample, t, dt, solution
+        self.y = solution.y_last
+
+
+class Stats:
+    """Counts of a solve. They are written where the solve ran and read when asked for.
+
+    nfe: calls of func. num_accepted, num_rejected: steps; an int under joint control, an int64 tensor [batch] per sample.
+    nfe_backward: calls of func in the last backward pass through this solve; 0 before one.
+    """
+
+    def __init__(self, nfe: int, num_accepted: Tensor, num_rejected: Tensor, per_sample: bool):
+        self.nfe = nfe
+        self.nfe_backward = 0
+        self._accepted, self._rejected, self._per_sample = num_accepted, num_rejected, per_sample
+
+    @property
+    def num_accepted(self) -> int | Tensor:
+        return self._count(self._accepted)
+
+    @property
+    def num_rejected(self) -> int | Tensor:
+        return self._count(self._rejected)
+
+    def _count(self, counts: Tensor) -> int | Tensor:
+        return counts.long() if self._per_sample else int(counts[0])
+
+    def __repr__(self) -> str:
+        return (
+            f"Stats(nfe={self.nfe}, num_accepted={self.num_accepted}, num_rejected={self.num_rejected}, "
+            f"nfe_backward={self.nfe_backward})"
+        )
+
+
+@dataclass
+class Solution:
+    """The result of `solve`.
+
+    ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64.
+    stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
+    state; it differs from ``ys[-1]`` only where the solve failed.
+    """
+
+    ys: Any
+    t: Tensor
+    stats: Stats
+    y_last: Any
+    interpolant: "Interpolant | None" = None
+    per_sample: bool = False
+    _state: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def status(self) -> str | list[str]:
+        """``"success"`` or why the solve ended early; a list with one entry a sample under per-sample control."""
+        if self._state is None:
+            return "success"
+        words = [STATUS_WORDS[int(code)] for code in self._state[FIELDS["status"]].tolist()]
+        return words if self.per_sample else words[0]
+
+
+def failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> SolverError | None:
+    """The exception for a solver state [NUM_FIELDS, rows] in which a row failed, or None."""
+    status = state[FIELDS["status"]]
+    failed = np.flatnonzero(status != SUCCESS)
+    if len(failed) == 0:
+        return None
+    row = int(failed[0])
+    code = int(status[row])
+    t, dt = float(state[FIELDS["time"], row]), float(state[FIELDS["last_dt"], row])
+    sample = row if solution.per_sample else None
+    if code == UNDERFLOW:
+        start = f"underflow in dt {state[FIELDS['proposal'], row]:.3g}"
+    elif code == NON_FINITE:
+        start = "non-finite values in state `y`: the state or its slope is infinite or not a number"
+    else:
+        start = f"max_num_steps exceeded ({max_num_steps}>={max_num_steps})"
+    where = f"at t = {t:.9g}, last step tried {dt:.3g}"
+    if sample is not None:
+        where = f"in sample {sample} of {len(status)} ({len(failed)} failed) {where}"
+    message = f"{start}; {where}. Remedy: {_REMEDIES[code]}. The last accepted state is in `y` of this exception."
+    return SolverError(message, status=STATUS_WORDS[code], sample=sample, t=t, dt=dt, solution=solution)
+
+
+@dataclass
+class DenseStep:
+    """One accepted step as the interpolant needs it; t0, t1 [rows]; y0, k a leaf; accept [rows] or None for all."""
+
+    t0: Tensor
+    t1: Tensor
+    y0: list[Tensor]
+    k: list[list[Tensor]]
+    accept: Tensor | None
+
+
+class Interpolant:
+    """The solution at any time between the first and the last output: ``interpolant(t)``.
+
+    t: a number or a tensor of any shape, float. Returns the state in the structure of y0, each leaf
+    [*t.shape, *leaf.shape], detached, exact at the ends of steps and of the method's interpolation order between.
+    Raises ValueError outside the interval.
+    """
+
+    def __init__(
+        self,
+        tableau: ButcherTableau,
+        steps: list[DenseStep],
+        y0: list[Tensor],
+        t: Tensor,
+        unflatten: Callable[[list[Tensor]], Any],
+    ):
+        self.tableau, self.steps, self._y0, self._unflatten = tableau, steps, y0, unflatten
+        self.t0, self.t1 = float(t[0]), float(t[-1])
+
+    def __call__(self, t: float | Tensor) -> Any:
+        with torch.no_grad():
+            wanted = torch.as_tensor(t, dtype=torch.float64, device=self._y0[0].device)
+            low, high = min(self.t0, self.t1), max(self.t0, self.t1)
+            if wanted.numel() and not (float(wanted.min()) >= low and float(wanted.max()) <= high):
+                raise ValueError(f"t must lie in [{low}, {high}], where the solution is known, got {t}")
+            flat = wanted.reshape(-1)
+            leaves = [y0.expand(len(flat), *y0.shape).clone() for y0 in self._y0]
+            for step in self.steps:
+                self._fill(step, flat, leaves)
+            return self._unflatten([leaf.reshape(*wanted.shape, *leaf.shape[1:]) for leaf in leaves])
+
+    def _fill(self, step: DenseStep, t: Tensor, leaves: list[Tensor]) -> None:
+        dt = step.t1 - step.t0  # [rows]
+        theta = (t[:, None] - step.t0) / dt  # [times, rows]
+        inside = (theta > 0) & (theta <= 1)
+        if step.accept is not None:
+            inside &= step.accept
+        times = inside.any(1).nonzero()[:, 0]
+        if len(times) == 0:
+            return
+        for leaf, y0, k in zip(leaves, step.y0, step.k, strict=True):
+            columns = [theta.shape[1], *[1] * (y0.dim() - 1)] if y0.dim() else []
+            real = y0.abs().dtype
+            value = formulas.dense_output(
+                self.tableau, y0, k, theta[times].reshape(-1, *columns).to(real), dt.reshape(columns).to(real)
+            )
+            leaf[times] = torch.where(inside[times].reshape(-1, *columns), value, leaf[times])

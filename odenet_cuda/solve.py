@@ -1,0 +1,358 @@
+"""The front door: solve(func, y0, t, ...) -> Solution."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .captured import captured_tensors, earlier_results, sequence_number
+from .gradients import adjoint as adjoint_gradient
+from .gradients import direct as direct_gradient
+from .integrate import Options, fixed_grid, integrate
+from .problem import CALLBACKS, Field, Problem, Structure, check_samples, check_state, check_times, check_tolerance
+from .solution import Interpolant, Solution, Stats, failure
+from .solvers.trajectory import Evaluation, Recorder, Trajectory
+from .step_control import STEP_CONTROLS, StepControl, initial_state
+from .ops import FIELDS
+
+GRADIENTS = ("direct", "adjoint")
+ABSENT_GRADIENTS = ("checkpoint", "quadrature")
+FAILURES = ("raise", "return")
+
+
+def solve(
+    func: Callable[[Tensor, Any], Any],
+    y0: Any,
+    t: Any,
+    *,
+    method: str = "dopri5",
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    gradient: str = "direct",
+    step_control: str = "joint",
+    controller: str | tuple[float, float, float] = "I",
+    first_step: float | None = None,
+    min_step: float = 0.0,
+    max_step: float = math.inf,
+    max_num_steps: int = 2**31 - 1,
+    safety: float = 0.9,
+    ifactor: float = 10.0,
+    dfactor: float = 0.2,
+    step_t: Any = (),
+    jump_t: Any = (),
+    step_size: float | None = None,
+    grid_constructor: Callable | None = None,
+    perturb: bool = False,
+    interp: str = "method",
+    norm: Callable | None = None,
+    dense: bool = False,
+    on_failure: str = "raise",
+    adjoint_params: Sequence[Tensor] | None = None,
+    adjoint_method: str | None = None,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_options: dict[str, Any] | None = None,
+) -> Solution:
+    """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
+
+    func: called as ``func(t, y)``; returns dy/dt in the structure of y. t is a 0-dimensional tensor of y's real type, under
+        per-sample control a tensor [batch, 1, ...] of y's rank. The tensors it is given are written again after the call.
+    y0: a float32 or float64 tensor, or a tuple, list, dict or nest of them.
+    t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers.
+    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; on a grid "euler", "midpoint",
+        "heun2", "heun3", "rk4".
+    rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
+        against the state, or one for each leaf.
+    gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
+        does not grow (Chen et al. 2018, arXiv:1806.07366). Both give gradients for y0, t, and every tensor func depends on.
+    step_control: "joint", one step size for the whole state; "per_sample", one for each sample on axis 0 of every leaf.
+    controller: "I", "PI", "PID" or (proportional, integral, derivative) coefficients (Soderlind 2003).
+    first_step, min_step, max_step: step sizes, positive, in units of t. A step of min_step is accepted whatever its error.
+    max_num_steps: steps tried from one output to the next before the solve is given up.
+    safety, ifactor, dfactor: the next step is the last times a factor in [dfactor, ifactor].
+    step_t, jump_t: times at which a step must end; func is discontinuous at those of jump_t.
+    step_size, grid_constructor: the grid of a method without error control, else t itself; ``grid_constructor(func, y0, t)``
+        returns the times of the grid. perturb: evaluate at the ends of a step just inside it.
+    interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).
+    norm: of the scaled error, a function of the state; default: the largest of the leaves' root mean squares.
+    dense: give a `Solution.interpolant`, at the cost of keeping every step.
+    on_failure: "raise" a `SolverError`, or "return" a Solution whose `status` says why and whose `ys` are NaN where the
+        solve did not get.
+    adjoint_params: tensors to give gradients to by the adjoint; default: all that func depends on. adjoint_method, adjoint_rtol,
+        adjoint_atol, adjoint_options: for the backward solve, by default as forward. Options by name as above, and
+        ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021, arXiv:2009.09457), or a
+        function of the tuple (t, y, adjoint, *params).
+
+    Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
+    SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4 to II.6.
+
+    >>> import torch
+    >>> from odenet_cuda import solve
+    >>> solution = solve(lambda t, y: -y, torch.ones(1), [0.0, 1.0])
+    >>> round(float(solution.ys[-1, 0]), 6)
+    0.367879
+    """
+    options = Options(
+        method=method,
+        control=StepControl(controller, safety, ifactor, dfactor, float(min_step), float(max_step), max_num_steps),
+        first_step=None if first_step is None else float(first_step),
+        step_t=_stop_times("step_t", step_t),
+        jump_t=_stop_times("jump_t", jump_t),
+        step_size=None if step_size is None else float(step_size),
+        grid_constructor=grid_constructor,
+        perturb=perturb,
+        interp=interp,
+    )
+    _one_of("step_control", step_control, STEP_CONTROLS)
+    _one_of("on_failure", on_failure, FAILURES)
+    if gradient in ABSENT_GRADIENTS:
+        raise NotImplementedError(f"gradient={gradient!r} is not part of this version of odenet_cuda; there are {GRADIENTS}")
+    _one_of("gradient", gradient, GRADIENTS)
+    structure = check_state(y0)
+    times, values = check_times(t, structure.leaves[0].device)
+    per_sample = step_control == "per_sample"
+    if per_sample:
+        check_samples(structure)
+        if not options.adaptive:
+            raise ValueError(f"step_control='per_sample' needs an adaptive method, got {method!r}, which has no step control")
+    field = Field(func, structure)
+    problem = Problem(
+        field=field,
+        leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
+        t=values,
+        direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,
+        per_sample=per_sample,
+        rtol=check_tolerance("rtol", rtol, structure),
+        atol=check_tolerance("atol", atol, structure),
+        norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves)),
+    )
+    backward = None
+    if gradient == "adjoint":
+        backward = _adjoint(func, problem, structure, options, adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)
+    grid = None
+    if not options.adaptive:
+        grid = fixed_grid(options, values, func, y0, times)
+    return _Solve(problem, options, structure, times, dense, grid).run(gradient, backward, adjoint_params, on_failure)
+
+
+class _Solve:
+    """One solve with what surrounds it: which tensors get gradients, recording, failure, and the Solution."""
+
+    def __init__(self, problem: Problem, options: Options, structure: Structure, t: Tensor, dense: bool, grid: list[float] | None):
+        self.problem, self.options, self.structure, self.t, self.dense, self.grid = problem, options, structure, t, dense, grid
+        self.field: Field = problem.field
+
+    def run(self, gradient: str, backward: Any, params: Sequence[Tensor] | None, on_failure: str) -> Solution:
+        wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and self.problem.leaves[0].numel() > 0
+        since = sequence_number() if wanted else 0
+        start, captured, closed = self._probe(gradient, params, since) if wanted else (None, [], True)
+        inputs = [*self.structure.leaves, self.t, *captured]
+        wanted = wanted and any(tensor.requires_grad for tensor in inputs)
+        graphs = wanted and gradient == "direct"
+        recorder = None
+        if graphs or self.dense:
+            recorder = Recorder(
+                self.options.tableau, self.problem.t, self.problem.per_sample, graphs, self.dense, self.t.requires_grad
+            )
+        trajectory = integrate(
+            self.problem,
+            self.options,
+            callbacks=find_callbacks(self.field.func, self.structure, self.options.adaptive),
+            recorder=recorder,
+            start=start,
+            grid=self.grid,
+        )
+        stats = self._stats(trajectory)
+        ys = trajectory.ys
+        error = self._failure(trajectory, ys, stats)
+        if error is not None and on_failure == "raise":
+            raise error
+        y0 = self.structure.leaves
+        if graphs:
+            if not closed:
+                captured = direct_gradient.find_captured(self.field, recorder.tape, since)
+            ys = direct_gradient.attach(recorder, self.problem, ys, y0, self.t, captured, stats)
+        elif wanted:
+            ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
+        elif len(self.problem.t) == 1 and torch.is_grad_enabled():
+            ys = [leaf[None] for leaf in y0]
+        return self._solution(ys, trajectory, recorder, stats)
+
+    def _probe(
+        self, gradient: str, params: Sequence[Tensor] | None, since: int
+    ) -> tuple[Evaluation | None, list[Tensor], bool]:
+        """f(t0, y0) with its graph, the tensors outside of func that get gradients, and whether func can have no others."""
+        parameters = list(self.field.func.parameters()) if isinstance(self.field.func, torch.nn.Module) else []
+        if params is not None:
+            return None, [param for param in params if param.requires_grad], True
+        problem = self.problem
+        if self.options.perturb:
+            times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
+            times = torch.nextafter(times, times.new_tensor(problem.t[1]))
+        else:
+            times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
+        t0 = problem.time_views(times.to(problem.device))[0]
+        recorder = Recorder(self.options.tableau, problem.t, problem.per_sample, True, False, self.t.requires_grad)
+        start = recorder.evaluate(self.field, t0, problem.leaves)
+        found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
+        known = {id(tensor): tensor for tensor in parameters if tensor.requires_grad}
+        closed = bool(parameters) and not earlier and all(id(tensor) in known for tensor in found)
+        known.update((id(tensor), tensor) for tensor in found)
+        if earlier:
+            results = earlier_results(lambda: self.field(start.t, start.y))
+            known.update((id(tensor), tensor) for tensor in results)
+        if gradient == "adjoint":
+            start = Evaluation(start.t, start.y, start.slopes)
+        return start, list(known.values()), closed
+
+    def _stats(self, trajectory: Trajectory) -> Stats:
+        state = trajectory.state
+        if state is not None:
+            counts = state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]]
+        else:
+            rows = self.problem.rows
+            steps = len(self.grid) - 1 if self.grid is not None and self.problem.leaves[0].numel() else 0
+            counts = torch.full((rows,), steps), torch.zeros(rows, dtype=torch.int64)
+        return Stats(self.field.nfe, *counts, self.problem.per_sample)
+
+    def _failure(self, trajectory: Trajectory, ys: list[Tensor], stats: Stats):
+        if trajectory.state is None:
+            return None
+        state = trajectory.state.cpu().numpy()
+        last = self._solution(ys, trajectory, None, stats)
+        error = failure(state, last, self.options.control.max_num_steps)
+        if error is not None:
+            reached = torch.from_numpy(state[FIELDS["output_end"]]).to(ys[0].device)
+            missing = torch.arange(len(self.problem.t), device=ys[0].device)[:, None] >= reached  # [T, rows]
+            for out in ys:
+                columns = [missing.shape[1], *[1] * (out.dim() - 2)] if out.dim() > 1 else []
+                out.masked_fill_(missing.reshape(-1, *columns), math.nan)
+        return error
+
+    def _solution(self, ys: list[Tensor], trajectory: Trajectory, recorder: Recorder | None, stats: Stats) -> Solution:
+        interpolant = None
+        t = torch.tensor(self.problem.t, dtype=torch.float64, device=self.problem.device)
+        if self.dense and recorder is not None:
+            interpolant = Interpolant(
+                self.options.tableau, recorder.dense_steps, self.problem.leaves, t, self.structure.unflatten
+            )
+        return Solution(
+            ys=self.structure.unflatten(ys),
+            t=t,
+            stats=stats,
+            y_last=self.structure.unflatten(trajectory.last),
+            interpolant=interpolant,
+            per_sample=self.problem.per_sample,
+            _state=trajectory.state,
+        )
+
+
+def _adjoint(
+    func: Callable,
+    problem: Problem,
+    structure: Structure,
+    options: Options,
+    method: str | None,
+    rtol: Any,
+    atol: Any,
+    given: dict[str, Any] | None,
+) -> adjoint_gradient.Adjoint:
+    """The backward solve as the user asked for it; what is not given is as forward, but for the norm."""
+    given = dict(given or {})
+    norm = given.pop("norm", None)
+    if norm is not None and norm != "seminorm" and not callable(norm):
+        raise ValueError(f"adjoint_options['norm'] must be 'seminorm' or callable, got {norm!r}")
+    merged = dict(
+        method=method or options.method,
+        first_step=options.first_step,
+        step_t=options.step_t,
+        jump_t=options.jump_t,
+        step_size=options.step_size,
+        grid_constructor=options.grid_constructor,
+        perturb=options.perturb,
+        interp="method",
+    )
+    control = {name: getattr(options.control, name) for name in StepControl.__dataclass_fields__}
+    for name, value in given.items():
+        if name in control:
+            control[name] = value
+        elif name in ("step_t", "jump_t"):
+            merged[name] = _stop_times(name, value)
+        elif name in merged and name != "method":
+            merged[name] = value
+        else:
+            raise ValueError(f"adjoint_options must name options of solve or 'norm', got {name!r}")
+    backward = Options(control=StepControl(**control), **merged)
+    if problem.per_sample and not backward.adaptive:
+        raise ValueError(f"step_control='per_sample' needs an adaptive adjoint_method, got {backward.method!r}")
+    tolerances = []
+    for name, value, forward in (("adjoint_rtol", rtol, problem.rtol), ("adjoint_atol", atol, problem.atol)):
+        parts = forward if value is None else check_tolerance(name, value, structure)
+        if any(isinstance(part, Tensor) for part in parts):
+            raise ValueError(f"{name} must be a number or one for each leaf for the adjoint; give it beside a tensor {name[8:]}")
+        tolerances.append(parts)
+    callbacks = find_callbacks(func, structure, backward.adaptive, "_adjoint")
+    shown = norm if callable(norm) else _shown_norm(problem, norm == "seminorm")
+    return adjoint_gradient.Adjoint(
+        options=backward,
+        rtol=tolerances[0],
+        atol=tolerances[1],
+        seminorm=norm == "seminorm",
+        norm=norm if callable(norm) else None,
+        callbacks=callbacks,
+        user_options={**given, "norm": shown},
+    )
+
+
+def _shown_norm(problem: Problem, seminorm: bool) -> Callable[[tuple], Tensor]:
+    """The norm of the backward solve as a function of (t, y, adjoint, *params), as torchdiffeq's autograd node shows it."""
+    from .formulas import rms_norm
+
+    n = len(problem.leaves)
+
+    def norm(parts: tuple) -> Tensor:
+        t, *leaves = parts
+        values = [t.abs().double().reshape(())]
+        for part in (leaves[:n], leaves[n : 2 * n]):
+            values += [problem.norm(part)] if problem.norm is not None else [rms_norm(leaf)[0] for leaf in part]
+        if not seminorm:
+            values += [rms_norm(leaf)[0] for leaf in leaves[2 * n :]]
+        return torch.stack([torch.as_tensor(value).double() for value in values]).amax()
+
+    return norm
+
+
+def find_callbacks(func: Callable, structure: Structure, adaptive: bool, suffix: str = "") -> dict[str, Callable]:
+    """The callbacks that are methods of func, by name, over leaves. Warns of those that the method cannot serve."""
+    import warnings
+
+    found: dict[str, Callable] = {}
+    for name in CALLBACKS:
+        callback = getattr(func, name + suffix, None)
+        if callback is None:
+            continue
+        if not adaptive and name != "callback_step":
+            warnings.warn(f"a method without step control does not support callbacks {{{name + suffix!r}}}", stacklevel=4)
+        elif suffix:
+            found[name] = callback
+        else:
+            found[name] = lambda t, leaves, dt, call=callback: call(t, structure.unflatten(leaves), dt)
+    return found
+
+
+def _stop_times(name: str, value: Any) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    try:
+        return tuple(float(x) for x in (value.tolist() if isinstance(value, Tensor) else value))
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a one-dimensional tensor or a list of times, got {value!r}") from None
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

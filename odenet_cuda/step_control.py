@@ -1,0 +1,83 @@
+"""Step size control: the constants of the controller and the layout of the solver state that the kernels work on."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .ops import FIELDS, NUM_FIELDS, STATUS
+
+# (proportional, integral, derivative) coefficients
+CONTROLLERS = {
+    "I": (0.0, 1.0, 0.0),  # the classical controller: Hairer, Norsett and Wanner I, II.4
+    "PI": (0.4, 0.3, 0.0),  # PI.4.7: Gustafsson 1991, doi 10.1145/210232.210242
+    "PID": (1 / 18, 1 / 9, 1 / 18),  # H312PID: Soderlind 2003, doi 10.1145/641876.641877
+}
+STEP_CONTROLS = ("joint", "per_sample")
+
+RUNNING, SUCCESS = STATUS["running"], STATUS["success"]
+UNDERFLOW, NON_FINITE, MAX_NUM_STEPS = STATUS["underflow"], STATUS["non_finite"], STATUS["max_num_steps"]
+
+
+@dataclass(frozen=True)
+class StepControl:
+    """What decides the next step: ``dt * min(ifactor, max(floor, safety * error_ratio**(-1/order)))`` for the I controller.
+
+    `floor` is 1 after an accepted step of the I controller and `dfactor` otherwise.
+    """
+
+    controller: str | tuple[float, float, float] = "I"
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_num_steps: int = 2**31 - 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.controller, str):
+            if self.controller not in CONTROLLERS:
+                raise ValueError(f"controller must be 'I', 'PI', 'PID' or three numbers, got {self.controller!r}")
+        elif len(self.controller) != 3:
+            raise ValueError(f"controller must be 'I', 'PI', 'PID' or three numbers, got {self.controller!r}")
+        for name, low, high in (
+            ("safety", 0.0, math.inf),
+            ("ifactor", 1.0, math.inf),
+            ("dfactor", 0.0, 1.0),
+            ("min_step", 0.0, math.inf),
+            ("max_step", 0.0, math.inf),
+            ("max_num_steps", 1, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high or (value == 0 and name not in ("min_step",)):
+                raise ValueError(f"{name} must be a number from {low} to {high}, got {value}")
+        if self.min_step > self.max_step:
+            raise ValueError(f"min_step must not exceed max_step, {self.max_step}, got {self.min_step}")
+
+    def constants(self, order: int, direction: float) -> list[float]:
+        """The numbers of the kernels' ``Controller``, in its order."""
+        p, i, d = CONTROLLERS[self.controller] if isinstance(self.controller, str) else self.controller
+        plain = p == 0 and d == 0
+        return [
+            direction,
+            float(order),
+            float(self.safety),
+            float(self.ifactor),
+            float(self.dfactor),
+            (p + i + d) / order,
+            -(p + 2 * d) / order,
+            d / order,
+            1.0 if plain else float(self.dfactor),
+            float(self.min_step),
+            float(self.max_step),
+            float(self.max_num_steps),
+        ]
+
+
+def initial_state(t0: float, rows: int) -> np.ndarray:
+    """The solver state before the first step, float64, [NUM_FIELDS, rows]: the first output is y0 itself."""
+    state = np.zeros((NUM_FIELDS, rows))
+    for name, value in (("time", t0), ("step_end", t0), ("last_time", t0), ("inverse1", 1.0), ("inverse2", 1.0)):
+        state[FIELDS[name]] = value
+    state[FIELDS["output_begin"]] = state[FIELDS["output_end"]] = 1
+    return state

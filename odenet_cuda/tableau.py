@@ -1,0 +1,103 @@
+"""ButcherTableau: the numbers of a Runge-Kutta method, checked when they are written down."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from .ops import MAX_DEGREE, MAX_STAGES
+
+_TOLERANCE = 1e-12  # published coefficients are rationals or decimals of 15 digits and more
+
+
+@dataclass(frozen=True)
+class ButcherTableau:
+    """An explicit Runge-Kutta method: Y_i = y0 + dt sum_j a_ij k_j, k_i = f(t0 + c_i dt, Y_i), y1 = y0 + dt sum_j b_j k_j.
+
+    order: order of y1. c: nodes. a: rows below the diagonal. b: weights. e: b minus the embedded weights, or empty for a
+    method without an error estimate. p: the interpolant, y(t0 + theta dt) = y0 + dt sum_j b_j(theta) k_j with
+    b_j(theta) = sum_d p[j][d] theta**(d + 1). p_order: its order, uniformly in theta.
+
+    Raises ValueError where the numbers contradict each other.
+    """
+
+    order: int
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    p: tuple[tuple[float, ...], ...]
+    p_order: int
+    e: tuple[float, ...] = ()
+    stages: int = field(init=False)
+    fsal: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        stages = len(self.c)
+        object.__setattr__(self, "stages", stages)
+        last_is_b = stages > 1 and self.c[-1] == 1 and (*self.a[-1], 0) == tuple(self.b)
+        object.__setattr__(self, "fsal", last_is_b)
+        _check(stages <= MAX_STAGES, f"c must have at most {MAX_STAGES} nodes, got {stages}")
+        _check([len(row) for row in self.a] == list(range(stages)), "a must have rows of 0, 1, 2, ... numbers, one a node")
+        _check(len(self.b) == stages and len(self.p) == stages, "b and p must have one entry a node")
+        _check(len(self.e) in (0, stages), "e must be empty or have one entry a node")
+        for i, (node, row) in enumerate(zip(self.c, self.a, strict=True)):
+            _check(_close(math.fsum(row), node), f"row {i} of a must add up to c[{i}] = {node}, got {math.fsum(row)}")
+        _check(_close(math.fsum(self.b), 1), f"b must add up to 1, got {math.fsum(self.b)}")
+        _check(_close(math.fsum(self.e), 0), f"e must add up to 0, got {math.fsum(self.e)}")
+        degree = len(self.p[0])
+        _check(degree <= MAX_DEGREE and all(len(row) == degree for row in self.p), "p must have rows of one length")
+        for j, row in enumerate(self.p):
+            _check(_close(math.fsum(row), self.b[j]), f"row {j} of p must add up to b[{j}]: the interpolant ends in y1")
+        for d in range(degree):
+            column = math.fsum(row[d] for row in self.p)
+            _check(_close(column, float(d == 0)), f"the weights b_j(theta) must add up to theta, got {column} theta^{d + 1}")
+
+    def linear(self) -> "ButcherTableau":
+        """The same method with the straight line between y0 and y1 as interpolant."""
+        return replace(self, p=tuple((weight,) for weight in self.b), p_order=1)
+
+    def cubic(self) -> "ButcherTableau":
+        """The same method with the cubic Hermite interpolant; f(t1, y1) joins as a last stage where it is not one."""
+        if self.fsal:
+            return replace(self, p=hermite(self.b), p_order=min(3, self.order))
+        b = (*self.b, 0.0)
+        return ButcherTableau(
+            order=self.order,
+            c=(*self.c, 1.0),
+            a=(*self.a, self.b),
+            b=b,
+            e=(*self.e, 0.0) if self.e else (),
+            p=hermite(b),
+            p_order=min(3, self.order),
+        )
+
+
+def hermite(b: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+    """The cubic through y0, y1 with slopes k_0 = f(t0, y0) and k_last = f(t1, y1)."""
+    last = len(b) - 1
+    return tuple(
+        (float(j == 0), 3 * w - 2.0 * (j == 0) - float(j == last), -2 * w + float(j == 0) + float(j == last))
+        for j, w in enumerate(b)
+    )
+
+
+def quartic(b: tuple[float, ...], mid: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+    """The quartic through y0, y(t0 + dt/2) = y0 + dt sum_j mid_j k_j and y1 with slopes k_0 and k_last at the ends."""
+    last = len(b) - 1
+    rows = []
+    for j, (w, m) in enumerate(zip(b, mid, strict=True)):
+        f0, f1 = float(j == 0), float(j == last)
+        rows.append((f0, f1 - 4 * f0 - 5 * w + 16 * m, 5 * f0 - 3 * f1 + 14 * w - 32 * m, 2 * (f1 - f0) - 8 * w + 16 * m))
+    return tuple(rows)
+
+
+def quadratic(b: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+    """The parabola through y0 and y1 with slope k_0 at y0: order 2 for every method of order 2."""
+    return tuple((float(j == 0), w - float(j == 0)) for j, w in enumerate(b))
+
+
+def _close(x: float, y: float) -> bool:
+    return abs(x - y) <= _TOLERANCE * max(1.0, abs(y))
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"ButcherTableau: {message}")
