@@ -2,8 +2,21 @@
 
 from importlib.metadata import version as _version
 
+from .block import ODEBlock
+from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Interpolant, Solution, SolverError, Stats
 from .solve import solve
 
 __version__ = _version("odenet-cuda")
-__all__ = ["Interpolant", "Solution", "SolverError", "Stats", "solve"]
+__all__ = [
+    "Interpolant",
+    "ODEBlock",
+    "Solution",
+    "SolverError",
+    "Stats",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "solve",
+]

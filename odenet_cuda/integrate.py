@@ -15,6 +15,7 @@ from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
 from .tableau import ButcherTableau
 
+Grid = tuple[list[float], list[int | None]]
 INTERPOLATIONS = ("method", "linear", "cubic")
 
 
@@ -65,7 +66,7 @@ def integrate(
     recorder: Recorder | None = None,
     start: Evaluation | None = None,
     after_step: Callable[[Tensor, list[Tensor], Tensor, Tensor], None] | None = None,
-    grid: list[float] | None = None,
+    grid: Grid | None = None,
 ) -> Trajectory:
     """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`.
 
@@ -88,19 +89,25 @@ def integrate(
                 recorder=recorder,
                 after_step=after_step,
             ).run(start)
-        nodes = grid or fixed_grid(options, problem.t)
+        nodes, moves_with = grid or fixed_grid(options, problem.t)
         return FixedSolver(
-            problem, options.tableau, nodes, perturb=options.perturb, callbacks=callbacks, recorder=recorder
+            problem, options.tableau, nodes, moves_with, perturb=options.perturb, callbacks=callbacks, recorder=recorder
         ).run(start)
 
 
-def fixed_grid(options: Options, t: list[float], func: Any = None, y0: Any = None, user_t: Tensor | None = None) -> list[float]:
-    """The nodes of a fixed method: those of grid_constructor or step_size, else t itself."""
+def fixed_grid(options: Options, t: list[float], func: Any = None, y0: Any = None, user_t: Tensor | None = None) -> Grid:
+    """The nodes of a fixed method, those of grid_constructor or step_size, else t itself, and which time each moves with."""
+    last = len(t) - 1
+    if last == 0:
+        return list(t), [0]
     if options.grid_constructor is not None:
-        times, nodes = check_times(options.grid_constructor(func, y0, user_t), torch.device("cpu"), "the grid of grid_constructor")
+        times, nodes = check_times(options.grid_constructor(func, y0, user_t), "the grid of grid_constructor")
         tolerance = 4 * torch.finfo(times.dtype).eps
         for name, node, time in (("begin", nodes[0], t[0]), ("end", nodes[-1], t[-1])):
             if abs(node - time) > tolerance * max(1.0, abs(time)):
                 raise ValueError(f"the grid of grid_constructor must {name} at {time}, got {node}")
-        return [t[0], *nodes[1:-1], t[-1]] if len(t) > 1 else [t[0]]
-    return uniform_grid(t, options.step_size) if options.step_size is not None else list(t)
+        return [t[0], *nodes[1:-1], t[-1]], [0, *[None] * (len(nodes) - 2), last]
+    if options.step_size is not None:
+        nodes = uniform_grid(t, options.step_size)
+        return nodes, [*[0] * (len(nodes) - 1), last]
+    return list(t), list(range(len(t)))

@@ -172,7 +172,7 @@ def check_samples(structure: Structure) -> None:
         raise ValueError(f"step_control='per_sample' needs as many samples in every leaf of y0, got {sizes}")
 
 
-def check_times(t: Any, device: torch.device, name: str = "t") -> tuple[Tensor, list[float]]:
+def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     """t as a one-dimensional floating tensor and as numbers. Lists of numbers are taken too."""
     if not isinstance(t, Tensor):
         try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .captured import captured_tensors, earlier_results, sequence_number
 from .gradients import adjoint as adjoint_gradient
 from .gradients import direct as direct_gradient
-from .integrate import Options, fixed_grid, integrate
+from .integrate import Grid, Options, fixed_grid, integrate
 from .problem import CALLBACKS, Field, Problem, Structure, check_samples, check_state, check_times, check_tolerance
 from .solution import Interpolant, Solution, Stats, failure
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
@@ -113,7 +113,7 @@ def solve(
         raise NotImplementedError(f"gradient={gradient!r} is not part of this version of odenet_cuda; there are {GRADIENTS}")
     _one_of("gradient", gradient, GRADIENTS)
     structure = check_state(y0)
-    times, values = check_times(t, structure.leaves[0].device)
+    times, values = check_times(t)
     per_sample = step_control == "per_sample"
     if per_sample:
         check_samples(structure)
@@ -142,7 +142,7 @@ def solve(
 class _Solve:
     """One solve with what surrounds it: which tensors get gradients, recording, failure, and the Solution."""
 
-    def __init__(self, problem: Problem, options: Options, structure: Structure, t: Tensor, dense: bool, grid: list[float] | None):
+    def __init__(self, problem: Problem, options: Options, structure: Structure, t: Tensor, dense: bool, grid: Grid | None):
         self.problem, self.options, self.structure, self.t, self.dense, self.grid = problem, options, structure, t, dense, grid
         self.field: Field = problem.field
 
@@ -215,7 +215,7 @@ class _Solve:
             counts = state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]]
         else:
             rows = self.problem.rows
-            steps = len(self.grid) - 1 if self.grid is not None and self.problem.leaves[0].numel() else 0
+            steps = len(self.grid[0]) - 1 if self.grid is not None and self.problem.leaves[0].numel() else 0
             counts = torch.full((rows,), steps), torch.zeros(rows, dtype=torch.int64)
         return Stats(self.field.nfe, *counts, self.problem.per_sample)
 

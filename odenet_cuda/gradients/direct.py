@@ -126,11 +126,8 @@ class BackwardWalk:
         mu, grad_t = self._vjp(evaluation, kappa)
         self.lam = [lam if m is None else lam + m for lam, m in zip(self.lam, mu, strict=True)]
         self.kappa = None if mask is None else [self._rows(~mask, k) * k for k in self.kappa]
-        if grad_t is not None and float(evaluation.t.reshape(-1)[0]) == self._seen(self.problem.t[0]):
-            self.grad_t[0] += grad_t.sum()
-
-    def _seen(self, t: float) -> float:
-        return float(torch.tensor(t, dtype=self.problem.real))
+        if grad_t is not None and evaluation.index is not None:
+            self.grad_t[evaluation.index] += grad_t.sum()
 
     def _rows(self, per_row: Tensor, like: Tensor) -> Tensor:
         """[rows] shaped to multiply a leaf, in its real type."""
@@ -201,15 +198,14 @@ class BackwardWalk:
         into_y0: list[Tensor] = []
         for index, theta, mask in step.outputs:
             grads = [grad[index] for grad in self.grad_ys]
-            if isinstance(theta, float):
-                if theta == 1.0:
+            if step.ends[1] is not None and step.ends[1][0] == index:  # the end of the step moves with this output: y1 itself
+                at_end = step.ends[1][1]
+                if at_end is None:
                     lam = [x + g for x, g in zip(lam, grads, strict=True)]
                     continue
-                inside = grads
-            else:
-                at_end = mask & (theta == 1)
                 lam = [x + self._rows(at_end, g) * g for x, g in zip(lam, grads, strict=True)]
-                inside = [self._rows(mask & ~at_end, g) * g for g in grads]
+                continue
+            inside = grads if mask is None else [self._rows(mask, g) * g for g in grads]
             self._output_time_gradient(step, index, theta, inside)
             weights = formulas.interpolant_weights(step.tableau, theta)
             if base is None:

@@ -144,7 +144,7 @@ class AdaptiveSolver:
         else:
             self._keep(0, [slope.clone() for slope in start.slopes])
         if self.recorder is not None:
-            self.recorder.start(start)
+            self.recorder.start(start, 0)
         slopes = self.slopes[:: tableau.stages]
         norms = torch.zeros(3, problem.rows, dtype=torch.float64, device=problem.device)
         one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)

@@ -35,19 +35,24 @@ def stage_times(grid: list[float], tableau: ButcherTableau, real: torch.dtype, p
 
 
 class FixedSolver:
-    """One solve on the grid `nodes`, which begins at t[0] and ends at t[-1]. `run` may be called once."""
+    """One solve on the grid `nodes`, which begins at t[0] and ends at t[-1]. `run` may be called once.
+
+    moves_with: for each node the index of the output time that it moves with, or None where it is taken as given.
+    """
 
     def __init__(
         self,
         problem: Problem,
         tableau: ButcherTableau,
         nodes: list[float],
+        moves_with: list[int | None],
         *,
         perturb: bool = False,
         callbacks: dict[str, Callable] | None = None,
         recorder: Recorder | None = None,
     ):
-        self.problem, self.tableau, self.nodes, self.perturb, self.recorder = problem, tableau, nodes, perturb, recorder
+        self.problem, self.tableau, self.nodes, self.moves_with = problem, tableau, nodes, moves_with
+        self.perturb, self.recorder = perturb, recorder
         self.callback = (callbacks or {}).get("callback_step")
         self.state_leaves = len(problem.leaves) - problem.quadratures
         # Rows of the stages after the first, the last of them y1.
@@ -66,7 +71,6 @@ class FixedSolver:
         device, nodes, t = problem.device, self.nodes, problem.t
         dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=device)
         times = torch.from_numpy(stage_times(nodes, tableau, problem.real, self.perturb)).to(device)
-        indices = {time: index for index, time in enumerate(t)}
         y0 = [leaf.contiguous() for leaf in problem.leaves]
         ys = [leaf.new_empty(len(t), *leaf.shape) for leaf in y0[:n]]
         for out, leaf in zip(ys, y0, strict=False):
@@ -80,6 +84,9 @@ class FixedSolver:
             first = output
             while output < len(t) and problem.direction * (t1 - t[output]) >= 0:
                 output += 1
+            landed = output - 1 if output > first and t[output - 1] == t1 else None
+            # The end of the step is written into the output that it is, unless a graph will hold it: outputs share a version.
+            write_there = landed is not None and self.recorder is None
             inside = [(index, (t[index] - t0) / (t1 - t0)) for index in range(first, output) if t[index] != t1]
             slots: list[Tensor] = [y0[0]] * (stages * len(y0))
             evaluations = []
@@ -88,11 +95,12 @@ class FixedSolver:
             else:
                 k, started = (start.slopes, start) if start is not None else self._evaluate(0, stage_t[0], y0[:n])
                 if self.recorder is not None:
-                    self.recorder.start(started)
+                    self.recorder.start(started, self.moves_with[step])
             self._keep(slots, 0, k)
             start = last_k = None
             for i, row in enumerate(self.rows, start=1):
-                y = self._new(y0[:n], ys, first, output, t1) if i == len(self.rows) else self._new(y0[:n])
+                last = i == len(self.rows)
+                y = [out[landed] for out in ys] if last and write_there else [torch.empty_like(leaf) for leaf in y0[:n]]
                 ops.stage(y, y0[:n], slots[: n * stages], row, dt)
                 evaluation = None
                 needed = i < len(self.rows) or inside or step + 2 < len(nodes)
@@ -107,20 +115,14 @@ class FixedSolver:
             quadrature = [torch.empty_like(leaf) for leaf in y0[n:]]
             if quadrature:
                 ops.stage(quadrature, y0[n:], slots[n * stages :], tableau.b, dt)
+            if landed is not None and not write_there:
+                for out, leaf in zip(ys, y, strict=True):
+                    out[landed] = leaf
             if self.recorder is not None:
-                self._record(step, evaluations, slots, y0, dt, [*inside, *self._landed(first, output, t1)], indices)
+                outputs = inside if landed is None else [*inside, (landed, 1.0)]
+                self._record(step, evaluations, slots, y0, dt, outputs)
             y0 = [*y, *quadrature]
         return Trajectory(ys=ys, last=y0, state=None)
-
-    def _new(self, like: list[Tensor], ys=None, first: int = 0, output: int = 0, t1: float = 0.0) -> list[Tensor]:
-        """A state to write: the output itself where the step ends on one."""
-        landed = self._landed(first, output, t1) if ys is not None else []
-        if landed:
-            return [out[landed[0][0]] for out in ys]
-        return [torch.empty_like(leaf) for leaf in like]
-
-    def _landed(self, first: int, output: int, t1: float) -> list[tuple[int, float]]:
-        return [(index, 1.0) for index in range(first, output) if self.problem.t[index] == t1]
 
     def _keep(self, slots: list[Tensor], i: int, k: list[Tensor | None]) -> None:
         for leaf, slope in enumerate(k):
@@ -128,7 +130,7 @@ class FixedSolver:
                 continue
             slots[leaf * self.tableau.stages + i] = slope
 
-    def _record(self, step, evaluations, slots, y0, dt, outputs, indices) -> None:
+    def _record(self, step, evaluations, slots, y0, dt, outputs) -> None:
         stages = self.tableau.stages
         recorder = self.recorder
         t0, t1 = self.nodes[step], self.nodes[step + 1]
@@ -136,7 +138,7 @@ class FixedSolver:
         if recorder.dense:
             recorder.dense_steps.append(DenseStep(dt.new_tensor([t0]), dt.new_tensor([t1]), y0, k, None))
         if recorder.graphs:
-            ends = tuple((indices[time], None) if time in indices else None for time in (t0, t1))
+            ends = tuple(None if i is None else (i, None) for i in self.moves_with[step : step + 2])
             recorder.tape.append(
                 Step(
                     tableau=self.tableau,

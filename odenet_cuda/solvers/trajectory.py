@@ -23,12 +23,16 @@ class Trajectory:
 
 @dataclass(slots=True)
 class Evaluation:
-    """One call of func with its graph: k = f(t, y), y and t leaves of the graph. mask: rows it counts for, or None for all."""
+    """One call of func with its graph: k = f(t, y), y and t leaves of the graph.
+
+    mask: rows it counts for, None for all. index: of the time in the problem's t that t moves with, or None.
+    """
 
     t: Tensor
     y: list[Tensor]
     k: list[Tensor]
     mask: Tensor | None = None
+    index: int | None = None
 
     @property
     def slopes(self) -> list[Tensor]:
@@ -41,8 +45,8 @@ class Step:
 
     evaluations: of points 1 .. n; None where there is none. dt: float64 [rows]. accept: bool [rows], None for all.
     outputs: (index, theta, mask) of each output that fell into it; theta a number or float64 [rows], 1 for y1 itself;
-    mask bool [rows] or None. k, y0: values for derivatives by time. ends: for t0 and for t1, (index of the time in t that it is,
-    mask of the rows for which it is, None for all), or None where it is no time of t.
+    mask bool [rows] or None. k, y0: values for derivatives by time. ends: for t0 and for t1, (index of the time in the problem's
+    t that it moves with, mask of the rows for which it does, None for all), or None where it is taken as given.
     """
 
     tableau: ButcherTableau
@@ -83,8 +87,9 @@ class Recorder:
         with torch.enable_grad():
             return Evaluation(t, y, func(t, y))
 
-    def start(self, evaluation: Evaluation) -> None:
+    def start(self, evaluation: Evaluation, index: int | None) -> None:
         if self.graphs:
+            evaluation.index = index
             self.tape.append(evaluation)
 
     def restart(self, evaluation: Evaluation, mask: Tensor | None) -> None:

@@ -1,0 +1,101 @@
+"""ODEBlock: a differential equation as a layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .solution import Stats
+from .solve import solve
+
+
+class ODEBlock(nn.Module):
+    """The layer y(t[0]) -> y(t[-1]) with dy/dt = func(t, y): the limit of a residual stack as its steps go to zero.
+
+    func: a Module (or callable) of (t, y) that returns dy/dt in the structure and shape of y.
+    t: times, at least two, strictly monotone; the input is the state at t[0]. A tensor or numbers; an nn.Parameter is learned.
+    return_all: give the state at every t, each leaf [len(t), *leaf.shape], instead of the state at t[-1].
+    gradient: "adjoint" (memory does not grow with the steps) or "direct" (exact for the discrete solve).
+    method, rtol, atol, step_control and all that `solve` takes by name are handed to it.
+
+    After a call, `nfe_forward`, and after its backward pass `nfe_backward`, are the calls of func it took; `stats` has more.
+    Raises as `solve` does. Source: Chen et al. 2018, arXiv:1806.07366.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> class Field(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = nn.Linear(8, 8)
+    ...     def forward(self, t, y):
+    ...         return torch.tanh(self.layer(y))
+    >>> model = nn.Sequential(nn.Linear(4, 8), ODEBlock(Field(), rtol=1e-3, atol=1e-3), nn.Linear(8, 2))
+    >>> model(torch.randn(16, 4)).shape
+    torch.Size([16, 2])
+    """
+
+    def __init__(
+        self,
+        func: Callable[[Tensor, Any], Any],
+        t: Any = (0.0, 1.0),
+        *,
+        method: str = "dopri5",
+        rtol: Any = 1e-3,
+        atol: Any = 1e-3,
+        gradient: str = "adjoint",
+        step_control: str = "joint",
+        return_all: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        if isinstance(func, type) or not callable(func):
+            raise TypeError(f"func must be an instance that is callable as func(t, y), got {func!r}")
+        self.func = func
+        # Times stay float64 on the CPU whatever the model is cast to: they are numbers, not weights.
+        self.t: Any = t
+        if not isinstance(t, nn.Parameter):
+            self.t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+        if len(self.t) < 2:
+            raise ValueError(f"t must hold at least two times, the first that of the input, got {self.t.tolist()}")
+        self.method, self.rtol, self.atol = method, rtol, atol
+        self.gradient, self.step_control, self.return_all, self.options = gradient, step_control, return_all, options
+        self.stats: Stats | None = None
+
+    def forward(self, y0: Any) -> Any:
+        solution = solve(
+            self.func,
+            y0,
+            self.t,
+            method=self.method,
+            rtol=self.rtol,
+            atol=self.atol,
+            gradient=self.gradient,
+            step_control=self.step_control,
+            **self.options,
+        )
+        self.stats = solution.stats
+        if self.return_all:
+            return solution.ys
+        return pytree.tree_map(lambda leaf: leaf[-1], solution.ys)
+
+    @property
+    def nfe_forward(self) -> int:
+        """Calls of func in the last forward pass; 0 before one."""
+        return 0 if self.stats is None else self.stats.nfe
+
+    @property
+    def nfe_backward(self) -> int:
+        """Calls of func in the backward pass of the last call; 0 before one, and with gradient="direct"."""
+        return 0 if self.stats is None else self.stats.nfe_backward
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stats": None}  # the last call is no part of a copy
+
+    def extra_repr(self) -> str:
+        t = [round(x, 6) for x in self.t.detach().tolist()]
+        return (
+            f"t={t if len(t) <= 4 else f'{len(t)} times from {t[0]} to {t[-1]}'}, method={self.method!r}, rtol={self.rtol}, "
+            f"atol={self.atol}, gradient={self.gradient!r}, step_control={self.step_control!r}"
+        )

@@ -1,0 +1,168 @@
+"""The drop-in functions: torchdiffeq's names, arguments and returns over `solve`."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .methods import ADAPTIVE, find_method
+from .solution import Interpolant
+from .solve import solve
+
+_COMMON = ("step_control", "dense", "on_failure", "gradient")
+_ADAPTIVE_OPTIONS = (
+    *("first_step", "safety", "ifactor", "dfactor", "max_num_steps", "step_t", "jump_t", "norm", "min_step", "max_step"),
+    *("controller", "step_control"),
+)
+_FIXED_OPTIONS = ("step_size", "grid_constructor", "perturb", "interp")
+
+
+def odeint(
+    func: Callable,
+    y0: Any,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable | None = None,
+) -> Any:
+    """The state at every t, as torchdiffeq's ``odeint`` gives it; gradients are those of the discrete solve.
+
+    func, y0, t, rtol, atol: as in `solve`. method: "dopri5" unless given. options: for adaptive methods first_step, safety,
+    ifactor, dfactor, max_num_steps, step_t, jump_t, norm, min_step, max_step, dtype (of time; float64 always), and ours:
+    step_control ("joint" or "per_sample"), controller. For fixed methods step_size or grid_constructor, perturb,
+    interp ("linear" or "cubic"). A key that the method does not know is warned of.
+
+    Returns a tensor [len(t), *y0.shape], or the structure of y0 with such leaves. Raises as `solve` does.
+    """
+    chosen = method or "dopri5"
+    return solve(func, y0, t, method=chosen, rtol=rtol, atol=atol, **_options(chosen, options, event_fn)).ys
+
+
+def odeint_adjoint(
+    func: Callable,
+    y0: Any,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable | None = None,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_method: str | None = None,
+    adjoint_options: dict[str, Any] | None = None,
+    adjoint_params: Sequence[Tensor] | None = None,
+) -> Any:
+    """`odeint` with gradients by the adjoint method: memory that does not grow with the number of steps.
+
+    adjoint_rtol, adjoint_atol, adjoint_method: of the backward solve; those of the forward solve unless given.
+    adjoint_options: its options; the forward ones but for the norm unless given. ``{"norm": "seminorm"}`` leaves the parameters
+    out of its error norm. adjoint_params: tensors to give gradients to, ``func.parameters()`` unless given.
+
+    Raises ValueError where func is no Module and adjoint_params are not given, or where adjoint_method differs, options were
+    given and adjoint_options were not. Source: Chen et al. 2018, arXiv:1806.07366.
+    """
+    if adjoint_params is None:
+        if not isinstance(func, torch.nn.Module):
+            raise ValueError(
+                "func must be an instance of nn.Module to specify the adjoint parameters; alternatively give them as "
+                "adjoint_params, which may be () where there are none"
+            )
+        adjoint_params = tuple(func.parameters())
+    chosen = method or "dopri5"
+    backward = adjoint_method or chosen
+    if backward != chosen and options is not None and adjoint_options is None:
+        raise ValueError(
+            f"adjoint_options must be given where adjoint_method, {backward!r}, differs from method, {chosen!r}, and options are"
+        )
+    adjoint_params = tuple(adjoint_params)
+    if adjoint_options is not None:
+        adjoint_options = dict(adjoint_options)
+        adjoint_norm = adjoint_options.pop("norm", None)
+        adjoint_options = _options(backward, adjoint_options, None, fixed_interp=False)
+        if callable(adjoint_norm) and not all(param.requires_grad for param in adjoint_params):
+            warnings.warn(
+                "an adjoint parameter does not require a gradient: it is left out of the adjoint and of its norm", stacklevel=2
+            )
+        if adjoint_norm is not None:
+            adjoint_options["norm"] = adjoint_norm
+        adjoint_options = _fill_defaults(backward, adjoint_options)
+    return solve(
+        func,
+        y0,
+        t,
+        method=chosen,
+        rtol=rtol,
+        atol=atol,
+        gradient="adjoint",
+        adjoint_params=adjoint_params,
+        adjoint_method=adjoint_method,
+        adjoint_rtol=adjoint_rtol,
+        adjoint_atol=adjoint_atol,
+        adjoint_options=adjoint_options,
+        **_options(chosen, options, event_fn),
+    ).ys
+
+
+def odeint_dense(
+    func: Callable,
+    y0: Any,
+    t0: Any,
+    t1: Any,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Interpolant:
+    """The solution from t0 to t1 as a callable of t, a number or a tensor of times of any shape; see `Interpolant`."""
+    chosen = method or "dopri5"
+    t = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().cpu().reshape(()) for x in (t0, t1)])
+    arguments = _options(chosen, options, None)
+    if chosen not in ADAPTIVE and "interp" not in (options or {}):
+        arguments["interp"] = "method"
+    with torch.no_grad():
+        return solve(func, y0, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
+
+
+def odeint_event(*args: Any, **kwargs: Any) -> Any:
+    """Not part of this version: raises NotImplementedError."""
+    raise NotImplementedError("odeint_event is not part of this version of odenet_cuda; events come with a later one")
+
+
+def _options(
+    method: str, options: dict[str, Any] | None, event_fn: Callable | None, fixed_interp: bool = True
+) -> dict[str, Any]:
+    """What `solve` takes by name, from torchdiffeq's options; those that the method does not know are warned of."""
+    if event_fn is not None:
+        raise NotImplementedError("event_fn is not part of this version of odenet_cuda; events come with a later one")
+    find_method(method)
+    given = dict(options or {})
+    known = _ADAPTIVE_OPTIONS if method in ADAPTIVE else _FIXED_OPTIONS
+    if method in ADAPTIVE:
+        dtype = given.pop("dtype", torch.float64)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"options['dtype'], the type of time, must be torch.float64, got {dtype}")
+    else:
+        given.pop("norm", None)
+    unknown = {name: given.pop(name) for name in list(given) if name not in known and name not in _COMMON}
+    if unknown:
+        warnings.warn(f"{method}: Unexpected arguments {unknown}", stacklevel=3)
+    if method not in ADAPTIVE and fixed_interp:
+        given.setdefault("interp", "linear")
+    return given
+
+
+def _fill_defaults(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """adjoint_options that are given replace the forward options whole: what they leave out is at its default."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(solve).parameters.items()}
+    names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb")
+    filled = {name: defaults[name] for name in names if name not in ("norm", "step_control")}
+    return {**filled, **options}
