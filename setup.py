@@ -112,7 +112,7 @@ class NinjaBuild(build_ext):
         ]
         cxx = [*common, "-Wall", "-Wextra", "-fno-math-errno"]
         libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-        sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+        sources = [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
         cuda = []
         if nvcc:
             names = architectures(nvcc)
@@ -139,14 +139,14 @@ class NinjaBuild(build_ext):
             "ninja_required_version = 1.5",
             *(f"{key} = {value.replace('$', '$$')}" for key, value in quoted.items()),
             f"rule cxx\n  command = {compiler} $cxx -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule bindings\n  command = {compiler} $cxx $defines -MMD -MF $out.d -c $in -o $out\n"
+            f"rule torch\n  command = {compiler} $cxx $defines -MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             f"rule cuda\n  command = {nvcc} $cuda -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {compiler} $link -o $out $in $libs",
         ]
         objects = []
         for source in sources:
-            rule = "cuda" if source.suffix == ".cu" else "bindings" if source.name == "bindings.cpp" else "cxx"
+            rule = "cuda" if source.suffix == ".cu" else "torch" if source.parent.name == "csrc" else "cxx"
             objects.append(ninja_text(str(build / f"{source.parent.name}_{source.name}.o")))
             lines.append(f"build {objects[-1]}: {rule} {ninja_text(str(source))}")
         lines.append(f"build {ninja_text(str(target))}: link {' '.join(objects)}")

@@ -4,22 +4,19 @@
 // leaf-major, k[leaf * slots + j], where `slots` may exceed the number of coefficients: the surplus is not read.
 // All tensors of a leaf have its shape; [rows, columns] is read off `rows` = numel of dt (or of the state's row).
 
-#include <dlfcn.h>
-#include <pybind11/pybind11.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
-#include "launch.h"
+#include "device.h"
 
 namespace odenet {
 namespace {
@@ -97,49 +94,9 @@ int check_stages(const char* name, size_t coefficients) {
   return static_cast<int>(coefficients);
 }
 
-// ---- devices ---------------------------------------------------------------------------------------------------------
+// ---- dispatch --------------------------------------------------------------------------------------------------------
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context) {
-  if (torch_parallel_for(begin, end, grain, body, context) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("parallel_for failed");
-  }
-}
-
-#ifdef ODENET_CUDA
-// The stream that torch works on. A CPU build of torch has no such symbol, and this extension must load there too, so it
-// is looked up when the first CUDA op runs.
-cuda::Stream current_stream(int32_t device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    const char* const symbol = "aoti_torch_get_current_cuda_stream";
-    void* found = dlsym(RTLD_DEFAULT, symbol);
-    if (!found) {
-      if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) found = dlsym(library, symbol);
-    }
-    return reinterpret_cast<Get>(found);
-  }();
-  void* stream = nullptr;
-  if (!get || get(device, &stream) != AOTI_TORCH_SUCCESS) throw std::runtime_error("torch gave no CUDA stream");
-  return stream;
-}
-#endif
-
-// Runs on_cpu(), or on_cuda(stream) with the device of `tensor` current.
-template <class OnCpu, class OnCuda>
-void on_device(const Tensor& tensor, const OnCpu& on_cpu, [[maybe_unused]] const OnCuda& on_cuda) {
-  if (tensor.is_cpu()) {
-    on_cpu();
-    return;
-  }
-#ifdef ODENET_CUDA
-  const int32_t device = tensor.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  if (const char* words = on_cuda(current_stream(device))) throw std::runtime_error(std::string("CUDA: ") + words);
-#else
-  throw std::runtime_error(
-      "odenet_cuda was built without CUDA kernels; install it again where nvcc is found, or with ODENET_CUDA=1");
-#endif
-}
+int32_t device_of(const Tensor& tensor) { return tensor.is_cpu() ? kCpu : tensor.get_device_index(); }
 
 // Calls visit(T{}) with the element type of `tensor`.
 template <class Visit>
@@ -214,7 +171,7 @@ void stage(Tensors y, Tensors y0, Tensors k, std::vector<double> a, Tensor dt) {
       }
       s.stages = inputs.slopes(k, a, leaf, slots, "y", y[leaf], s.k, s.a);
       on_device(
-          y[leaf], [&] { cpu::stage(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::stage(s, stream); });
+          device_of(y[leaf]), [&] { cpu::stage(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::stage(s, stream); });
     });
   }
 }
@@ -242,9 +199,9 @@ void error(Tensor ratio, Tensors y0, Tensors y1, Tensors k, std::vector<double> 
       s.atol = atol[leaf];
       s.stages = inputs.slopes(k, e, leaf, slots, "y0", y0[leaf], s.k, s.e);
       on_device(
-          y0[leaf], [&] { cpu::error(s, out, leaf == 0, parallel_for); },
+          device_of(y0[leaf]), [&] { cpu::error(s, out, leaf == 0, parallel_for); },
           [&](cuda::Stream stream) {
-            Tensor workspace = torch::stable::new_empty(ratio, {rows * cuda::error_chunks(rows, s.columns)});
+            Tensor workspace = torch::stable::new_empty(ratio, {rows * cuda::error_chunks(s.columns)});
             return cuda::error(s, out, leaf == 0, static_cast<double*>(workspace.data_ptr()), stream);
           });
     });
@@ -283,7 +240,7 @@ void step_size(Tensor state, Tensor times, Tensor stops, Tensor t, std::vector<d
   dispatch_type("times", times, [&]<class R>(R) {
     R* out = static_cast<R*>(times.data_ptr());
     on_device(
-        state, [&] { cpu::step_size(s, out, parallel_for); },
+          device_of(state), [&] { cpu::step_size(s, out, parallel_for); },
         [&](cuda::Stream stream) { return cuda::step_size(s, out, stream); });
   });
 }
@@ -295,7 +252,7 @@ void first_step(Tensor state, Tensor times, Tensor norms, Tensor stops, Tensor t
   dispatch_type("times", times, [&]<class R>(R) {
     R* out = static_cast<R*>(times.data_ptr());
     on_device(
-        state, [&] { cpu::first_step(s, first, out, parallel_for); },
+          device_of(state), [&] { cpu::first_step(s, first, out, parallel_for); },
         [&](cuda::Stream stream) { return cuda::first_step(s, first, out, stream); });
   });
 }
@@ -337,7 +294,7 @@ void dense_output(Tensors ys, Tensors y0, Tensors y1, Tensors k, std::vector<dou
       }
       std::copy(p.begin(), p.end(), s.p);
       on_device(
-          y0[leaf], [&] { cpu::dense_output(s, parallel_for); },
+          device_of(y0[leaf]), [&] { cpu::dense_output(s, parallel_for); },
           [&](cuda::Stream stream) { return cuda::dense_output(s, stream); });
     });
   }
@@ -365,7 +322,7 @@ void advance(Tensors y0, Tensors k0, Tensors y1, Tensors k1, Tensor accept) {
       s.y1 = inputs.pointer<T>(y1[leaf]);
       s.k1 = inputs.pointer<T>(k1[leaf]);
       on_device(
-          y0[leaf], [&] { cpu::advance(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::advance(s, stream); });
+          device_of(y0[leaf]), [&] { cpu::advance(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::advance(s, stream); });
     });
   }
 }
@@ -400,49 +357,3 @@ STABLE_TORCH_LIBRARY(odenet_cuda, m) {
   }
 ODENET_IMPL(CPU)
 ODENET_IMPL(CUDA)
-
-PYBIND11_MODULE(_C, m) {
-  // The layout of the solver state, for Python: one definition, in core/step_size.h.
-  pybind11::dict fields, status, stops;
-  fields["time"] = int{odenet::kTime};
-  fields["dt"] = int{odenet::kDt};
-  fields["step_end"] = int{odenet::kStepEnd};
-  fields["status"] = int{odenet::kStatus};
-  fields["accept"] = int{odenet::kAccept};
-  fields["jumped"] = int{odenet::kJumped};
-  fields["last_time"] = int{odenet::kLastTime};
-  fields["last_dt"] = int{odenet::kLastDt};
-  fields["error_ratio"] = int{odenet::kErrorRatio};
-  fields["inverse1"] = int{odenet::kInverse1};
-  fields["inverse2"] = int{odenet::kInverse2};
-  fields["num_accepted"] = int{odenet::kNumAccepted};
-  fields["num_rejected"] = int{odenet::kNumRejected};
-  fields["output_begin"] = int{odenet::kOutputBegin};
-  fields["output_end"] = int{odenet::kOutputEnd};
-  fields["next_stop"] = int{odenet::kNextStop};
-  fields["steps_since_output"] = int{odenet::kStepsSinceOutput};
-  fields["proposal"] = int{odenet::kProposal};
-  m.attr("fields") = fields;
-  m.attr("num_fields") = int{odenet::kNumFields};
-  status["running"] = int{odenet::kRunning};
-  status["success"] = int{odenet::kSuccess};
-  status["underflow"] = int{odenet::kUnderflow};
-  status["non_finite"] = int{odenet::kNonFinite};
-  status["max_num_steps"] = int{odenet::kMaxSteps};
-  m.attr("status") = status;
-  stops["step"] = int{odenet::kStopStep};
-  stops["jump"] = int{odenet::kStopJump};
-  stops["end"] = int{odenet::kStopEnd};
-  m.attr("stops") = stops;
-  m.attr("max_stages") = odenet::kMaxStages;
-  m.attr("max_degree") = odenet::kMaxDegree;
-  m.attr("compiler") = ODENET_COMPILER;
-  m.attr("torch_built_with") = ODENET_TORCH;
-#ifdef ODENET_CUDA
-  m.attr("cuda") = ODENET_CUDA;
-  m.attr("cuda_architectures") = odenet::cuda::architectures();
-#else
-  m.attr("cuda") = pybind11::none();
-  m.attr("cuda_architectures") = "";
-#endif
-}

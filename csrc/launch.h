@@ -41,7 +41,7 @@ using Stream = void*;
 template <class T>
 const char* stage(const Stage<T>& args, Stream stream);
 // workspace: float64 [rows * error_chunks(columns)]
-int64_t error_chunks(int64_t rows, int64_t columns);
+int64_t error_chunks(int64_t columns);
 template <class T>
 const char* error(const Error<T>& args, double* ratio, bool first, double* workspace, Stream stream);
 template <class R>

@@ -41,10 +41,14 @@ class Structure:
                 return [value]
             raise TypeError(f"func must return a tensor, as y0 is one, got {type(value).__name__}")
         if self.flat_tuple and type(value) is tuple and len(value) == len(self.leaves):
-            return list(value)
-        leaves, spec = pytree.tree_flatten(value)
+            leaves, spec = list(value), self.spec
+        else:
+            leaves, spec = pytree.tree_flatten(value)
         if len(leaves) != len(self.leaves) or (spec != self.spec and not isinstance(value, (tuple, list))):
             raise ValueError(f"func must return the structure of y0, {self.spec}, got {spec}")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"func must return tensors in the structure of y0, got {type(leaf).__name__}")
         return leaves
 
 
@@ -61,13 +65,16 @@ class Field:
         self.nfe = 0
         self._first: list[Tensor] = []
         self._returns_one_buffer = False
+        self._device = structure.leaves[0].get_device()
 
     def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
+        """The slopes at (t, y), each with the shape, type and device of its leaf. stage: which one of a step; not used here."""
         self.nfe += 1
         structure = self.structure
-        k = structure.flatten(self.func(t, structure.unflatten(y)))
-        for i, (slope, leaf) in enumerate(zip(k, y, strict=True)):
-            if slope.shape != leaf.shape or slope.dtype != leaf.dtype:
+        k = structure.flatten(self.func(t, y[0] if structure.single else structure.unflatten(y)))
+        for i, leaf in enumerate(y):
+            slope = k[i]
+            if slope.dtype is not leaf.dtype or slope.shape != leaf.shape or slope.get_device() != self._device:
                 k[i] = self._conform(slope, leaf, i)
         if self.nfe <= 2 or self._returns_one_buffer:
             return self._own(k)
@@ -88,8 +95,8 @@ class Field:
 
     def _conform(self, slope: Any, leaf: Tensor, i: int) -> Tensor:
         part = "" if self.structure.single else f" in leaf {i}"
-        if not isinstance(slope, Tensor):
-            raise TypeError(f"func must return tensors, got {type(slope).__name__}{part}")
+        if slope.device != leaf.device:
+            raise ValueError(f"func must return the device of y0{part}, {leaf.device}, got {slope.device}")
         if slope.shape != leaf.shape:
             raise ValueError(
                 f"func must return the shape of y0{part}, {list(leaf.shape)}, got {list(slope.shape)}"

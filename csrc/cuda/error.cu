@@ -50,12 +50,12 @@ __global__ void error_fold_kernel(int64_t rows, int64_t columns, int64_t chunks,
 
 }  // namespace
 
-int64_t error_chunks(int64_t /*rows*/, int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+int64_t error_chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
 
 template <class T>
 const char* error(const Error<T>& args, double* ratio, bool first, double* workspace, Stream stream) {
   if (args.rows == 0) return nullptr;
-  const int64_t chunks = error_chunks(args.rows, args.columns);
+  const int64_t chunks = error_chunks(args.columns);
   if (chunks > 0) {
     dispatch_stages(args.stages, [&]<int S>() {
       error_kernel<T, S><<<blocks_for(args.rows * chunks * kThreads), kThreads, 0, native(stream)>>>(args, chunks, workspace);

@@ -98,16 +98,16 @@ class Recorder:
             self.tape.append(evaluation)
 
     def step(
-        self, host: np.ndarray, evaluations: list[Evaluation | None], slopes: list[Tensor], y0: list[Tensor], stages: int
+        self, host: np.ndarray, evaluations: list[Evaluation | None], slopes: list[list[Tensor]], y0: list[Tensor]
     ) -> None:
-        """After an adaptive step, before the move to the next: host is the solver state."""
+        """After an adaptive step, before the move to the next. host: the solver state. slopes: [stages][leaves]."""
         accept = host[FIELDS["accept"]] != 0
         if not accept.any():
             return
         device = y0[0].device
         mask = torch.from_numpy(accept).to(device) if self.per_sample else None
         t0, dt, t1 = (torch.from_numpy(host[FIELDS[name]].copy()).to(device) for name in ("last_time", "last_dt", "time"))
-        k = [slopes[leaf * stages : (leaf + 1) * stages] for leaf in range(len(y0))]
+        k = [[of_stage[leaf].detach() for of_stage in slopes] for leaf in range(len(y0))]
         if self.dense:
             self.dense_steps.append(DenseStep(t0, t1, list(y0), k, mask))
         if not self.graphs:

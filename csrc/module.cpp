@@ -1,0 +1,95 @@
+// The Python module: what the build was, the layout of the solver state, and Stepper. The ops register themselves with torch.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "stepper.h"
+
+namespace py = pybind11;
+using namespace odenet;
+
+namespace {
+
+// One definition of the layout, in core/step_size.h; Python reads it from here.
+void add_layout(py::module_& m) {
+  py::dict fields, status, stops;
+  fields["time"] = int{kTime};
+  fields["dt"] = int{kDt};
+  fields["step_end"] = int{kStepEnd};
+  fields["status"] = int{kStatus};
+  fields["accept"] = int{kAccept};
+  fields["jumped"] = int{kJumped};
+  fields["last_time"] = int{kLastTime};
+  fields["last_dt"] = int{kLastDt};
+  fields["error_ratio"] = int{kErrorRatio};
+  fields["inverse1"] = int{kInverse1};
+  fields["inverse2"] = int{kInverse2};
+  fields["num_accepted"] = int{kNumAccepted};
+  fields["num_rejected"] = int{kNumRejected};
+  fields["output_begin"] = int{kOutputBegin};
+  fields["output_end"] = int{kOutputEnd};
+  fields["next_stop"] = int{kNextStop};
+  fields["steps_since_output"] = int{kStepsSinceOutput};
+  fields["proposal"] = int{kProposal};
+  m.attr("fields") = fields;
+  m.attr("num_fields") = int{kNumFields};
+  status["running"] = int{kRunning};
+  status["success"] = int{kSuccess};
+  status["underflow"] = int{kUnderflow};
+  status["non_finite"] = int{kNonFinite};
+  status["max_num_steps"] = int{kMaxSteps};
+  m.attr("status") = status;
+  stops["step"] = int{kStopStep};
+  stops["jump"] = int{kStopJump};
+  stops["end"] = int{kStopEnd};
+  m.attr("stops") = stops;
+  m.attr("max_stages") = kMaxStages;
+  m.attr("max_degree") = kMaxDegree;
+}
+
+void add_build(py::module_& m) {
+  m.attr("compiler") = ODENET_COMPILER;
+  m.attr("torch_built_with") = ODENET_TORCH;
+#ifdef ODENET_CUDA
+  m.attr("cuda") = ODENET_CUDA;
+  m.attr("cuda_architectures") = cuda::architectures();
+#else
+  m.attr("cuda") = py::none();
+  m.attr("cuda_architectures") = "";
+#endif
+}
+
+void add_stepper(py::module_& m) {
+  using Weights = std::vector<double>;
+  // Kernels run without the interpreter's lock: other Python threads go on, and an interrupt is taken note of.
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  py::class_<Stepper>(m, "Stepper")
+      .def(py::init([](bool is_double, int32_t device, int64_t rows, std::vector<int64_t> columns, int quadratures,
+                       std::vector<Weights> a, Weights b, Weights c, Weights e, Weights rtol, Weights atol, Weights p, int degree,
+                       Weights controller) {
+             return Stepper({is_double, device, rows, columns, quadratures, a, b, c, e, rtol, atol, p, degree, controller});
+           }),
+           py::kw_only(), py::arg("is_double"), py::arg("device"), py::arg("rows"), py::arg("columns"), py::arg("quadratures"),
+           py::arg("a"), py::arg("b"), py::arg("c"), py::arg("e"), py::arg("rtol"), py::arg("atol"), py::arg("p"),
+           py::arg("degree"), py::arg("controller"))
+      .def("bind_state", &Stepper::bind_state)
+      .def("workspace_size", &Stepper::workspace_size)
+      .def("bind_buffers", &Stepper::bind_buffers)
+      .def("bind_slopes", &Stepper::bind_slopes)
+      .def("stage", &Stepper::stage, unlocked)
+      .def("error", &Stepper::error, unlocked)
+      .def("quadrature", &Stepper::quadrature, unlocked)
+      .def("step_size", &Stepper::step_size, unlocked)
+      .def("first_step", &Stepper::first_step, unlocked)
+      .def("dense_output", &Stepper::dense_output, unlocked)
+      .def("advance", &Stepper::advance, unlocked)
+      .def("swap_accepted", &Stepper::swap_accepted);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  add_layout(m);
+  add_build(m);
+  add_stepper(m);
+}

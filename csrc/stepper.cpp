@@ -1,0 +1,251 @@
+#include "stepper.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "device.h"
+
+namespace odenet {
+
+namespace {
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace
+
+Stepper::Row Stepper::row_of(const std::vector<double>& weights) {
+  Row row;
+  for (size_t j = 0; j < weights.size(); ++j) {
+    if (weights[j] == 0) continue;
+    row.stage.push_back(static_cast<int>(j));
+    row.weight.push_back(weights[j]);
+  }
+  return row;
+}
+
+Stepper::Stepper(StepperSetup setup) : setup_(std::move(setup)) {
+  stages_ = static_cast<int>(setup_.c.size());
+  leaves_ = static_cast<int>(setup_.columns.size());
+  state_leaves_ = leaves_ - setup_.quadratures;
+  check(stages_ >= 1 && stages_ <= kMaxStages, "c must have from 1 to 16 nodes");
+  check(state_leaves_ >= 1, "columns must hold at least one leaf beside the quadratures");
+  check(setup_.rtol.size() == setup_.atol.size() && setup_.rtol.size() <= setup_.columns.size(),
+        "rtol and atol must hold one number for each leaf in the norm");
+  check(setup_.degree >= 1 && setup_.degree <= kMaxDegree && setup_.p.size() == size_t(stages_ * setup_.degree),
+        "p must have shape [stages, degree]");
+  for (const auto& weights : setup_.a) {
+    check(weights.size() <= size_t(stages_), "a must have at most one weight a stage");
+    a_.push_back(row_of(weights));
+  }
+  b_ = row_of(setup_.b);
+  e_ = row_of(setup_.e);
+  check(setup_.b.size() == size_t(stages_) && setup_.e.size() <= size_t(stages_), "b and e must have one weight a stage");
+  check(setup_.controller.size() == kControllerSize || setup_.controller.empty(), "controller must hold the numbers of a Controller");
+  k_.assign(size_t(leaves_) * stages_, 0);
+}
+
+void Stepper::bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs,
+                         Address workspace) {
+  state_ = state;
+  stops_ = stops;
+  num_stops_ = num_stops;
+  t_ = t;
+  num_outputs_ = num_outputs;
+  workspace_ = workspace;
+}
+
+int64_t Stepper::workspace_size() const {
+  int64_t size = 0;
+#ifdef ODENET_CUDA
+  if (setup_.device != kCpu) {
+    for (const int64_t columns : setup_.columns) size = std::max(size, setup_.rows * cuda::error_chunks(columns));
+  }
+#endif
+  return size;
+}
+
+void Stepper::bind_buffers(const Addresses& y0, const Addresses& y, const Addresses& q1, Address times) {
+  check(y0.size() == size_t(leaves_), "y0 must hold one address a leaf");
+  check(y.size() == a_.size() * state_leaves_, "y must hold one address for each stage after the first and leaf");
+  check(q1.size() == size_t(setup_.quadratures), "q1 must hold one address a quadrature");
+  y0_ = y0;
+  y_ = y;
+  q1_ = q1;
+  times_ = times;
+}
+
+void Stepper::bind_slopes(int stage, const Addresses& k) {
+  check(k.empty() || k.size() == size_t(leaves_), "k must hold one address a leaf");
+  for (size_t leaf = 0; leaf < k.size(); ++leaf) {
+    if (k[leaf]) slope(static_cast<int>(leaf), stage) = k[leaf];
+  }
+}
+
+template <class Visit>
+void Stepper::visit_type(const Visit& visit) const {
+  if (setup_.is_double) {
+    visit(double{});
+  } else {
+    visit(float{});
+  }
+}
+
+template <class T>
+void Stepper::combine(Address y, Address y0, int leaf, const Row& row) {
+  Stage<T> s{};
+  s.y = pointer<T>(y);
+  s.y0 = pointer<const T>(y0);
+  s.dt = field(kDt);
+  s.rows = setup_.rows;
+  s.columns = setup_.columns[leaf];
+  s.stages = static_cast<int>(row.stage.size());
+  for (int j = 0; j < s.stages; ++j) {
+    s.k[j] = pointer<const T>(slope(leaf, row.stage[j]));
+    s.a[j] = row.weight[j];
+  }
+  on_device(
+      setup_.device, [&] { cpu::stage(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::stage(s, stream); });
+}
+
+void Stepper::stage(int i, const Addresses& k) {
+  bind_slopes(i - 1, k);
+  check(i >= 1 && i <= static_cast<int>(a_.size()), "i must be a stage after the first");
+  visit_type([&]<class T>(T) {
+    for (int leaf = 0; leaf < state_leaves_; ++leaf) {
+      combine<T>(y_[(i - 1) * state_leaves_ + leaf], y0_[leaf], leaf, a_[i - 1]);
+    }
+  });
+}
+
+void Stepper::quadrature(const Addresses& k) {
+  bind_slopes(stages_ - 1, k);
+  visit_type([&]<class T>(T) {
+    for (int leaf = state_leaves_; leaf < leaves_; ++leaf) combine<T>(q1_[leaf - state_leaves_], y0_[leaf], leaf, b_);
+  });
+}
+
+// Where the leaf is at the end of the step.
+Address Stepper::end_of(int leaf) const {
+  return leaf < state_leaves_ ? y_[(a_.size() - 1) * state_leaves_ + leaf] : q1_[leaf - state_leaves_];
+}
+
+template <class T>
+void Stepper::error_of_leaf(int leaf) {
+  Error<T> s{};
+  s.y0 = pointer<const T>(y0_[leaf]);
+  s.y1 = pointer<const T>(end_of(leaf));
+  s.dt = field(kDt);
+  s.rtol = setup_.rtol[leaf];
+  s.atol = setup_.atol[leaf];
+  s.rows = setup_.rows;
+  s.columns = setup_.columns[leaf];
+  s.stages = static_cast<int>(e_.stage.size());
+  for (int j = 0; j < s.stages; ++j) {
+    s.k[j] = pointer<const T>(slope(leaf, e_.stage[j]));
+    s.e[j] = e_.weight[j];
+  }
+  double* ratio = field(kErrorRatio);
+  on_device(
+      setup_.device, [&] { cpu::error(s, ratio, leaf == 0, parallel_for); },
+      [&](cuda::Stream stream) { return cuda::error(s, ratio, leaf == 0, pointer<double>(workspace_), stream); });
+}
+
+void Stepper::error(const Addresses& k) {
+  quadrature(k);
+  visit_type([&]<class T>(T) {
+    for (int leaf = 0; leaf < static_cast<int>(setup_.rtol.size()); ++leaf) error_of_leaf<T>(leaf);
+  });
+}
+
+StepSize Stepper::step_size_args() const {
+  StepSize s{};
+  s.state = pointer<double>(state_);
+  s.stops = pointer<const double>(stops_);
+  s.t = pointer<const double>(t_);
+  std::copy(setup_.c.begin(), setup_.c.end(), s.c);
+  std::memcpy(&s.controller, setup_.controller.data(), sizeof(Controller));
+  s.rows = setup_.rows;
+  s.num_stops = num_stops_;
+  s.num_outputs = num_outputs_;
+  s.stages = stages_;
+  return s;
+}
+
+void Stepper::step_size() {
+  const StepSize s = step_size_args();
+  visit_type([&]<class R>(R) {
+    R* times = pointer<R>(times_);
+    on_device(
+        setup_.device, [&] { cpu::step_size(s, times, parallel_for); },
+        [&](cuda::Stream stream) { return cuda::step_size(s, times, stream); });
+  });
+}
+
+void Stepper::first_step(Address norms, double size, int phase) {
+  const StepSize s = step_size_args();
+  const FirstStep first{pointer<const double>(norms), size, phase};
+  visit_type([&]<class R>(R) {
+    R* times = pointer<R>(times_);
+    on_device(
+        setup_.device, [&] { cpu::first_step(s, first, times, parallel_for); },
+        [&](cuda::Stream stream) { return cuda::first_step(s, first, times, stream); });
+  });
+}
+
+void Stepper::dense_output(const Addresses& ys) {
+  check(ys.size() == size_t(state_leaves_), "ys must hold one address a leaf");
+  visit_type([&]<class T>(T) {
+    for (int leaf = 0; leaf < state_leaves_; ++leaf) {
+      DenseOutput<T> s{};
+      s.ys = pointer<T>(ys[leaf]);
+      s.y0 = pointer<const T>(y0_[leaf]);
+      s.y1 = pointer<const T>(end_of(leaf));
+      s.state = pointer<const double>(state_);
+      s.t = pointer<const double>(t_);
+      std::copy(setup_.p.begin(), setup_.p.end(), s.p);
+      s.stages = stages_;
+      s.degree = setup_.degree;
+      s.rows = setup_.rows;
+      s.columns = setup_.columns[leaf];
+      for (int j = 0; j < stages_; ++j) s.k[j] = pointer<const T>(slope(leaf, j));
+      on_device(
+          setup_.device, [&] { cpu::dense_output(s, parallel_for); },
+          [&](cuda::Stream stream) { return cuda::dense_output(s, stream); });
+    }
+  });
+}
+
+void Stepper::advance() {
+  visit_type([&]<class T>(T) {
+    for (int leaf = 0; leaf < leaves_; ++leaf) {
+      Advance<T> s{};
+      s.y0 = pointer<T>(y0_[leaf]);
+      s.k0 = pointer<T>(slope(leaf, 0));
+      s.y1 = pointer<const T>(end_of(leaf));
+      s.k1 = pointer<const T>(slope(leaf, stages_ - 1));
+      s.accept = field(kAccept);
+      s.rows = setup_.rows;
+      s.columns = setup_.columns[leaf];
+      on_device(
+          setup_.device, [&] { cpu::advance(s, parallel_for); },
+          [&](cuda::Stream stream) { return cuda::advance(s, stream); });
+    }
+  });
+}
+
+void Stepper::swap_accepted() {
+  for (int leaf = 0; leaf < leaves_; ++leaf) {
+    std::swap(y0_[leaf], leaf < state_leaves_ ? y_[(a_.size() - 1) * state_leaves_ + leaf] : q1_[leaf - state_leaves_]);
+    slope(leaf, 0) = slope(leaf, stages_ - 1);
+  }
+}
+
+}  // namespace odenet

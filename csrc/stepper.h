@@ -1,0 +1,80 @@
+// The kernels of a step loop with their arguments bound once: one method per op, the same nouns, the same launchers.
+//
+// A call of an op through torch costs some 5 us before the kernel runs, a call here 0.3: at small states that is the solver.
+// The caller owns all memory and keeps it alive; addresses are checked where they are bound, not at every step.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "launch.h"
+
+namespace odenet {
+
+using Address = std::uintptr_t;
+using Addresses = std::vector<Address>;
+
+struct StepperSetup {
+  bool is_double;             // the state's type
+  int32_t device;             // CUDA device, or kCpu
+  int64_t rows;
+  std::vector<int64_t> columns;  // of each leaf; the last `quadratures` leaves have slopes but no stages
+  int quadratures;
+  std::vector<std::vector<double>> a;  // rows of all stages after the first; the last is y1
+  std::vector<double> b, c, e;
+  std::vector<double> rtol, atol;  // one a leaf that counts in the error norm
+  std::vector<double> p;           // [stages, degree]
+  int degree;
+  std::vector<double> controller;
+};
+
+class Stepper {
+ public:
+  explicit Stepper(StepperSetup setup);
+
+  // Solver state [kNumFields, rows], stops [2, num_stops], output times [num_outputs].
+  // workspace: float64 [workspace_size()].
+  void bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs, Address workspace);
+  int64_t workspace_size() const;
+  // y0: [leaves]; y: stage-major, [stages - 1, leaves without quadratures]; q1: [quadratures]; times: [stages, rows].
+  void bind_buffers(const Addresses& y0, const Addresses& y, const Addresses& q1, Address times);
+  void bind_slopes(int stage, const Addresses& k);  // [leaves]; 0 keeps what was there
+
+  void stage(int i, const Addresses& k);  // k: the slopes of stage i - 1; then Y_i
+  void error(const Addresses& k);         // k: the slopes of the last stage; then the quadratures' ends and the error ratio
+  void quadrature(const Addresses& k);    // the same without the error
+  void step_size();
+  void first_step(Address norms, double size, int phase);
+  void dense_output(const Addresses& ys);
+  void advance();       // rows move on where their step was accepted
+  void swap_accepted();  // the one step was accepted: y1 becomes y0 without a copy
+
+ private:
+  struct Row {  // a linear combination without its zeros
+    std::vector<int> stage;
+    std::vector<double> weight;
+  };
+  static Row row_of(const std::vector<double>& weights);
+  template <class T>
+  void combine(Address y, Address y0, int leaf, const Row& row);
+  template <class T>
+  void error_of_leaf(int leaf);
+  StepSize step_size_args() const;
+  template <class Visit>
+  void visit_type(const Visit& visit) const;
+  double* field(Field name) const { return reinterpret_cast<double*>(state_) + name * setup_.rows; }
+  Address& slope(int leaf, int stage) { return k_[leaf * stages_ + stage]; }
+  Address end_of(int leaf) const;
+
+  StepperSetup setup_;
+  int stages_, leaves_, state_leaves_;
+  std::vector<Row> a_;
+  Row b_, e_;
+  Address state_ = 0, stops_ = 0, t_ = 0, times_ = 0, workspace_ = 0;
+  int64_t num_stops_ = 0, num_outputs_ = 0;
+  Addresses y0_, y_, q1_, k_;
+};
+
+}  // namespace odenet

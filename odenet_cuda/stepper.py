@@ -1,0 +1,114 @@
+"""Stepper: the kernels of one step loop with their arguments bound once, over tensors.
+
+The ops in `ops` check and unpack their arguments at every call, which costs more than a small kernel; here that is done when
+buffers are bound. The same launchers run underneath, in the same order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .problem import Problem
+from .tableau import ButcherTableau
+
+
+class Stepper:
+    """Buffers of a solve and the kernels on them. Every tensor bound is kept alive here until another takes its place.
+
+    y0: state at the start of the step, [leaves]. y: [stages][leaves], y[0] the leaves of y0 that have stages, y[-1] the end of
+    the step. q1: ends of the quadratures. k: slopes, [stages][leaves]. times: [stages, rows], with `views` as func sees them.
+    rows_a: rows of the tableau after the first, the last of them y1.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        tableau: ButcherTableau,
+        rows_a: Sequence[Sequence[float]],
+        controller: Sequence[float] = (),
+        norm_leaves: int | None = None,
+    ):
+        self.problem, self.tableau = problem, tableau
+        self.n = len(problem.leaves) - problem.quadratures
+        device, rows, leaves = problem.device, problem.rows, problem.leaves
+        counted = len(leaves) if norm_leaves is None else norm_leaves
+        self.kernels = _C.Stepper(
+            is_double=leaves[0].dtype == torch.float64,
+            device=-1 if device.type == "cpu" else (device.index or 0),
+            rows=rows,
+            columns=[leaf.numel() // max(rows, 1) for leaf in leaves],
+            quadratures=problem.quadratures,
+            a=[list(row) for row in rows_a],
+            b=list(tableau.b),
+            c=list(tableau.c),
+            e=list(tableau.e),
+            rtol=[tol if isinstance(tol, float) else 0.0 for tol in problem.rtol[:counted]],
+            atol=[tol if isinstance(tol, float) else 0.0 for tol in problem.atol[:counted]],
+            p=[coefficient for row in tableau.p for coefficient in row],
+            degree=len(tableau.p[0]),
+            controller=list(controller),
+        )
+        self.points = len(rows_a)
+        self.y0 = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
+        self.k: list[list[Tensor | None]] = [[] for _ in range(tableau.stages)]
+        self.times = torch.empty(tableau.stages, rows, dtype=problem.real, device=device)
+        self.views = problem.time_views(self.times)
+        self.q1 = [torch.empty_like(leaf) for leaf in self.y0[self.n :]]
+        self.new_stages()
+
+    def bind_state(self, state: Tensor, stops: Tensor, t: Tensor) -> None:
+        workspace = self.kernels.workspace_size()
+        self._state = (state, stops, t, state.new_empty(workspace) if workspace else None)
+        address = self._state[3].data_ptr() if workspace else 0
+        self.kernels.bind_state(state.data_ptr(), stops.data_ptr(), stops.shape[1], t.data_ptr(), len(t), address)
+
+    def new_stages(self) -> None:
+        """New buffers for the stages: those before are kept by whoever recorded them."""
+        self.y = [self.y0[: self.n], *([torch.empty_like(leaf) for leaf in self.y0[: self.n]] for _ in range(self.points))]
+        self.bind()
+
+    def new_times(self) -> None:
+        self.times = torch.empty_like(self.times)
+        self.views = self.problem.time_views(self.times)
+
+    def bind(self) -> None:
+        self.kernels.bind_buffers(
+            [leaf.data_ptr() for leaf in self.y0],
+            [leaf.data_ptr() for y in self.y[1:] for leaf in y],
+            [leaf.data_ptr() for leaf in self.q1],
+            self.times.data_ptr(),
+        )
+        self.owned = {leaf.data_ptr() for y in (*self.y[1:], self.y0) for leaf in y}
+
+    def addresses(self, i: int) -> list[int]:
+        return [0 if slope is None else slope.data_ptr() for slope in self.k[i]]
+
+    def set_slopes(self, i: int, k: list[Tensor | None], copy_own: bool) -> list[int]:
+        """Keeps the slopes of stage i and gives their addresses.
+
+        copy_own: copy a slope that lies in a buffer of the solver (func returned its argument), which is written again.
+        """
+        addresses = []
+        for leaf, slope in enumerate(k):
+            if slope is None:
+                addresses.append(0)
+                continue
+            if not slope.is_contiguous():
+                k[leaf] = slope = slope.contiguous()
+            address = slope.data_ptr()
+            if copy_own and address in self.owned:
+                k[leaf] = slope = slope.clone()
+                address = slope.data_ptr()
+            addresses.append(address)
+        self.k[i] = k
+        return addresses
+
+    def swap_accepted(self) -> None:
+        """The step was accepted: its end is the start of the next, and its last slope the first."""
+        self.kernels.swap_accepted()
+        end = self.y[-1]
+        self.y[-1], self.y0[: self.n], self.q1, self.y0[self.n :] = self.y0[: self.n], end, self.y0[self.n :], self.q1
+        self.y[0] = self.y0[: self.n]
+        self.k[0] = self.k[-1]
