@@ -73,6 +73,7 @@ void add_stepper(py::module_& m) {
            py::arg("a"), py::arg("b"), py::arg("c"), py::arg("e"), py::arg("rtol"), py::arg("atol"), py::arg("p"),
            py::arg("degree"), py::arg("controller"))
       .def("bind_state", &Stepper::bind_state)
+      .def("bind_dt", &Stepper::bind_dt)
       .def("workspace_size", &Stepper::workspace_size)
       .def("bind_buffers", &Stepper::bind_buffers)
       .def("bind_slopes", &Stepper::bind_slopes)
@@ -83,7 +84,7 @@ void add_stepper(py::module_& m) {
       .def("first_step", &Stepper::first_step, unlocked)
       .def("dense_output", &Stepper::dense_output, unlocked)
       .def("advance", &Stepper::advance, unlocked)
-      .def("swap_accepted", &Stepper::swap_accepted);
+      .def("swap_ends", &Stepper::swap_ends);
 }
 
 }  // namespace

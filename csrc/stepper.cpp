@@ -55,12 +55,15 @@ Stepper::Stepper(StepperSetup setup) : setup_(std::move(setup)) {
 void Stepper::bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs,
                          Address workspace) {
   state_ = state;
+  dt_ = reinterpret_cast<Address>(field(kDt));
   stops_ = stops;
   num_stops_ = num_stops;
   t_ = t;
   num_outputs_ = num_outputs;
   workspace_ = workspace;
 }
+
+void Stepper::bind_dt(Address dt) { dt_ = dt; }
 
 int64_t Stepper::workspace_size() const {
   int64_t size = 0;
@@ -103,7 +106,7 @@ void Stepper::combine(Address y, Address y0, int leaf, const Row& row) {
   Stage<T> s{};
   s.y = pointer<T>(y);
   s.y0 = pointer<const T>(y0);
-  s.dt = field(kDt);
+  s.dt = pointer<const double>(dt_);
   s.rows = setup_.rows;
   s.columns = setup_.columns[leaf];
   s.stages = static_cast<int>(row.stage.size());
@@ -142,7 +145,7 @@ void Stepper::error_of_leaf(int leaf) {
   Error<T> s{};
   s.y0 = pointer<const T>(y0_[leaf]);
   s.y1 = pointer<const T>(end_of(leaf));
-  s.dt = field(kDt);
+  s.dt = pointer<const double>(dt_);
   s.rtol = setup_.rtol[leaf];
   s.atol = setup_.atol[leaf];
   s.rows = setup_.rows;
@@ -241,10 +244,9 @@ void Stepper::advance() {
   });
 }
 
-void Stepper::swap_accepted() {
+void Stepper::swap_ends() {
   for (int leaf = 0; leaf < leaves_; ++leaf) {
     std::swap(y0_[leaf], leaf < state_leaves_ ? y_[(a_.size() - 1) * state_leaves_ + leaf] : q1_[leaf - state_leaves_]);
-    slope(leaf, 0) = slope(leaf, stages_ - 1);
   }
 }
 

@@ -38,6 +38,7 @@ class Stepper {
   // workspace: float64 [workspace_size()].
   void bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs, Address workspace);
   int64_t workspace_size() const;
+  void bind_dt(Address dt);  // [rows]; that of the solver state unless bound
   // y0: [leaves]; y: stage-major, [stages - 1, leaves without quadratures]; q1: [quadratures]; times: [stages, rows].
   void bind_buffers(const Addresses& y0, const Addresses& y, const Addresses& q1, Address times);
   void bind_slopes(int stage, const Addresses& k);  // [leaves]; 0 keeps what was there
@@ -49,7 +50,7 @@ class Stepper {
   void first_step(Address norms, double size, int phase);
   void dense_output(const Addresses& ys);
   void advance();       // rows move on where their step was accepted
-  void swap_accepted();  // the one step was accepted: y1 becomes y0 without a copy
+  void swap_ends();     // y1 becomes y0 without a copy
 
  private:
   struct Row {  // a linear combination without its zeros
@@ -72,7 +73,7 @@ class Stepper {
   int stages_, leaves_, state_leaves_;
   std::vector<Row> a_;
   Row b_, e_;
-  Address state_ = 0, stops_ = 0, t_ = 0, times_ = 0, workspace_ = 0;
+  Address state_ = 0, dt_ = 0, stops_ = 0, t_ = 0, times_ = 0, workspace_ = 0;
   int64_t num_stops_ = 0, num_outputs_ = 0;
   Addresses y0_, y_, q1_, k_;
 };

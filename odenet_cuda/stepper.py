@@ -107,8 +107,14 @@ class Stepper:
 
     def swap_accepted(self) -> None:
         """The step was accepted: its end is the start of the next, and its last slope the first."""
-        self.kernels.swap_accepted()
-        end = self.y[-1]
-        self.y[-1], self.y0[: self.n], self.q1, self.y0[self.n :] = self.y0[: self.n], end, self.y0[self.n :], self.q1
-        self.y[0] = self.y0[: self.n]
+        self.swap_ends()
+        self.kernels.bind_slopes(0, self.addresses(-1))
         self.k[0] = self.k[-1]
+
+    def swap_ends(self) -> None:
+        """The end of the step is the start of the next; the buffer of its start will take the next end."""
+        self.kernels.swap_ends()
+        end, q1 = self.y[-1], self.q1
+        self.y[-1], self.q1 = self.y0[: self.n], self.y0[self.n :]
+        self.y0 = [*end, *q1]
+        self.y[0] = end

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import formulas
+from .. import formulas, ops
 from ..ops import FIELDS, STOPS
 from ..problem import Problem
 from ..step_control import RUNNING, StepControl, initial_state
@@ -144,10 +144,8 @@ class AdaptiveSolver:
             stepper.kernels.first_step(norms.data_ptr(), self.first_step, 1)
             return
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 0)
-        y1 = [
-            formulas.stage(leaf, [slope], [1.0], self._per_row(self.dt, leaf))
-            for leaf, slope in zip(stepper.y0[: stepper.n], k0, strict=False)
-        ]
+        y1 = [torch.empty_like(leaf) for leaf in stepper.y0[: stepper.n]]
+        ops.stage(y1, stepper.y0[: stepper.n], k0[: stepper.n], [1.0], self.dt)
         k1 = problem.field(problem.time_views(self.state[FIELDS["step_end"]].to(problem.real)[None])[0], y1, 0)
         self._norm(stepper.y0, stepper.y0, [k0, k1], [-1.0, 1.0], one, norms[2])
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 1)
@@ -167,8 +165,13 @@ class AdaptiveSolver:
     def _norm(
         self, y0: list[Tensor], y1: list[Tensor], k: Sequence[Sequence[Tensor]], e: Sequence[float], dt: Tensor, out: Tensor
     ) -> None:
-        """out [rows] = norm of dt sum_j e_j k_j, scaled by the tolerances; k: [stages][leaves]. In plain torch."""
+        """out [rows] = norm of dt sum_j e_j k_j, scaled by the tolerances; k: [stages][leaves]."""
         problem = self.problem
+        if problem.fused_error:
+            n = self.in_norm
+            slopes = [of_stage[leaf] for leaf in range(n) for of_stage in k]
+            ops.error(out, y0[:n], y1[:n], slopes, e, dt, problem.rtol[:n], problem.atol[:n])
+            return
         scaled = []
         for leaf in range(self.in_norm):
             start, end = y0[leaf], y1[leaf]

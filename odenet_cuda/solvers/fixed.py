@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import formulas, ops
 from ..problem import Problem
 from ..solution import DenseStep
+from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .trajectory import Evaluation, Recorder, Step, Trajectory
 
@@ -54,101 +55,89 @@ class FixedSolver:
         self.problem, self.tableau, self.nodes, self.moves_with = problem, tableau, nodes, moves_with
         self.perturb, self.recorder = perturb, recorder
         self.callback = (callbacks or {}).get("callback_step")
-        self.state_leaves = len(problem.leaves) - problem.quadratures
         # Rows of the stages after the first, the last of them y1.
         self.rows = tableau.a[1:] if tableau.fsal else (*tableau.a[1:], tableau.b)
-
-    def _evaluate(self, i: int, t: Tensor, y: list[Tensor]):
-        """(slopes, what the recorder keeps)"""
-        if self.recorder is not None:
-            evaluation = self.recorder.evaluate(self.problem.field, t, y)
-            return evaluation.slopes, evaluation
-        return self.problem.field(t, y, i), None
+        self.stepper = Stepper(problem, tableau, self.rows)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
-        problem, tableau, n = self.problem, self.tableau, self.state_leaves
-        device, nodes, t = problem.device, self.nodes, problem.t
-        dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=device)
-        times = torch.from_numpy(stage_times(nodes, tableau, problem.real, self.perturb)).to(device)
-        y0 = [leaf.contiguous() for leaf in problem.leaves]
-        ys = [leaf.new_empty(len(t), *leaf.shape) for leaf in y0[:n]]
-        for out, leaf in zip(ys, y0, strict=False):
+        problem, stepper, kernels, recording = self.problem, self.stepper, self.stepper.kernels, self.recorder is not None
+        nodes, t, stages, fsal = self.nodes, problem.t, self.tableau.stages, self.tableau.fsal and not self.perturb
+        dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=problem.device)
+        times = torch.from_numpy(stage_times(nodes, self.tableau, problem.real, self.perturb)).to(problem.device)
+        ys = [leaf.new_empty(len(t), *leaf.shape) for leaf in stepper.y0[: stepper.n]]
+        for out, leaf in zip(ys, stepper.y0, strict=False):
             out[0] = leaf
-        output, last_k = 1, None
-        stages = tableau.stages
+        output, last_step, last_slope = 1, len(nodes) - 2, None
         for step, (t0, t1) in enumerate(zip(nodes[:-1], nodes[1:], strict=True)):
-            dt, stage_t = dts[step : step + 1], times[step].unbind(0)
+            kernels.bind_dt(dts.data_ptr() + 8 * step)
+            views = times[step].unbind(0)
             if self.callback is not None:
-                self.callback(dts.new_tensor(t0), [leaf.clone() for leaf in y0], dts.new_tensor(abs(t1 - t0)))
+                self.callback(dts.new_tensor(t0), [leaf.clone() for leaf in stepper.y0], dts.new_tensor(abs(t1 - t0)))
+            if recording:
+                stepper.new_stages()
             first = output
             while output < len(t) and problem.direction * (t1 - t[output]) >= 0:
                 output += 1
-            landed = output - 1 if output > first and t[output - 1] == t1 else None
-            # The end of the step is written into the output that it is, unless a graph will hold it: outputs share a version.
-            write_there = landed is not None and self.recorder is None
             inside = [(index, (t[index] - t0) / (t1 - t0)) for index in range(first, output) if t[index] != t1]
-            slots: list[Tensor] = [y0[0]] * (stages * len(y0))
-            evaluations = []
-            if last_k is not None and not self.perturb:
-                k = last_k
-            else:
-                k, started = (start.slopes, start) if start is not None else self._evaluate(0, stage_t[0], y0[:n])
-                if self.recorder is not None:
-                    self.recorder.start(started, self.moves_with[step])
-            self._keep(slots, 0, k)
-            start = last_k = None
-            for i, row in enumerate(self.rows, start=1):
-                last = i == len(self.rows)
-                y = [out[landed] for out in ys] if last and write_there else [torch.empty_like(leaf) for leaf in y0[:n]]
-                ops.stage(y, y0[:n], slots[: n * stages], row, dt)
-                evaluation = None
-                needed = i < len(self.rows) or inside or step + 2 < len(nodes)
-                if i < stages and (needed or self.recorder is not None and self.recorder.dense):
-                    k, evaluation = self._evaluate(i, stage_t[i], y)
-                    self._keep(slots, i, k)
-                    last_k = k if i + 1 == stages and tableau.fsal else None
-                evaluations.append(evaluation)
-            for index, theta in inside:
-                weights = formulas.interpolant_weights(tableau, theta)
-                ops.stage([out[index] for out in ys], y0[:n], slots[: n * stages], weights, dt)
-            quadrature = [torch.empty_like(leaf) for leaf in y0[n:]]
-            if quadrature:
-                ops.stage(quadrature, y0[n:], slots[n * stages :], tableau.b, dt)
-            if landed is not None and not write_there:
-                for out, leaf in zip(ys, y, strict=True):
+            if last_slope is None:
+                first_slope = start or self._evaluate(0, views[0], stepper.y0[: stepper.n])
+                start = None
+                if recording:
+                    self.recorder.start(first_slope, self.moves_with[step])
+                last_slope = first_slope.k
+            kernels.bind_slopes(0, stepper.set_slopes(0, last_slope, not recording))
+            last_slope = None
+            evaluations: list[Evaluation | None] = []
+            addresses: list[int] = []
+            for i in range(1, len(self.rows) + 1):
+                kernels.stage(i, addresses)
+                # The slope at the end of the step serves the next step and outputs inside this one.
+                if i < stages and (i < len(self.rows) or inside or step < last_step or recording):
+                    evaluations.append(self._evaluate(i, views[i], stepper.y[i]))
+                    addresses = stepper.set_slopes(i, evaluations[-1].k, not recording)
+                    last_slope = stepper.k[i] if fsal and i == stages - 1 else None
+                else:
+                    evaluations.append(None)
+            kernels.quadrature(addresses if len(self.rows) < stages else [])
+            self._write_outputs(ys, inside, dts[step : step + 1])
+            landed = output - 1 if output > first and t[output - 1] == t1 else None
+            if landed is not None:
+                for out, leaf in zip(ys, stepper.y[-1], strict=True):
                     out[landed] = leaf
-            if self.recorder is not None:
-                outputs = inside if landed is None else [*inside, (landed, 1.0)]
-                self._record(step, evaluations, slots, y0, dt, outputs)
-            y0 = [*y, *quadrature]
-        return Trajectory(ys=ys, last=y0, state=None)
+            if recording:
+                self._record(step, evaluations, dts[step : step + 1], inside if landed is None else [*inside, (landed, 1.0)])
+            stepper.swap_ends()
+        return Trajectory(ys=ys, last=stepper.y0, state=None)
 
-    def _keep(self, slots: list[Tensor], i: int, k: list[Tensor | None]) -> None:
-        for leaf, slope in enumerate(k):
-            if slope is None:
-                continue
-            slots[leaf * self.tableau.stages + i] = slope
+    def _evaluate(self, i: int, t: Tensor, y: list[Tensor]) -> Evaluation:
+        if self.recorder is not None:
+            return self.recorder.evaluate(self.problem.field, t, y)
+        return Evaluation(t, y, self.problem.field(t, y, i))
 
-    def _record(self, step, evaluations, slots, y0, dt, outputs) -> None:
-        stages = self.tableau.stages
-        recorder = self.recorder
-        t0, t1 = self.nodes[step], self.nodes[step + 1]
-        k = [slots[leaf * stages : (leaf + 1) * stages] for leaf in range(len(y0))]
+    def _slopes(self) -> list[list[Tensor]]:
+        """[leaves][stages], without graphs; a stage that was not evaluated has none and no weight."""
+        stepper = self.stepper
+        return [[of_stage[leaf].detach() for of_stage in stepper.k if of_stage] for leaf in range(len(stepper.y0))]
+
+    def _write_outputs(self, ys: list[Tensor], inside: list[tuple[int, float]], dt: Tensor) -> None:
+        if not inside:
+            return
+        y0, slopes = self.stepper.y0[: self.stepper.n], self._slopes()[: self.stepper.n]
+        flat = [slope for of_leaf in slopes for slope in of_leaf]
+        for index, theta in inside:
+            ops.stage([out[index] for out in ys], y0, flat, formulas.interpolant_weights(self.tableau, theta), dt)
+
+    def _record(
+        self, step: int, evaluations: list[Evaluation | None], dt: Tensor, outputs: list[tuple[int, float]]
+    ) -> None:
+        recorder, y0, k = self.recorder, list(self.stepper.y0), self._slopes()
         if recorder.dense:
-            recorder.dense_steps.append(DenseStep(dt.new_tensor([t0]), dt.new_tensor([t1]), y0, k, None))
+            t0, t1 = (dt.new_tensor([node]) for node in self.nodes[step : step + 2])
+            recorder.dense_steps.append(DenseStep(t0, t1, y0, k, None))
         if recorder.graphs:
-            ends = tuple(None if i is None else (i, None) for i in self.moves_with[step : step + 2])
+            ends = [None if index is None else (index, None) for index in self.moves_with[step : step + 2]]
+            marked = [(index, theta, None) for index, theta in outputs]
             recorder.tape.append(
-                Step(
-                    tableau=self.tableau,
-                    a=self.rows,
-                    evaluations=evaluations,
-                    dt=dt,
-                    accept=None,
-                    outputs=[(index, theta, None) for index, theta in outputs],
-                    y0=y0,
-                    k=k,
-                    ends=ends,
-                )
+                Step(self.tableau, self.rows, evaluations, dt, None, marked, y0, k, (ends[0], ends[1]))
             )
