@@ -1,0 +1,311 @@
+"""Solver time a step and in total, forwards and backwards, beside torchdiffeq in the same run.
+
+    python benchmarks/bench_odeint.py [small] [convolution] [rows] [memory] [--json FILE] [--runs N]
+
+Solver time is the total minus what func and its vector-Jacobian products take, counted in the same run. Where torchdiffeq's
+backward pass is one walk of autograd through everything (its direct gradient), the products are measured alone and taken off.
+Each comparison is verified first: both results against a reference, at the same tolerance.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from measure import Samples, TimedField, interleave, print_machine, print_table, save, timed_products
+from torch import nn
+
+import odenet_cuda
+
+try:
+    import torchdiffeq
+except ImportError:
+    raise SystemExit("this benchmark compares with torchdiffeq: pip install 'odenet-cuda[bench]'") from None
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int = 8, hidden: int = 32):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width))
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.net(y)
+
+
+class TimeConvolution(nn.Module):
+    """A convolution that sees the time as one more channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.convolution = nn.Conv2d(channels + 1, channels, 3, padding=1)
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.convolution(torch.cat([torch.ones_like(y[:, :1]) * t, y], 1))
+
+
+class ConvolutionField(nn.Module):
+    """The field of torchdiffeq's MNIST example: two convolutions between group normalisations."""
+
+    def __init__(self, channels: int = 64):
+        super().__init__()
+        groups = min(32, channels)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, channels), TimeConvolution(channels)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, channels), TimeConvolution(channels)
+        self.norm3 = nn.GroupNorm(groups, channels)
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(t, torch.relu(self.norm1(y)))
+        return self.norm3(self.conv2(t, torch.relu(self.norm2(y))))
+
+
+def product_seconds(field: nn.Module, y: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Median seconds of func with gradients on, and of its vector-Jacobian product with parameters, alone."""
+    forward, product = Samples(), Samples()
+    t = torch.tensor(0.5)
+    for _ in range(repeats):
+        x = y.detach().requires_grad_()
+        begin = time.perf_counter()
+        k = field(t, x)
+        middle = time.perf_counter()
+        torch.autograd.grad(k, [x, *field.parameters()], torch.ones_like(k))
+        forward.add(s=middle - begin)
+        product.add(s=time.perf_counter() - middle)
+    return forward.median("s"), product.median("s")
+
+
+def forward_case(module: Any, field: TimedField, y0: torch.Tensor, t: torch.Tensor, tol: float):
+    def run() -> dict[str, float]:
+        field.clock.reset()
+        with torch.no_grad():
+            begin = time.perf_counter()
+            module.odeint(field, y0, t, rtol=tol, atol=tol)
+            total = time.perf_counter() - begin
+        return {"total": total, "func": field.clock.seconds, "solver": total - field.clock.seconds, "nfe": field.clock.calls}
+
+    return run
+
+
+def adjoint_case(module: Any, field: TimedField, y0: torch.Tensor, t: torch.Tensor, tol: float):
+    def run() -> dict[str, float]:
+        y = y0.clone().requires_grad_()
+        ys = module.odeint_adjoint(field, y, t, rtol=tol, atol=tol)
+        loss = ys[-1].square().sum()
+        field.clock.reset()
+        with timed_products() as products:
+            begin = time.perf_counter()
+            loss.backward()
+            total = time.perf_counter() - begin
+        inside = field.clock.seconds + products.seconds
+        return {"total": total, "func": inside, "solver": total - inside, "nfe": field.clock.calls}
+
+    return run
+
+
+def direct_case(module: Any, field: TimedField, y0: torch.Tensor, t: torch.Tensor, tol: float, product: float):
+    def run() -> dict[str, float]:
+        y = y0.clone().requires_grad_()
+        field.clock.reset()
+        begin = time.perf_counter()
+        module.odeint(field, y, t, rtol=tol, atol=tol)[-1].square().sum().backward()
+        total = time.perf_counter() - begin
+        inside = field.clock.seconds + field.clock.calls * product
+        return {"total": total, "func": inside, "solver": total - inside, "nfe": field.clock.calls}
+
+    return run
+
+
+def training_case(module: Any, interface: str, field: TimedField, y0: torch.Tensor, t: torch.Tensor, tol: float):
+    solve = getattr(module, interface)
+
+    def run() -> dict[str, float]:
+        y = y0.clone().requires_grad_()
+        field.clock.reset()
+        with timed_products() as products:
+            begin = time.perf_counter()
+            solve(field, y, t, rtol=tol, atol=tol)[-1].square().sum().backward()
+            total = time.perf_counter() - begin
+        inside = field.clock.seconds + products.seconds
+        return {"total": total, "func": inside, "solver": total - inside, "nfe": field.clock.calls}
+
+    return run
+
+
+def compare(title: str, cases: dict[str, Any], steps: float, runs: int, unit: float = 1e6) -> dict[str, Any]:
+    """Runs ours and theirs in turn; the ratio of solver time a step is what the small-state promise is about."""
+    samples = interleave(cases, runs)
+    rows = []
+    for name, sample in samples.items():
+        rows.append(
+            {
+                "": name,
+                "total ms": sample.median("total") * 1e3,
+                "func ms": sample.median("func") * 1e3,
+                "solver us/step": sample.median("solver") / steps * unit,
+                "nfe": int(sample.median("nfe")),
+            }
+        )
+    ours, theirs = samples["odenet_cuda"], samples["torchdiffeq"]
+    ratios = {key: theirs.median(key) / ours.median(key) for key in ("total", "solver")}
+    share = ours.median("solver") / ours.median("total")
+    print_table(title, rows)
+    print(f"torchdiffeq / odenet_cuda: total {ratios['total']:.2f}, solver {ratios['solver']:.2f}; our solver's share {share:.1%}")
+    return {"ratio": ratios, "share": share, "steps": steps, **{name: sample.summary() for name, sample in samples.items()}}
+
+
+def verify(field: nn.Module, y0: torch.Tensor, t: torch.Tensor, tol: float, factor: float) -> None:
+    with torch.no_grad():
+        reference = odenet_cuda.odeint(field, y0, t, method="dopri8", rtol=tol * 1e-2, atol=tol * 1e-2)[-1]
+        for module in (odenet_cuda, torchdiffeq):
+            error = (module.odeint(field, y0, t, rtol=tol, atol=tol)[-1] - reference).abs().max()
+            assert error < factor * tol * (1 + reference.abs().max()), f"{module.__name__} errs by {error}"
+
+
+def bench_small(runs: int) -> dict[str, Any]:
+    """64 x 8, a small MLP, float32, one thread, joint dopri5."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    field = TimedField(MLP())
+    y0, tol = torch.randn(64, 8), 1e-5
+    results = {}
+    for end in (10.0, 100.0):
+        t = torch.tensor([0.0, end])
+        verify(field, y0, t, tol, 1e3)
+        with torch.no_grad():
+            stats = odenet_cuda.solve(field, y0, t, rtol=tol, atol=tol).stats
+        steps = stats.num_accepted + stats.num_rejected
+        modules = {"odenet_cuda": odenet_cuda, "torchdiffeq": torchdiffeq}
+        _, product = product_seconds(field, y0, 200)
+        title = f"64 x 8, MLP 8-32-8, float32, one thread, {steps} steps of joint dopri5"
+        results[f"forward_{steps}"] = compare(
+            f"{title}: forward, no_grad", {n: forward_case(m, field, y0, t, tol) for n, m in modules.items()}, steps, runs
+        )
+        results[f"adjoint_{steps}"] = compare(
+            f"{title}: backward by the adjoint", {n: adjoint_case(m, field, y0, t, tol) for n, m in modules.items()}, steps, runs
+        )
+        results[f"direct_{steps}"] = compare(
+            f"{title}: forward and backward, direct",
+            {n: direct_case(m, field, y0, t, tol, product) for n, m in modules.items()},
+            steps,
+            runs,
+        )
+    return results
+
+
+def bench_convolution(runs: int) -> dict[str, Any]:
+    """The ODE-Net block of torchdiffeq's MNIST example: 64 channels, 6 x 6, batch 128, tolerance 1e-3."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    field = TimedField(ConvolutionField())
+    y0, t, tol = torch.randn(128, 64, 6, 6), torch.tensor([0.0, 1.0]), 1e-3
+    verify(field, y0, t, tol, 1e2)
+    with torch.no_grad():
+        stats = odenet_cuda.solve(field, y0, t, rtol=tol, atol=tol).stats
+    steps = stats.num_accepted + stats.num_rejected
+    modules = {"odenet_cuda": odenet_cuda, "torchdiffeq": torchdiffeq}
+    title = f"convolution block 64 x 6 x 6, batch 128, float32, two threads, {steps} steps"
+    results = {
+        "forward": compare(f"{title}: forward", {n: forward_case(m, field, y0, t, tol) for n, m in modules.items()}, steps, runs)
+    }
+    for name, interface in (("adjoint", "odeint_adjoint"), ("direct", "odeint")):
+        results[name] = compare(
+            f"{title}: forward and backward, {name}"
+            + (" (func: without torchdiffeq's products, which autograd runs)" if name == "direct" else ""),
+            {n: training_case(m, interface, field, y0, t, tol) for n, m in modules.items()},
+            steps,
+            runs,
+        )
+    return results
+
+
+def bench_rows(runs: int) -> dict[str, Any]:
+    """Van der Pol, 256 rows, mu from 0.1 to 20, tolerance 1e-6, t from 0 to 10: joint against per-sample step control."""
+    torch.set_num_threads(1)
+    mu = torch.linspace(0.1, 20, 256, dtype=torch.float64)[:, None]
+
+    def field(t: torch.Tensor, y: torch.Tensor, mu: torch.Tensor = mu) -> torch.Tensor:
+        x, v = y[:, :1], y[:, 1:]
+        return torch.cat([v, mu * (1 - x * x) * v - x], 1)
+
+    y0 = torch.tensor([[2.0, 0.0]], dtype=torch.float64).repeat(256, 1)
+    arguments = {"rtol": 1e-6, "atol": 1e-6}
+    samples, rows = Samples(), []
+    with torch.no_grad():
+        for _ in range(max(3, runs // 4)):
+            for control in ("joint", "per_sample"):
+                begin = time.perf_counter()
+                solution = odenet_cuda.solve(field, y0, [0.0, 10.0], step_control=control, **arguments)
+                samples.add(**{control: time.perf_counter() - begin})
+                if control == "joint":
+                    joint = solution
+        alone = []
+        identical = True
+        for row in range(0, 256, 5):
+            single = odenet_cuda.solve(
+                lambda t, y, row=row: field(t, y, mu[row : row + 1]), y0[row : row + 1], [0.0, 10.0], step_control="per_sample", **arguments
+            )
+            alone.append(int(single.stats.num_accepted + single.stats.num_rejected))
+            identical &= bool(torch.equal(single.ys[-1, 0], solution.ys[-1, row]))
+    per_row = (solution.stats.num_accepted + solution.stats.num_rejected)[::5].double()
+    difference = ((per_row - torch.tensor(alone)).abs() / torch.tensor(alone)).max().item()
+    total = solution.stats.num_accepted + solution.stats.num_rejected
+    rows.append({"": "joint", "steps": joint.stats.num_accepted + joint.stats.num_rejected, "s": samples.median("joint")})
+    rows.append({"": "per sample, longest row", "steps": int(total.max()), "s": samples.median("per_sample")})
+    rows.append({"": "per sample, mean", "steps": float(total.double().mean())})
+    rows.append({"": "each row alone, mean", "steps": sum(alone) / len(alone)})
+    print_table("van der Pol, 256 rows, mu 0.1 to 20, 1e-6, t 0 to 10", rows)
+    print(f"steps of a row against the row alone: at most {difference:.1%} apart; every fifth row's result alone is the same to the bit: {identical}")
+    return {"rows": rows, "difference": difference, "identical": identical}
+
+
+def bench_memory(runs: int) -> dict[str, Any]:
+    """Live storage of a training step as the number of steps grows, counted in a child process with forced steps."""
+    import subprocess
+    import sys
+
+    rows, results = [], {}
+    for gradient in ("adjoint", "direct"):
+        for steps in (8, 32, 128):
+            output = subprocess.run(
+                [sys.executable, __file__, "--child-memory", gradient, str(steps)], capture_output=True, text=True, check=True
+            ).stdout
+            results[f"{gradient}_{steps}"] = float(output)
+            rows.append({"": gradient, "steps": steps, "live MiB": float(output) / 2**20})
+    print_table("live storage of a training step, state 256 x 64, MLP 64-256-64, rk4", rows)
+    print(f"adjoint, 16 times the steps: {results['adjoint_128'] / results['adjoint_8']:.3f} times the storage")
+    return results
+
+
+def child_memory(gradient: str, steps: int) -> None:
+    from live_storage import peak_live_storage
+
+    torch.manual_seed(0)
+    block = odenet_cuda.ODEBlock(MLP(64, 256), method="rk4", step_size=1 / steps, gradient=gradient)
+    y0 = torch.randn(256, 64)
+    block(y0).square().sum().backward()  # gradients and caches exist from here on
+    print(peak_live_storage(lambda: block(y0).square().sum().backward()))
+
+
+def main() -> None:
+    parts = {"small": bench_small, "convolution": bench_convolution, "rows": bench_rows, "memory": bench_memory}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; all unless given")
+    parser.add_argument("--json", help="also write the results there")
+    parser.add_argument("--runs", type=int, default=20, help="runs of each case (fewer for the slow ones)")
+    parser.add_argument("--child-memory", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child_memory:
+        child_memory(arguments.child_memory[0], int(arguments.child_memory[1]))
+        return
+    unknown = set(arguments.parts) - set(parts)
+    if unknown:
+        parser.error(f"unknown part {unknown.pop()!r}; there are {', '.join(parts)}")
+    print_machine()
+    results = {}
+    for name in arguments.parts or parts:
+        runs = arguments.runs if name == "small" else max(3, arguments.runs // 4)
+        results[name] = parts[name](runs)
+    save(arguments.json, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""How the benchmarks measure: interleaved runs, medians with spread, time inside func and its vector-Jacobian product."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import odenet_cuda
+
+
+@dataclass
+class Clock:
+    """Adds up the time spent in what it wraps."""
+
+    seconds: float = 0.0
+    calls: int = 0
+
+    def wrap(self, call: Callable) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.seconds += time.perf_counter() - begin
+            self.calls += 1
+            return result
+
+        return timed
+
+    def reset(self) -> None:
+        self.seconds, self.calls = 0.0, 0
+
+
+class TimedField(torch.nn.Module):
+    """func with a clock around it; `products` counts torch.autograd.grad inside a solve, see `timed_products`."""
+
+    def __init__(self, func: torch.nn.Module):
+        super().__init__()
+        self.func = func
+        object.__setattr__(self, "clock", Clock())
+
+    def forward(self, t: torch.Tensor, y: Any) -> Any:
+        clock = self.clock
+        begin = time.perf_counter()
+        k = self.func(t, y)
+        clock.seconds += time.perf_counter() - begin
+        clock.calls += 1
+        return k
+
+
+class timed_products:
+    """While it is open, every call of torch.autograd.grad is timed: the vector-Jacobian products of an adjoint solve."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def __enter__(self) -> Clock:
+        self._grad = torch.autograd.grad
+        torch.autograd.grad = self.clock.wrap(self._grad)
+        return self.clock
+
+    def __exit__(self, *_: Any) -> None:
+        torch.autograd.grad = self._grad
+
+
+@dataclass
+class Samples:
+    """Measured values of one case, by name of the quantity."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, **quantities: float) -> None:
+        for name, value in quantities.items():
+            self.values.setdefault(name, []).append(value)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.values[name])
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        return {
+            name: {"median": statistics.median(v), "min": min(v), "max": max(v), "runs": len(v)} for name, v in self.values.items()
+        }
+
+
+def interleave(cases: dict[str, Callable[[], dict[str, float]]], runs: int, warmup: int = 2) -> dict[str, Samples]:
+    """Each case in turn, `runs` times, so that a change in the machine's speed meets all of them."""
+    samples = {name: Samples() for name in cases}
+    for run in range(warmup + runs):
+        for name, case in cases.items():
+            quantities = case()
+            if run >= warmup:
+                samples[name].add(**quantities)
+    return samples
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    model = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as info:
+            model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "odenet_cuda": odenet_cuda.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def print_machine() -> None:
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n{title}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_text(row.get(name, "")) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
+    for line in [names, ["-" * width for width in widths], *cells]:
+        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def save(path: str | None, results: dict[str, Any]) -> None:
+    if path:
+        with open(path, "w") as file:
+            json.dump({"machine": machine(), **results}, file, indent=1)
+        print(f"\nwritten to {path}")
