@@ -14,7 +14,7 @@ from .integrate import Grid, Options, fixed_grid, integrate
 from .problem import CALLBACKS, Field, Problem, Structure, check_samples, check_state, check_times, check_tolerance
 from .solution import Interpolant, Solution, Stats, failure
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
-from .step_control import STEP_CONTROLS, StepControl, initial_state
+from .step_control import STEP_CONTROLS, SUCCESS, StepControl
 from .ops import FIELDS
 
 GRADIENTS = ("direct", "adjoint")
@@ -197,7 +197,7 @@ class _Solve:
             times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
         t0 = problem.time_views(times.to(problem.device))[0]
         recorder = Recorder(self.options.tableau, problem.t, problem.per_sample, True, False, self.t.requires_grad)
-        start = recorder.evaluate(self.field, t0, problem.leaves)
+        start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.leaves])
         found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
         known = {id(tensor): tensor for tensor in parameters if tensor.requires_grad}
         closed = bool(parameters) and not earlier and all(id(tensor) in known for tensor in found)
@@ -206,7 +206,7 @@ class _Solve:
             results = earlier_results(lambda: self.field(start.t, start.y))
             known.update((id(tensor), tensor) for tensor in results)
         if gradient == "adjoint":
-            start = Evaluation(start.t, start.y, start.slopes)
+            start = Evaluation(start.t, start.y, [slope.detach() for slope in start.k])
         return start, list(known.values()), closed
 
     def _stats(self, trajectory: Trajectory) -> Stats:
@@ -223,6 +223,8 @@ class _Solve:
         if trajectory.state is None:
             return None
         state = trajectory.state.cpu().numpy()
+        if (state[FIELDS["status"]] == SUCCESS).all():
+            return None
         last = self._solution(ys, trajectory, None, stats)
         error = failure(state, last, self.options.control.max_num_steps)
         if error is not None:

@@ -17,6 +17,7 @@ from .tableau import ButcherTableau
 class Stepper:
     """Buffers of a solve and the kernels on them. Every tensor bound is kept alive here until another takes its place.
 
+    zero_base: the combinations of slopes are added to zero, not to y0.
     y0: state at the start of the step, [leaves]. y: [stages][leaves], y[0] the leaves of y0 that have stages, y[-1] the end of
     the step. q1: ends of the quadratures. k: slopes, [stages][leaves]. times: [stages, rows], with `views` as func sees them.
     rows_a: rows of the tableau after the first, the last of them y1.
@@ -29,7 +30,9 @@ class Stepper:
         rows_a: Sequence[Sequence[float]],
         controller: Sequence[float] = (),
         norm_leaves: int | None = None,
+        zero_base: bool = False,
     ):
+        self.zero_base = zero_base
         self.problem, self.tableau = problem, tableau
         self.n = len(problem.leaves) - problem.quadratures
         device, rows, leaves = problem.device, problem.rows, problem.leaves
@@ -75,7 +78,7 @@ class Stepper:
 
     def bind(self) -> None:
         self.kernels.bind_buffers(
-            [leaf.data_ptr() for leaf in self.y0],
+            [0 if self.zero_base else leaf.data_ptr() for leaf in self.y0],
             [leaf.data_ptr() for y in self.y[1:] for leaf in y],
             [leaf.data_ptr() for leaf in self.q1],
             self.times.data_ptr(),

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import formulas, ops
+from .. import formulas
 from ..captured import captured_tensors, earlier_results
 from ..problem import Field, Problem
 from ..solvers.trajectory import Evaluation, Recorder, Step
+from ..stepper import Stepper
+from ..tableau import ButcherTableau
 
 NO_SECOND_DERIVATIVE = (
     "this version of odenet_cuda gives first derivatives only: call backward or autograd.grad without create_graph=True"
@@ -63,18 +65,33 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        walk = BackwardWalk(ctx.problem, ctx.captured, grad_ys, ctx.needs_input_grad[5])
-        for entry in reversed(ctx.recorder.tape):
+        recorder = ctx.recorder
+        a = next((entry.a for entry in recorder.tape if isinstance(entry, Step)), ())
+        walk = BackwardWalk(ctx.problem, recorder.tableau, a, ctx.captured, grad_ys, ctx.needs_input_grad[5])
+        for entry in reversed(recorder.tape):
             walk.undo(entry)
         grad_y0, grad_t, grad_captured = walk.result()
         return None, None, None, None, None, grad_t, *grad_y0, *grad_captured
 
 
 class BackwardWalk:
-    """Undoes the entries of a tape, last first."""
+    """Undoes the entries of a tape, last first.
 
-    def __init__(self, problem: Problem, captured: Sequence[Tensor], grad_ys: Sequence[Tensor | None], t_grad: bool):
-        self.problem, self.captured, self.t_grad = problem, list(captured), t_grad
+    The kernels are those of a forward step with the tableau transposed: "stage" m gives kappa_j of point j = points - m from
+    the mu of the points above it, in slots from the last point down, and one more row, with dt = 1, gives dL/dy0.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        tableau: ButcherTableau,
+        a: Sequence[Sequence[float]],
+        captured: Sequence[Tensor],
+        grad_ys: Sequence[Tensor | None],
+        t_grad: bool,
+    ):
+        self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, list(captured), t_grad
+        self.leaves, self.points = len(problem.leaves), len(a)
         self.grad_ys = [
             torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device) if grad is None else grad
             for grad, leaf in zip(grad_ys, problem.leaves, strict=True)
@@ -84,6 +101,12 @@ class BackwardWalk:
         self.grad_captured: list[Tensor | None] = [None] * len(self.captured)
         self.grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device)
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
+        points = self.points
+        self.columns = [
+            [a[i - 1][j] if i > j and j < len(a[i - 1]) else 0.0 for i in range(points, 0, -1)] for j in range(points - 1, -1, -1)
+        ]
+        self.stepper = Stepper(problem, tableau, [*self.columns, [1.0] * points], zero_base=True)
+        self.stepper.kernels.bind_dt(self.one.data_ptr())
 
     def undo(self, entry: Step | Evaluation) -> None:
         if isinstance(entry, Step):
@@ -95,27 +118,31 @@ class BackwardWalk:
         grad_y0 = [lam + grad[0] for lam, grad in zip(self.lam, self.grad_ys, strict=True)]
         return grad_y0, self.grad_t, self.grad_captured
 
-    # ---- one evaluation of func -----------------------------------------------------------------------------------
+    # ---- one evaluation of func ---------------------------------------------------------------------------------------
 
-    def _vjp(self, evaluation: Evaluation, kappa: list[Tensor]) -> tuple[list[Tensor | None], Tensor | None]:
+    def _vjp(self, evaluation: Evaluation, kappa: list[Tensor]) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """(dL/dY, dL/dt) of one evaluation; the captured tensors' gradients are added up on the side."""
-        pairs = [(k, cot) for k, cot in zip(evaluation.k, kappa, strict=True) if k.requires_grad]
-        if not pairs:
-            return [None] * len(kappa), None
+        outputs = evaluation.k
+        if not all(k.requires_grad for k in outputs):
+            kappa = [cotangent for k, cotangent in zip(outputs, kappa, strict=True) if k.requires_grad]
+            outputs = [k for k in outputs if k.requires_grad]
+            if not outputs:
+                return [None] * self.leaves, None
         inputs = [*evaluation.y, *([evaluation.t] if self.t_grad else []), *self.captured]
-        grads = torch.autograd.grad(
-            [k for k, _ in pairs], inputs, [cot for _, cot in pairs], allow_unused=True, retain_graph=True
-        )
-        n = len(evaluation.y)
-        captured_grads = grads[n + self.t_grad :]
-        have = [i for i, grad in enumerate(captured_grads) if grad is not None]
-        old = [i for i in have if self.grad_captured[i] is not None]
-        if old:
-            torch._foreach_add_([self.grad_captured[i] for i in old], [captured_grads[i] for i in old])
-        for i in have:
-            if self.grad_captured[i] is None:
-                self.grad_captured[i] = captured_grads[i].clone()
-        return list(grads[:n]), grads[n] if self.t_grad else None
+        grads = torch.autograd.grad(outputs, inputs, kappa, allow_unused=True, retain_graph=True)
+        n = self.leaves
+        if self.captured:
+            self._add_captured(grads[n + self.t_grad :])
+        return grads[:n], grads[n] if self.t_grad else None
+
+    def _add_captured(self, grads: Sequence[Tensor | None]) -> None:
+        totals = self.grad_captured
+        known = [i for i, grad in enumerate(grads) if grad is not None and totals[i] is not None]
+        if known:
+            torch._foreach_add_([totals[i] for i in known], [grads[i] for i in known])
+        for i, grad in enumerate(grads):
+            if grad is not None and totals[i] is None:
+                totals[i] = grad.clone()
 
     def _undo_evaluation(self, evaluation: Evaluation) -> None:
         """A slope evaluated for itself: at the start, or anew beyond a discontinuity for the rows of its mask."""
@@ -131,12 +158,13 @@ class BackwardWalk:
 
     def _rows(self, per_row: Tensor, like: Tensor) -> Tensor:
         """[rows] shaped to multiply a leaf, in its real type."""
-        return per_row.to(like.dtype.to_real()).reshape(-1, *[1] * (like.dim() - 1)) if like.dim() else per_row.to(like.dtype)[0]
+        real = per_row.to(like.dtype.to_real())
+        return real.reshape(-1, *[1] * (like.dim() - 1)) if like.dim() else real[0]
 
-    # ---- one step -------------------------------------------------------------------------------------------------
+    # ---- one step -----------------------------------------------------------------------------------------------------
 
     def _undo_step(self, step: Step) -> None:
-        points, leaves = len(step.a), len(self.problem.leaves)
+        points, leaves = self.points, range(self.leaves)
         lam, kappa = self.lam, self.kappa
         held_lam = held_kappa = None
         if step.accept is not None:  # rows that were rejected passed y0 and k0 on
@@ -145,78 +173,74 @@ class BackwardWalk:
             if kappa is not None:
                 held_kappa = [self._rows(~step.accept, x) * x for x in kappa]
                 kappa = [self._rows(step.accept, x) * x for x in kappa]
-        base, lam, into_y0 = self._outputs(step, lam)
-        # mu[leaf * slots + i] for the points i = 1 .. points; slot 0 is never read
-        slots = points + 1
-        mu: list[Tensor] = [lam[0]] * (slots * leaves)
-        stage_t_grads: list[tuple[float, Tensor]] = []
-        for i in range(points, 0, -1):
-            cotangent = self._cotangent(step, i, mu, slots, base, kappa if i == points else None)
-            evaluation = step.evaluations[i - 1]
-            grads: Sequence[Tensor | None] = [None] * leaves
-            if evaluation is not None and cotangent is not None:
-                grads, grad_t = self._vjp(evaluation, cotangent)
+        dt = torch.as_tensor(step.dt, dtype=torch.float64, device=self.one.device).reshape(-1)
+        base, lam, into_y0 = self._outputs(step, lam, dt) if step.outputs else (None, lam, None)
+        stepper, kernels = self.stepper, self.stepper.kernels
+        stepper.new_stages()
+        kernels.bind_dt(dt.data_ptr())
+        if base is not None and points < len(base):
+            kappa = base[points] if kappa is None else [x + y for x, y in zip(kappa, base[points], strict=True)]
+        mu: list[list[Tensor]] = []  # from the last point down
+        stage_t: list[tuple[float, Tensor]] = []
+        addresses: list[int] = []
+        for m in range(points + 1):
+            j = points - m
+            if m > 0:
+                kernels.stage(m, addresses)
+                kappa = stepper.y[m]
+                if base is not None and j < len(base):
+                    torch._foreach_add_(kappa, base[j])
+            if j == 0:
+                break
+            evaluation = step.evaluations[j - 1]
+            grads: Sequence[Tensor | None] = [None] * self.leaves
+            if evaluation is not None and kappa is not None:
+                grads, grad_t = self._vjp(evaluation, kappa)
                 if grad_t is not None:
-                    stage_t_grads.append((step.tableau.c[i], grad_t.reshape(-1).double()))
-            for leaf in range(leaves):
-                grad = grads[leaf]
-                if i == points:
-                    value = lam[leaf] if grad is None else lam[leaf] + grad
-                else:
-                    value = torch.zeros_like(lam[leaf]) if grad is None else grad
-                mu[leaf * slots + i] = value
-        self.kappa = self._cotangent(step, 0, mu, slots, base, None)
-        self.lam = [torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in lam]
-        ops.stage(self.lam, into_y0, mu, [0.0] + [1.0] * points, self.one)
+                    stage_t.append((self.tableau.c[j], grad_t.reshape(-1).double()))
+            if m == 0:
+                mu.append([lam[i] if grads[i] is None else lam[i] + grads[i] for i in leaves])
+            else:
+                mu.append([torch.zeros_like(lam[i]) if grads[i] is None else grads[i] for i in leaves])
+            addresses = stepper.set_slopes(m, mu[-1], False)
+        # All mu are in their slots; the row of ones gives dL/dy0.
+        kernels.bind_dt(self.one.data_ptr())
+        kernels.stage(points + 1, [])
+        self.kappa, self.lam = stepper.y[points], stepper.y[points + 1]
+        if into_y0 is not None:
+            torch._foreach_add_(self.lam, into_y0)
         if held_lam is not None:
-            self.lam = [x + held for x, held in zip(self.lam, held_lam, strict=True)]
+            torch._foreach_add_(self.lam, held_lam)
         if held_kappa is not None:
-            self.kappa = held_kappa if self.kappa is None else [x + y for x, y in zip(self.kappa, held_kappa, strict=True)]
+            torch._foreach_add_(self.kappa, held_kappa)
         if self.t_grad and (step.ends[0] or step.ends[1]):
-            self._step_time_gradient(step, mu, slots, stage_t_grads)
+            self._step_time_gradient(step, mu, stage_t)
 
-    def _cotangent(
-        self, step: Step, j: int, mu: list[Tensor], slots: int, base: list[list[Tensor]] | None, extra: list[Tensor] | None
-    ) -> list[Tensor] | None:
-        """kappa_j, or None where it is zero."""
-        points = len(step.a)
-        column = [0.0] * slots
-        for i in range(j + 1, points + 1):
-            column[i] = step.a[i - 1][j]
-        addend = extra
-        if base is not None and j < len(base):
-            addend = base[j] if extra is None else [x + y for x, y in zip(extra, base[j], strict=True)]
-        if not any(column):
-            return addend
-        kappa = [torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in self.problem.leaves]
-        ops.stage(kappa, addend or [], mu, column, step.dt)
-        return kappa
-
-    def _outputs(self, step: Step, lam: list[Tensor]) -> tuple[list[list[Tensor]] | None, list[Tensor], list[Tensor]]:
+    def _outputs(
+        self, step: Step, lam: list[Tensor], dt: Tensor
+    ) -> tuple[list[list[Tensor]] | None, list[Tensor], list[Tensor] | None]:
         """(what outputs add to each kappa_j, dL/dy1 with the outputs at the end, what outputs add to dL/dy0)."""
         base: list[list[Tensor]] | None = None
-        into_y0: list[Tensor] = []
+        into_y0: list[Tensor] | None = None
         for index, theta, mask in step.outputs:
             grads = [grad[index] for grad in self.grad_ys]
-            if step.ends[1] is not None and step.ends[1][0] == index:  # the end of the step moves with this output: y1 itself
-                at_end = step.ends[1][1]
-                if at_end is None:
-                    lam = [x + g for x, g in zip(lam, grads, strict=True)]
-                    continue
-                lam = [x + self._rows(at_end, g) * g for x, g in zip(lam, grads, strict=True)]
+            end = step.ends[1]
+            if end is not None and end[0] == index:  # the end of the step moves with this output: it is y1 itself
+                at_end = grads if end[1] is None else [self._rows(end[1], g) * g for g in grads]
+                lam = [x + g for x, g in zip(lam, at_end, strict=True)]
                 continue
             inside = grads if mask is None else [self._rows(mask, g) * g for g in grads]
-            self._output_time_gradient(step, index, theta, inside)
-            weights = formulas.interpolant_weights(step.tableau, theta)
-            if base is None:
+            if self.t_grad:
+                self._output_time_gradient(step, index, theta, inside)
+            weights = formulas.interpolant_weights(self.tableau, theta)
+            if base is None or into_y0 is None:
                 base = [[torch.zeros_like(g) for g in inside] for _ in weights]
                 into_y0 = [torch.zeros_like(g) for g in inside]
             for into, weight in zip(base, weights, strict=True):
-                factor = torch.as_tensor(weight, dtype=torch.float64, device=step.dt.device) * step.dt
+                factor = torch.as_tensor(weight, dtype=torch.float64, device=dt.device) * dt
                 for total, g in zip(into, inside, strict=True):
                     total += self._rows(factor, g) * g
-            for total, g in zip(into_y0, inside, strict=True):
-                total += g
+            torch._foreach_add_(into_y0, inside)
         return base, lam, into_y0
 
     # ---- derivatives by time --------------------------------------------------------------------------------------
@@ -229,9 +253,13 @@ class BackwardWalk:
     def _slopes(self, step: Step, weights: Sequence[Any]) -> list[Tensor]:
         """sum_j weights_j k_j; a weight is a number or float64 [rows]."""
         combined = []
-        for y0, k in zip(step.y0, step.k, strict=True):
-            shaped = [self._rows(w, y0) if isinstance(w, Tensor) else w for w in weights]
-            combined.append(sum((w * slope for w, slope in zip(shaped, k, strict=False)), torch.zeros_like(y0)))
+        for leaf, y0 in enumerate(step.y0):
+            total = torch.zeros_like(y0)
+            for weight, of_stage in zip(weights, step.k, strict=False):
+                if of_stage:
+                    factor = self._rows(weight, y0) if isinstance(weight, Tensor) else weight
+                    total += factor * of_stage[leaf].detach()
+            combined.append(total)
         return combined
 
     def _add_end(self, end: tuple[int, Tensor | None] | None, value: Tensor) -> None:
@@ -241,25 +269,23 @@ class BackwardWalk:
 
     def _output_time_gradient(self, step: Step, index: int, theta: float | Tensor, g: list[Tensor]) -> None:
         """theta = (t - t0) / dt, so an output inside a step moves with its own time and with both ends."""
-        if not self.t_grad:
-            return
         rates = []  # b_j'(theta)
-        for row in step.tableau.p:
+        for row in self.tableau.p:
             rate: Any = 0.0
             for d in range(len(row) - 1, -1, -1):
                 rate = rate * theta + (d + 1) * row[d]
             rates.append(rate)
         by_theta = self._dot(g, self._slopes(step, rates))
-        by_dt = self._dot(g, self._slopes(step, formulas.interpolant_weights(step.tableau, theta)))
+        by_dt = self._dot(g, self._slopes(step, formulas.interpolant_weights(self.tableau, theta)))
         self.grad_t[index] += by_theta.sum()
         self._add_end(step.ends[0], -(1 - theta) * by_theta - by_dt)
         self._add_end(step.ends[1], -theta * by_theta + by_dt)
 
-    def _step_time_gradient(self, step: Step, mu: list[Tensor], slots: int, stage_t: list[tuple[float, Tensor]]) -> None:
-        """A stage lies at t0 + c (t1 - t0), and dt = t1 - t0."""
+    def _step_time_gradient(self, step: Step, mu: list[list[Tensor]], stage_t: list[tuple[float, Tensor]]) -> None:
+        """A stage lies at t0 + c (t1 - t0), and dt = t1 - t0. mu: from the last point down."""
         by_dt = torch.zeros_like(self.one)
-        for i, row in enumerate(step.a, start=1):
-            by_dt = by_dt + self._dot(mu[i::slots], self._slopes(step, row))
+        for row, of_point in zip(reversed(step.a), mu, strict=True):
+            by_dt = by_dt + self._dot(of_point, self._slopes(step, row))
         if step.accept is not None:
             by_dt = by_dt * step.accept
         at_t0, at_t1 = -by_dt, by_dt

@@ -198,7 +198,7 @@ class AdaptiveSolver:
                 stepper.swap_accepted()
             return
         if self.recording:  # what was recorded keeps its values
-            stepper.y0 = [leaf.clone() for leaf in stepper.y0]
+            stepper.y0 = [leaf.detach().clone() for leaf in stepper.y0]
             stepper.bind()
             stepper.set_slopes(0, [slope.detach().clone() for slope in stepper.k[0]], False)
             stepper.kernels.bind_slopes(0, stepper.addresses(0))

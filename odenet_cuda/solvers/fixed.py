@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import formulas, ops
 from ..problem import Problem
-from ..solution import DenseStep
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .trajectory import Evaluation, Recorder, Step, Trajectory
@@ -106,7 +105,7 @@ class FixedSolver:
                 for out, leaf in zip(ys, stepper.y[-1], strict=True):
                     out[landed] = leaf
             if recording:
-                self._record(step, evaluations, dts[step : step + 1], inside if landed is None else [*inside, (landed, 1.0)])
+                self._record(step, evaluations, inside if landed is None else [*inside, (landed, 1.0)])
             stepper.swap_ends()
         return Trajectory(ys=ys, last=stepper.y0, state=None)
 
@@ -129,15 +128,10 @@ class FixedSolver:
             ops.stage([out[index] for out in ys], y0, flat, formulas.interpolant_weights(self.tableau, theta), dt)
 
     def _record(
-        self, step: int, evaluations: list[Evaluation | None], dt: Tensor, outputs: list[tuple[int, float]]
+        self, step: int, evaluations: list[Evaluation | None], outputs: list[tuple[int, float]]
     ) -> None:
-        recorder, y0, k = self.recorder, list(self.stepper.y0), self._slopes()
-        if recorder.dense:
-            t0, t1 = (dt.new_tensor([node]) for node in self.nodes[step : step + 2])
-            recorder.dense_steps.append(DenseStep(t0, t1, y0, k, None))
-        if recorder.graphs:
-            ends = [None if index is None else (index, None) for index in self.moves_with[step : step + 2]]
-            marked = [(index, theta, None) for index, theta in outputs]
-            recorder.tape.append(
-                Step(self.tableau, self.rows, evaluations, dt, None, marked, y0, k, (ends[0], ends[1]))
-            )
+        t0, t1 = self.nodes[step : step + 2]
+        ends = [None if index is None else (index, None) for index in self.moves_with[step : step + 2]]
+        marked = [(index, theta, None) for index, theta in outputs]
+        y0, k = list(self.stepper.y0), list(self.stepper.k)
+        self.recorder.fixed_step(t0, t1, Step(self.rows, evaluations, t1 - t0, None, marked, y0, k, (ends[0], ends[1])))
