@@ -65,11 +65,11 @@ void add_stepper(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<Stepper>(m, "Stepper")
       .def(py::init([](bool is_double, int32_t device, int64_t rows, std::vector<int64_t> columns, int quadratures,
-                       std::vector<Weights> a, Weights b, Weights c, Weights e, Weights rtol, Weights atol, Weights p, int degree,
+                       Weights signs, std::vector<Weights> a, Weights b, Weights c, Weights e, Weights rtol, Weights atol, Weights p, int degree,
                        Weights controller) {
-             return Stepper({is_double, device, rows, columns, quadratures, a, b, c, e, rtol, atol, p, degree, controller});
+             return Stepper({is_double, device, rows, columns, quadratures, signs, a, b, c, e, rtol, atol, p, degree, controller});
            }),
-           py::kw_only(), py::arg("is_double"), py::arg("device"), py::arg("rows"), py::arg("columns"), py::arg("quadratures"),
+           py::kw_only(), py::arg("is_double"), py::arg("device"), py::arg("rows"), py::arg("columns"), py::arg("quadratures"), py::arg("signs"),
            py::arg("a"), py::arg("b"), py::arg("c"), py::arg("e"), py::arg("rtol"), py::arg("atol"), py::arg("p"),
            py::arg("degree"), py::arg("controller"))
       .def("bind_state", &Stepper::bind_state)

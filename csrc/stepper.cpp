@@ -37,6 +37,7 @@ Stepper::Stepper(StepperSetup setup) : setup_(std::move(setup)) {
   state_leaves_ = leaves_ - setup_.quadratures;
   check(stages_ >= 1 && stages_ <= kMaxStages, "c must have from 1 to 16 nodes");
   check(state_leaves_ >= 1, "columns must hold at least one leaf beside the quadratures");
+  check(setup_.signs.size() == setup_.columns.size(), "signs must hold one number a leaf");
   check(setup_.rtol.size() == setup_.atol.size() && setup_.rtol.size() <= setup_.columns.size(),
         "rtol and atol must hold one number for each leaf in the norm");
   check(setup_.degree >= 1 && setup_.degree <= kMaxDegree && setup_.p.size() == size_t(stages_ * setup_.degree),
@@ -112,7 +113,7 @@ void Stepper::combine(Address y, Address y0, int leaf, const Row& row) {
   s.stages = static_cast<int>(row.stage.size());
   for (int j = 0; j < s.stages; ++j) {
     s.k[j] = pointer<const T>(slope(leaf, row.stage[j]));
-    s.a[j] = row.weight[j];
+    s.a[j] = row.weight[j] * setup_.signs[leaf];
   }
   on_device(
       setup_.device, [&] { cpu::stage(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::stage(s, stream); });
@@ -213,7 +214,7 @@ void Stepper::dense_output(const Addresses& ys) {
       s.y1 = pointer<const T>(end_of(leaf));
       s.state = pointer<const double>(state_);
       s.t = pointer<const double>(t_);
-      std::copy(setup_.p.begin(), setup_.p.end(), s.p);
+      for (size_t j = 0; j < setup_.p.size(); ++j) s.p[j] = setup_.p[j] * setup_.signs[leaf];
       s.stages = stages_;
       s.degree = setup_.degree;
       s.rows = setup_.rows;

@@ -22,6 +22,7 @@ struct StepperSetup {
   int64_t rows;
   std::vector<int64_t> columns;  // of each leaf; the last `quadratures` leaves have slopes but no stages
   int quadratures;
+  std::vector<double> signs;  // of the slopes of each leaf: -1 where they are given for the opposite direction of time
   std::vector<std::vector<double>> a;  // rows of all stages after the first; the last is y1
   std::vector<double> b, c, e;
   std::vector<double> rtol, atol;  // one a leaf that counts in the error norm

@@ -113,7 +113,8 @@ class Problem:
     leaves: y0, detached, each contiguous. t: output times, strictly monotone. direction: +1 or -1. rows: 0 under joint
     control (one error ratio), else the number of samples. rtol, atol: one number or tensor a leaf. norm: the user's, of
     leaves, or None for the largest of the leaves' RMS norms. quadratures: how many of the last leaves func does not depend
-    on; they have slopes but no stages. quadratures_in_norm: whether their error counts.
+    on; they have slopes but no stages. quadratures_in_norm: whether their error counts. signs: of the slopes of each leaf, -1
+    where field gives them for the opposite direction of time; none: all +1.
     """
 
     field: Callable[..., list[Tensor]]
@@ -126,6 +127,7 @@ class Problem:
     norm: Callable[[list[Tensor]], Any] | None = None
     quadratures: int = 0
     quadratures_in_norm: bool = True
+    signs: list[float] | None = None
 
     @property
     def rows(self) -> int:

@@ -43,6 +43,7 @@ class Stepper:
             rows=rows,
             columns=[leaf.numel() // max(rows, 1) for leaf in leaves],
             quadratures=problem.quadratures,
+            signs=problem.signs or [1.0] * len(leaves),
             a=[list(row) for row in rows_a],
             b=list(tableau.b),
             c=list(tableau.c),

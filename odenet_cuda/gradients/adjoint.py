@@ -85,31 +85,46 @@ def _autocast_state(device: torch.device) -> dict[str, Any]:
 
 
 class AugmentedField:
-    """Slopes of (y, a) and of the parameters' integral, from one call of func and one vector-Jacobian product."""
+    """Slopes of (y, a) and of the parameters' integral, from one call of func and one vector-Jacobian product.
 
-    def __init__(self, field: Field, params: Sequence[Tensor], leaves: int, quadrature_stages: Sequence[bool]):
-        self.field, self.params, self.leaves, self.quadrature_stages = field, list(params), leaves, quadrature_stages
-        self.zeros = [torch.zeros_like(param) for param in params]
+    Those of a and of the integral are given as a^T df/dy and a^T df/dtheta: the problem's signs turn them round.
+    """
+
+    def __init__(self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], quadrature_stages: Sequence[bool]):
+        self.field, self.params, self.quadrature_stages = field, list(params), quadrature_stages
+        self.leaves = len(like)
+        self.zeros = [torch.zeros_like(x) for x in (*like, *params)]  # where func does not depend on something
+        self.none: list[Tensor | None] = [None] * len(self.params)
+        self.recording = torch.enable_grad()
 
     def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
-        n = self.leaves
-        y = [leaf.detach().requires_grad_() for leaf in state[:n]]
-        with torch.enable_grad():
-            k = self.field(t, y)
-        params = self.params if self.quadrature_stages[stage] else []
-        grads = self.product(k, state[n:], [*y, *params], y)
-        slopes = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads[:n], y, strict=True)]
-        integrals: list[Tensor | None] = [None] * len(self.params)
-        if params:
-            integrals = [zero if grad is None else grad for grad, zero in zip(grads[n:], self.zeros, strict=True)]
-        return [*(slope.detach() for slope in k), *slopes, *integrals]
+        n, with_params = self.leaves, self.quadrature_stages[stage]
+        y = state[:n]
+        k = self.evaluate(t, y)
+        grads = self.product(k, state[n:], [*y, *self.params] if with_params else y, False)
+        slopes: list[Tensor | None] = [slope.detach() for slope in k]
+        slopes.extend(zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False))
+        if not with_params:
+            slopes.extend(self.none)
+        return slopes
 
-    def product(self, k: list[Tensor], a: Sequence[Tensor], inputs: list[Tensor], y: list[Tensor]) -> Sequence[Tensor | None]:
-        """-a^T dk/dinputs."""
-        pairs = [(slope, -cotangent) for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
-        if not pairs:
-            return [None] * len(inputs)
-        return torch.autograd.grad([k for k, _ in pairs], inputs, [cot for _, cot in pairs], allow_unused=True)
+    def evaluate(self, t: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
+        """func with its graph; y are the solver's own buffers and become its leaves."""
+        for leaf in y:
+            leaf.requires_grad_()
+        with self.recording:
+            return self.field(t, y)
+
+    def product(
+        self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor], keep_graph: bool
+    ) -> Sequence[Tensor | None]:
+        """a^T dk/dinputs"""
+        if not all(slope.requires_grad for slope in k):
+            a = [cotangent for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
+            k = [slope for slope in k if slope.requires_grad]
+            if not k:
+                return [None] * len(inputs)
+        return torch.autograd.grad(k, inputs, a, allow_unused=True, retain_graph=keep_graph)
 
 
 class PerSampleField(AugmentedField):
@@ -119,49 +134,33 @@ class PerSampleField(AugmentedField):
     then. The slope of the first stage may stem from an earlier step: it is evaluated again.
     """
 
-    def __init__(self, field: Field, params: Sequence[Tensor], leaves: int, b: Sequence[float]):
-        super().__init__(field, params, leaves, [False] * len(b))
-        self.b = b
+    def __init__(self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], b: Sequence[float]):
+        super().__init__(field, params, like, [False] * len(b))
+        self.b, self.none = b, []
         self.integral = [torch.zeros_like(param) for param in params]
         self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
         n = self.leaves
-        y = [leaf.detach().requires_grad_() for leaf in state[:n]]
-        with torch.enable_grad():
-            k = self.field(t, y)
+        y = [leaf.detach().clone() for leaf in state[:n]]  # kept beyond the call
+        k = self.evaluate(t, y)
         keep = stage != 0 and self.b[stage] != 0 and bool(self.params)
-        pairs = [(slope, -a) for slope, a in zip(k, state[n:], strict=True) if slope.requires_grad]
-        grads = [None] * n
-        if pairs:
-            grads = torch.autograd.grad(
-                [k for k, _ in pairs], y, [cot for _, cot in pairs], allow_unused=True, retain_graph=keep
-            )
+        grads = self.product(k, state[n:], y, keep)
         if keep:
             self.kept[stage] = (k, list(state[n:]))
-        return [
-            *(slope.detach() for slope in k),
-            *(torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, y, strict=True)),
-        ]
+        slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
+        return [*(slope.detach() for slope in k), *slopes]
 
     def after_step(self, t0: Tensor, y0: Sequence[Tensor], accept: Tensor, dt: Tensor) -> None:
         if not self.params:
             return
         if self.b[0] != 0:
-            y = [leaf.detach() for leaf in y0[: self.leaves]]
-            with torch.enable_grad():
-                self.kept[0] = (self.field(t0, y), list(y0[self.leaves :]))
+            y = [leaf.detach().clone() for leaf in y0[: self.leaves]]
+            self.kept[0] = (self.evaluate(t0, y), list(y0[self.leaves :]))
         for stage, (k, a) in self.kept.items():
             weight = -self.b[stage] * accept * dt
-            pairs = [
-                (slope, weight.to(x.dtype.to_real()).reshape(-1, *[1] * (x.dim() - 1)) * x)
-                for slope, x in zip(k, a, strict=True)
-                if slope.requires_grad
-            ]
-            if not pairs:
-                continue
-            grads = torch.autograd.grad([k for k, _ in pairs], self.params, [cot for _, cot in pairs], allow_unused=True)
-            for total, grad in zip(self.integral, grads, strict=True):
+            cotangents = [weight.to(x.dtype.to_real()).reshape(-1, *[1] * (x.dim() - 1)) * x for x in a]
+            for total, grad in zip(self.integral, self.product(k, cotangents, self.params, False), strict=True):
                 if grad is not None:
                     total += grad
         self.kept.clear()
@@ -185,12 +184,12 @@ def solve_backwards(
     in_norm = not adjoint.seminorm and not problem.per_sample
     per_sample = problem.per_sample
     if per_sample:
-        augmented: AugmentedField = PerSampleField(field, params, n, tableau.b)
+        augmented: AugmentedField = PerSampleField(field, params, problem.leaves, tableau.b)
     else:
         e = tableau.e if in_norm and tableau.e else [0.0] * tableau.stages
         needed = [b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
                   for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))]
-        augmented = AugmentedField(field, params, n, needed)
+        augmented = AugmentedField(field, params, problem.leaves, needed)
     a = [torch.zeros_like(y[0]) for y in ys]
     integral = [torch.zeros_like(param) for param in params]
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
@@ -207,6 +206,7 @@ def solve_backwards(
         norm=adjoint_norm(adjoint, problem, n),
         quadratures=quadratures,
         quadratures_in_norm=in_norm,
+        signs=[*[1.0] * n, *[-1.0] * (n + quadratures)],
     )
     callbacks = {name: _with_all_parts(callback) for name, callback in adjoint.callbacks.items()}
     after_step = augmented.after_step if isinstance(augmented, PerSampleField) else None

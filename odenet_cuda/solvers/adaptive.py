@@ -145,7 +145,8 @@ class AdaptiveSolver:
             return
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 0)
         y1 = [torch.empty_like(leaf) for leaf in stepper.y0[: stepper.n]]
-        ops.stage(y1, stepper.y0[: stepper.n], k0[: stepper.n], [1.0], self.dt)
+        for leaf, sign in enumerate(problem.signs[: stepper.n] if problem.signs else [1.0] * stepper.n):
+            ops.stage(y1[leaf : leaf + 1], stepper.y0[leaf : leaf + 1], k0[leaf : leaf + 1], [sign], self.dt)
         k1 = problem.field(problem.time_views(self.state[FIELDS["step_end"]].to(problem.real)[None])[0], y1, 0)
         self._norm(stepper.y0, stepper.y0, [k0, k1], [-1.0, 1.0], one, norms[2])
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 1)
