@@ -25,10 +25,8 @@ ODENET_HD void error_weights(const Error<T>& s, int64_t row, Real<T> (&w)[S > 0 
   for (int j = 0; j < S; ++j) w[j] = static_cast<Real<T>>(s.e[j] * s.dt[row]);
 }
 
-template <class R>
-ODENET_HD R magnitude(R x) {
-  return x < 0 ? -x : x;
-}
+ODENET_HD float magnitude(float x) { return ::fabsf(x); }
+ODENET_HD double magnitude(double x) { return ::fabs(x); }
 
 // The larger; not a number if either is, so that an overflow is never taken for a small error.
 template <class R>

@@ -11,16 +11,24 @@ namespace {
 constexpr int64_t kChunk = 4096;
 constexpr int kLanes = 16;  // independent partial sums, which vectorise
 
+constexpr int kBlock = 256;  // elements whose squares are formed in one vectorised loop before they are summed
+
 template <int S, class T>
 double sum_of_squares(const Error<T>& args, const Real<T> (&w)[S > 0 ? S : 1], int64_t begin, int64_t end) {
   const Error<T> s = args;
+  Real<T> squares[kBlock];
   Real<T> lanes[kLanes] = {};
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += error_element<S>(s, w, i + lane);
-  }
   double sum = 0;
-  for (; i < end; ++i) sum += static_cast<double>(error_element<S>(s, w, i));
+  for (; begin < end; begin += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) squares[i] = error_element<S>(s, w, begin + i);
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += squares[i + lane];
+    }
+    for (; i < count; ++i) sum += static_cast<double>(squares[i]);
+  }
   for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[lane]);
   return sum;
 }

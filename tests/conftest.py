@@ -1,0 +1,33 @@
+"""What every test file shares: the devices, the number of threads and the settings of hypothesis."""
+
+import hypothesis
+import pytest
+import torch
+
+from odenet_cuda import _C
+
+THREADS = 2
+
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_sessionstart() -> None:
+    """Runs torch on a fixed number of threads, so that times and reductions are alike everywhere."""
+    torch.set_num_threads(THREADS)
+
+
+def _why_no_cuda() -> str | None:
+    if _C.cuda is None:
+        return "odenet_cuda was built without CUDA kernels"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+@pytest.fixture(params=["cpu", "cuda"], ids=["cpu", "cuda"], scope="session")
+def device(request) -> torch.device:
+    """The devices that kernels run on; CUDA is skipped where there is none."""
+    if request.param == "cuda" and (reason := _why_no_cuda()):
+        pytest.skip(reason)
+    return torch.device(request.param)
