@@ -101,7 +101,10 @@ class NinjaBuild(build_ext):
             stop(f"building needs the package {missing.name}; install torch, ninja, pybind11 and setuptools first.")
         compiler, nvcc = find_compiler(), find_nvcc()
         torch_root = Path(torch.__file__).parent
-        includes = [f"-I{path}" for path in (ROOT / "csrc", torch_root / "include", pybind11.get_include())]
+        includes = [
+            f"-I{ROOT / 'csrc'}",
+            *(f"-isystem{path}" for path in (torch_root / "include", pybind11.get_include())),
+        ]
         includes += [f"-I{path}" for path in self.include_dirs]
         version = run_output(compiler, "--version").splitlines()[0]
         common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
@@ -133,8 +136,16 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        quoted = {k: " ".join(shell_quote(f) for f in v) for k, v in
-                  {"cxx": [*cxx, *includes], "defines": defines, "cuda": cuda, "link": link, "libs": libraries}.items()}
+        quoted = {
+            k: " ".join(shell_quote(f) for f in v)
+            for k, v in {
+                "cxx": [*cxx, *includes],
+                "defines": defines,
+                "cuda": cuda,
+                "link": link,
+                "libs": libraries,
+            }.items()
+        }
         lines = [
             "ninja_required_version = 1.5",
             *(f"{key} = {value.replace('$', '$$')}" for key, value in quoted.items()),
@@ -155,8 +166,10 @@ class NinjaBuild(build_ext):
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         if subprocess.run(command).returncode != 0:
-            stop("the kernels did not compile; the compiler's words are above. They need g++ 11, clang++ 14 or newer, "
-                 "and nvcc 12.4 or newer (ODENET_CUDA=0 builds without CUDA).")
+            stop(
+                "the kernels did not compile; the compiler's words are above. They need g++ 11, clang++ 14 or newer, "
+                "and nvcc 12.4 or newer (ODENET_CUDA=0 builds without CUDA)."
+            )
 
 
 def shell_quote(text: str) -> str:

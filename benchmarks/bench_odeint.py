@@ -80,7 +80,12 @@ def forward_case(module: Any, field: TimedField, y0: torch.Tensor, t: torch.Tens
             begin = time.perf_counter()
             module.odeint(field, y0, t, rtol=tol, atol=tol)
             total = time.perf_counter() - begin
-        return {"total": total, "func": field.clock.seconds, "solver": total - field.clock.seconds, "nfe": field.clock.calls}
+        return {
+            "total": total,
+            "func": field.clock.seconds,
+            "solver": total - field.clock.seconds,
+            "nfe": field.clock.calls,
+        }
 
     return run
 
@@ -148,8 +153,15 @@ def compare(title: str, cases: dict[str, Any], steps: float, runs: int, unit: fl
     ratios = {key: theirs.median(key) / ours.median(key) for key in ("total", "solver")}
     share = ours.median("solver") / ours.median("total")
     print_table(title, rows)
-    print(f"torchdiffeq / odenet_cuda: total {ratios['total']:.2f}, solver {ratios['solver']:.2f}; our solver's share {share:.1%}")
-    return {"ratio": ratios, "share": share, "steps": steps, **{name: sample.summary() for name, sample in samples.items()}}
+    print(
+        f"torchdiffeq / odenet_cuda: total {ratios['total']:.2f}, solver {ratios['solver']:.2f}; our solver's share {share:.1%}"
+    )
+    return {
+        "ratio": ratios,
+        "share": share,
+        "steps": steps,
+        **{name: sample.summary() for name, sample in samples.items()},
+    }
 
 
 def verify(field: nn.Module, y0: torch.Tensor, t: torch.Tensor, tol: float, factor: float) -> None:
@@ -177,10 +189,16 @@ def bench_small(runs: int) -> dict[str, Any]:
         _, product = product_seconds(field, y0, 200)
         title = f"64 x 8, MLP 8-32-8, float32, one thread, {steps} steps of joint dopri5"
         results[f"forward_{steps}"] = compare(
-            f"{title}: forward, no_grad", {n: forward_case(m, field, y0, t, tol) for n, m in modules.items()}, steps, runs
+            f"{title}: forward, no_grad",
+            {n: forward_case(m, field, y0, t, tol) for n, m in modules.items()},
+            steps,
+            runs,
         )
         results[f"adjoint_{steps}"] = compare(
-            f"{title}: backward by the adjoint", {n: adjoint_case(m, field, y0, t, tol) for n, m in modules.items()}, steps, runs
+            f"{title}: backward by the adjoint",
+            {n: adjoint_case(m, field, y0, t, tol) for n, m in modules.items()},
+            steps,
+            runs,
         )
         results[f"direct_{steps}"] = compare(
             f"{title}: forward and backward, direct",
@@ -204,7 +222,9 @@ def bench_convolution(runs: int) -> dict[str, Any]:
     modules = {"odenet_cuda": odenet_cuda, "torchdiffeq": torchdiffeq}
     title = f"convolution block 64 x 6 x 6, batch 128, float32, two threads, {steps} steps"
     results = {
-        "forward": compare(f"{title}: forward", {n: forward_case(m, field, y0, t, tol) for n, m in modules.items()}, steps, runs)
+        "forward": compare(
+            f"{title}: forward", {n: forward_case(m, field, y0, t, tol) for n, m in modules.items()}, steps, runs
+        )
     }
     for name, interface in (("adjoint", "odeint_adjoint"), ("direct", "odeint")):
         results[name] = compare(
@@ -241,7 +261,11 @@ def bench_rows(runs: int) -> dict[str, Any]:
         identical = True
         for row in range(0, 256, 5):
             single = odenet_cuda.solve(
-                lambda t, y, row=row: field(t, y, mu[row : row + 1]), y0[row : row + 1], [0.0, 10.0], step_control="per_sample", **arguments
+                lambda t, y, row=row: field(t, y, mu[row : row + 1]),
+                y0[row : row + 1],
+                [0.0, 10.0],
+                step_control="per_sample",
+                **arguments,
             )
             alone.append(int(single.stats.num_accepted + single.stats.num_rejected))
             identical &= bool(torch.equal(single.ys[-1, 0], solution.ys[-1, row]))
@@ -253,7 +277,10 @@ def bench_rows(runs: int) -> dict[str, Any]:
     rows.append({"": "per sample, mean", "steps": float(total.double().mean())})
     rows.append({"": "each row alone, mean", "steps": sum(alone) / len(alone)})
     print_table("van der Pol, 256 rows, mu 0.1 to 20, 1e-6, t 0 to 10", rows)
-    print(f"steps of a row against the row alone: at most {difference:.1%} apart; every fifth row's result alone is the same to the bit: {identical}")
+    print(
+        f"steps of a row against the row alone: at most {difference:.1%} apart"
+        f"; every fifth row's result alone is the same to the bit: {identical}"
+    )
     return {"rows": rows, "difference": difference, "identical": identical}
 
 
@@ -266,7 +293,10 @@ def bench_memory(runs: int) -> dict[str, Any]:
     for gradient in ("adjoint", "direct"):
         for steps in (8, 32, 128):
             output = subprocess.run(
-                [sys.executable, __file__, "--child-memory", gradient, str(steps)], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--child-memory", gradient, str(steps)],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
             results[f"{gradient}_{steps}"] = float(output)
             rows.append({"": gradient, "steps": steps, "live MiB": float(output) / 2**20})

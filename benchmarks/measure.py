@@ -82,7 +82,8 @@ class Samples:
 
     def summary(self) -> dict[str, dict[str, float]]:
         return {
-            name: {"median": statistics.median(v), "min": min(v), "max": max(v), "runs": len(v)} for name, v in self.values.items()
+            name: {"median": statistics.median(v), "min": min(v), "max": max(v), "runs": len(v)}
+            for name, v in self.values.items()
         }
 
 
@@ -125,11 +126,22 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     cells = [[_text(row.get(name, "")) for name in names] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
     for line in [names, ["-" * width for width in widths], *cells]:
-        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))))
+        print(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+        )
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def save(path: str | None, results: dict[str, Any]) -> None:

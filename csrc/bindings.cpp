@@ -25,7 +25,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// ---- messages and checks: argument, rule, value ----------------------------------------------------------------------
+// ---- messages and checks: argument, rule, value
+// ----------------------------------------------------------------------
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -51,11 +52,14 @@ bool same_shape(const Tensor& x, const Tensor& y) {
 }
 
 // What every tensor of leaf `leaf` must match.
-void check_like(const char* name, size_t index, const Tensor& tensor, const char* like_name, size_t leaf, const Tensor& like) {
+void check_like(const char* name, size_t index, const Tensor& tensor, const char* like_name, size_t leaf,
+                const Tensor& like) {
   if (!same_shape(tensor, like)) {
-    fail(name, '[', index, "] must have the shape of ", like_name, '[', leaf, "], ", shape(like), ", got ", shape(tensor));
+    fail(name, '[', index, "] must have the shape of ", like_name, '[', leaf, "], ", shape(like), ", got ",
+         shape(tensor));
   }
-  if (tensor.scalar_type() != like.scalar_type()) fail(name, '[', index, "] must have the dtype of ", like_name, '[', leaf, "]");
+  if (tensor.scalar_type() != like.scalar_type())
+    fail(name, '[', index, "] must have the dtype of ", like_name, '[', leaf, "]");
   if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
     fail(name, '[', index, "] must be on the device of ", like_name, '[', leaf, "]");
   }
@@ -94,9 +98,12 @@ int check_stages(const char* name, size_t coefficients) {
   return static_cast<int>(coefficients);
 }
 
-// ---- dispatch --------------------------------------------------------------------------------------------------------
+// ---- dispatch
+// --------------------------------------------------------------------------------------------------------
 
-int32_t device_of(const Tensor& tensor) { return tensor.is_cpu() ? kCpu : tensor.get_device_index(); }
+int32_t device_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? kCpu : tensor.get_device_index();
+}
 
 // Calls visit(T{}) with the element type of `tensor`.
 template <class Visit>
@@ -111,7 +118,8 @@ void dispatch_type(const char* name, const Tensor& tensor, const Visit& visit) {
   }
 }
 
-// ---- leaves ----------------------------------------------------------------------------------------------------------
+// ---- leaves
+// ----------------------------------------------------------------------------------------------------------
 
 // Read-only tensors of one call, made contiguous where they are not, and kept alive until it ends.
 class Inputs {
@@ -125,8 +133,8 @@ class Inputs {
 
   // Fills k and the coefficients with the slopes of `leaf` whose coefficient is not zero; returns their number.
   template <class T>
-  int slopes(const Tensors& k, const std::vector<double>& coefficients, size_t leaf, size_t slots, const char* like_name,
-             const Tensor& like, const T* (&to)[kMaxStages], double (&weights)[kMaxStages]) {
+  int slopes(const Tensors& k, const std::vector<double>& coefficients, size_t leaf, size_t slots,
+             const char* like_name, const Tensor& like, const T* (&to)[kMaxStages], double (&weights)[kMaxStages]) {
     int count = 0;
     for (size_t j = 0; j < coefficients.size(); ++j) {
       if (coefficients[j] == 0) continue;
@@ -144,12 +152,14 @@ class Inputs {
 
 size_t check_slots(const Tensors& k, size_t leaves, size_t coefficients) {
   const size_t slots = leaves ? k.size() / leaves : 0;
-  if (slots * leaves != k.size()) fail("k must hold as many slopes for each of the ", leaves, " leaves, got ", k.size());
+  if (slots * leaves != k.size())
+    fail("k must hold as many slopes for each of the ", leaves, " leaves, got ", k.size());
   if (coefficients > slots) fail("k must hold ", coefficients, " slopes a leaf, one a coefficient, got ", slots);
   return slots;
 }
 
-// ---- ops -------------------------------------------------------------------------------------------------------------
+// ---- ops
+// -------------------------------------------------------------------------------------------------------------
 
 void stage(Tensors y, Tensors y0, Tensors k, std::vector<double> a, Tensor dt) {
   const int64_t rows = dt.numel();
@@ -171,7 +181,8 @@ void stage(Tensors y, Tensors y0, Tensors k, std::vector<double> a, Tensor dt) {
       }
       s.stages = inputs.slopes(k, a, leaf, slots, "y", y[leaf], s.k, s.a);
       on_device(
-          device_of(y[leaf]), [&] { cpu::stage(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::stage(s, stream); });
+          device_of(y[leaf]), [&] { cpu::stage(s, parallel_for); },
+          [&](cuda::Stream stream) { return cuda::stage(s, stream); });
     });
   }
 }
@@ -235,12 +246,13 @@ StepSize step_size_args(const Tensor& state, const Tensor& times, const Tensor& 
   return s;
 }
 
-void step_size(Tensor state, Tensor times, Tensor stops, Tensor t, std::vector<double> c, std::vector<double> controller) {
+void step_size(Tensor state, Tensor times, Tensor stops, Tensor t, std::vector<double> c,
+               std::vector<double> controller) {
   const StepSize s = step_size_args(state, times, stops, t, c, controller);
   dispatch_type("times", times, [&]<class R>(R) {
     R* out = static_cast<R*>(times.data_ptr());
     on_device(
-          device_of(state), [&] { cpu::step_size(s, out, parallel_for); },
+        device_of(state), [&] { cpu::step_size(s, out, parallel_for); },
         [&](cuda::Stream stream) { return cuda::step_size(s, out, stream); });
   });
 }
@@ -252,7 +264,7 @@ void first_step(Tensor state, Tensor times, Tensor norms, Tensor stops, Tensor t
   dispatch_type("times", times, [&]<class R>(R) {
     R* out = static_cast<R*>(times.data_ptr());
     on_device(
-          device_of(state), [&] { cpu::first_step(s, first, out, parallel_for); },
+        device_of(state), [&] { cpu::first_step(s, first, out, parallel_for); },
         [&](cuda::Stream stream) { return cuda::first_step(s, first, out, stream); });
   });
 }
@@ -278,7 +290,8 @@ void dense_output(Tensors ys, Tensors y0, Tensors y1, Tensors k, std::vector<dou
       s.state = check_state("state", state, kNumFields * rows, &y0[leaf]);
       s.t = check_state("t", t, t.numel(), &y0[leaf]);
       if (ys[leaf].scalar_type() != y0[leaf].scalar_type() || ys[leaf].numel() != t.numel() * y0[leaf].numel()) {
-        fail("ys[", leaf, "] must hold ", t.numel(), " states of y0[", leaf, "], ", shape(y0[leaf]), ", got ", shape(ys[leaf]));
+        fail("ys[", leaf, "] must hold ", t.numel(), " states of y0[", leaf, "], ", shape(y0[leaf]), ", got ",
+             shape(ys[leaf]));
       }
       check_written("ys", leaf, ys[leaf]);
       s.ys = static_cast<T*>(ys[leaf].data_ptr());
@@ -322,7 +335,8 @@ void advance(Tensors y0, Tensors k0, Tensors y1, Tensors k1, Tensor accept) {
       s.y1 = inputs.pointer<T>(y1[leaf]);
       s.k1 = inputs.pointer<T>(k1[leaf]);
       on_device(
-          device_of(y0[leaf]), [&] { cpu::advance(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::advance(s, stream); });
+          device_of(y0[leaf]), [&] { cpu::advance(s, parallel_for); },
+          [&](cuda::Stream stream) { return cuda::advance(s, stream); });
     });
   }
 }
@@ -335,25 +349,25 @@ STABLE_TORCH_LIBRARY(odenet_cuda, m) {
   m.def(
       "error(Tensor(a!) ratio, Tensor[] y0, Tensor[] y1, Tensor[] k, float[] e, Tensor dt, float[] rtol, float[] atol)"
       " -> ()");
-  m.def(
-      "step_size(Tensor(a!) state, Tensor(b!) times, Tensor stops, Tensor t, float[] c, float[] controller) -> ()");
+  m.def("step_size(Tensor(a!) state, Tensor(b!) times, Tensor stops, Tensor t, float[] c, float[] controller) -> ()");
   m.def(
       "first_step(Tensor(a!) state, Tensor(b!) times, Tensor norms, Tensor stops, Tensor t, float[] c,"
       " float[] controller, float size, int phase) -> ()");
   m.def(
-      "dense_output(Tensor(a!)[] ys, Tensor[] y0, Tensor[] y1, Tensor[] k, float[] p, int degree, Tensor state, Tensor t)"
+      "dense_output(Tensor(a!)[] ys, Tensor[] y0, Tensor[] y1, Tensor[] k, float[] p, int degree, Tensor state, Tensor "
+      "t)"
       " -> ()");
   m.def("advance(Tensor(a!)[] y0, Tensor(b!)[] k0, Tensor[] y1, Tensor[] k1, Tensor accept) -> ()");
 }
 
-#define ODENET_IMPL(KEY)                                        \
-  STABLE_TORCH_LIBRARY_IMPL(odenet_cuda, KEY, m) {              \
-    m.impl("stage", TORCH_BOX(&odenet::stage));                 \
-    m.impl("error", TORCH_BOX(&odenet::error));                 \
-    m.impl("step_size", TORCH_BOX(&odenet::step_size));         \
-    m.impl("first_step", TORCH_BOX(&odenet::first_step));       \
-    m.impl("dense_output", TORCH_BOX(&odenet::dense_output));   \
-    m.impl("advance", TORCH_BOX(&odenet::advance));             \
+#define ODENET_IMPL(KEY)                                      \
+  STABLE_TORCH_LIBRARY_IMPL(odenet_cuda, KEY, m) {            \
+    m.impl("stage", TORCH_BOX(&odenet::stage));               \
+    m.impl("error", TORCH_BOX(&odenet::error));               \
+    m.impl("step_size", TORCH_BOX(&odenet::step_size));       \
+    m.impl("first_step", TORCH_BOX(&odenet::first_step));     \
+    m.impl("dense_output", TORCH_BOX(&odenet::dense_output)); \
+    m.impl("advance", TORCH_BOX(&odenet::advance));           \
   }
 ODENET_IMPL(CPU)
 ODENET_IMPL(CUDA)

@@ -19,8 +19,8 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody
 }
 
 #ifdef ODENET_CUDA
-// The stream that torch works on. A CPU build of torch has no such symbol, and this extension must load there too, so it
-// is looked up when the first CUDA kernel runs.
+// The stream that torch works on. A CPU build of torch has no such symbol, and this extension must load there too, so
+// it is looked up when the first CUDA kernel runs.
 inline cuda::Stream current_stream(int32_t device) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {

@@ -1,5 +1,5 @@
-// The seam between the bindings, which know tensors, and the drivers, which know machines: raw pointers, sizes, a stream.
-// No torch type, no CUDA type. One launcher per op and device; `core/` defines what each struct means.
+// The seam between the bindings, which know tensors, and the drivers, which know machines: raw pointers, sizes, a
+// stream. No torch type, no CUDA type. One launcher per op and device; `core/` defines what each struct means.
 #pragma once
 
 #include "core/advance.h"

@@ -1,4 +1,5 @@
-// The Python module: what the build was, the layout of the solver state, and Stepper. The ops register themselves with torch.
+// The Python module: what the build was, the layout of the solver state, and Stepper. The ops register themselves with
+// torch.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -65,13 +66,14 @@ void add_stepper(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<Stepper>(m, "Stepper")
       .def(py::init([](bool is_double, int32_t device, int64_t rows, std::vector<int64_t> columns, int quadratures,
-                       Weights signs, std::vector<Weights> a, Weights b, Weights c, Weights e, Weights rtol, Weights atol, Weights p, int degree,
-                       Weights controller) {
-             return Stepper({is_double, device, rows, columns, quadratures, signs, a, b, c, e, rtol, atol, p, degree, controller});
+                       Weights signs, std::vector<Weights> a, Weights b, Weights c, Weights e, Weights rtol,
+                       Weights atol, Weights p, int degree, Weights controller) {
+             return Stepper(
+                 {is_double, device, rows, columns, quadratures, signs, a, b, c, e, rtol, atol, p, degree, controller});
            }),
-           py::kw_only(), py::arg("is_double"), py::arg("device"), py::arg("rows"), py::arg("columns"), py::arg("quadratures"), py::arg("signs"),
-           py::arg("a"), py::arg("b"), py::arg("c"), py::arg("e"), py::arg("rtol"), py::arg("atol"), py::arg("p"),
-           py::arg("degree"), py::arg("controller"))
+           py::kw_only(), py::arg("is_double"), py::arg("device"), py::arg("rows"), py::arg("columns"),
+           py::arg("quadratures"), py::arg("signs"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("e"),
+           py::arg("rtol"), py::arg("atol"), py::arg("p"), py::arg("degree"), py::arg("controller"))
       .def("bind_state", &Stepper::bind_state)
       .def("bind_dt", &Stepper::bind_dt)
       .def("workspace_size", &Stepper::workspace_size)

@@ -48,8 +48,10 @@ Stepper::Stepper(StepperSetup setup) : setup_(std::move(setup)) {
   }
   b_ = row_of(setup_.b);
   e_ = row_of(setup_.e);
-  check(setup_.b.size() == size_t(stages_) && setup_.e.size() <= size_t(stages_), "b and e must have one weight a stage");
-  check(setup_.controller.size() == kControllerSize || setup_.controller.empty(), "controller must hold the numbers of a Controller");
+  check(setup_.b.size() == size_t(stages_) && setup_.e.size() <= size_t(stages_),
+        "b and e must have one weight a stage");
+  check(setup_.controller.size() == kControllerSize || setup_.controller.empty(),
+        "controller must hold the numbers of a Controller");
   k_.assign(size_t(leaves_) * stages_, 0);
 }
 
@@ -64,7 +66,9 @@ void Stepper::bind_state(Address state, Address stops, int64_t num_stops, Addres
   workspace_ = workspace;
 }
 
-void Stepper::bind_dt(Address dt) { dt_ = dt; }
+void Stepper::bind_dt(Address dt) {
+  dt_ = dt;
+}
 
 int64_t Stepper::workspace_size() const {
   int64_t size = 0;

@@ -1,7 +1,7 @@
 // The kernels of a step loop with their arguments bound once: one method per op, the same nouns, the same launchers.
 //
-// A call of an op through torch costs some 5 us before the kernel runs, a call here 0.3: at small states that is the solver.
-// The caller owns all memory and keeps it alive; addresses are checked where they are bound, not at every step.
+// A call of an op through torch costs some 5 us before the kernel runs, a call here 0.3: at small states that is the
+// solver. The caller owns all memory and keeps it alive; addresses are checked where they are bound, not at every step.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ using Address = std::uintptr_t;
 using Addresses = std::vector<Address>;
 
 struct StepperSetup {
-  bool is_double;             // the state's type
-  int32_t device;             // CUDA device, or kCpu
+  bool is_double;  // the state's type
+  int32_t device;  // CUDA device, or kCpu
   int64_t rows;
   std::vector<int64_t> columns;  // of each leaf; the last `quadratures` leaves have slopes but no stages
   int quadratures;
@@ -45,13 +45,13 @@ class Stepper {
   void bind_slopes(int stage, const Addresses& k);  // [leaves]; 0 keeps what was there
 
   void stage(int i, const Addresses& k);  // k: the slopes of stage i - 1; then Y_i
-  void error(const Addresses& k);         // k: the slopes of the last stage; then the quadratures' ends and the error ratio
-  void quadrature(const Addresses& k);    // the same without the error
+  void error(const Addresses& k);  // k: the slopes of the last stage; then the quadratures' ends and the error ratio
+  void quadrature(const Addresses& k);  // the same without the error
   void step_size();
   void first_step(Address norms, double size, int phase);
   void dense_output(const Addresses& ys);
-  void advance();       // rows move on where their step was accepted
-  void swap_ends();     // y1 becomes y0 without a copy
+  void advance();    // rows move on where their step was accepted
+  void swap_ends();  // y1 becomes y0 without a copy
 
  private:
   struct Row {  // a linear combination without its zeros

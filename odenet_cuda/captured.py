@@ -64,4 +64,6 @@ def earlier_results(func: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
 def sequence_number() -> int:
     """Autograd's sequence number now: nodes made from here on have this number or a higher one. Gradients must be on."""
     probe = torch.ones((), requires_grad=True) * 1
-    return probe.grad_fn._sequence_nr() + 1
+    node = probe.grad_fn
+    assert node is not None, "gradients must be on"
+    return node._sequence_nr() + 1

@@ -43,8 +43,10 @@ class Options:
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if self.step_size is not None and self.grid_constructor is not None:
             raise ValueError("step_size and grid_constructor are mutually exclusive, got both")
-        if set(self.step_t) & set(self.jump_t) or len(set(self.step_t)) < len(self.step_t) or len(set(self.jump_t)) < len(
-            self.jump_t
+        if (
+            set(self.step_t) & set(self.jump_t)
+            or len(set(self.step_t)) < len(self.step_t)
+            or len(set(self.jump_t)) < len(self.jump_t)
         ):
             raise ValueError("`step_t` and `jump_t` must not have any repeated elements between them.")
 

@@ -14,7 +14,18 @@ from .solve import solve
 
 _COMMON = ("step_control", "dense", "on_failure", "gradient")
 _ADAPTIVE_OPTIONS = (
-    *("first_step", "safety", "ifactor", "dfactor", "max_num_steps", "step_t", "jump_t", "norm", "min_step", "max_step"),
+    *(
+        "first_step",
+        "safety",
+        "ifactor",
+        "dfactor",
+        "max_num_steps",
+        "step_t",
+        "jump_t",
+        "norm",
+        "min_step",
+        "max_step",
+    ),
     *("controller", "step_control"),
 )
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "perturb", "interp")
@@ -80,7 +91,7 @@ def odeint_adjoint(
     backward = adjoint_method or chosen
     if backward != chosen and options is not None and adjoint_options is None:
         raise ValueError(
-            f"adjoint_options must be given where adjoint_method, {backward!r}, differs from method, {chosen!r}, and options are"
+            f"adjoint_options must be given if adjoint_method, {backward!r}, differs from method, {chosen!r}, and options are"
         )
     adjoint_params = tuple(adjoint_params)
     if adjoint_options is not None:
@@ -89,7 +100,8 @@ def odeint_adjoint(
         adjoint_options = _options(backward, adjoint_options, None, fixed_interp=False)
         if callable(adjoint_norm) and not all(param.requires_grad for param in adjoint_params):
             warnings.warn(
-                "an adjoint parameter does not require a gradient: it is left out of the adjoint and of its norm", stacklevel=2
+                "an adjoint parameter does not require a gradient: it is left out of the adjoint and of its norm",
+                stacklevel=2,
             )
         if adjoint_norm is not None:
             adjoint_options["norm"] = adjoint_norm
@@ -129,7 +141,9 @@ def odeint_dense(
     if chosen not in ADAPTIVE and "interp" not in (options or {}):
         arguments["interp"] = "method"
     with torch.no_grad():
-        return solve(func, y0, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
+        interpolant = solve(func, y0, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
+    assert interpolant is not None  # dense=True
+    return interpolant
 
 
 def odeint_event(*args: Any, **kwargs: Any) -> Any:

@@ -69,9 +69,7 @@ def error(
     _written((ratio,))
 
 
-def step_size(
-    state: Tensor, times: Tensor, stops: Tensor, t: Tensor, c: Sequence[float], controller: Sequence[float]
-) -> None:
+def step_size(state: Tensor, times: Tensor, stops: Tensor, t: Tensor, c: Sequence[float], controller: Sequence[float]) -> None:
     """Accepts or rejects the step just tried, row by row, and plans the next one and its stage times.
 
     state: float64, [NUM_FIELDS, rows], read and written. times: [stages, rows] in the real type of the solved state,
@@ -120,9 +118,7 @@ def dense_output(
     _written(ys)
 
 
-def advance(
-    y0: Sequence[Tensor], k0: Sequence[Tensor], y1: Sequence[Tensor], k1: Sequence[Tensor], accept: Tensor
-) -> None:
+def advance(y0: Sequence[Tensor], k0: Sequence[Tensor], y1: Sequence[Tensor], k1: Sequence[Tensor], accept: Tensor) -> None:
     """``y0 <- y1`` and ``k0 <- k1`` in the rows where ``accept`` (float64, [rows]) is not 0."""
     _advance(y0, k0, y1, k1, accept)
     _written((*y0, *k0))

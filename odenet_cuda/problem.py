@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,9 +99,7 @@ class Field:
         if slope.device != leaf.device:
             raise ValueError(f"func must return the device of y0{part}, {leaf.device}, got {slope.device}")
         if slope.shape != leaf.shape:
-            raise ValueError(
-                f"func must return the shape of y0{part}, {list(leaf.shape)}, got {list(slope.shape)}"
-            )
+            raise ValueError(f"func must return the shape of y0{part}, {list(leaf.shape)}, got {list(slope.shape)}")
         if slope.dtype.is_complex and not leaf.dtype.is_complex:
             raise ValueError(f"func must return real numbers for a real y0{part}, got {slope.dtype}")
         return slope.to(leaf.dtype)  # a field under autocast, say
@@ -117,7 +116,7 @@ class Problem:
     where field gives them for the opposite direction of time; none: all +1.
     """
 
-    field: Callable[..., list[Tensor]]
+    field: Callable[..., list[Any]]
     leaves: list[Tensor]
     t: list[float]
     direction: float
@@ -195,7 +194,7 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     values = t.detach().double().tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{name} must be finite, got {values}")
-    steps = [b - a for a, b in zip(values[:-1], values[1:], strict=True)]
+    steps = [b - a for a, b in pairwise(values)]
     if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
         raise ValueError(f"{name} must be strictly increasing or decreasing, got {values}")
     return t, values

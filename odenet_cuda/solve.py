@@ -11,11 +11,11 @@ from .captured import captured_tensors, earlier_results, sequence_number
 from .gradients import adjoint as adjoint_gradient
 from .gradients import direct as direct_gradient
 from .integrate import Grid, Options, fixed_grid, integrate
+from .ops import FIELDS
 from .problem import CALLBACKS, Field, Problem, Structure, check_samples, check_state, check_times, check_tolerance
 from .solution import Interpolant, Solution, Stats, failure
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import STEP_CONTROLS, SUCCESS, StepControl
-from .ops import FIELDS
 
 GRADIENTS = ("direct", "adjoint")
 ABSENT_GRADIENTS = ("checkpoint", "quadrature")
@@ -80,9 +80,9 @@ def solve(
     dense: give a `Solution.interpolant`, at the cost of keeping every step.
     on_failure: "raise" a `SolverError`, or "return" a Solution whose `status` says why and whose `ys` are NaN where the
         solve did not get.
-    adjoint_params: tensors to give gradients to by the adjoint; default: all that func depends on. adjoint_method, adjoint_rtol,
-        adjoint_atol, adjoint_options: for the backward solve, by default as forward. Options by name as above, and
-        ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021, arXiv:2009.09457), or a
+    adjoint_params: tensors to give gradients to by the adjoint; default: all that func depends on. adjoint_method,
+        adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward. Options by name as
+        above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021, arXiv:2009.09457), or a
         function of the tuple (t, y, adjoint, *params).
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
@@ -143,8 +143,15 @@ class _Solve:
     """One solve with what surrounds it: which tensors get gradients, recording, failure, and the Solution."""
 
     def __init__(self, problem: Problem, options: Options, structure: Structure, t: Tensor, dense: bool, grid: Grid | None):
-        self.problem, self.options, self.structure, self.t, self.dense, self.grid = problem, options, structure, t, dense, grid
-        self.field: Field = problem.field
+        self.problem, self.options, self.structure, self.t, self.dense, self.grid = (
+            problem,
+            options,
+            structure,
+            t,
+            dense,
+            grid,
+        )
+        self.field: Any = problem.field
 
     def run(self, gradient: str, backward: Any, params: Sequence[Tensor] | None, on_failure: str) -> Solution:
         wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and self.problem.leaves[0].numel() > 0
@@ -153,7 +160,7 @@ class _Solve:
         inputs = [*self.structure.leaves, self.t, *captured]
         wanted = wanted and any(tensor.requires_grad for tensor in inputs)
         graphs = wanted and gradient == "direct"
-        recorder = None
+        recorder: Any = None
         if graphs or self.dense:
             recorder = Recorder(
                 self.options.tableau, self.problem.t, self.problem.per_sample, graphs, self.dense, self.t.requires_grad
@@ -199,7 +206,7 @@ class _Solve:
         recorder = Recorder(self.options.tableau, problem.t, problem.per_sample, True, False, self.t.requires_grad)
         start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.leaves])
         found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
-        known = {id(tensor): tensor for tensor in parameters if tensor.requires_grad}
+        known: dict[int, Tensor] = {id(tensor): tensor for tensor in parameters if tensor.requires_grad}
         closed = bool(parameters) and not earlier and all(id(tensor) in known for tensor in found)
         known.update((id(tensor), tensor) for tensor in found)
         if earlier:
@@ -268,7 +275,7 @@ def _adjoint(
     norm = given.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
         raise ValueError(f"adjoint_options['norm'] must be 'seminorm' or callable, got {norm!r}")
-    merged = dict(
+    merged: dict[str, Any] = dict(
         method=method or options.method,
         first_step=options.first_step,
         step_t=options.step_t,
@@ -278,7 +285,7 @@ def _adjoint(
         perturb=options.perturb,
         interp="method",
     )
-    control = {name: getattr(options.control, name) for name in StepControl.__dataclass_fields__}
+    control: dict[str, Any] = {name: getattr(options.control, name) for name in StepControl.__dataclass_fields__}
     for name, value in given.items():
         if name in control:
             control[name] = value
@@ -295,7 +302,9 @@ def _adjoint(
     for name, value, forward in (("adjoint_rtol", rtol, problem.rtol), ("adjoint_atol", atol, problem.atol)):
         parts = forward if value is None else check_tolerance(name, value, structure)
         if any(isinstance(part, Tensor) for part in parts):
-            raise ValueError(f"{name} must be a number or one for each leaf for the adjoint; give it beside a tensor {name[8:]}")
+            raise ValueError(
+                f"{name} must be a number or one for each leaf for the adjoint; give it beside a tensor {name[8:]}"
+            )
         tolerances.append(parts)
     callbacks = find_callbacks(func, structure, backward.adaptive, "_adjoint")
     shown = norm if callable(norm) else _shown_norm(problem, norm == "seminorm")

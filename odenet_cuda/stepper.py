@@ -5,6 +5,7 @@ buffers are bound. The same launchers run underneath, in the same order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,21 +57,23 @@ class Stepper:
         )
         self.points = len(rows_a)
         self.y0 = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
-        self.k: list[list[Tensor | None]] = [[] for _ in range(tableau.stages)]
+        self.k: list[list[Any]] = [[] for _ in range(tableau.stages)]
         self.times = torch.empty(tableau.stages, rows, dtype=problem.real, device=device)
         self.views = problem.time_views(self.times)
         self.q1 = [torch.empty_like(leaf) for leaf in self.y0[self.n :]]
         self.new_stages()
 
     def bind_state(self, state: Tensor, stops: Tensor, t: Tensor) -> None:
-        workspace = self.kernels.workspace_size()
-        self._state = (state, stops, t, state.new_empty(workspace) if workspace else None)
-        address = self._state[3].data_ptr() if workspace else 0
-        self.kernels.bind_state(state.data_ptr(), stops.data_ptr(), stops.shape[1], t.data_ptr(), len(t), address)
+        workspace = state.new_empty(self.kernels.workspace_size())
+        self._state = (state, stops, t, workspace)
+        self.kernels.bind_state(state.data_ptr(), stops.data_ptr(), stops.shape[1], t.data_ptr(), len(t), workspace.data_ptr())
 
     def new_stages(self) -> None:
         """New buffers for the stages: those before are kept by whoever recorded them."""
-        self.y = [self.y0[: self.n], *([torch.empty_like(leaf) for leaf in self.y0[: self.n]] for _ in range(self.points))]
+        self.y = [
+            self.y0[: self.n],
+            *([torch.empty_like(leaf) for leaf in self.y0[: self.n]] for _ in range(self.points)),
+        ]
         self.bind()
 
     def new_times(self) -> None:
@@ -89,7 +92,7 @@ class Stepper:
     def addresses(self, i: int) -> list[int]:
         return [0 if slope is None else slope.data_ptr() for slope in self.k[i]]
 
-    def set_slopes(self, i: int, k: list[Tensor | None], copy_own: bool) -> list[int]:
+    def set_slopes(self, i: int, k: list[Any], copy_own: bool) -> list[int]:
         """Keeps the slopes of stage i and gives their addresses.
 
         copy_own: copy a slope that lies in a buffer of the solver (func returned its argument), which is written again.

@@ -48,7 +48,10 @@ class ButcherTableau:
             _check(_close(math.fsum(row), self.b[j]), f"row {j} of p must add up to b[{j}]: the interpolant ends in y1")
         for d in range(degree):
             column = math.fsum(row[d] for row in self.p)
-            _check(_close(column, float(d == 0)), f"the weights b_j(theta) must add up to theta, got {column} theta^{d + 1}")
+            _check(
+                _close(column, float(d == 0)),
+                f"the weights b_j(theta) must add up to theta, got {column} theta^{d + 1}",
+            )
 
     def linear(self) -> "ButcherTableau":
         """The same method with the straight line between y0 and y1 as interpolant."""

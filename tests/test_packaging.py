@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import odenet_cuda
-from odenet_cuda import __main__, _C
+from odenet_cuda import _C, __main__
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
@@ -27,9 +27,7 @@ def distributions(tmp_path_factory, request) -> Path:
         pytest.skip("needs the checkout")
     folder = tmp_path_factory.mktemp("dist")
     env = {**__import__("os").environ, "ODENET_CUDA": "0"}
-    built = run(
-        sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT), env=env, cwd=folder
-    )
+    built = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT), env=env, cwd=folder)
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     return folder
 
@@ -95,7 +93,15 @@ def test_build_errors_are_one_sentence(environment, words, tmp_path):
     """What the build lacks is said in one clear sentence."""
     env = {**__import__("os").environ, **environment}
     built = run(
-        sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path), cwd=ROOT, env=env
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-temp",
+        str(tmp_path),
+        "--build-lib",
+        str(tmp_path),
+        cwd=ROOT,
+        env=env,
     )
     assert built.returncode != 0
     assert words in built.stderr

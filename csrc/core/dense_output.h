@@ -1,4 +1,5 @@
-// The interpolant of a step, as a Runge-Kutta method whose weights are polynomials (Hairer, Norsett and Wanner I, II.6):
+// The interpolant of a step, as a Runge-Kutta method whose weights are polynomials (Hairer, Norsett and Wanner I,
+// II.6):
 //
 //   y(t0 + theta dt) = y0 + dt * sum_j b_j(theta) k_j,   b_j(theta) = sum_d p[j][d] theta^(d+1)
 //
@@ -12,12 +13,12 @@ namespace odenet {
 
 template <class T>
 struct DenseOutput {
-  T* ys;                   // [num_outputs, rows, columns], written where outputs fall
-  const T* y0;             // [rows, columns]
-  const T* y1;             // [rows, columns]
-  const T* k[kMaxStages];  // slopes, each [rows, columns]
-  const double* state;     // [kNumFields, rows]
-  const double* t;         // [num_outputs]
+  T* ys;                              // [num_outputs, rows, columns], written where outputs fall
+  const T* y0;                        // [rows, columns]
+  const T* y1;                        // [rows, columns]
+  const T* k[kMaxStages];             // slopes, each [rows, columns]
+  const double* state;                // [kNumFields, rows]
+  const double* t;                    // [num_outputs]
   double p[kMaxStages * kMaxDegree];  // [stages, degree]
   int stages, degree;
   int64_t rows, columns;

@@ -10,11 +10,11 @@ namespace odenet {
 
 template <class T>
 struct Error {
-  const T* y0;              // [rows, columns]
-  const T* y1;              // [rows, columns]
-  const T* k[kMaxStages];   // slopes, each [rows, columns]
-  double e[kMaxStages];     // error weights: b minus the embedded b
-  const double* dt;         // [rows]
+  const T* y0;             // [rows, columns]
+  const T* y1;             // [rows, columns]
+  const T* k[kMaxStages];  // slopes, each [rows, columns]
+  double e[kMaxStages];    // error weights: b minus the embedded b
+  const double* dt;        // [rows]
   double rtol, atol;
   int stages;
   int64_t rows, columns;
@@ -25,8 +25,12 @@ ODENET_HD void error_weights(const Error<T>& s, int64_t row, Real<T> (&w)[S > 0 
   for (int j = 0; j < S; ++j) w[j] = static_cast<Real<T>>(s.e[j] * s.dt[row]);
 }
 
-ODENET_HD float magnitude(float x) { return ::fabsf(x); }
-ODENET_HD double magnitude(double x) { return ::fabs(x); }
+ODENET_HD float magnitude(float x) {
+  return ::fabsf(x);
+}
+ODENET_HD double magnitude(double x) {
+  return ::fabs(x);
+}
 
 // The larger; not a number if either is, so that an overflow is never taken for a small error.
 template <class R>

@@ -27,6 +27,8 @@ using Accumulate = typename TypeTraits<T>::Accumulate;
 template <class T>
 using Real = typename TypeTraits<Accumulate<T>>::Real;
 
-ODENET_HD bool is_finite(double x) { return x - x == 0; }
+ODENET_HD bool is_finite(double x) {
+  return x - x == 0;
+}
 
 }  // namespace odenet

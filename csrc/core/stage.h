@@ -16,12 +16,12 @@ namespace odenet {
 
 template <class T>
 struct Stage {
-  T* y;                     // [rows, columns], written
-  const T* y0;              // [rows, columns], or null: zero
-  const T* k[kMaxStages];   // slopes, each [rows, columns]
-  double a[kMaxStages];     // their coefficients: one row of the tableau
-  const double* dt;         // [rows]
-  int stages;               // how many slopes count
+  T* y;                    // [rows, columns], written
+  const T* y0;             // [rows, columns], or null: zero
+  const T* k[kMaxStages];  // slopes, each [rows, columns]
+  double a[kMaxStages];    // their coefficients: one row of the tableau
+  const double* dt;        // [rows]
+  int stages;              // how many slopes count
   int64_t rows, columns;
 };
 
@@ -46,11 +46,10 @@ auto dispatch_stages(int stages, Visit&& visit) {
 #define ODENET_CASE(S) \
   case S:              \
     return visit.template operator()<S>();
-    ODENET_CASE(0) ODENET_CASE(1) ODENET_CASE(2) ODENET_CASE(3) ODENET_CASE(4) ODENET_CASE(5)
-    ODENET_CASE(6) ODENET_CASE(7) ODENET_CASE(8) ODENET_CASE(9) ODENET_CASE(10) ODENET_CASE(11)
-    ODENET_CASE(12) ODENET_CASE(13) ODENET_CASE(14) ODENET_CASE(15)
-    default:
-      return visit.template operator()<kMaxStages>();
+    ODENET_CASE(0)
+    ODENET_CASE(1) ODENET_CASE(2) ODENET_CASE(3) ODENET_CASE(4) ODENET_CASE(5) ODENET_CASE(6) ODENET_CASE(7)
+        ODENET_CASE(8) ODENET_CASE(9) ODENET_CASE(10) ODENET_CASE(11) ODENET_CASE(12) ODENET_CASE(13) ODENET_CASE(14)
+            ODENET_CASE(15) default : return visit.template operator()<kMaxStages>();
 #undef ODENET_CASE
   }
 }

@@ -11,24 +11,24 @@ namespace odenet {
 
 // The solver state: a float64 tensor [kNumFields, rows]. Counters are exact up to 2^53.
 enum Field : int {
-  kTime,          // time reached
-  kDt,            // signed step to try next; 0 once the row has ended
-  kStepEnd,       // time where that step ends: exactly a stop when it lands on one
-  kStatus,        // see Status
-  kAccept,        // 1: the last step tried was accepted
-  kJumped,        // 1: the last step ended on a discontinuity of f
-  kLastTime,      // start of the last step tried
-  kLastDt,        // its signed size
-  kErrorRatio,    // its error ratio, written by `error`
-  kInverse1,      // 1 / error_ratio of the accepted step before
-  kInverse2,      // and of the one before that
+  kTime,        // time reached
+  kDt,          // signed step to try next; 0 once the row has ended
+  kStepEnd,     // time where that step ends: exactly a stop when it lands on one
+  kStatus,      // see Status
+  kAccept,      // 1: the last step tried was accepted
+  kJumped,      // 1: the last step ended on a discontinuity of f
+  kLastTime,    // start of the last step tried
+  kLastDt,      // its signed size
+  kErrorRatio,  // its error ratio, written by `error`
+  kInverse1,    // 1 / error_ratio of the accepted step before
+  kInverse2,    // and of the one before that
   kNumAccepted,
   kNumRejected,
-  kOutputBegin,   // outputs [kOutputBegin, kOutputEnd) fell into the last step
+  kOutputBegin,  // outputs [kOutputBegin, kOutputEnd) fell into the last step
   kOutputEnd,
-  kNextStop,      // index of the next stop
+  kNextStop,  // index of the next stop
   kStepsSinceOutput,
-  kProposal,      // step size the controller asked for, before landing shortened it
+  kProposal,  // step size the controller asked for, before landing shortened it
   kNumFields
 };
 
@@ -38,17 +38,17 @@ enum Stop : int { kStopStep, kStopJump, kStopEnd };
 struct Controller {
   double direction;  // +1: time increases, -1: it decreases
   double order, safety, ifactor, dfactor;
-  double b0, b1, b2;      // exponents of r0, r1, r2
-  double accept_floor;    // least factor after an accepted step
+  double b0, b1, b2;    // exponents of r0, r1, r2
+  double accept_floor;  // least factor after an accepted step
   double min_step, max_step;
-  double max_num_steps;   // tries per output interval
+  double max_num_steps;  // tries per output interval
 };
 constexpr int kControllerSize = sizeof(Controller) / sizeof(double);
 
 struct StepSize {
-  double* state;        // [kNumFields, rows]
-  const double* stops;  // [2, num_stops]: times in the direction of the solve, kinds (Stop); the last is the end
-  const double* t;      // [num_outputs]
+  double* state;         // [kNumFields, rows]
+  const double* stops;   // [2, num_stops]: times in the direction of the solve, kinds (Stop); the last is the end
+  const double* t;       // [num_outputs]
   double c[kMaxStages];  // nodes of the tableau
   Controller controller;
   int64_t rows, num_stops, num_outputs;
@@ -192,8 +192,12 @@ ODENET_HD void first_step_row(const StepSize& s, int64_t row, const double* norm
 }
 
 // The next number of type R after x in the direction of `towards` (+1, -1).
-ODENET_HD float next_after(float x, double towards) { return ::nextafterf(x, static_cast<float>(towards * HUGE_VAL)); }
-ODENET_HD double next_after(double x, double towards) { return ::nextafter(x, towards * HUGE_VAL); }
+ODENET_HD float next_after(float x, double towards) {
+  return ::nextafterf(x, static_cast<float>(towards * HUGE_VAL));
+}
+ODENET_HD double next_after(double x, double towards) {
+  return ::nextafter(x, towards * HUGE_VAL);
+}
 
 // The time at which stage i of the planned step is evaluated, in the state's real type. Beside a discontinuity of f
 // the stage on it is moved to the side on which the step lies.
@@ -206,8 +210,8 @@ ODENET_HD R stage_time(const StepSize& s, int64_t row, int i) {
   if (s.c[i] != 1) return static_cast<R>(time + s.c[i] * s.field(kDt, row));
   const double end = s.field(kStepEnd, row);
   const int64_t stop = static_cast<int64_t>(s.field(kNextStop, row));
-  const bool jump = s.running(row) && end == s.stops[stop] &&
-                    static_cast<int>(s.stops[s.num_stops + stop]) == kStopJump;
+  const bool jump =
+      s.running(row) && end == s.stops[stop] && static_cast<int>(s.stops[s.num_stops + stop]) == kStopJump;
   return jump ? next_after(static_cast<R>(end), -direction) : static_cast<R>(end);
 }
 

@@ -50,7 +50,9 @@ __global__ void error_fold_kernel(int64_t rows, int64_t columns, int64_t chunks,
 
 }  // namespace
 
-int64_t error_chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+int64_t error_chunks(int64_t columns) {
+  return (columns + kChunk - 1) / kChunk;
+}
 
 template <class T>
 const char* error(const Error<T>& args, double* ratio, bool first, double* workspace, Stream stream) {
@@ -58,12 +60,13 @@ const char* error(const Error<T>& args, double* ratio, bool first, double* works
   const int64_t chunks = error_chunks(args.columns);
   if (chunks > 0) {
     dispatch_stages(args.stages, [&]<int S>() {
-      error_kernel<T, S><<<blocks_for(args.rows * chunks * kThreads), kThreads, 0, native(stream)>>>(args, chunks, workspace);
+      error_kernel<T, S>
+          <<<blocks_for(args.rows * chunks * kThreads), kThreads, 0, native(stream)>>>(args, chunks, workspace);
     });
     if (const char* words = launch_error()) return words;
   }
-  error_fold_kernel<<<blocks_for(args.rows * kThreads), kThreads, 0, native(stream)>>>(args.rows, args.columns, chunks, first,
-                                                                                      workspace, ratio);
+  error_fold_kernel<<<blocks_for(args.rows * kThreads), kThreads, 0, native(stream)>>>(args.rows, args.columns, chunks,
+                                                                                       first, workspace, ratio);
   return launch_error();
 }
 

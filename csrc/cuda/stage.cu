@@ -21,9 +21,8 @@ template <class T>
 const char* stage(const Stage<T>& args, Stream stream) {
   const int64_t size = args.rows * args.columns;
   if (size == 0) return nullptr;
-  dispatch_stages(args.stages, [&]<int S>() {
-    stage_kernel<T, S><<<blocks_for(size), kThreads, 0, native(stream)>>>(args);
-  });
+  dispatch_stages(args.stages,
+                  [&]<int S>() { stage_kernel<T, S><<<blocks_for(size), kThreads, 0, native(stream)>>>(args); });
   return launch_error();
 }
 

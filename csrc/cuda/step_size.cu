@@ -41,6 +41,8 @@ template const char* step_size(const StepSize&, double*, Stream);
 template const char* first_step(const StepSize&, const FirstStep&, float*, Stream);
 template const char* first_step(const StepSize&, const FirstStep&, double*, Stream);
 
-const char* architectures() { return ODENET_ARCHITECTURES; }
+const char* architectures() {
+  return ODENET_ARCHITECTURES;
+}
 
 }  // namespace odenet::cuda

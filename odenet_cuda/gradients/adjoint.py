@@ -171,15 +171,15 @@ def solve_backwards(
     problem: Problem,
     ys: Sequence[Tensor],
     params: Sequence[Tensor],
-    grad_ys: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
     t_grad: bool,
     stats: Stats,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """(dL/dy0, dL/dt, dL/dparams)"""
     n = len(ys)
-    grad_ys = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_ys, ys, strict=True)]
+    grad_ys = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, ys, strict=True)]
     tableau = adjoint.options.tableau
-    forward: Field = problem.field
+    forward: Any = problem.field
     field = Field(forward.func, forward.structure)
     in_norm = not adjoint.seminorm and not problem.per_sample
     per_sample = problem.per_sample
@@ -187,8 +187,10 @@ def solve_backwards(
         augmented: AugmentedField = PerSampleField(field, params, problem.leaves, tableau.b)
     else:
         e = tableau.e if in_norm and tableau.e else [0.0] * tableau.stages
-        needed = [b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
-                  for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))]
+        needed = [
+            b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
+            for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))
+        ]
         augmented = AugmentedField(field, params, problem.leaves, needed)
     a = [torch.zeros_like(y[0]) for y in ys]
     integral = [torch.zeros_like(param) for param in params]

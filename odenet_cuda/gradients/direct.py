@@ -9,6 +9,7 @@ end depends on t only at the times of t themselves.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,13 @@ NO_SECOND_DERIVATIVE = (
 
 
 def attach(
-    recorder: Recorder, problem: Problem, ys: Sequence[Tensor], y0: Sequence[Tensor], t: Tensor, captured: Sequence[Tensor], stats: Any
+    recorder: Recorder,
+    problem: Problem,
+    ys: Sequence[Tensor],
+    y0: Sequence[Tensor],
+    t: Tensor,
+    captured: Sequence[Tensor],
+    stats: Any,
 ) -> list[Tensor]:
     """ys, with a gradient for y0, t and the captured tensors."""
     return list(_Direct.apply(recorder, problem, tuple(ys), stats, len(y0), t, *y0, *captured))
@@ -41,7 +48,7 @@ def find_captured(field: Field, tape: Sequence[Step | Evaluation], since: int) -
         leaves, earlier = captured_tensors(evaluation.k, [evaluation.t, *evaluation.y], since)
         if earlier and not searched_earlier:
             searched_earlier = True
-            found.update((id(tensor), tensor) for tensor in earlier_results(lambda e=evaluation: field(e.t, e.y)))
+            found.update((id(tensor), tensor) for tensor in earlier_results(partial(field, evaluation.t, evaluation.y)))
         found.update((id(tensor), tensor) for tensor in leaves)
     return list(found.values())
 
@@ -103,7 +110,8 @@ class BackwardWalk:
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         points = self.points
         self.columns = [
-            [a[i - 1][j] if i > j and j < len(a[i - 1]) else 0.0 for i in range(points, 0, -1)] for j in range(points - 1, -1, -1)
+            [a[i - 1][j] if i > j and j < len(a[i - 1]) else 0.0 for i in range(points, 0, -1)]
+            for j in range(points - 1, -1, -1)
         ]
         self.stepper = Stepper(problem, tableau, [*self.columns, [1.0] * points], zero_base=True)
         self.stepper.kernels.bind_dt(self.one.data_ptr())
@@ -135,8 +143,8 @@ class BackwardWalk:
             self._add_captured(grads[n + self.t_grad :])
         return grads[:n], grads[n] if self.t_grad else None
 
-    def _add_captured(self, grads: Sequence[Tensor | None]) -> None:
-        totals = self.grad_captured
+    def _add_captured(self, grads: Sequence[Any]) -> None:
+        totals: list[Any] = self.grad_captured
         known = [i for i, grad in enumerate(grads) if grad is not None and totals[i] is not None]
         if known:
             torch._foreach_add_([totals[i] for i in known], [grads[i] for i in known])
@@ -193,7 +201,7 @@ class BackwardWalk:
             if j == 0:
                 break
             evaluation = step.evaluations[j - 1]
-            grads: Sequence[Tensor | None] = [None] * self.leaves
+            grads: Sequence[Any] = [None] * self.leaves
             if evaluation is not None and kappa is not None:
                 grads, grad_t = self._vjp(evaluation, kappa)
                 if grad_t is not None:

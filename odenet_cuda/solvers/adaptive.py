@@ -6,6 +6,7 @@ held state. Only what needs the host at every step (recording for a gradient, di
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ class AdaptiveSolver:
         after_step: AfterStep | None = None,
     ):
         self.problem, self.tableau, self.first_step = problem, tableau, first_step
-        self.recorder, self.after_step, self.callbacks = recorder, after_step, callbacks or {}
+        self.recorder: Any = recorder  # None: nothing is recorded
+        self.after_step, self.callbacks = after_step, callbacks or {}
         device, rows = problem.device, problem.rows
         times, kinds = stop_table(problem, step_t, jump_t)
         self.jumps = STOPS["jump"] in kinds
@@ -58,9 +60,7 @@ class AdaptiveSolver:
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         self.looks = self.host_view is not None or recorder is not None or self.jumps or bool(self.callbacks)
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
-        self.stepper = Stepper(
-            problem, tableau, tableau.a[1:], control.constants(tableau.order, problem.direction), in_norm
-        )
+        self.stepper = Stepper(problem, tableau, tableau.a[1:], control.constants(tableau.order, problem.direction), in_norm)
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
         table = torch.tensor([times, [float(kind) for kind in kinds]], dtype=torch.float64, device=device)
         self.stepper.bind_state(self.state, table, torch.tensor(problem.t, dtype=torch.float64, device=device))
@@ -80,7 +80,7 @@ class AdaptiveSolver:
             if self.callbacks:
                 self._call("callback_step", "time", "dt")
             views = stepper.views
-            evaluations: list[Evaluation | None] = []
+            evaluations: list[Evaluation] = []
             addresses: list[int] = []
             if self.recording:
                 stepper.new_times()
@@ -164,7 +164,13 @@ class AdaptiveSolver:
         return real.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else real[0]
 
     def _norm(
-        self, y0: list[Tensor], y1: list[Tensor], k: Sequence[Sequence[Tensor]], e: Sequence[float], dt: Tensor, out: Tensor
+        self,
+        y0: list[Tensor],
+        y1: list[Tensor],
+        k: Sequence[Sequence[Tensor]],
+        e: Sequence[float],
+        dt: Tensor,
+        out: Tensor,
     ) -> None:
         """out [rows] = norm of dt sum_j e_j k_j, scaled by the tolerances; k: [stages][leaves]."""
         problem = self.problem
@@ -205,7 +211,7 @@ class AdaptiveSolver:
             stepper.kernels.bind_slopes(0, stepper.addresses(0))
         stepper.kernels.advance()
 
-    def _restart(self, host: np.ndarray) -> None:
+    def _restart(self, host: Any) -> None:
         """Rows that ended on a discontinuity of func go on with the slope on its other side."""
         if not some(host, "jumped", 1):
             return
@@ -215,15 +221,14 @@ class AdaptiveSolver:
         if self.recording:
             self.recorder.restart(evaluation, mask if self.problem.per_sample else None)
         k0 = [
-            torch.where(self._mask(mask, new), new.detach(), old)
-            for new, old in zip(evaluation.k, stepper.k[0], strict=True)
+            torch.where(self._mask(mask, new), new.detach(), old) for new, old in zip(evaluation.k, stepper.k[0], strict=True)
         ]
         stepper.kernels.bind_slopes(0, stepper.set_slopes(0, k0, False))
 
     def _mask(self, mask: Tensor, leaf: Tensor) -> Tensor:
         return mask.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else mask[0]
 
-    def _called_after(self, host: np.ndarray) -> None:
+    def _called_after(self, host: Any) -> None:
         for name, accepted in (("callback_accept_step", 1), ("callback_reject_step", 0)):
             if some(host, "accept", accepted):
                 self._call(name, "last_time", "last_dt")

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from .. import formulas, ops
 from ..problem import Problem
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
-from .trajectory import Evaluation, Recorder, Step, Trajectory
+from .trajectory import Evaluation, Output, Recorder, Step, Trajectory
 
 
 def uniform_grid(t: list[float], step_size: float) -> list[float]:
@@ -52,7 +54,8 @@ class FixedSolver:
         recorder: Recorder | None = None,
     ):
         self.problem, self.tableau, self.nodes, self.moves_with = problem, tableau, nodes, moves_with
-        self.perturb, self.recorder = perturb, recorder
+        self.perturb = perturb
+        self.recorder: Any = recorder  # None: nothing is recorded
         self.callback = (callbacks or {}).get("callback_step")
         # Rows of the stages after the first, the last of them y1.
         self.rows = tableau.a[1:] if tableau.fsal else (*tableau.a[1:], tableau.b)
@@ -60,7 +63,12 @@ class FixedSolver:
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
-        problem, stepper, kernels, recording = self.problem, self.stepper, self.stepper.kernels, self.recorder is not None
+        problem, stepper, kernels, recording = (
+            self.problem,
+            self.stepper,
+            self.stepper.kernels,
+            self.recorder is not None,
+        )
         nodes, t, stages, fsal = self.nodes, problem.t, self.tableau.stages, self.tableau.fsal and not self.perturb
         dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=problem.device)
         times = torch.from_numpy(stage_times(nodes, self.tableau, problem.real, self.perturb)).to(problem.device)
@@ -68,7 +76,7 @@ class FixedSolver:
         for out, leaf in zip(ys, stepper.y0, strict=False):
             out[0] = leaf
         output, last_step, last_slope = 1, len(nodes) - 2, None
-        for step, (t0, t1) in enumerate(zip(nodes[:-1], nodes[1:], strict=True)):
+        for step, (t0, t1) in enumerate(pairwise(nodes)):
             kernels.bind_dt(dts.data_ptr() + 8 * step)
             views = times[step].unbind(0)
             if self.callback is not None:
@@ -93,11 +101,13 @@ class FixedSolver:
                 kernels.stage(i, addresses)
                 # The slope at the end of the step serves the next step and outputs inside this one.
                 if i < stages and (i < len(self.rows) or inside or step < last_step or recording):
-                    evaluations.append(self._evaluate(i, views[i], stepper.y[i]))
-                    addresses = stepper.set_slopes(i, evaluations[-1].k, not recording)
+                    evaluation = self._evaluate(i, views[i], stepper.y[i])
+                    evaluations.append(evaluation)
+                    addresses = stepper.set_slopes(i, evaluation.k, not recording)
                     last_slope = stepper.k[i] if fsal and i == stages - 1 else None
                 else:
                     evaluations.append(None)
+                    addresses = []
             kernels.quadrature(addresses if len(self.rows) < stages else [])
             self._write_outputs(ys, inside, dts[step : step + 1])
             landed = output - 1 if output > first and t[output - 1] == t1 else None
@@ -125,13 +135,13 @@ class FixedSolver:
         y0, slopes = self.stepper.y0[: self.stepper.n], self._slopes()[: self.stepper.n]
         flat = [slope for of_leaf in slopes for slope in of_leaf]
         for index, theta in inside:
-            ops.stage([out[index] for out in ys], y0, flat, formulas.interpolant_weights(self.tableau, theta), dt)
+            ops.stage(
+                [out[index] for out in ys], y0, flat, [float(w) for w in formulas.interpolant_weights(self.tableau, theta)], dt
+            )
 
-    def _record(
-        self, step: int, evaluations: list[Evaluation | None], outputs: list[tuple[int, float]]
-    ) -> None:
+    def _record(self, step: int, evaluations: list[Evaluation | None], outputs: list[tuple[int, float]]) -> None:
         t0, t1 = self.nodes[step : step + 2]
         ends = [None if index is None else (index, None) for index in self.moves_with[step : step + 2]]
-        marked = [(index, theta, None) for index, theta in outputs]
+        marked: list[Output] = [(index, theta, None) for index, theta in outputs]
         y0, k = list(self.stepper.y0), list(self.stepper.k)
         self.recorder.fixed_step(t0, t1, Step(self.rows, evaluations, t1 - t0, None, marked, y0, k, (ends[0], ends[1])))

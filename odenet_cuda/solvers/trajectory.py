@@ -1,6 +1,6 @@
 """What a solver gives back, and what it records on the way for a gradient or an interpolant."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,7 @@ class Step:
     """
 
     a: tuple[tuple[float, ...], ...]
-    evaluations: list[Evaluation | None]
+    evaluations: Sequence[Evaluation | None]
     dt: float | Tensor
     accept: Tensor | None
     outputs: list[Output]
@@ -96,7 +96,7 @@ class Recorder:
             self.tape.append(evaluation)
 
     def step(
-        self, host: np.ndarray, evaluations: list[Evaluation | None], slopes: list[list[Tensor]], y0: list[Tensor]
+        self, host: np.ndarray, evaluations: Sequence[Evaluation | None], slopes: list[list[Tensor]], y0: list[Tensor]
     ) -> None:
         """After an adaptive step, before the move to the next. host: the solver state. slopes: [stages][leaves]."""
         if self.per_sample:
@@ -104,15 +104,13 @@ class Recorder:
         elif host[_ACCEPT, 0]:
             t0, dt, time = (float(host[i, 0]) for i in (_LAST_TIME, _LAST_DT, _TIME))
             begin, end = int(host[_OUTPUT_BEGIN, 0]), int(host[_OUTPUT_END, 0])
-            outputs: list[Output] = [
-                (i, 1.0 if self.t[i] == time else (self.t[i] - t0) / dt, None) for i in range(begin, end)
-            ]
+            outputs: list[Output] = [(i, 1.0 if self.t[i] == time else (self.t[i] - t0) / dt, None) for i in range(begin, end)]
             starts = (0, None) if t0 == self.t[0] else None
             lands = (len(self.t) - 1, None) if time == self.t[-1] else None
             self._keep(t0, time, Step(self.tableau.a[1:], evaluations, dt, None, outputs, y0, list(slopes), (starts, lands)))
 
     def _step_of_rows(
-        self, host: np.ndarray, evaluations: list[Evaluation | None], slopes: list[list[Tensor]], y0: list[Tensor]
+        self, host: np.ndarray, evaluations: Sequence[Evaluation | None], slopes: list[list[Tensor]], y0: list[Tensor]
     ) -> None:
         accept = host[_ACCEPT] != 0
         if not accept.any():
@@ -130,7 +128,14 @@ class Recorder:
         for index, rows in ((0, accept & (t0 == self.t[0])), (len(self.t) - 1, accept & (time == self.t[-1]))):
             ends.append((index, to_device(rows)) if rows.any() else None)
         step = Step(
-            self.tableau.a[1:], evaluations, to_device(dt), to_device(accept), outputs, y0, list(slopes), (ends[0], ends[1])
+            self.tableau.a[1:],
+            evaluations,
+            to_device(dt),
+            to_device(accept),
+            outputs,
+            y0,
+            list(slopes),
+            (ends[0], ends[1]),
         )
         self._keep(to_device(t0), to_device(time), step)
 
@@ -141,7 +146,7 @@ class Recorder:
             device, leaves = step.y0[0].device, range(len(step.y0))
             ends = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(-1) for x in (t0, t1)]
             k = [[of_stage[leaf].detach() for of_stage in step.k if of_stage] for leaf in leaves]
-            self.dense_steps.append(DenseStep(*ends, [leaf.detach() for leaf in step.y0], k, step.accept))
+            self.dense_steps.append(DenseStep(ends[0], ends[1], [leaf.detach() for leaf in step.y0], k, step.accept))
 
     def fixed_step(self, t0: float, t1: float, step: Step) -> None:
         """A step of a method on a grid."""

@@ -1,0 +1,46 @@
+from collections.abc import Sequence
+
+fields: dict[str, int]
+num_fields: int
+status: dict[str, int]
+stops: dict[str, int]
+max_stages: int
+max_degree: int
+compiler: str
+torch_built_with: str
+cuda: str | None
+cuda_architectures: str
+
+class Stepper:
+    def __init__(
+        self,
+        *,
+        is_double: bool,
+        device: int,
+        rows: int,
+        columns: Sequence[int],
+        quadratures: int,
+        signs: Sequence[float],
+        a: Sequence[Sequence[float]],
+        b: Sequence[float],
+        c: Sequence[float],
+        e: Sequence[float],
+        rtol: Sequence[float],
+        atol: Sequence[float],
+        p: Sequence[float],
+        degree: int,
+        controller: Sequence[float],
+    ) -> None: ...
+    def bind_state(self, state: int, stops: int, num_stops: int, t: int, num_outputs: int, workspace: int) -> None: ...
+    def bind_dt(self, dt: int) -> None: ...
+    def workspace_size(self) -> int: ...
+    def bind_buffers(self, y0: Sequence[int], y: Sequence[int], q1: Sequence[int], times: int) -> None: ...
+    def bind_slopes(self, stage: int, k: Sequence[int]) -> None: ...
+    def stage(self, i: int, k: Sequence[int]) -> None: ...
+    def error(self, k: Sequence[int]) -> None: ...
+    def quadrature(self, k: Sequence[int]) -> None: ...
+    def step_size(self) -> None: ...
+    def first_step(self, norms: int, size: float, phase: int) -> None: ...
+    def dense_output(self, ys: Sequence[int]) -> None: ...
+    def advance(self) -> None: ...
+    def swap_ends(self) -> None: ...
