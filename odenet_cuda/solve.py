@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .captured import captured_tensors, earlier_results, sequence_number
 from .gradients import adjoint as adjoint_gradient
@@ -82,8 +83,8 @@ def solve(
         solve did not get.
     adjoint_params: tensors to give gradients to by the adjoint; default: all that func depends on. adjoint_method,
         adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward. Options by name as
-        above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021, arXiv:2009.09457), or a
-        function of the tuple (t, y, adjoint, *params).
+        above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
+        arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
@@ -112,6 +113,7 @@ def solve(
     if gradient in ABSENT_GRADIENTS:
         raise NotImplementedError(f"gradient={gradient!r} is not part of this version of odenet_cuda; there are {GRADIENTS}")
     _one_of("gradient", gradient, GRADIENTS)
+    _refuse_transforms()
     structure = check_state(y0)
     times, values = check_times(t)
     per_sample = step_control == "per_sample"
@@ -253,7 +255,7 @@ class _Solve:
             ys=self.structure.unflatten(ys),
             t=t,
             stats=stats,
-            y_last=self.structure.unflatten(trajectory.last),
+            y_last=self.structure.unflatten([leaf.detach() for leaf in trajectory.last]),
             interpolant=interpolant,
             per_sample=self.problem.per_sample,
             _state=trajectory.state,
@@ -353,6 +355,14 @@ def find_callbacks(func: Callable, structure: Structure, adaptive: bool, suffix:
         else:
             found[name] = lambda t, leaves, dt, call=callback: call(t, structure.unflatten(leaves), dt)
     return found
+
+
+def _refuse_transforms() -> None:
+    """What would otherwise be silently wrong, or fail in obscure words, inside the kernels."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("forward-mode derivatives are not part of this version of odenet_cuda; use backward mode")
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise NotImplementedError("torch.func transforms of a solve are not part of this version of odenet_cuda; use autograd")
 
 
 def _stop_times(name: str, value: Any) -> tuple[float, ...]:
