@@ -113,3 +113,12 @@ def fixed_grid(options: Options, t: list[float], func: Any = None, y0: Any = Non
         nodes = uniform_grid(t, options.step_size)
         return nodes, [*[0] * (len(nodes) - 1), last]
     return list(t), list(range(len(t)))
+
+
+def stop_times(name: str, value: Any) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    try:
+        return tuple(float(x) for x in (value.tolist() if isinstance(value, Tensor) else value))
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a one-dimensional tensor or a list of times, got {value!r}") from None

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 DTYPES = (torch.float32, torch.float64)
-CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 class Structure:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .callbacks import find_callbacks
 from .captured import captured_tensors, earlier_results, sequence_number
 from .gradients import adjoint as adjoint_gradient
 from .gradients import direct as direct_gradient
-from .integrate import Grid, Options, fixed_grid, integrate
+from .gradients.adjoint_setup import adjoint_setup
+from .integrate import Grid, Options, fixed_grid, integrate, stop_times
 from .ops import FIELDS
-from .problem import CALLBACKS, Field, Problem, Structure, check_samples, check_state, check_times, check_tolerance
+from .problem import Field, Problem, Structure, check_samples, check_state, check_times, check_tolerance
 from .solution import Interpolant, Solution, Stats, failure
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import STEP_CONTROLS, SUCCESS, StepControl
@@ -101,8 +103,8 @@ def solve(
         method=method,
         control=StepControl(controller, safety, ifactor, dfactor, float(min_step), float(max_step), max_num_steps),
         first_step=None if first_step is None else float(first_step),
-        step_t=_stop_times("step_t", step_t),
-        jump_t=_stop_times("jump_t", jump_t),
+        step_t=stop_times("step_t", step_t),
+        jump_t=stop_times("jump_t", jump_t),
         step_size=None if step_size is None else float(step_size),
         grid_constructor=grid_constructor,
         perturb=perturb,
@@ -134,7 +136,7 @@ def solve(
     )
     backward = None
     if gradient == "adjoint":
-        backward = _adjoint(func, problem, structure, options, adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)
+        backward = adjoint_setup(func, problem, structure, options, adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)
     grid = None
     if not options.adaptive:
         grid = fixed_grid(options, values, func, y0, times)
@@ -262,116 +264,12 @@ class _Solve:
         )
 
 
-def _adjoint(
-    func: Callable,
-    problem: Problem,
-    structure: Structure,
-    options: Options,
-    method: str | None,
-    rtol: Any,
-    atol: Any,
-    given: dict[str, Any] | None,
-) -> adjoint_gradient.Adjoint:
-    """The backward solve as the user asked for it; what is not given is as forward, but for the norm."""
-    given = dict(given or {})
-    norm = given.pop("norm", None)
-    if norm is not None and norm != "seminorm" and not callable(norm):
-        raise ValueError(f"adjoint_options['norm'] must be 'seminorm' or callable, got {norm!r}")
-    merged: dict[str, Any] = dict(
-        method=method or options.method,
-        first_step=options.first_step,
-        step_t=options.step_t,
-        jump_t=options.jump_t,
-        step_size=options.step_size,
-        grid_constructor=options.grid_constructor,
-        perturb=options.perturb,
-        interp="method",
-    )
-    control: dict[str, Any] = {name: getattr(options.control, name) for name in StepControl.__dataclass_fields__}
-    for name, value in given.items():
-        if name in control:
-            control[name] = value
-        elif name in ("step_t", "jump_t"):
-            merged[name] = _stop_times(name, value)
-        elif name in merged and name != "method":
-            merged[name] = value
-        else:
-            raise ValueError(f"adjoint_options must name options of solve or 'norm', got {name!r}")
-    backward = Options(control=StepControl(**control), **merged)
-    if problem.per_sample and not backward.adaptive:
-        raise ValueError(f"step_control='per_sample' needs an adaptive adjoint_method, got {backward.method!r}")
-    tolerances = []
-    for name, value, forward in (("adjoint_rtol", rtol, problem.rtol), ("adjoint_atol", atol, problem.atol)):
-        parts = forward if value is None else check_tolerance(name, value, structure)
-        if any(isinstance(part, Tensor) for part in parts):
-            raise ValueError(
-                f"{name} must be a number or one for each leaf for the adjoint; give it beside a tensor {name[8:]}"
-            )
-        tolerances.append(parts)
-    callbacks = find_callbacks(func, structure, backward.adaptive, "_adjoint")
-    shown = norm if callable(norm) else _shown_norm(problem, norm == "seminorm")
-    return adjoint_gradient.Adjoint(
-        options=backward,
-        rtol=tolerances[0],
-        atol=tolerances[1],
-        seminorm=norm == "seminorm",
-        norm=norm if callable(norm) else None,
-        callbacks=callbacks,
-        user_options={**given, "norm": shown},
-    )
-
-
-def _shown_norm(problem: Problem, seminorm: bool) -> Callable[[tuple], Tensor]:
-    """The norm of the backward solve as a function of (t, y, adjoint, *params), as torchdiffeq's autograd node shows it."""
-    from .formulas import rms_norm
-
-    n = len(problem.leaves)
-
-    def norm(parts: tuple) -> Tensor:
-        t, *leaves = parts
-        values = [t.abs().double().reshape(())]
-        for part in (leaves[:n], leaves[n : 2 * n]):
-            values += [problem.norm(part)] if problem.norm is not None else [rms_norm(leaf)[0] for leaf in part]
-        if not seminorm:
-            values += [rms_norm(leaf)[0] for leaf in leaves[2 * n :]]
-        return torch.stack([torch.as_tensor(value).double() for value in values]).amax()
-
-    return norm
-
-
-def find_callbacks(func: Callable, structure: Structure, adaptive: bool, suffix: str = "") -> dict[str, Callable]:
-    """The callbacks that are methods of func, by name, over leaves. Warns of those that the method cannot serve."""
-    import warnings
-
-    found: dict[str, Callable] = {}
-    for name in CALLBACKS:
-        callback = getattr(func, name + suffix, None)
-        if callback is None:
-            continue
-        if not adaptive and name != "callback_step":
-            warnings.warn(f"a method without step control does not support callbacks {{{name + suffix!r}}}", stacklevel=4)
-        elif suffix:
-            found[name] = callback
-        else:
-            found[name] = lambda t, leaves, dt, call=callback: call(t, structure.unflatten(leaves), dt)
-    return found
-
-
 def _refuse_transforms() -> None:
     """What would otherwise be silently wrong, or fail in obscure words, inside the kernels."""
     if forward_ad._current_level >= 0:
         raise NotImplementedError("forward-mode derivatives are not part of this version of odenet_cuda; use backward mode")
     if torch._C._functorch.maybe_current_level() is not None:
         raise NotImplementedError("torch.func transforms of a solve are not part of this version of odenet_cuda; use autograd")
-
-
-def _stop_times(name: str, value: Any) -> tuple[float, ...]:
-    if value is None:
-        return ()
-    try:
-        return tuple(float(x) for x in (value.tolist() if isinstance(value, Tensor) else value))
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a one-dimensional tensor or a list of times, got {value!r}") from None
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

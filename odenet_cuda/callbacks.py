@@ -1,0 +1,24 @@
+"""The callbacks that are methods of func."""
+
+import warnings
+from collections.abc import Callable
+
+from .problem import Structure
+
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+
+
+def find_callbacks(func: Callable, structure: Structure, adaptive: bool, suffix: str = "") -> dict[str, Callable]:
+    """The callbacks that are methods of func, by name, over leaves. Warns of those that the method cannot serve."""
+    found: dict[str, Callable] = {}
+    for name in CALLBACKS:
+        callback = getattr(func, name + suffix, None)
+        if callback is None:
+            continue
+        if not adaptive and name != "callback_step":
+            warnings.warn(f"a method without step control does not support callbacks {{{name + suffix!r}}}", stacklevel=4)
+        elif suffix:
+            found[name] = callback
+        else:
+            found[name] = lambda t, leaves, dt, call=callback: call(t, structure.unflatten(leaves), dt)
+    return found
