@@ -56,7 +56,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, adjoint, problem, ys, stats, autocast, count, t, *tensors):
         ctx.adjoint, ctx.problem, ctx.stats, ctx.autocast, ctx.count = adjoint, problem, stats, autocast, count
-        ctx.adjoint_options = adjoint.user_options
+        ctx.adjoint_options, ctx.t_device = adjoint.user_options, t.device
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*ys, *tensors[count:])
         return ys
@@ -71,6 +71,8 @@ class _Adjoint(torch.autograd.Function):
             grad_y0, grad_t, grad_params = solve_backwards(
                 ctx.adjoint, ctx.problem, ys, params, grad_ys, ctx.needs_input_grad[6], ctx.stats
             )
+        if grad_t is not None:
+            grad_t = grad_t.to(ctx.t_device)
         return None, None, None, None, None, None, grad_t, *grad_y0, *grad_params
 
 

@@ -64,7 +64,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recorder, problem, ys, stats, count, t, *tensors):
         ctx.recorder, ctx.problem, ctx.stats, ctx.count = recorder, problem, stats, count
-        ctx.captured = tensors[count:]
+        ctx.captured, ctx.t_device = tensors[count:], t.device
         ctx.set_materialize_grads(False)
         return ys
 
@@ -78,7 +78,7 @@ class _Direct(torch.autograd.Function):
         for entry in reversed(recorder.tape):
             walk.undo(entry)
         grad_y0, grad_t, grad_captured = walk.result()
-        return None, None, None, None, None, grad_t, *grad_y0, *grad_captured
+        return None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 
 
 class BackwardWalk:
