@@ -22,6 +22,7 @@ namespace odenet {
 namespace {
 
 using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
@@ -43,6 +44,18 @@ std::string shape(const Tensor& tensor) {
   return text.str();
 }
 
+std::string index_of(size_t leaf) {
+  return "[" + std::to_string(leaf) + "]";
+}
+
+std::string strides(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.stride(d);
+  text << ']';
+  return text.str();
+}
+
 bool same_shape(const Tensor& x, const Tensor& y) {
   if (x.dim() != y.dim()) return false;
   for (int64_t d = 0; d < x.dim(); ++d) {
@@ -59,7 +72,8 @@ void check_like(const char* name, size_t index, const Tensor& tensor, const char
          shape(tensor));
   }
   if (tensor.scalar_type() != like.scalar_type())
-    fail(name, '[', index, "] must have the dtype of ", like_name, '[', leaf, "]");
+    fail(name, '[', index, "] must have the dtype of ", like_name, '[', leaf, "], ", toString(like.scalar_type()),
+         ", got ", toString(tensor.scalar_type()));
   if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
     fail(name, '[', index, "] must be on the device of ", like_name, '[', leaf, "]");
   }
@@ -70,14 +84,15 @@ void check_count(const char* name, size_t count, const char* rule, size_t expect
 }
 
 void check_written(const char* name, size_t index, const Tensor& tensor) {
-  if (!tensor.is_contiguous()) fail(name, '[', index, "] is written and must be contiguous");
+  if (!tensor.is_contiguous())
+    fail(name, '[', index, "] is written and must be contiguous, got strides ", strides(tensor));
 }
 
 // A float64 tensor of `numel` elements on the device of `like`.
 double* check_state(const char* name, const Tensor& tensor, int64_t numel, const Tensor* like = nullptr) {
-  if (tensor.scalar_type() != ScalarType::Double) fail(name, " must be float64");
+  if (tensor.scalar_type() != ScalarType::Double) fail(name, " must be float64, got ", toString(tensor.scalar_type()));
   if (tensor.numel() != numel) fail(name, " must have ", numel, " elements, got ", tensor.numel());
-  if (!tensor.is_contiguous()) fail(name, " must be contiguous");
+  if (!tensor.is_contiguous()) fail(name, " must be contiguous, got strides ", strides(tensor));
   if (like && (tensor.is_cpu() != like->is_cpu() || tensor.get_device_index() != like->get_device_index())) {
     fail(name, " must be on the device of the state's leaves");
   }
@@ -107,14 +122,25 @@ int32_t device_of(const Tensor& tensor) {
 
 // Calls visit(T{}) with the element type of `tensor`.
 template <class Visit>
-void dispatch_type(const char* name, const Tensor& tensor, const Visit& visit) {
+void dispatch_type(const char* name, const Tensor& tensor, const Visit& visit, const std::string& index = "") {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return visit(float{});
     case ScalarType::Double:
       return visit(double{});
     default:
-      fail(name, " must be float32 or float64");
+      fail(name, index, " must be float32 or float64, got ", toString(tensor.scalar_type()));
+  }
+}
+
+// Calls visit(T{}, leaf, launch) for each leaf, first for all without a launch where there are several: nothing is
+// written before every argument has been checked.
+template <class Visit>
+void for_each_leaf(const char* name, const Tensors& leaves, const Visit& visit) {
+  for (int pass = leaves.size() > 1 ? 0 : 1; pass < 2; ++pass) {
+    for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
+      dispatch_type(name, leaves[leaf], [&]<class T>(T type) { visit(type, leaf, pass == 1); }, index_of(leaf));
+    }
   }
 }
 
@@ -166,25 +192,24 @@ void stage(Tensors y, Tensors y0, Tensors k, std::vector<double> a, Tensor dt) {
   if (!y0.empty()) check_count("y0", y0.size(), "one tensor a leaf, or none", y.size());
   check_stages("a", a.size());
   const size_t slots = check_slots(k, y.size(), a.size());
-  for (size_t leaf = 0; leaf < y.size(); ++leaf) {
-    dispatch_type("y", y[leaf], [&]<class T>(T) {
-      Inputs inputs;
-      Stage<T> s{};
-      s.rows = rows;
-      s.columns = check_columns("y", leaf, y[leaf], rows);
-      s.dt = check_state("dt", dt, rows, &y[leaf]);
-      check_written("y", leaf, y[leaf]);
-      s.y = static_cast<T*>(y[leaf].data_ptr());
-      if (!y0.empty()) {
-        check_like("y0", leaf, y0[leaf], "y", leaf, y[leaf]);
-        s.y0 = inputs.pointer<T>(y0[leaf]);
-      }
-      s.stages = inputs.slopes(k, a, leaf, slots, "y", y[leaf], s.k, s.a);
-      on_device(
-          device_of(y[leaf]), [&] { cpu::stage(s, parallel_for); },
-          [&](cuda::Stream stream) { return cuda::stage(s, stream); });
-    });
-  }
+  for_each_leaf("y", y, [&]<class T>(T, size_t leaf, bool launch) {
+    Inputs inputs;
+    Stage<T> s{};
+    s.rows = rows;
+    s.columns = check_columns("y", leaf, y[leaf], rows);
+    s.dt = check_state("dt", dt, rows, &y[leaf]);
+    check_written("y", leaf, y[leaf]);
+    s.y = static_cast<T*>(y[leaf].data_ptr());
+    if (!y0.empty()) {
+      check_like("y0", leaf, y0[leaf], "y", leaf, y[leaf]);
+      s.y0 = inputs.pointer<T>(y0[leaf]);
+    }
+    s.stages = inputs.slopes(k, a, leaf, slots, "y", y[leaf], s.k, s.a);
+    if (!launch) return;
+    on_device(
+        device_of(y[leaf]), [&] { cpu::stage(s, parallel_for); },
+        [&](cuda::Stream stream) { return cuda::stage(s, stream); });
+  });
 }
 
 void error(Tensor ratio, Tensors y0, Tensors y1, Tensors k, std::vector<double> e, Tensor dt, std::vector<double> rtol,
@@ -195,28 +220,27 @@ void error(Tensor ratio, Tensors y0, Tensors y1, Tensors k, std::vector<double> 
   check_count("atol", atol.size(), "one number a leaf", y0.size());
   check_stages("e", e.size());
   const size_t slots = check_slots(k, y0.size(), e.size());
-  for (size_t leaf = 0; leaf < y0.size(); ++leaf) {
-    dispatch_type("y0", y0[leaf], [&]<class T>(T) {
-      Inputs inputs;
-      Error<T> s{};
-      s.rows = rows;
-      s.columns = check_columns("y0", leaf, y0[leaf], rows);
-      s.dt = check_state("dt", dt, rows, &y0[leaf]);
-      double* out = check_state("ratio", ratio, rows, &y0[leaf]);
-      check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
-      s.y0 = inputs.pointer<T>(y0[leaf]);
-      s.y1 = inputs.pointer<T>(y1[leaf]);
-      s.rtol = rtol[leaf];
-      s.atol = atol[leaf];
-      s.stages = inputs.slopes(k, e, leaf, slots, "y0", y0[leaf], s.k, s.e);
-      on_device(
-          device_of(y0[leaf]), [&] { cpu::error(s, out, leaf == 0, parallel_for); },
-          [&](cuda::Stream stream) {
-            Tensor workspace = torch::stable::new_empty(ratio, {rows * cuda::error_chunks(s.columns)});
-            return cuda::error(s, out, leaf == 0, static_cast<double*>(workspace.data_ptr()), stream);
-          });
-    });
-  }
+  for_each_leaf("y0", y0, [&]<class T>(T, size_t leaf, bool launch) {
+    Inputs inputs;
+    Error<T> s{};
+    s.rows = rows;
+    s.columns = check_columns("y0", leaf, y0[leaf], rows);
+    s.dt = check_state("dt", dt, rows, &y0[leaf]);
+    double* out = check_state("ratio", ratio, rows, &y0[leaf]);
+    check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
+    s.y0 = inputs.pointer<T>(y0[leaf]);
+    s.y1 = inputs.pointer<T>(y1[leaf]);
+    s.rtol = rtol[leaf];
+    s.atol = atol[leaf];
+    s.stages = inputs.slopes(k, e, leaf, slots, "y0", y0[leaf], s.k, s.e);
+    if (!launch) return;
+    on_device(
+        device_of(y0[leaf]), [&] { cpu::error(s, out, leaf == 0, parallel_for); },
+        [&](cuda::Stream stream) {
+          Tensor workspace = torch::stable::new_empty(ratio, {rows * cuda::error_chunks(s.columns)});
+          return cuda::error(s, out, leaf == 0, static_cast<double*>(workspace.data_ptr()), stream);
+        });
+  });
 }
 
 StepSize step_size_args(const Tensor& state, const Tensor& times, const Tensor& stops, const Tensor& t,
@@ -281,36 +305,35 @@ void dense_output(Tensors ys, Tensors y0, Tensors y1, Tensors k, std::vector<dou
   const size_t slots = check_slots(k, ys.size(), stages);
   if (state.dim() != 2) fail("state must have shape [fields, rows], got ", shape(state));
   const int64_t rows = state.size(1);
-  for (size_t leaf = 0; leaf < ys.size(); ++leaf) {
-    dispatch_type("y0", y0[leaf], [&]<class T>(T) {
-      Inputs inputs;
-      DenseOutput<T> s{};
-      s.rows = rows;
-      s.columns = check_columns("y0", leaf, y0[leaf], rows);
-      s.state = check_state("state", state, kNumFields * rows, &y0[leaf]);
-      s.t = check_state("t", t, t.numel(), &y0[leaf]);
-      if (ys[leaf].scalar_type() != y0[leaf].scalar_type() || ys[leaf].numel() != t.numel() * y0[leaf].numel()) {
-        fail("ys[", leaf, "] must hold ", t.numel(), " states of y0[", leaf, "], ", shape(y0[leaf]), ", got ",
-             shape(ys[leaf]));
-      }
-      check_written("ys", leaf, ys[leaf]);
-      s.ys = static_cast<T*>(ys[leaf].data_ptr());
-      check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
-      s.y0 = inputs.pointer<T>(y0[leaf]);
-      s.y1 = inputs.pointer<T>(y1[leaf]);
-      s.degree = static_cast<int>(degree);
-      s.stages = static_cast<int>(stages);
-      for (size_t j = 0; j < stages; ++j) {
-        const size_t index = leaf * slots + j;
-        check_like("k", index, k[index], "y0", leaf, y0[leaf]);
-        s.k[j] = inputs.pointer<T>(k[index]);
-      }
-      std::copy(p.begin(), p.end(), s.p);
-      on_device(
-          device_of(y0[leaf]), [&] { cpu::dense_output(s, parallel_for); },
-          [&](cuda::Stream stream) { return cuda::dense_output(s, stream); });
-    });
-  }
+  for_each_leaf("y0", y0, [&]<class T>(T, size_t leaf, bool launch) {
+    Inputs inputs;
+    DenseOutput<T> s{};
+    s.rows = rows;
+    s.columns = check_columns("y0", leaf, y0[leaf], rows);
+    s.state = check_state("state", state, kNumFields * rows, &y0[leaf]);
+    s.t = check_state("t", t, t.numel(), &y0[leaf]);
+    if (ys[leaf].scalar_type() != y0[leaf].scalar_type() || ys[leaf].numel() != t.numel() * y0[leaf].numel()) {
+      fail("ys[", leaf, "] must hold ", t.numel(), " states of y0[", leaf, "], ", shape(y0[leaf]), ", got ",
+           shape(ys[leaf]));
+    }
+    check_written("ys", leaf, ys[leaf]);
+    s.ys = static_cast<T*>(ys[leaf].data_ptr());
+    check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
+    s.y0 = inputs.pointer<T>(y0[leaf]);
+    s.y1 = inputs.pointer<T>(y1[leaf]);
+    s.degree = static_cast<int>(degree);
+    s.stages = static_cast<int>(stages);
+    for (size_t j = 0; j < stages; ++j) {
+      const size_t index = leaf * slots + j;
+      check_like("k", index, k[index], "y0", leaf, y0[leaf]);
+      s.k[j] = inputs.pointer<T>(k[index]);
+    }
+    std::copy(p.begin(), p.end(), s.p);
+    if (!launch) return;
+    on_device(
+        device_of(y0[leaf]), [&] { cpu::dense_output(s, parallel_for); },
+        [&](cuda::Stream stream) { return cuda::dense_output(s, stream); });
+  });
 }
 
 void advance(Tensors y0, Tensors k0, Tensors y1, Tensors k1, Tensor accept) {
@@ -318,27 +341,26 @@ void advance(Tensors y0, Tensors k0, Tensors y1, Tensors k1, Tensor accept) {
   check_count("k0", k0.size(), "one tensor a leaf", y0.size());
   check_count("y1", y1.size(), "one tensor a leaf", y0.size());
   check_count("k1", k1.size(), "one tensor a leaf", y0.size());
-  for (size_t leaf = 0; leaf < y0.size(); ++leaf) {
-    dispatch_type("y0", y0[leaf], [&]<class T>(T) {
-      Inputs inputs;
-      Advance<T> s{};
-      s.rows = rows;
-      s.columns = check_columns("y0", leaf, y0[leaf], rows);
-      s.accept = check_state("accept", accept, rows, &y0[leaf]);
-      check_written("y0", leaf, y0[leaf]);
-      check_written("k0", leaf, k0[leaf]);
-      check_like("k0", leaf, k0[leaf], "y0", leaf, y0[leaf]);
-      check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
-      check_like("k1", leaf, k1[leaf], "y0", leaf, y0[leaf]);
-      s.y0 = static_cast<T*>(y0[leaf].data_ptr());
-      s.k0 = static_cast<T*>(k0[leaf].data_ptr());
-      s.y1 = inputs.pointer<T>(y1[leaf]);
-      s.k1 = inputs.pointer<T>(k1[leaf]);
-      on_device(
-          device_of(y0[leaf]), [&] { cpu::advance(s, parallel_for); },
-          [&](cuda::Stream stream) { return cuda::advance(s, stream); });
-    });
-  }
+  for_each_leaf("y0", y0, [&]<class T>(T, size_t leaf, bool launch) {
+    Inputs inputs;
+    Advance<T> s{};
+    s.rows = rows;
+    s.columns = check_columns("y0", leaf, y0[leaf], rows);
+    s.accept = check_state("accept", accept, rows, &y0[leaf]);
+    check_written("y0", leaf, y0[leaf]);
+    check_written("k0", leaf, k0[leaf]);
+    check_like("k0", leaf, k0[leaf], "y0", leaf, y0[leaf]);
+    check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
+    check_like("k1", leaf, k1[leaf], "y0", leaf, y0[leaf]);
+    s.y0 = static_cast<T*>(y0[leaf].data_ptr());
+    s.k0 = static_cast<T*>(k0[leaf].data_ptr());
+    s.y1 = inputs.pointer<T>(y1[leaf]);
+    s.k1 = inputs.pointer<T>(k1[leaf]);
+    if (!launch) return;
+    on_device(
+        device_of(y0[leaf]), [&] { cpu::advance(s, parallel_for); },
+        [&](cuda::Stream stream) { return cuda::advance(s, stream); });
+  });
 }
 
 }  // namespace

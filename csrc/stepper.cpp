@@ -91,6 +91,7 @@ void Stepper::bind_buffers(const Addresses& y0, const Addresses& y, const Addres
 }
 
 void Stepper::bind_slopes(int stage, const Addresses& k) {
+  check(stage >= 0 && stage < stages_, "stage must be one of the tableau");
   check(k.empty() || k.size() == size_t(leaves_), "k must hold one address a leaf");
   for (size_t leaf = 0; leaf < k.size(); ++leaf) {
     if (k[leaf]) slope(static_cast<int>(leaf), stage) = k[leaf];
@@ -124,8 +125,8 @@ void Stepper::combine(Address y, Address y0, int leaf, const Row& row) {
 }
 
 void Stepper::stage(int i, const Addresses& k) {
-  bind_slopes(i - 1, k);
   check(i >= 1 && i <= static_cast<int>(a_.size()), "i must be a stage after the first");
+  if (!k.empty()) bind_slopes(i - 1, k);
   visit_type([&]<class T>(T) {
     for (int leaf = 0; leaf < state_leaves_; ++leaf) {
       combine<T>(y_[(i - 1) * state_leaves_ + leaf], y0_[leaf], leaf, a_[i - 1]);

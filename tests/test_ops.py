@@ -19,8 +19,7 @@ from odenet_cuda.step_control import StepControl, initial_state
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 # Roundings of one element beside one a slope: the weight twice, the base, the result, and the reference's own.
 ROUNDINGS = 6
-# A row's sum of squares is formed in its own type in runs of at most 256 elements, then in float64; each square is rounded
-# thrice.
+# Squares are summed in the state's type in runs of at most 256 elements, then in float64; each square is rounded thrice.
 SUM_ROUNDINGS = 260
 # The controller is float64 arithmetic and at most three powers, each within a few units of rounding of the C library's.
 CONTROLLER_RTOL = 1e-13
@@ -60,7 +59,7 @@ class Numbers:
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
         def draw(*size: int) -> Tensor:
-            return torch.randn(*size, generator=self.generator, dtype=torch.float64).to(dtype).to(self.device)
+            return torch.randn(size, generator=self.generator, dtype=torch.float64).to(dtype).to(self.device)
 
         if layout == "transposed":
             return draw(*reversed(shape)).permute(*reversed(range(len(shape))))
@@ -92,15 +91,21 @@ def check_stage(y: Tensor, y0: Tensor | None, k: list[Tensor], a: list[float], d
     """y against the formula in float64, within the roundings of its terms."""
     slopes, factor = [slope.double() for slope in k], per_row(dt, y)
     base = None if y0 is None else y0.double()
-    exact = formulas.stage(base, slopes, a, factor) if slopes else (torch.zeros_like(y).double() if base is None else base)
-    size = sum((abs(w) * slope.abs() * factor.abs() for w, slope in zip(a, slopes, strict=False)), torch.zeros_like(exact))
-    if base is not None:
-        size = size + base.abs()
-    assert_within(y, exact.expand(y.shape), size.expand(y.shape) * (ROUNDINGS + len(a)) * EPS[dtype])
+    exact = formulas.stage(base, slopes, a, factor) if slopes or base is not None else torch.zeros_like(y).double()
+    size = torch.zeros_like(exact) if base is None else base.abs()
+    for weight, slope in zip(a, slopes, strict=True):
+        size = size + abs(weight) * slope.abs() * factor.abs()
+    assert_within(y, exact, size * (ROUNDINGS + len(a)) * EPS[dtype])
 
 
 def check_error(
-    ratio: Tensor, leaves: list[tuple], e: list[float], dt: Tensor, rtol: list[float], atol: list[float], dtype: torch.dtype
+    ratio: Tensor,
+    leaves: list[tuple],
+    e: list[float],
+    dt: Tensor,
+    rtol: list[float],
+    atol: list[float],
+    dtype: torch.dtype,
 ) -> None:
     """ratio against the formula in float64, within the roundings of its terms and its sum."""
     rows, exact, bound = dt.numel(), torch.zeros_like(ratio), torch.zeros_like(ratio)
@@ -120,7 +125,7 @@ def coefficients(count: int) -> list[float]:
     return [(-1.0) ** j / (j + 1.5) for j in range(count)]
 
 
-# ---- stage ------------------------------------------------------------------------------------------------------------
+# ---- stage -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "rows"), SHAPES)
@@ -180,7 +185,8 @@ def test_stage_without_leaves(device):
 def test_stage_skips_zero_coefficients(device, dtype):
     """A slope whose coefficient is 0 is not read: not its NaN, and not its shape."""
     numbers = Numbers(device)
-    y, y0, slope, dt = torch.empty(9, dtype=dtype, device=device), *(numbers.tensor((9,), dtype) for _ in range(2)), numbers.rows(1)
+    y0, slope, dt = numbers.tensor((9,), dtype), numbers.tensor((9,), dtype), numbers.rows(1)
+    y = torch.empty_like(y0)
     bad = torch.full((9,), math.nan, dtype=dtype, device=device)
     ops.stage([y], [y0], [bad, slope, bad[:2]], [0.0, 0.5, 0.0], dt)
     expected = torch.empty_like(y)
@@ -219,7 +225,7 @@ def test_stage_of_any_shape(device, case):
     check_stage(y, y0, k, a, dt, dtype)
 
 
-# ---- error ------------------------------------------------------------------------------------------------------------
+# ---- error -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "rows"), SHAPES)
@@ -274,12 +280,12 @@ def test_error_several_leaves(device, dtype, rows, largest):
 
 
 def test_error_of_known_numbers(device, dtype):
-    """By hand: errors 3 and 4 of a scale of 2 give sqrt((2.25 + 4) / 2)."""
+    """Small numbers, by hand: half of 6 and of 16, scaled."""
     y0, y1 = (torch.tensor(x, dtype=dtype, device=device) for x in ([1.0, -4.0], [-2.0, 1.0]))
-    k = torch.tensor([3.0 * 2, 4.0 * 4], dtype=dtype, device=device)  # scales: 1 + 0.5 * 2 = 2, 2 + 0.5 * 4 = 4 of atol 1, 2
+    k = torch.tensor([6.0, 16.0], dtype=dtype, device=device)
     ratio = torch.empty(1, dtype=torch.float64, device=device)
     half = torch.tensor([0.5], dtype=torch.float64, device=device)
-    for part, atol, expected in ((slice(0, 1), 1.0, 1.5), (slice(1, 2), 2.0, 2.0)):
+    for part, atol, expected in ((slice(0, 1), 1.0, 3 / (1 + 0.5 * 2)), (slice(1, 2), 2.0, 8 / (2 + 0.5 * 4))):
         ops.error(ratio, [y0[part]], [y1[part]], [k[part]], [1.0], half, [0.5], [atol])
         assert float(ratio) == expected
     ops.error(ratio, [y0], [y1], [k], [1.0], half, [0.0], [2.0])
@@ -296,16 +302,15 @@ def test_error_skips_zero_weights(device, dtype):
     check_error(ratio, [(y0, y1, [slope])], [0.5], dt, [1e-2], [1e-3], dtype)
 
 
-NOT_FINITE = [pytest.param(value, id=name) for name, value in (("nan", math.nan), ("inf", math.inf), ("-inf", -math.inf))]
 PLACES = ["y0", "y1", "k"]
+NOT_FINITE = [pytest.param(place, float(value), id=f"{place}-{value}") for place in PLACES for value in ("nan", "inf", "-inf")]
 
 
-@pytest.mark.parametrize("value", NOT_FINITE)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "value"), NOT_FINITE)
 @pytest.mark.parametrize("leaf", [0, 1], ids=["first-leaf", "last-leaf"])
 @pytest.mark.parametrize("rows", [1, 5], ids=["joint", "rows"])
 @pytest.mark.parametrize("size", [3, 9001], ids=["small", "several-chunks"])
-def test_error_is_never_small_beside_what_is_not_finite(device, dtype, value, place, leaf, rows, size):
+def test_error_is_never_small_beside_what_is_not_finite(device, dtype, place, value, leaf, rows, size):
     """One element that is not finite makes the ratio of its row not finite, and of no other row."""
     tensors = {name: [torch.ones(5, size, dtype=dtype, device=device) for _ in range(2)] for name in PLACES}
     dt = torch.full((rows,), 1e-3, dtype=torch.float64, device=device)
@@ -341,7 +346,7 @@ def test_error_of_any_shape(device, case):
     check_error(ratio, [(y0, y1, k)], e, dt, [1e-2], [1e-1], dtype)
 
 
-# ---- independence of threads and rows ---------------------------------------------------------------------------------
+# ---- independence of threads and rows --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -355,7 +360,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("shape", "rows"), [pytest.param((ABOVE_GRAIN,), 1, id="joint"), pytest.param((7, 30_011), 7, id="rows")])
+@pytest.mark.parametrize(("shape", "rows"), [((ABOVE_GRAIN,), 1), ((7, 30_011), 7)], ids=["joint", "rows"])
 def test_results_do_not_depend_on_threads(dtype, shape, rows):
     """Every op that visits elements gives the same bits on one, two and three threads."""
     numbers = Numbers(torch.device("cpu"))
@@ -409,13 +414,23 @@ def test_rows_do_not_depend_on_each_other(device, dtype, columns):
         assert torch.equal(alone, y[part]) and torch.equal(alone_ratio, ratio[part])
 
 
-# ---- the controller ---------------------------------------------------------------------------------------------------
+# ---- the controller --------------------------------------------------------------------------------------------------
 
 
 class Row(dict):
     """The reference: the solver state of one row, and the controller as it is documented."""
 
-    def __init__(self, state: np.ndarray, row: int, control: StepControl, order: int, direction: float, stops, kinds, t):
+    def __init__(
+        self,
+        state: np.ndarray,
+        row: int,
+        control: StepControl,
+        order: int,
+        direction: float,
+        stops: list,
+        kinds: list,
+        t: tuple,
+    ):
         super().__init__({name: float(state[i, row]) for name, i in FIELDS.items()})
         self.control, self.order, self.direction = control, order, direction
         self.stops, self.kinds, self.t = stops, kinds, t
@@ -451,7 +466,8 @@ class Row(dict):
             factor = q.safety * ratio ** (-1 / self.order)
         else:
             factor = q.safety * ratio ** (-(self.p + self.i + self.d) / self.order)
-            factor *= self["inverse1"] ** (-(self.p + 2 * self.d) / self.order) * self["inverse2"] ** (self.d / self.order)
+            factor *= self["inverse1"] ** (-(self.p + 2 * self.d) / self.order)
+            factor *= self["inverse2"] ** (self.d / self.order)
             if self.p == self.d == 0 and ratio < 1:
                 floor = 1.0
         return min(max(factor, floor), q.ifactor)
@@ -505,7 +521,7 @@ class Row(dict):
                 return
             largest = max(d1, d2 / h0)
             h1 = max(1e-6, h0 * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / self.order)
-            size = min(100 * h0, h1)
+            size = min(100 * h0, h1) or h0
         self.plan(size)
 
     def times(self, c: list[float], dtype: torch.dtype) -> list[float]:
@@ -549,7 +565,8 @@ class Solve:
         self.direction = 1.0 if t[-1] > t[0] else -1.0
         table = [*stops, (t[-1], "end")]
         self.stop_times, self.kinds = [time for time, _ in table], [STOPS[kind] for _, kind in table]
-        self.stops = torch.tensor([self.stop_times, [float(kind) for kind in self.kinds]], dtype=torch.float64, device=device)
+        kinds = [float(kind) for kind in self.kinds]
+        self.stops = torch.tensor([self.stop_times, kinds], dtype=torch.float64, device=device)
         self.outputs = torch.tensor(t, dtype=torch.float64, device=device)
         self.state = torch.from_numpy(initial_state(t[0], rows)).to(device)
         self.times = torch.full((len(self.NODES), rows), SENTINEL, dtype=dtype, device=device)
@@ -627,7 +644,7 @@ def test_step_size_follows_the_reference(device, dtype, control, stops, directio
     for _ in range(40):
         ratios = np.where(random.random(rows) < 0.15, random.choice(special, rows), 10 ** random.uniform(-3, 1, rows))
         solve.checked_step(ratios.tolist())
-    assert any(solve.get("num_accepted")) and any(status != STATUS["running"] for status in solve.get("status"))
+    assert all(solve.get("num_accepted"))
 
 
 @given(
@@ -676,7 +693,7 @@ def test_step_size_of_known_numbers(device, ratio, accept, expected):
 
 
 def test_step_size_lands_on_stops(device):
-    """A step ends exactly on a stop, takes a sliver along, and stage times beside a jump stay on the side of the step."""
+    """A step ends exactly on a stop, takes a sliver along, and stage times beside a jump stay on the step's side."""
     jump = 0.1 + 1e-12
     solve = Solve(1, device, stops=((jump, "jump"),))
     solve.start(0.1)
@@ -726,7 +743,7 @@ def test_step_size_ends(device, control, size, ratio, status):
         assert solve.times.flatten().tolist() == time * len(Solve.NODES)
 
 
-@pytest.mark.parametrize(("ratio", "status"), [(1e9, "underflow"), (math.inf, "non_finite")], ids=["underflow", "non-finite"])
+@pytest.mark.parametrize(("ratio", "status"), [(1e9, "underflow"), (math.inf, "non_finite")], ids=["finite", "inf"])
 def test_step_size_underflows(device, ratio, status):
     """Steps rejected until time no longer moves end the row, and the status says whether f was finite."""
     solve = Solve(1, device, t=(1.0, 3.0))
@@ -798,7 +815,7 @@ def test_controller_without_rows(device, op):
     assert solve.state.shape == (NUM_FIELDS, 0)
 
 
-# ---- dense_output -----------------------------------------------------------------------------------------------------
+# ---- dense_output ----------------------------------------------------------------------------------------------------
 
 LAST_TIME, TIME = 1.25, 2.0
 
@@ -806,7 +823,8 @@ LAST_TIME, TIME = 1.25, 2.0
 def accepted_step(rows: int, device: torch.device, begin: int = 1, end: int = 3) -> Tensor:
     """The state after a step from LAST_TIME to TIME into which outputs [begin, end) fell."""
     state = torch.from_numpy(initial_state(LAST_TIME, rows)).to(device)
-    values = {"time": TIME, "last_time": LAST_TIME, "last_dt": TIME - LAST_TIME, "output_begin": begin, "output_end": end}
+    values = {"time": TIME, "last_time": LAST_TIME, "last_dt": TIME - LAST_TIME}
+    values.update(output_begin=begin, output_end=end)
     for name, value in values.items():
         state[FIELDS[name]] = value
     return state
@@ -873,7 +891,7 @@ def test_dense_output_reads_strided(device, dtype, layout):
 
 
 def test_dense_output_several_leaves(device):
-    """Leaves of different shapes and types in one call, slopes with a slot to spare, the greatest degree and most stages."""
+    """Leaves of different shapes and types, slopes with a slot to spare, the greatest degree and the most stages."""
     numbers, kinds = Numbers(device), [((4, 3), torch.float32), ((4,), torch.float64)]
     p = [[(-1.0) ** (j + d) / (j + d + 1) for d in range(MAX_DEGREE)] for j in range(MAX_STAGES)]
     tableau = type("Interpolant", (), {"p": p, "stages": MAX_STAGES})
@@ -887,7 +905,7 @@ def test_dense_output_several_leaves(device):
         check_dense(ys[leaf][0], tableau, y0[leaf], slopes, (1.7 - LAST_TIME) / (TIME - LAST_TIME), dtype)
 
 
-# ---- advance ----------------------------------------------------------------------------------------------------------
+# ---- advance ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "rows"), SHAPES)
@@ -915,14 +933,13 @@ def test_advance_several_leaves(device):
     numbers, kinds = Numbers(device), [((4, 3), torch.float32), ((4,), torch.float64)]
     y0, k0, y1, k1 = ([numbers.tensor(shape, dtype) for shape, dtype in kinds] for _ in range(4))
     accept = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
-    expected = [
-        torch.where(per_row(accept != 0, old), new, old) for olds, news in ((y0, y1), (k0, k1)) for old, new in zip(olds, news, strict=True)
-    ]
+    pairs = zip([*y0, *k0], [*y1, *k1], strict=True)
+    expected = [torch.where(per_row(accept != 0, old), new, old) for old, new in pairs]
     ops.advance(y0, k0, y1, k1, accept)
     assert all(torch.equal(x, y) for x, y in zip([*y0, *k0], expected, strict=True))
 
 
-# ---- what every op keeps to -------------------------------------------------------------------------------------------
+# ---- what every op keeps to ------------------------------------------------------------------------------------------
 
 
 class Call:
@@ -1072,11 +1089,11 @@ def test_compiled(name):
         assert torch.equal(x, y)
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def replaced(name: str, index: int, value: object, part: int | None = None) -> Callable[[torch.device], Call]:
-    """Makes a plain call in which one argument, or one tensor of a list, is another; `value` may be a function of it."""
+    """Makes a plain call in which one argument, or one of its tensors, is another; `value` may be a function of it."""
 
     def make(device: torch.device) -> Call:
         call = make_call(name, device)
@@ -1116,74 +1133,139 @@ def too_many(_: list) -> list[float]:
     return [0.5] * (MAX_STAGES + 1)
 
 
-WRONG = {
-    # name of the test: the call, and what the message must say
-    "stage-y-dtype": (replaced("stage", 0, half, 0), r"y must be float32 or float64"),
-    "stage-y-not-contiguous": (replaced("stage", 0, spread, 0), r"y\[0\] is written and must be contiguous"),
-    "stage-y-samples": (replaced("stage", 0, longer, 0), r"y\[0\] must have 3 samples on axis 0, got shape \[4, 2\]"),
-    "stage-y0-count": (replaced("stage", 1, shorter), r"y0 must hold one tensor a leaf, or none, 2, got 1"),
-    "stage-y0-shape": (replaced("stage", 1, longer, 0), r"y0\[0\] must have the shape of y\[0\], \[3, 2\], got \[4, 2\]"),
-    "stage-y0-dtype": (replaced("stage", 1, Tensor.double, 0), r"y0\[0\] must have the dtype of y\[0\]"),
-    "stage-k-shape": (replaced("stage", 2, longer, 1), r"k\[1\] must have the shape of y\[0\], \[3, 2\], got \[4, 2\]"),
-    "stage-k-dtype": (replaced("stage", 2, Tensor.double, 1), r"k\[1\] must have the dtype of y\[0\]"),
-    "stage-k-count": (replaced("stage", 2, shorter), r"k must hold as many slopes for each of the 2 leaves, got 3"),
-    "stage-k-too-few": (replaced("stage", 3, [0.5] * 3), r"k must hold 3 slopes a leaf, one a coefficient, got 2"),
-    "stage-a-too-many": (replaced("stage", 3, too_many), r"a must hold at most 16 coefficients, got 17"),
-    "stage-dt-dtype": (replaced("stage", 4, single), r"dt must be float64"),
-    "stage-dt-not-contiguous": (replaced("stage", 4, spread), r"dt must be contiguous"),
-    "error-ratio-dtype": (replaced("error", 0, single), r"ratio must be float64"),
-    "error-ratio-size": (replaced("error", 0, longer), r"ratio must have 3 elements, got 4"),
-    "error-ratio-not-contiguous": (replaced("error", 0, spread), r"ratio must be contiguous"),
-    "error-y0-dtype": (replaced("error", 1, half, 0), r"y0 must be float32 or float64"),
-    "error-y0-samples": (replaced("error", 1, longer, 0), r"y0\[0\] must have 3 samples on axis 0, got shape \[4, 2\]"),
-    "error-y1-shape": (replaced("error", 2, longer, 0), r"y1\[0\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]"),
-    "error-y1-dtype": (replaced("error", 2, Tensor.double, 0), r"y1\[0\] must have the dtype of y0\[0\]"),
-    "error-y1-count": (replaced("error", 2, shorter), r"y1 must hold one tensor a leaf, 2, got 1"),
-    "error-k-shape": (replaced("error", 3, longer, 1), r"k\[1\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]"),
-    "error-e-too-many": (replaced("error", 4, too_many), r"e must hold at most 16 coefficients, got 17"),
-    "error-rtol-count": (replaced("error", 6, shorter), r"rtol must hold one number a leaf, 2, got 1"),
-    "error-atol-count": (replaced("error", 7, shorter), r"atol must hold one number a leaf, 2, got 1"),
-    "step-size-state-shape": (replaced("step_size", 0, longer), r"state must have shape \[18, rows\], got \[19, 3\]"),
-    "step-size-state-dtype": (replaced("step_size", 0, single), r"state must be float64"),
-    "step-size-state-not-contiguous": (replaced("step_size", 0, spread), r"state must be contiguous"),
-    "step-size-times-shape": (replaced("step_size", 1, longer), r"times must have shape \[5, 3\], got \[6, 3\]"),
-    "step-size-times-dtype": (replaced("step_size", 1, half), r"times must be float32 or float64"),
-    "step-size-times-not-contiguous": (replaced("step_size", 1, spread), r"times.* is written and must be contiguous"),
-    "step-size-stops-shape": (replaced("step_size", 2, longer), r"stops must have shape \[2, at least 1\], got \[3, 1\]"),
-    "step-size-no-stops": (replaced("step_size", 2, lambda x: x[:, :0]), r"stops must have shape \[2, at least 1\], got \[2, 0\]"),
-    "step-size-t-dtype": (replaced("step_size", 3, single), r"t must be float64"),
-    "step-size-c-too-many": (replaced("step_size", 4, too_many), r"c must hold at most 16 coefficients, got 17"),
-    "step-size-controller": (replaced("step_size", 5, shorter), r"controller must hold the numbers of a Controller, 12, got 11"),
-    "first-step-norms-size": (replaced("first_step", 2, longer), r"norms must have 9 elements, got 12"),
-    "first-step-norms-dtype": (replaced("first_step", 2, single), r"norms must be float64"),
-    "dense-output-ys-size": (replaced("dense_output", 0, longer, 0), r"ys\[0\] must hold 3 states of y0\[0\], \[3, 2\], got \[4, 3, 2\]"),
-    "dense-output-ys-dtype": (replaced("dense_output", 0, Tensor.double, 0), r"ys\[0\] must hold 3 states of y0\[0\]"),
-    "dense-output-ys-not-contiguous": (replaced("dense_output", 0, spread, 0), r"ys\[0\] is written and must be contiguous"),
-    "dense-output-y0-dtype": (replaced("dense_output", 1, half, 0), r"y0 must be float32 or float64"),
-    "dense-output-y0-count": (replaced("dense_output", 1, shorter), r"y0 must hold one tensor a leaf, 2, got 1"),
-    "dense-output-y1-shape": (replaced("dense_output", 2, longer, 0), r"y1\[0\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]"),
-    "dense-output-k-shape": (replaced("dense_output", 3, longer, 1), r"k\[1\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]"),
-    "dense-output-p-size": (replaced("dense_output", 4, shorter), r"p must hold \[stages, degree\] numbers .* got 3 and 2"),
-    "dense-output-p-too-many": (replaced("dense_output", 4, [0.5] * 34), r"p must hold at most 16 coefficients, got 17"),
-    "dense-output-degree": (replaced("dense_output", 5, 9), r"p must hold .* degree at most 8, got 4 and 9"),
-    "dense-output-no-degree": (replaced("dense_output", 5, 0), r"p must hold .* got 4 and 0"),
-    "dense-output-state-shape": (replaced("dense_output", 6, lambda x: x[0]), r"state must have shape \[fields, rows\], got \[3\]"),
-    "dense-output-state-size": (replaced("dense_output", 6, longer), r"state must have 54 elements, got 57"),
-    "dense-output-t-dtype": (replaced("dense_output", 7, single), r"t must be float64"),
-    "advance-y0-dtype": (replaced("advance", 0, half, 0), r"y0 must be float32 or float64"),
-    "advance-y0-not-contiguous": (replaced("advance", 0, spread, 0), r"y0\[0\] is written and must be contiguous"),
-    "advance-k0-not-contiguous": (replaced("advance", 1, spread, 0), r"k0\[0\] is written and must be contiguous"),
-    "advance-k0-count": (replaced("advance", 1, shorter), r"k0 must hold one tensor a leaf, 2, got 1"),
-    "advance-y1-shape": (replaced("advance", 2, longer, 0), r"y1\[0\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]"),
-    "advance-k1-dtype": (replaced("advance", 3, Tensor.double, 0), r"k1\[0\] must have the dtype of y0\[0\]"),
-    "advance-accept-dtype": (replaced("advance", 4, single), r"accept must be float64"),
-}
+WRONG = [
+    # the call, and what the message must say
+    pytest.param(replaced("stage", 0, half, 0), r"y\[0\] must be float32 or float64, got Half", id="stage-y-dtype"),
+    pytest.param(replaced("stage", 0, spread, 0), r"y\[0\] is written and must be contiguous", id="stage-y-not-contiguous"),
+    pytest.param(
+        replaced("stage", 0, longer, 0), r"y\[0\] must have 3 samples on axis 0, got shape \[4, 2\]", id="stage-y-samples"
+    ),
+    pytest.param(replaced("stage", 1, shorter), r"y0 must hold one tensor a leaf, or none, 2, got 1", id="stage-y0-count"),
+    pytest.param(
+        replaced("stage", 1, longer, 0), r"y0\[0\] must have the shape of y\[0\], \[3, 2\], got \[4, 2\]", id="stage-y0-shape"
+    ),
+    pytest.param(replaced("stage", 1, Tensor.double, 0), r"y0\[0\] must have the dtype of y\[0\]", id="stage-y0-dtype"),
+    pytest.param(
+        replaced("stage", 2, longer, 1), r"k\[1\] must have the shape of y\[0\], \[3, 2\], got \[4, 2\]", id="stage-k-shape"
+    ),
+    pytest.param(replaced("stage", 2, Tensor.double, 1), r"k\[1\] must have the dtype of y\[0\]", id="stage-k-dtype"),
+    pytest.param(
+        replaced("stage", 2, shorter), r"k must hold as many slopes for each of the 2 leaves, got 3", id="stage-k-count"
+    ),
+    pytest.param(
+        replaced("stage", 3, [0.5] * 3), r"k must hold 3 slopes a leaf, one a coefficient, got 2", id="stage-k-too-few"
+    ),
+    pytest.param(replaced("stage", 3, too_many), r"a must hold at most 16 coefficients, got 17", id="stage-a-too-many"),
+    pytest.param(replaced("stage", 4, single), r"dt must be float64", id="stage-dt-dtype"),
+    pytest.param(replaced("stage", 4, spread), r"dt must be contiguous", id="stage-dt-not-contiguous"),
+    pytest.param(replaced("error", 0, single), r"ratio must be float64", id="error-ratio-dtype"),
+    pytest.param(replaced("error", 0, longer), r"ratio must have 3 elements, got 4", id="error-ratio-size"),
+    pytest.param(replaced("error", 0, spread), r"ratio must be contiguous", id="error-ratio-not-contiguous"),
+    pytest.param(replaced("error", 1, half, 0), r"y0\[0\] must be float32 or float64, got Half", id="error-y0-dtype"),
+    pytest.param(
+        replaced("error", 1, longer, 0), r"y0\[0\] must have 3 samples on axis 0, got shape \[4, 2\]", id="error-y0-samples"
+    ),
+    pytest.param(
+        replaced("error", 2, longer, 0), r"y1\[0\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]", id="error-y1-shape"
+    ),
+    pytest.param(replaced("error", 2, Tensor.double, 0), r"y1\[0\] must have the dtype of y0\[0\]", id="error-y1-dtype"),
+    pytest.param(replaced("error", 2, shorter), r"y1 must hold one tensor a leaf, 2, got 1", id="error-y1-count"),
+    pytest.param(
+        replaced("error", 3, longer, 1), r"k\[1\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]", id="error-k-shape"
+    ),
+    pytest.param(replaced("error", 4, too_many), r"e must hold at most 16 coefficients, got 17", id="error-e-too-many"),
+    pytest.param(replaced("error", 6, shorter), r"rtol must hold one number a leaf, 2, got 1", id="error-rtol-count"),
+    pytest.param(replaced("error", 7, shorter), r"atol must hold one number a leaf, 2, got 1", id="error-atol-count"),
+    pytest.param(
+        replaced("step_size", 0, longer), r"state must have shape \[18, rows\], got \[19, 3\]", id="step-size-state-shape"
+    ),
+    pytest.param(replaced("step_size", 0, single), r"state must be float64", id="step-size-state-dtype"),
+    pytest.param(replaced("step_size", 0, spread), r"state must be contiguous", id="step-size-state-not-contiguous"),
+    pytest.param(replaced("step_size", 1, longer), r"times must have shape \[5, 3\], got \[6, 3\]", id="step-size-times-shape"),
+    pytest.param(replaced("step_size", 1, half), r"times must be float32 or float64", id="step-size-times-dtype"),
+    pytest.param(
+        replaced("step_size", 1, spread), r"times.* is written and must be contiguous", id="step-size-times-not-contiguous"
+    ),
+    pytest.param(
+        replaced("step_size", 2, longer), r"stops must have shape \[2, at least 1\], got \[3, 1\]", id="step-size-stops-shape"
+    ),
+    pytest.param(
+        replaced("step_size", 2, lambda x: x[:, :0]),
+        r"stops must have shape \[2, at least 1\], got \[2, 0\]",
+        id="step-size-no-stops",
+    ),
+    pytest.param(replaced("step_size", 3, single), r"t must be float64", id="step-size-t-dtype"),
+    pytest.param(replaced("step_size", 4, too_many), r"c must hold at most 16 coefficients, got 17", id="step-size-c-too-many"),
+    pytest.param(
+        replaced("step_size", 5, shorter),
+        r"controller must hold the numbers of a Controller, 12, got 11",
+        id="step-size-controller",
+    ),
+    pytest.param(replaced("first_step", 2, longer), r"norms must have 9 elements, got 12", id="first-step-norms-size"),
+    pytest.param(replaced("first_step", 2, single), r"norms must be float64", id="first-step-norms-dtype"),
+    pytest.param(
+        replaced("dense_output", 0, longer, 0),
+        r"ys\[0\] must hold 3 states of y0\[0\], \[3, 2\], got \[4, 3, 2\]",
+        id="dense-output-ys-size",
+    ),
+    pytest.param(
+        replaced("dense_output", 0, Tensor.double, 0), r"ys\[0\] must hold 3 states of y0\[0\]", id="dense-output-ys-dtype"
+    ),
+    pytest.param(
+        replaced("dense_output", 0, spread, 0),
+        r"ys\[0\] is written and must be contiguous",
+        id="dense-output-ys-not-contiguous",
+    ),
+    pytest.param(
+        replaced("dense_output", 1, half, 0), r"y0\[0\] must be float32 or float64, got Half", id="dense-output-y0-dtype"
+    ),
+    pytest.param(replaced("dense_output", 1, shorter), r"y0 must hold one tensor a leaf, 2, got 1", id="dense-output-y0-count"),
+    pytest.param(
+        replaced("dense_output", 2, longer, 0),
+        r"y1\[0\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]",
+        id="dense-output-y1-shape",
+    ),
+    pytest.param(
+        replaced("dense_output", 3, longer, 1),
+        r"k\[1\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]",
+        id="dense-output-k-shape",
+    ),
+    pytest.param(
+        replaced("dense_output", 4, shorter), r"p must hold \[stages, degree\] numbers .* got 3 and 2", id="dense-output-p-size"
+    ),
+    pytest.param(
+        replaced("dense_output", 4, [0.5] * 34), r"p must hold at most 16 coefficients, got 17", id="dense-output-p-too-many"
+    ),
+    pytest.param(replaced("dense_output", 5, 9), r"p must hold .* degree at most 8, got 4 and 9", id="dense-output-degree"),
+    pytest.param(replaced("dense_output", 5, 0), r"p must hold .* got 4 and 0", id="dense-output-no-degree"),
+    pytest.param(
+        replaced("dense_output", 6, lambda x: x[0]),
+        r"state must have shape \[fields, rows\], got \[3\]",
+        id="dense-output-state-shape",
+    ),
+    pytest.param(replaced("dense_output", 6, longer), r"state must have 54 elements, got 57", id="dense-output-state-size"),
+    pytest.param(replaced("dense_output", 7, single), r"t must be float64", id="dense-output-t-dtype"),
+    pytest.param(replaced("advance", 0, half, 0), r"y0\[0\] must be float32 or float64, got Half", id="advance-y0-dtype"),
+    pytest.param(
+        replaced("advance", 0, spread, 0), r"y0\[0\] is written and must be contiguous", id="advance-y0-not-contiguous"
+    ),
+    pytest.param(
+        replaced("advance", 1, spread, 0), r"k0\[0\] is written and must be contiguous", id="advance-k0-not-contiguous"
+    ),
+    pytest.param(replaced("advance", 1, shorter), r"k0 must hold one tensor a leaf, 2, got 1", id="advance-k0-count"),
+    pytest.param(
+        replaced("advance", 2, longer, 0),
+        r"y1\[0\] must have the shape of y0\[0\], \[3, 2\], got \[4, 2\]",
+        id="advance-y1-shape",
+    ),
+    pytest.param(replaced("advance", 3, Tensor.double, 0), r"k1\[0\] must have the dtype of y0\[0\]", id="advance-k1-dtype"),
+    pytest.param(replaced("advance", 4, single), r"accept must be float64", id="advance-accept-dtype"),
+]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments(device, case):
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_wrong_arguments(device, make, message):
     """A wrong argument raises ValueError, which names the argument, the rule and the value, and nothing is written."""
-    make, message = WRONG[case]
     call = make(device)
     written = call.tensors(True)
     before = [tensor.clone() for tensor in written]
