@@ -44,10 +44,6 @@ std::string shape(const Tensor& tensor) {
   return text.str();
 }
 
-std::string index_of(size_t leaf) {
-  return "[" + std::to_string(leaf) + "]";
-}
-
 std::string strides(const Tensor& tensor) {
   std::ostringstream text;
   text << '[';
@@ -122,14 +118,15 @@ int32_t device_of(const Tensor& tensor) {
 
 // Calls visit(T{}) with the element type of `tensor`.
 template <class Visit>
-void dispatch_type(const char* name, const Tensor& tensor, const Visit& visit, const std::string& index = "") {
+void dispatch_type(const char* name, const Tensor& tensor, const Visit& visit, int64_t leaf = -1) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return visit(float{});
     case ScalarType::Double:
       return visit(double{});
     default:
-      fail(name, index, " must be float32 or float64, got ", toString(tensor.scalar_type()));
+      if (leaf >= 0) fail(name, '[', leaf, "] must be float32 or float64, got ", toString(tensor.scalar_type()));
+      fail(name, " must be float32 or float64, got ", toString(tensor.scalar_type()));
   }
 }
 
@@ -139,7 +136,8 @@ template <class Visit>
 void for_each_leaf(const char* name, const Tensors& leaves, const Visit& visit) {
   for (int pass = leaves.size() > 1 ? 0 : 1; pass < 2; ++pass) {
     for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
-      dispatch_type(name, leaves[leaf], [&]<class T>(T type) { visit(type, leaf, pass == 1); }, index_of(leaf));
+      dispatch_type(
+          name, leaves[leaf], [&]<class T>(T type) { visit(type, leaf, pass == 1); }, static_cast<int64_t>(leaf));
     }
   }
 }

@@ -13,6 +13,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 COLOURS = {"residual network": "tab:orange", "ODE-Net": "tab:blue"}
 
 
+def power(tolerance: float) -> str:
+    """1e-3, not 1e-03."""
+    return f"{tolerance:.0e}".replace("e-0", "e-")
+
+
 def save(figure: plt.Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(True, which="major", alpha=0.3)
@@ -76,10 +81,11 @@ def plot_nfe(runs: list[dict[str, Any]], tolerance: float, path: Path) -> None:
                 axes.plot(epochs, values, color=colour, lw=0.8, alpha=0.45)
         mean = [statistics.fmean(values) for values in zip(*series, strict=True)]
         axes.plot(epochs, mean, color=colour, marker=marker, ms=4, lw=2, label=label)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(max(run[key]) for run in runs for key in ("nfe_forward", "nfe_backward")))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     seeds = f"mean and each of {len(runs)} seeds" if len(runs) > 1 else "one seed"
-    axes.set(xlabel="epoch", ylabel="NFE of a training step", title=f"tolerance {tolerance:g}, {seeds}")
+    axes.set(xlabel="epoch", ylabel="NFE of a training step", title=f"tolerance {power(tolerance)}, {seeds}")
     axes.legend()
     save(figure, path)
 
@@ -96,14 +102,14 @@ def plot_trade(adaptive: list[dict[str, Any]], euler: list[dict[str, Any]], path
             y = [row["error"] for row in rows]
             axes.loglog(x, y, marker=marker, color=colour, label=label)
             for row, place in zip(rows, zip(x, y, strict=True), strict=True):
-                text = f"{row['tolerance']:.0e}" if "tolerance" in row else str(row["steps"])
+                text = power(row["tolerance"]) if "tolerance" in row else str(row["steps"])
                 offset = (-6, -4) if "tolerance" in row else (6, 3)
                 side = "right" if "tolerance" in row else "left"
                 axes.annotate(text, place, offset, textcoords="offset points", ha=side, fontsize=8, color=colour)
-    left.plot(
-        euler[0]["nfe"], euler[0]["error"], "*", ms=15, color="tab:red", label="one Euler step: a residual block", zorder=3
-    )
+        label = "one Euler step: a residual block"
+        axes.plot(scale * euler[0][key], euler[0]["error"], "*", ms=15, color="tab:red", label=label, zorder=3)
+        axes.margins(x=0.1)
     left.set(xlabel="NFE, forward", ylabel="relative error of the block's output", title="error against NFE")
     right.set(xlabel="time, forward, ms", title="error against time")
-    left.legend(fontsize=9)
+    left.legend(loc="lower left", fontsize=9)
     save(figure, path)

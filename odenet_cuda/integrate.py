@@ -78,7 +78,7 @@ def integrate(
         if len(problem.t) == 1 or all(leaf.numel() == 0 for leaf in problem.leaves):
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
-            return Trajectory(ys=ys, last=list(problem.leaves), state=None)
+            return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
         if options.adaptive:
             return AdaptiveSolver(
                 problem,

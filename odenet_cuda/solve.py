@@ -190,7 +190,7 @@ class _Solve:
         elif wanted:
             ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
-            ys = [leaf[None] for leaf in y0]
+            ys = [leaf[None].clone() for leaf in y0]
         return self._solution(ys, trajectory, recorder, stats)
 
     def _probe(
@@ -208,7 +208,8 @@ class _Solve:
             times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
         t0 = problem.time_views(times.to(problem.device))[0]
         recorder = Recorder(self.options.tableau, problem.t, problem.per_sample, True, False, self.t.requires_grad)
-        start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.leaves])
+        y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
+        start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.leaves], y_grad)
         found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
         known: dict[int, Tensor] = {id(tensor): tensor for tensor in parameters if tensor.requires_grad}
         closed = bool(parameters) and not earlier and all(id(tensor) in known for tensor in found)
@@ -251,7 +252,11 @@ class _Solve:
         t = torch.tensor(self.problem.t, dtype=torch.float64, device=self.problem.device)
         if self.dense and recorder is not None:
             interpolant = Interpolant(
-                self.options.tableau, recorder.dense_steps, self.problem.leaves, t, self.structure.unflatten
+                self.options.tableau,
+                recorder.dense_steps,
+                [x.clone() for x in self.problem.leaves],
+                t,
+                self.structure.unflatten,
             )
         return Solution(
             ys=self.structure.unflatten(ys),

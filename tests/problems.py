@@ -9,10 +9,7 @@ from torch import Tensor
 
 ADAPTIVE_METHODS = ("dopri8", "dopri5", "tsit5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
-ORDERS = {
-    **{"dopri8": 8, "dopri5": 5, "tsit5": 5, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2},
-    **{"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4},
-}
+ORDERS = dict(zip((*ADAPTIVE_METHODS, *FIXED_METHODS), (8, 5, 5, 3, 2, 2, 1, 2, 2, 3, 4), strict=True))
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,9 @@ ODENET_HD void step_size_row(const StepSize& s, int64_t row) {
   const double dt = s.field(kDt, row);
   const double size = q.direction * dt;
   const double ratio = s.field(kErrorRatio, row);
-  const bool accept = ratio <= 1 || (size <= q.min_step && is_finite(ratio));
+  // Landing may have stretched a step of min_step by a sliver: what was asked for counts too.
+  const bool smallest = size <= q.min_step || (q.min_step > 0 && s.field(kProposal, row) <= q.min_step);
+  const bool accept = ratio <= 1 || (smallest && is_finite(ratio));
   s.field(kAccept, row) = accept;
   s.field(kLastTime, row) = s.field(kTime, row);
   s.field(kLastDt, row) = dt;
@@ -149,7 +151,7 @@ ODENET_HD void step_size_row(const StepSize& s, int64_t row) {
     }
   } else {
     s.field(kNumRejected, row) += 1;
-    if (size <= q.min_step) {  // not finite, and no smaller step is allowed
+    if (smallest) {  // not finite, and no smaller step is allowed
       end_row(s, row, kNonFinite);
       return;
     }

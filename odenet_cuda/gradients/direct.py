@@ -136,9 +136,13 @@ class BackwardWalk:
             outputs = [k for k in outputs if k.requires_grad]
             if not outputs:
                 return [None] * self.leaves, None
-        inputs = [*evaluation.y, *([evaluation.t] if self.t_grad else []), *self.captured]
-        grads = torch.autograd.grad(outputs, inputs, kappa, allow_unused=True, retain_graph=True)
+        # The first evaluation has no gradient for y0 where none is wanted.
+        y = evaluation.y if evaluation.y[0].requires_grad else []
+        inputs = [*y, *([evaluation.t] if self.t_grad else []), *self.captured]
+        grads: Sequence[Any] = torch.autograd.grad(outputs, inputs, kappa, allow_unused=True, retain_graph=True)
         n = self.leaves
+        if not y:
+            grads = [None] * n + list(grads)
         if self.captured:
             self._add_captured(grads[n + self.t_grad :])
         return grads[:n], grads[n] if self.t_grad else None

@@ -75,9 +75,9 @@ class Recorder:
         self.dense_steps: list[DenseStep] = []
         self._mode = torch.enable_grad() if graphs else torch.no_grad()
 
-    def evaluate(self, func: Callable[..., list[Tensor]], t: Tensor, y: list[Tensor]) -> Evaluation:
-        """Calls func. t and y must be the solver's own: they become leaves of the graph."""
-        if self.graphs:
+    def evaluate(self, func: Callable[..., list[Tensor]], t: Tensor, y: list[Tensor], y_grad: bool = True) -> Evaluation:
+        """Calls func. t and y must be the solver's own: they become leaves of the graph. y_grad: y needs a gradient."""
+        if self.graphs and y_grad:
             for leaf in y:
                 leaf.requires_grad_()
             if self.t_grad:
