@@ -183,9 +183,8 @@ def measure_trade(network: Network, images: Tensor, labels: Tensor) -> tuple[lis
     field = network.body.func
     with torch.no_grad():
         y0 = network.stem(images)
-        reference = solve(copy.deepcopy(field).double(), y0.double(), [0.0, 1.0], method="dopri8", rtol=1e-10, atol=1e-10).ys[
-            -1
-        ]
+        field64, tight = copy.deepcopy(field).double(), {"rtol": 1e-10, "atol": 1e-10}
+        reference = solve(field64, y0.double(), [0.0, 1.0], method="dopri8", **tight).ys[-1]
 
         def measure(block: ODEBlock) -> dict[str, Any]:
             seconds = []
