@@ -1,6 +1,7 @@
 """Which tensors outside of it func depends on: found in the autograd graph of one of its results."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,54 @@ def captured_tensors(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since:
     return list(found.values()), earlier
 
 
+def cut_points(captured: Sequence[Tensor]) -> list[Tensor]:
+    """The captured results on whose way back lies another captured tensor: their gradient must not flow on to it twice."""
+    own = {id(tensor) for tensor in captured} | {id(tensor.grad_fn) for tensor in captured if tensor.grad_fn is not None}
+    cuts = []
+    for tensor in captured:
+        if tensor.grad_fn is None:
+            continue
+        waiting, seen = [node for node, _ in tensor.grad_fn.next_functions], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if id(node) in own or id(getattr(node, "variable", None)) in own:
+                cuts.append(tensor)
+                break
+            waiting.extend(next_node for next_node, _ in node.next_functions)
+    return cuts
+
+
+def gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    cuts: Sequence[Tensor],
+    retain_graph: bool,
+) -> Sequence[Any]:
+    """The vector-Jacobian product for each of the inputs, None where there is none; nothing flows back beyond the cuts."""
+    if not cuts:
+        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph)
+    stopped: dict[int, Tensor] = {}
+
+    def stop(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+        def hook(grad: Tensor) -> Tensor:
+            stopped[id(tensor)] = grad
+            return torch.zeros_like(grad)
+
+        return hook
+
+    hooks = [tensor.register_hook(stop(tensor)) for tensor in cuts]
+    try:
+        grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [stopped.get(id(tensor), grad) for tensor, grad in zip(inputs, grads, strict=True)]
+
+
 class _EarlierResults(TorchDispatchMode):
     """Collects the non-leaf tensors from before `since` that operations take part in."""
 
@@ -52,12 +101,10 @@ class _EarlierResults(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def earlier_results(func: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-    """The non-leaf tensors that func() uses; it is called once, with gradients on."""
-    with torch.enable_grad():
-        since = sequence_number()
-        with _EarlierResults(since) as mode:
-            func()
+def earlier_results(func: Callable[[], Any], since: int) -> list[Tensor]:
+    """The non-leaf tensors from before `since` that func() uses; it is called once, with gradients on."""
+    with torch.enable_grad(), _EarlierResults(since) as mode:
+        func()
     return list(mode.found.values())
 
 

@@ -136,7 +136,8 @@ def solve(
     )
     backward = None
     if gradient == "adjoint":
-        backward = adjoint_setup(func, problem, structure, options, adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)
+        given = (adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)
+        backward = adjoint_setup(func, problem, structure, options, *given, check=adjoint_params is None)
     grid = None
     if not options.adaptive:
         grid = fixed_grid(options, values, func, y0, times)
@@ -184,10 +185,12 @@ class _Solve:
             raise error
         y0 = self.structure.leaves
         if graphs:
-            if not closed:
-                captured = direct_gradient.find_captured(self.field, recorder.tape, since)
+            captured = direct_gradient.find_captured(self.field, recorder.tape, since, captured, closed)
             ys = direct_gradient.attach(recorder, self.problem, ys, y0, self.t, captured, stats)
         elif wanted:
+            if params is None and not closed:
+                captured = self._captured_at_end(trajectory, captured, since)
+                stats.nfe = self.field.nfe
             ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
             ys = [leaf[None].clone() for leaf in y0]
@@ -215,11 +218,20 @@ class _Solve:
         closed = bool(parameters) and not earlier and all(id(tensor) in known for tensor in found)
         known.update((id(tensor), tensor) for tensor in found)
         if earlier:
-            results = earlier_results(lambda: self.field(start.t, start.y))
+            results = earlier_results(lambda: self.field(start.t, start.y), since)
             known.update((id(tensor), tensor) for tensor in results)
         if gradient == "adjoint":
             start = Evaluation(start.t, start.y, [slope.detach() for slope in start.k])
         return start, list(known.values()), closed
+
+    def _captured_at_end(self, trajectory: Trajectory, captured: list[Tensor], since: int) -> list[Tensor]:
+        """captured, and what func depends on at the end but not at the start: it may branch on the time."""
+        problem = self.problem
+        times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
+        recorder = Recorder(self.options.tableau, problem.t, problem.per_sample, True, False)
+        y = [leaf.detach().clone() for leaf in trajectory.last]
+        end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
+        return direct_gradient.find_captured(self.field, [end], since, captured, False)
 
     def _stats(self, trajectory: Trajectory) -> Stats:
         state = trajectory.state

@@ -88,6 +88,7 @@ class Stepper:
             self.times.data_ptr(),
         )
         self.owned = {leaf.data_ptr() for y in (*self.y[1:], self.y0) for leaf in y}
+        self.owned.update(view.data_ptr() for view in self.views)
 
     def addresses(self, i: int) -> list[int]:
         return [0 if slope is None else slope.data_ptr() for slope in self.k[i]]
@@ -95,9 +96,10 @@ class Stepper:
     def set_slopes(self, i: int, k: list[Any], copy_own: bool) -> list[int]:
         """Keeps the slopes of stage i and gives their addresses.
 
-        copy_own: copy a slope that lies in a buffer of the solver (func returned its argument), which is written again.
+        copy_own: copy a slope that lies in a buffer of the solver (func returned an argument), which is written again.
         """
         addresses = []
+        k = list(k)  # what func returned stays as it is: a graph may hang on it
         for leaf, slope in enumerate(k):
             if slope is None:
                 addresses.append(0)

@@ -88,10 +88,17 @@ def test_steps_and_calls_of_adaptive_methods(method, name):
 
 
 def test_adaptive_options():
-    """first_step, safety, ifactor, dfactor, max_step and dtype do what they do there: the calls are at the same times."""
+    """first_step, safety, ifactor, dfactor, max_step and dtype lead to calls at the same times."""
     problem = PROBLEMS["cosine"]
     t = direction(1, 0.0, 3.0)
-    options = {"first_step": 0.5, "safety": 0.7, "ifactor": 2.0, "dfactor": 0.5, "max_step": 0.3, "dtype": torch.float64}
+    options = {
+        "first_step": 0.5,
+        "safety": 0.7,
+        "ifactor": 2.0,
+        "dfactor": 0.5,
+        "max_step": 0.3,
+        "dtype": torch.float64,
+    }
     ours, theirs = Recording(problem.func), Recording(problem.func)
     odeint(ours, problem.y0, t, rtol=1e-8, atol=1e-8, options=options)
     torchdiffeq.odeint(theirs, problem.y0, t, rtol=1e-8, atol=1e-8, options=options)
@@ -266,7 +273,7 @@ def test_adjoint_norm_of_a_tuple_gets_its_parts():
 @pytest.mark.parametrize("step_size", [None, 0.1], ids=["the times", "step_size"])
 @pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
 def test_adjoint_gradients_of_fixed_methods(method, step_size, sign):
-    """On a grid both adjoints are the same computation for y0 and the parameters; dL/dt[0] is defined otherwise there."""
+    """On a grid both adjoints are one computation for y0 and the parameters; dL/dt[0] is another discrete sum there."""
     net = Net()
     options = {"method": method, "options": None if step_size is None else {"step_size": step_size}}
     ours = gradients(odenet_cuda, "odeint_adjoint", net, sign, **options)
@@ -384,7 +391,9 @@ def test_known_options_do_not_warn():
         warnings.simplefilter("error")
         odeint(Net(), Y0, direction(1, 0.0, 1.0), options=options)
         odeint_adjoint(Net(), Y0, direction(1, 0.0, 1.0), options=options)
-        odeint(Net(), Y0, direction(1, 0.0, 1.0), method="rk4", options={"step_size": 0.1, "perturb": True, "norm": max})
+        odeint(
+            Net(), Y0, direction(1, 0.0, 1.0), method="rk4", options={"step_size": 0.1, "perturb": True, "norm": max}
+        )
     assert options.keys() == before.keys() and all(options[key] is before[key] for key in before)
 
 

@@ -30,7 +30,7 @@ def test_each_row_takes_the_steps_it_takes_alone(method):
             assert abs(int(getattr(batch.stats, name)[i]) - expected) <= max(1, CLOSE_COUNT * expected)
         torch.testing.assert_close(batch.ys[:, i], alone.ys[:, 0], rtol=1e-4, atol=1e-4)
     accepted = batch.stats.num_accepted
-    assert accepted.max() > 3 * accepted.min()
+    assert accepted.max() > 2 * accepted.min()
 
 
 @pytest.mark.parametrize("gradient", [None, "direct", "adjoint"])
@@ -57,9 +57,10 @@ def test_values(method, name, sign):
     t = sign * torch.linspace(0.0, 2.0, 7, dtype=torch.float64)
     solution = solve(problem.func, problem.y0.reshape(-1, 1), t, method=method, rtol=tol, atol=tol, **PER_SAMPLE)
     exact = problem.exact(t).reshape(7, -1, 1)
-    # As in test_solve.py: fehlberg2 underestimates its error, dopri8 errs more between its long steps than at their ends.
-    factor = {"fehlberg2": 1000, "dopri8": 100}.get(method, 10)
-    assert ((solution.ys - exact).abs() / (1 + exact.abs())).max() <= factor * tol
+    # As in test_solve.py: fehlberg2 underestimates its error; interpolants err more than the ends of long steps.
+    error = ((solution.ys - exact).abs() / (1 + exact.abs())).amax((1, 2)) / tol
+    assert error[-1] <= (1000 if method == "fehlberg2" else 10)
+    assert error.max() <= (1000 if method == "fehlberg2" else 100)
     assert torch.equal(solution.y_last, solution.ys[-1])
 
 
@@ -72,7 +73,7 @@ def test_devices(device):
 
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 4), (4, 3, 2)], ids=str)
 def test_time_has_the_rank_of_the_state(shape):
-    """t is [batch, 1, ...] in y's type, and each row sees its own time; a batch as large as the width is no exception."""
+    """t is [batch, 1, ...] in y's type with a time for each row, also where the batch is as large as the width."""
     rate = torch.arange(1.0, 5.0).double().reshape(-1, *[1] * (len(shape) - 1))
     func = Recording(lambda t, y: y * torch.cos(rate * t))
     y0 = torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64).reshape(shape)
@@ -112,15 +113,14 @@ def test_batch_of_one_is_the_joint_solve():
 def test_several_leaves():
     """Leaves of other ranks: t has the rank of the first; the error of a sample is the largest of its leaves."""
     rate = torch.tensor([0.5, 8.0, 2.0], dtype=torch.float64)
-    y0 = {"x": torch.ones(3, 2, dtype=torch.float64), "z": torch.ones(3, 1, 2, dtype=torch.float64), "w": torch.zeros(3).double()}
+    shapes = {"x": (3, 2), "z": (3, 1, 2), "w": (3,)}
+    y0 = {name: torch.full(shape, float(name != "w"), dtype=torch.float64) for name, shape in shapes.items()}
 
     def func(t, y):
         assert t.shape == (3, 1)
         return {"x": -rate[:, None] * y["x"], "z": rate[:, None, None] * -y["z"], "w": t[:, 0]}
 
     t = torch.tensor([0.0, 0.7, 2.0], dtype=torch.float64)
-    names = list(y0)
-    assert names == ["x", "z", "w"]
     ys = solve(func, y0, t, **PER_SAMPLE).ys
     decayed = torch.exp(-rate * t[:, None])
     torch.testing.assert_close(ys["x"], decayed[..., None].expand(3, 3, 2), rtol=0, atol=SOLVED)
@@ -145,8 +145,12 @@ def test_tolerances_and_norm_of_each_row():
 
 def test_limits_and_stops_of_each_row():
     """first_step, max_step, step_t and a limit on the steps hold for each sample."""
-    solution = solve(VanDerPol(MU), START, TIMES, first_step=0.01, max_step=0.05, step_t=[0.33], rtol=1e-3, atol=1e-3, **PER_SAMPLE)
+    func = Recording(VanDerPol(MU))
+    solution = solve(
+        func, START, TIMES, first_step=0.01, max_step=0.05, step_t=[0.33], rtol=1e-3, atol=1e-3, **PER_SAMPLE
+    )
     assert (solution.stats.num_accepted >= 6.0 / 0.05).all()
+    assert 0.33 in func.times and max(func.times) == 6.0
     limited = solve(VanDerPol(MU), START, [0.0, 6.0], max_num_steps=60, on_failure="return", **PER_SAMPLE)
     enough = solve(VanDerPol(MU), START, [0.0, 6.0], **PER_SAMPLE).stats
     expected = (enough.num_accepted + enough.num_rejected <= 60).tolist()
@@ -212,7 +216,9 @@ def test_gradients_of_decays(gradient, method):
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64, requires_grad=True)
     weights = torch.cos(torch.arange(18, dtype=torch.float64)).reshape(3, 3, 2)
     tol = 1e-9 if method == "bosh3" else 1e-11
-    ys = solve(lambda t, y: -own * shared * y, y0, t, method=method, gradient=gradient, rtol=tol, atol=tol, **PER_SAMPLE).ys
+    ys = solve(
+        lambda t, y: -own * shared * y, y0, t, method=method, gradient=gradient, rtol=tol, atol=tol, **PER_SAMPLE
+    ).ys
     found = torch.autograd.grad((ys * weights).sum(), (y0, t, own, shared))
     exact = y0 * torch.exp(-own * shared * (t - t[0])[:, None, None])
     expected = torch.autograd.grad((exact * weights).sum(), (y0, t, own, shared))
@@ -236,7 +242,10 @@ def test_direct_and_adjoint_gradients_agree_on_van_der_pol():
 def test_gradients_of_several_leaves(gradient):
     """A tuple state, one leaf of rank one."""
     rate = torch.tensor([0.5, 6.0, 2.0], dtype=torch.float64, requires_grad=True)
-    x0, w0 = torch.ones(3, 2, dtype=torch.float64, requires_grad=True), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    x0, w0 = (
+        torch.ones(3, 2, dtype=torch.float64, requires_grad=True),
+        torch.ones(3, dtype=torch.float64, requires_grad=True),
+    )
     func = lambda t, y: (-rate[:, None] * y[0], y[0].sum(1))  # noqa: E731
     x, w = solve(func, (x0, w0), [0.0, 0.5, 1.0], gradient=gradient, rtol=1e-10, atol=1e-10, **PER_SAMPLE).ys
     found = torch.autograd.grad(x[1].sum() + w[-1].square().sum(), (rate, x0, w0))

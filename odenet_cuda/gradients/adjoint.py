@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..captured import captured_tensors, cut_points, gradients, sequence_number
 from ..formulas import rms_norm
 from ..integrate import Options, fixed_grid, integrate
 from ..ops import FIELDS
@@ -27,7 +28,8 @@ class Adjoint:
 
     options, rtol, atol (one number a leaf of y): of the backward solve. seminorm: leave the parameters out of the error norm
     (Kidger et al. 2021, arXiv:2009.09457). norm: a user's norm of (t, y, a, *params), or None. callbacks: by name.
-    user_options: what the autograd node shows as `adjoint_options`.
+    user_options: what the autograd node shows as `adjoint_options`. check: the parameters were found, not given: look whether
+    func depends on more at the end.
     """
 
     options: Options
@@ -37,6 +39,7 @@ class Adjoint:
     norm: Callable[[tuple], Any] | None
     callbacks: dict[str, Callable]
     user_options: dict[str, Any]
+    check: bool
 
 
 def attach(
@@ -92,12 +95,15 @@ class AugmentedField:
     Those of a and of the integral are given as a^T df/dy and a^T df/dtheta: the problem's signs turn them round.
     """
 
-    def __init__(self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], quadrature_stages: Sequence[bool]):
+    def __init__(
+        self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], quadrature_stages: Sequence[bool], check: bool
+    ):
         self.field, self.params, self.quadrature_stages = field, list(params), quadrature_stages
-        self.leaves = len(like)
+        self.leaves, self.cuts = len(like), cut_points(params)
         self.zeros = [torch.zeros_like(x) for x in (*like, *params)]  # where func does not depend on something
         self.none: list[Tensor | None] = [None] * len(self.params)
         self.recording = torch.enable_grad()
+        self.check = check
 
     def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
         n, with_params = self.leaves, self.quadrature_stages[stage]
@@ -115,7 +121,19 @@ class AugmentedField:
         for leaf in y:
             leaf.requires_grad_()
         with self.recording:
-            return self.field(t, y)
+            if not self.check:
+                return self.field(t, y)
+            self.check = False
+            since = sequence_number()
+            k = self.field(t, y)
+            found, earlier = captured_tensors(k, [t, *y], since)
+            known = {id(param) for param in self.params}
+            if any(id(tensor) not in known for tensor in found) or (earlier and all(p.is_leaf for p in self.params)):
+                raise RuntimeError(
+                    "func depends at the end of the solve on a tensor that it does not depend on at the start, so the adjoint "
+                    "would give it no gradient: name it in adjoint_params, or use gradient='direct'"
+                )
+            return k
 
     def product(
         self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor], keep_graph: bool
@@ -126,7 +144,7 @@ class AugmentedField:
             k = [slope for slope in k if slope.requires_grad]
             if not k:
                 return [None] * len(inputs)
-        return torch.autograd.grad(k, inputs, a, allow_unused=True, retain_graph=keep_graph)
+        return gradients(k, inputs, a, self.cuts, keep_graph)
 
 
 class PerSampleField(AugmentedField):
@@ -136,8 +154,8 @@ class PerSampleField(AugmentedField):
     then. The slope of the first stage may stem from an earlier step: it is evaluated again.
     """
 
-    def __init__(self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], b: Sequence[float]):
-        super().__init__(field, params, like, [False] * len(b))
+    def __init__(self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], b: Sequence[float], check: bool):
+        super().__init__(field, params, like, [False] * len(b), check)
         self.b, self.none = b, []
         self.integral = [torch.zeros_like(param) for param in params]
         self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
@@ -186,14 +204,14 @@ def solve_backwards(
     in_norm = not adjoint.seminorm and not problem.per_sample
     per_sample = problem.per_sample
     if per_sample:
-        augmented: AugmentedField = PerSampleField(field, params, problem.leaves, tableau.b)
+        augmented: AugmentedField = PerSampleField(field, params, problem.leaves, tableau.b, adjoint.check)
     else:
         e = tableau.e if in_norm and tableau.e else [0.0] * tableau.stages
         needed = [
             b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
             for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))
         ]
-        augmented = AugmentedField(field, params, problem.leaves, needed)
+        augmented = AugmentedField(field, params, problem.leaves, needed, adjoint.check)
     a = [torch.zeros_like(y[0]) for y in ys]
     integral = [torch.zeros_like(param) for param in params]
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None

@@ -23,6 +23,7 @@ def adjoint_setup(
     rtol: Any,
     atol: Any,
     given: dict[str, Any] | None,
+    check: bool,
 ) -> Adjoint:
     """The backward solve as the user asked for it; what is not given is as forward, but for the norm."""
     given = dict(given or {})
@@ -70,6 +71,7 @@ def adjoint_setup(
         norm=norm if callable(norm) else None,
         callbacks=callbacks,
         user_options={**given, "norm": shown},
+        check=check,
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import formulas
-from ..captured import captured_tensors, earlier_results
+from ..captured import captured_tensors, cut_points, earlier_results, gradients
 from ..problem import Field, Problem
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
@@ -40,15 +40,26 @@ def attach(
     return list(_Direct.apply(recorder, problem, tuple(ys), stats, len(y0), t, *y0, *captured))
 
 
-def find_captured(field: Field, tape: Sequence[Step | Evaluation], since: int) -> list[Tensor]:
-    """Every tensor outside of func, parameters and other, that an evaluation on the tape depends on."""
-    found: dict[int, Tensor] = {}
-    searched_earlier = False
-    for evaluation in evaluations(tape):
+def find_captured(
+    field: Field, tape: Sequence[Step | Evaluation], since: int, known: Sequence[Tensor], closed: bool
+) -> list[Tensor]:
+    """`known`, and every other tensor outside of func that an evaluation on the tape depends on.
+
+    closed: func is a Module whose first evaluation depends on its parameters only. Then just the last one is looked at, and the
+    rest only where that depends on more: func may branch on the time.
+    """
+    found = {id(tensor): tensor for tensor in known}
+    all_evaluations = evaluations(tape)
+    if closed:
+        last = all_evaluations[-1]
+        leaves, earlier = captured_tensors(last.k, [last.t, *last.y], since)
+        if not earlier and all(id(tensor) in found for tensor in leaves):
+            return list(found.values())
+    for evaluation in all_evaluations:
         leaves, earlier = captured_tensors(evaluation.k, [evaluation.t, *evaluation.y], since)
-        if earlier and not searched_earlier:
-            searched_earlier = True
-            found.update((id(tensor), tensor) for tensor in earlier_results(partial(field, evaluation.t, evaluation.y)))
+        if earlier:
+            results = earlier_results(partial(field, evaluation.t, evaluation.y), since)
+            found.update((id(tensor), tensor) for tensor in results)
         found.update((id(tensor), tensor) for tensor in leaves)
     return list(found.values())
 
@@ -98,6 +109,7 @@ class BackwardWalk:
         t_grad: bool,
     ):
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, list(captured), t_grad
+        self.cuts = cut_points(captured)
         self.leaves, self.points = len(problem.leaves), len(a)
         self.grad_ys = [
             torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device) if grad is None else grad
@@ -139,7 +151,7 @@ class BackwardWalk:
         # The first evaluation has no gradient for y0 where none is wanted.
         y = evaluation.y if evaluation.y[0].requires_grad else []
         inputs = [*y, *([evaluation.t] if self.t_grad else []), *self.captured]
-        grads: Sequence[Any] = torch.autograd.grad(outputs, inputs, kappa, allow_unused=True, retain_graph=True)
+        grads = gradients(outputs, inputs, kappa, self.cuts, True)
         n = self.leaves
         if not y:
             grads = [None] * n + list(grads)
