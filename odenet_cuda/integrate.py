@@ -1,5 +1,6 @@
 """Problem -> solver -> trajectory, with no thought of gradients."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,9 @@ def stop_times(name: str, value: Any) -> tuple[float, ...]:
     if value is None:
         return ()
     try:
-        return tuple(float(x) for x in (value.tolist() if isinstance(value, Tensor) else value))
+        times = tuple(float(x) for x in (value.tolist() if isinstance(value, Tensor) else value))
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a one-dimensional tensor or a list of times, got {value!r}") from None
+    if not all(map(math.isfinite, times)):
+        raise ValueError(f"{name} must be finite, got {list(times)}")
+    return times

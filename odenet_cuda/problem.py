@@ -227,7 +227,9 @@ def _check_one_tolerance(name: str, value: Any, leaf: Tensor) -> Any:
     if value.numel() == 1:
         return float(value)
     try:
-        torch.broadcast_shapes(value.shape, leaf.shape)
+        fits = torch.broadcast_shapes(value.shape, leaf.shape) == leaf.shape
     except RuntimeError:
-        raise ValueError(f"{name} must broadcast against y0, {list(leaf.shape)}, got {list(value.shape)}") from None
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast against y0, {list(leaf.shape)}, got {list(value.shape)}")
     return value.to(leaf.device, leaf.dtype.to_real())
