@@ -65,9 +65,9 @@ void add_stepper(py::module_& m) {
   // Kernels run without the interpreter's lock: other Python threads go on, and an interrupt is taken note of.
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<Stepper>(m, "Stepper")
-      .def(py::init([](bool is_double, int32_t device, int64_t rows, std::vector<int64_t> columns, int quadratures,
-                       Weights signs, std::vector<Weights> a, Weights b, Weights c, Weights e, Weights rtol,
-                       Weights atol, Weights p, int degree, Weights controller) {
+      .def(py::init([](std::vector<int> is_double, int32_t device, int64_t rows, std::vector<int64_t> columns,
+                       int quadratures, Weights signs, std::vector<Weights> a, Weights b, Weights c, Weights e,
+                       Weights rtol, Weights atol, Weights p, int degree, Weights controller) {
              return Stepper(
                  {is_double, device, rows, columns, quadratures, signs, a, b, c, e, rtol, atol, p, degree, controller});
            }),

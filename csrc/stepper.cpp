@@ -37,6 +37,7 @@ Stepper::Stepper(StepperSetup setup) : setup_(std::move(setup)) {
   state_leaves_ = leaves_ - setup_.quadratures;
   check(stages_ >= 1 && stages_ <= kMaxStages, "c must have from 1 to 16 nodes");
   check(state_leaves_ >= 1, "columns must hold at least one leaf beside the quadratures");
+  check(setup_.is_double.size() == setup_.columns.size(), "is_double must hold one entry a leaf");
   check(setup_.signs.size() == setup_.columns.size(), "signs must hold one number a leaf");
   check(setup_.rtol.size() == setup_.atol.size() && setup_.rtol.size() <= setup_.columns.size(),
         "rtol and atol must hold one number for each leaf in the norm");
@@ -99,8 +100,8 @@ void Stepper::bind_slopes(int stage, const Addresses& k) {
 }
 
 template <class Visit>
-void Stepper::visit_type(const Visit& visit) const {
-  if (setup_.is_double) {
+void Stepper::visit_type(int leaf, const Visit& visit) const {
+  if (setup_.is_double[leaf]) {
     visit(double{});
   } else {
     visit(float{});
@@ -127,18 +128,16 @@ void Stepper::combine(Address y, Address y0, int leaf, const Row& row) {
 void Stepper::stage(int i, const Addresses& k) {
   check(i >= 1 && i <= static_cast<int>(a_.size()), "i must be a stage after the first");
   if (!k.empty()) bind_slopes(i - 1, k);
-  visit_type([&]<class T>(T) {
-    for (int leaf = 0; leaf < state_leaves_; ++leaf) {
-      combine<T>(y_[(i - 1) * state_leaves_ + leaf], y0_[leaf], leaf, a_[i - 1]);
-    }
-  });
+  for (int leaf = 0; leaf < state_leaves_; ++leaf) {
+    visit_type(leaf, [&]<class T>(T) { combine<T>(y_[(i - 1) * state_leaves_ + leaf], y0_[leaf], leaf, a_[i - 1]); });
+  }
 }
 
 void Stepper::quadrature(const Addresses& k) {
   bind_slopes(stages_ - 1, k);
-  visit_type([&]<class T>(T) {
-    for (int leaf = state_leaves_; leaf < leaves_; ++leaf) combine<T>(q1_[leaf - state_leaves_], y0_[leaf], leaf, b_);
-  });
+  for (int leaf = state_leaves_; leaf < leaves_; ++leaf) {
+    visit_type(leaf, [&]<class T>(T) { combine<T>(q1_[leaf - state_leaves_], y0_[leaf], leaf, b_); });
+  }
 }
 
 // Where the leaf is at the end of the step.
@@ -169,9 +168,9 @@ void Stepper::error_of_leaf(int leaf) {
 
 void Stepper::error(const Addresses& k) {
   quadrature(k);
-  visit_type([&]<class T>(T) {
-    for (int leaf = 0; leaf < static_cast<int>(setup_.rtol.size()); ++leaf) error_of_leaf<T>(leaf);
-  });
+  for (int leaf = 0; leaf < static_cast<int>(setup_.rtol.size()); ++leaf) {
+    visit_type(leaf, [&]<class T>(T) { error_of_leaf<T>(leaf); });
+  }
 }
 
 StepSize Stepper::step_size_args() const {
@@ -190,7 +189,7 @@ StepSize Stepper::step_size_args() const {
 
 void Stepper::step_size() {
   const StepSize s = step_size_args();
-  visit_type([&]<class R>(R) {
+  visit_type(0, [&]<class R>(R) {
     R* times = pointer<R>(times_);
     on_device(
         setup_.device, [&] { cpu::step_size(s, times, parallel_for); },
@@ -201,7 +200,7 @@ void Stepper::step_size() {
 void Stepper::first_step(Address norms, double size, int phase) {
   const StepSize s = step_size_args();
   const FirstStep first{pointer<const double>(norms), size, phase};
-  visit_type([&]<class R>(R) {
+  visit_type(0, [&]<class R>(R) {
     R* times = pointer<R>(times_);
     on_device(
         setup_.device, [&] { cpu::first_step(s, first, times, parallel_for); },
@@ -211,8 +210,8 @@ void Stepper::first_step(Address norms, double size, int phase) {
 
 void Stepper::dense_output(const Addresses& ys) {
   check(ys.size() == size_t(state_leaves_), "ys must hold one address a leaf");
-  visit_type([&]<class T>(T) {
-    for (int leaf = 0; leaf < state_leaves_; ++leaf) {
+  for (int leaf = 0; leaf < state_leaves_; ++leaf) {
+    visit_type(leaf, [&]<class T>(T) {
       DenseOutput<T> s{};
       s.ys = pointer<T>(ys[leaf]);
       s.y0 = pointer<const T>(y0_[leaf]);
@@ -228,13 +227,13 @@ void Stepper::dense_output(const Addresses& ys) {
       on_device(
           setup_.device, [&] { cpu::dense_output(s, parallel_for); },
           [&](cuda::Stream stream) { return cuda::dense_output(s, stream); });
-    }
-  });
+    });
+  }
 }
 
 void Stepper::advance() {
-  visit_type([&]<class T>(T) {
-    for (int leaf = 0; leaf < leaves_; ++leaf) {
+  for (int leaf = 0; leaf < leaves_; ++leaf) {
+    visit_type(leaf, [&]<class T>(T) {
       Advance<T> s{};
       s.y0 = pointer<T>(y0_[leaf]);
       s.k0 = pointer<T>(slope(leaf, 0));
@@ -246,8 +245,8 @@ void Stepper::advance() {
       on_device(
           setup_.device, [&] { cpu::advance(s, parallel_for); },
           [&](cuda::Stream stream) { return cuda::advance(s, stream); });
-    }
-  });
+    });
+  }
 }
 
 void Stepper::swap_ends() {

@@ -17,8 +17,8 @@ using Address = std::uintptr_t;
 using Addresses = std::vector<Address>;
 
 struct StepperSetup {
-  bool is_double;  // the state's type
-  int32_t device;  // CUDA device, or kCpu
+  std::vector<int> is_double;  // the type of each leaf; stage times have that of the first
+  int32_t device;              // CUDA device, or kCpu
   int64_t rows;
   std::vector<int64_t> columns;  // of each leaf; the last `quadratures` leaves have slopes but no stages
   int quadratures;
@@ -65,7 +65,7 @@ class Stepper {
   void error_of_leaf(int leaf);
   StepSize step_size_args() const;
   template <class Visit>
-  void visit_type(const Visit& visit) const;
+  void visit_type(int leaf, const Visit& visit) const;
   double* field(Field name) const { return reinterpret_cast<double*>(state_) + name * setup_.rows; }
   Address& slope(int leaf, int stage) { return k_[leaf * stages_ + stage]; }
   Address end_of(int leaf) const;

@@ -15,7 +15,7 @@ class Stepper:
     def __init__(
         self,
         *,
-        is_double: bool,
+        is_double: Sequence[bool],
         device: int,
         rows: int,
         columns: Sequence[int],

@@ -39,7 +39,7 @@ class Stepper:
         device, rows, leaves = problem.device, problem.rows, problem.leaves
         counted = len(leaves) if norm_leaves is None else norm_leaves
         self.kernels = _C.Stepper(
-            is_double=leaves[0].dtype == torch.float64,
+            is_double=[leaf.dtype == torch.float64 for leaf in leaves],
             device=-1 if device.type == "cpu" else (device.index or 0),
             rows=rows,
             columns=[leaf.numel() // max(rows, 1) for leaf in leaves],

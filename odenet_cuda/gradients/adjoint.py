@@ -17,7 +17,7 @@ from ..captured import captured_tensors, cut_points, gradients, sequence_number
 from ..formulas import rms_norm
 from ..integrate import Options, fixed_grid, integrate
 from ..ops import FIELDS
-from ..problem import Field, Problem
+from ..problem import DTYPES, Field, Problem
 from ..solution import Solution, Stats, failure
 from .direct import NO_SECOND_DERIVATIVE
 
@@ -85,7 +85,7 @@ def _autocast_state(device: torch.device) -> dict[str, Any]:
         "device_type": kind,
         "enabled": torch.is_autocast_enabled(kind),
         "dtype": torch.get_autocast_dtype(kind),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
+        "cache_enabled": False,  # stages are written into the same tensors again and again: a cast kept of one is stale
     }
 
 
@@ -100,7 +100,9 @@ class AugmentedField:
     ):
         self.field, self.params, self.quadrature_stages = field, list(params), quadrature_stages
         self.leaves, self.cuts = len(like), cut_points(params)
-        self.zeros = [torch.zeros_like(x) for x in (*like, *params)]  # where func does not depend on something
+        # Where func does not depend on something.
+        self.zeros = [*(torch.zeros_like(x) for x in like), *(_as_leaf(torch.zeros_like(x)) for x in params)]
+        self.convert = any(x.dtype not in DTYPES for x in params)
         self.none: list[Tensor | None] = [None] * len(self.params)
         self.recording = torch.enable_grad()
         self.check = check
@@ -110,6 +112,8 @@ class AugmentedField:
         y = state[:n]
         k = self.evaluate(t, y)
         grads = self.product(k, state[n:], [*y, *self.params] if with_params else y, False)
+        if self.convert:
+            grads = [grad if grad is None else _as_leaf(grad) for grad in grads]
         slopes: list[Tensor | None] = [slope.detach() for slope in k]
         slopes.extend(zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False))
         if not with_params:
@@ -213,7 +217,7 @@ def solve_backwards(
         ]
         augmented = AugmentedField(field, params, problem.leaves, needed, adjoint.check)
     a = [torch.zeros_like(y[0]) for y in ys]
-    integral = [torch.zeros_like(param) for param in params]
+    integral = [_as_leaf(torch.zeros_like(param)) for param in params]
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
     options = adjoint.options
     quadratures = 0 if per_sample else len(params)
@@ -254,7 +258,18 @@ def solve_backwards(
     if grad_t is not None:
         grad_t[0] = -_slope_product(field, problem, 0, [out[0] for out in ys], a)
     stats.nfe_backward = field.nfe
-    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, integral
+    grad_params = integral if per_sample else [_from_leaf(x, param) for x, param in zip(integral, params, strict=True)]
+    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
+
+
+def _as_leaf(x: Tensor) -> Tensor:
+    """A parameter's gradient in a type that the kernels know: complex numbers as pairs, 16 bits as float32."""
+    x = torch.view_as_real(x) if x.dtype.is_complex else x
+    return x if x.dtype in DTYPES else x.float()
+
+
+def _from_leaf(x: Tensor, param: Tensor) -> Tensor:
+    return (torch.view_as_complex(x) if param.dtype.is_complex else x).to(param.dtype)
 
 
 def _slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
