@@ -390,9 +390,7 @@ def test_field_that_is_not_finite_from_some_time_on(method, step_control, value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize(
-    "options", [{}, {"first_step": 0.1}, {"min_step": 0.1}], ids=["plain", "first_step", "min_step"]
-)
+@pytest.mark.parametrize("options", [{}, {"first_step": 0.1}, {"min_step": 0.1}], ids=["plain", "first_step", "min_step"])
 def test_field_that_is_never_finite(options, value):
     """The first evaluation is bad already."""
     with pytest.raises(SolverError) as caught:

@@ -70,9 +70,7 @@ def assert_close(found, expected, tolerance=DIFFERENCE):
 GRIDS = {
     "the times": {},
     "step_size": {"step_size": 0.23},
-    "grid_constructor": {
-        "grid_constructor": lambda f, y0, t: torch.linspace(float(t[0]), float(t[-1]), 5, dtype=t.dtype)
-    },
+    "grid_constructor": {"grid_constructor": lambda f, y0, t: torch.linspace(float(t[0]), float(t[-1]), 5, dtype=t.dtype)},
     "step_size, linear": {"step_size": 0.23, "interp": "linear"},
     "step_size, cubic": {"step_size": 0.23, "interp": "cubic"},
     "the times, cubic": {"interp": "cubic"},
@@ -80,9 +78,7 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "grid", ["the times", "step_size", "step_size, linear", "step_size, cubic", "the times, cubic"]
-)
+@pytest.mark.parametrize("grid", ["the times", "step_size", "step_size, linear", "step_size, cubic", "the times, cubic"])
 @pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("method", FIXED_METHODS)
 def test_direct_gradient_of_fixed_methods_is_exact(method, sign, grid):
@@ -523,9 +519,7 @@ def test_two_losses_add_up(gradient):
     """Gradients of two outputs taken one by one add up to that of the sum."""
     y0, t, matrix, bias = leaves(Y0, TIMES, MATRIX, BIAS)
     ys = solve(field(matrix, bias), y0, t, **SOLVE, **GRADIENTS[gradient]).ys
-    parts = [
-        torch.autograd.grad((ys[i] * WEIGHTS[i]).sum(), (y0, t, matrix, bias), retain_graph=True) for i in range(4)
-    ]
+    parts = [torch.autograd.grad((ys[i] * WEIGHTS[i]).sum(), (y0, t, matrix, bias), retain_graph=True) for i in range(4)]
     assert_close([sum(grads) for grads in zip(*parts, strict=True)], REFERENCES[1])
 
 
@@ -582,9 +576,7 @@ def test_in_a_training_loop(gradient):
 
     def closure():
         optimiser.zero_grad()
-        ys = solve(
-            lambda t, y: -rate * y, torch.ones(1, 2, dtype=torch.float64), T01, **SOLVE, **GRADIENTS[gradient]
-        ).ys
+        ys = solve(lambda t, y: -rate * y, torch.ones(1, 2, dtype=torch.float64), T01, **SOLVE, **GRADIENTS[gradient]).ys
         loss = (ys[-1, 0] - target).square().sum()
         loss.backward()
         return loss

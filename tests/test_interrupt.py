@@ -55,12 +55,8 @@ def test_interrupt(name):
     """SIGINT ends in KeyboardInterrupt within a second."""
     begun, call = SOLVES[name]
     script = SCRIPT.replace("BEGUN", str(begun)).replace("SOLVE", call)
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    watchdog = subprocess.Popen(
-        [sys.executable, "-c", f"import time, os; time.sleep({START}); os.kill({process.pid}, 9)"]
-    )
+    process = subprocess.Popen([sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watchdog = subprocess.Popen([sys.executable, "-c", f"import time, os; time.sleep({START}); os.kill({process.pid}, 9)"])
     try:
         assert process.stdout.readline() == "begun\n", process.stderr.read()
         sent = time.monotonic()

@@ -391,9 +391,7 @@ def test_known_options_do_not_warn():
         warnings.simplefilter("error")
         odeint(Net(), Y0, direction(1, 0.0, 1.0), options=options)
         odeint_adjoint(Net(), Y0, direction(1, 0.0, 1.0), options=options)
-        odeint(
-            Net(), Y0, direction(1, 0.0, 1.0), method="rk4", options={"step_size": 0.1, "perturb": True, "norm": max}
-        )
+        odeint(Net(), Y0, direction(1, 0.0, 1.0), method="rk4", options={"step_size": 0.1, "perturb": True, "norm": max})
     assert options.keys() == before.keys() and all(options[key] is before[key] for key in before)
 
 

@@ -146,9 +146,7 @@ def test_tolerances_and_norm_of_each_row():
 def test_limits_and_stops_of_each_row():
     """first_step, max_step, step_t and a limit on the steps hold for each sample."""
     func = Recording(VanDerPol(MU))
-    solution = solve(
-        func, START, TIMES, first_step=0.01, max_step=0.05, step_t=[0.33], rtol=1e-3, atol=1e-3, **PER_SAMPLE
-    )
+    solution = solve(func, START, TIMES, first_step=0.01, max_step=0.05, step_t=[0.33], rtol=1e-3, atol=1e-3, **PER_SAMPLE)
     assert (solution.stats.num_accepted >= 6.0 / 0.05).all()
     assert 0.33 in func.times and max(func.times) == 6.0
     limited = solve(VanDerPol(MU), START, [0.0, 6.0], max_num_steps=60, on_failure="return", **PER_SAMPLE)
@@ -216,9 +214,7 @@ def test_gradients_of_decays(gradient, method):
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64, requires_grad=True)
     weights = torch.cos(torch.arange(18, dtype=torch.float64)).reshape(3, 3, 2)
     tol = 1e-9 if method == "bosh3" else 1e-11
-    ys = solve(
-        lambda t, y: -own * shared * y, y0, t, method=method, gradient=gradient, rtol=tol, atol=tol, **PER_SAMPLE
-    ).ys
+    ys = solve(lambda t, y: -own * shared * y, y0, t, method=method, gradient=gradient, rtol=tol, atol=tol, **PER_SAMPLE).ys
     found = torch.autograd.grad((ys * weights).sum(), (y0, t, own, shared))
     exact = y0 * torch.exp(-own * shared * (t - t[0])[:, None, None])
     expected = torch.autograd.grad((exact * weights).sum(), (y0, t, own, shared))

@@ -417,9 +417,7 @@ def test_step_sizes_follow_the_controller(controller):
     ratios = [error_ratio(problem.func, t0, y0, dt, tol) for t0, y0, dt in func.tried]
     before = [1.0, 1.0]
     for ratio, size, following in zip(ratios, func.sizes[:-2], func.sizes[1:-1], strict=False):
-        factor = (
-            safety * ratio ** (-(p + i + d) / order) * before[-1] ** ((p + 2 * d) / order) * before[-2] ** (-d / order)
-        )
+        factor = safety * ratio ** (-(p + i + d) / order) * before[-1] ** ((p + 2 * d) / order) * before[-2] ** (-d / order)
         low = 1.0 if controller == "I" else 0.2
         assert following / size == pytest.approx(min(10.0, max(low, factor)), rel=1e-6)
         before.append(ratio)
@@ -489,9 +487,7 @@ def test_max_num_steps_counts_from_output_to_output():
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
-@pytest.mark.parametrize(
-    "kind", [list, tuple, lambda x: torch.tensor(x, dtype=torch.float64)], ids=["list", "tuple", "tensor"]
-)
+@pytest.mark.parametrize("kind", [list, tuple, lambda x: torch.tensor(x, dtype=torch.float64)], ids=["list", "tuple", "tensor"])
 def test_step_t(sign, kind):
     """Steps end exactly at each of step_t; times outside of the interval are passed over."""
     problem = PROBLEMS["cosine"]
@@ -604,9 +600,7 @@ def test_tolerances_of_each_element():
     options = {"norm": largest, "rtol": 1e-6}
     alone = solve(lambda t, y: -y, problem.y0[:2], [0.0, 2.0], atol=1e-6, **options)
     atol = torch.tensor([1e-6, 1e-6, 1e30], dtype=torch.float64)
-    all_three = solve(
-        lambda t, y: -rates * y, problem.y0 * torch.tensor([1.0, 1.0, 1e-3]), [0.0, 2.0], atol=atol, **options
-    )
+    all_three = solve(lambda t, y: -rates * y, problem.y0 * torch.tensor([1.0, 1.0, 1e-3]), [0.0, 2.0], atol=atol, **options)
     assert alone.stats.nfe == all_three.stats.nfe
     torch.testing.assert_close(all_three.ys[:, :2], alone.ys, rtol=0, atol=ROUNDING)
 
@@ -673,9 +667,7 @@ def test_interpolant_per_sample():
     """Each sample is interpolated in its own steps."""
     rates = torch.tensor([[0.1], [1.0], [20.0]], dtype=torch.float64)
     y0 = torch.ones(3, 1, dtype=torch.float64)
-    solution = solve(
-        lambda t, y: -rates * y, y0, [0.0, 2.0], step_control="per_sample", dense=True, rtol=1e-8, atol=1e-8
-    )
+    solution = solve(lambda t, y: -rates * y, y0, [0.0, 2.0], step_control="per_sample", dense=True, rtol=1e-8, atol=1e-8)
     t = torch.linspace(0.0, 2.0, 33, dtype=torch.float64)
     torch.testing.assert_close(solution.interpolant(t), torch.exp(-rates * t[:, None, None]), rtol=0, atol=1e-7)
     torch.testing.assert_close(solution.interpolant(0.25), torch.exp(-rates * 0.25), rtol=0, atol=1e-7)
