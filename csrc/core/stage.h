@@ -43,15 +43,13 @@ ODENET_HD T stage_element(const Stage<T>& s, const Real<T> (&w)[S > 0 ? S : 1], 
 template <class Visit>
 auto dispatch_stages(int stages, Visit&& visit) {
   switch (stages) {
-#define ODENET_CASE(S) \
-  case S:              \
-    return visit.template operator()<S>();
-    ODENET_CASE(0)
-    ODENET_CASE(1)
-    ODENET_CASE(2)
-    ODENET_CASE(3) ODENET_CASE(4) ODENET_CASE(5) ODENET_CASE(6) ODENET_CASE(7) ODENET_CASE(8) ODENET_CASE(9)
-        ODENET_CASE(10) ODENET_CASE(11) ODENET_CASE(12) ODENET_CASE(13) ODENET_CASE(14) ODENET_CASE(15) default
-        : return visit.template operator()<kMaxStages>();
+    // clang-format off
+#define ODENET_CASE(S) case S: return visit.template operator()<S>();
+    ODENET_CASE(0) ODENET_CASE(1) ODENET_CASE(2) ODENET_CASE(3) ODENET_CASE(4) ODENET_CASE(5)
+    ODENET_CASE(6) ODENET_CASE(7) ODENET_CASE(8) ODENET_CASE(9) ODENET_CASE(10) ODENET_CASE(11)
+    ODENET_CASE(12) ODENET_CASE(13) ODENET_CASE(14) ODENET_CASE(15)
+        // clang-format on
+        default : return visit.template operator()<kMaxStages>();
 #undef ODENET_CASE
   }
 }
