@@ -14,7 +14,8 @@ constexpr int kLanes = 16;  // independent partial sums, which vectorise
 constexpr int kBlock = 256;  // elements whose squares are formed in one vectorised loop before they are summed
 
 template <int S, class T>
-double sum_of_squares(const Error<T>& args, const Real<T> (&w)[S > 0 ? S : 1], int64_t begin, int64_t end) {
+ODENET_CLONES double sum_of_squares(const Error<T>& args, const Real<T> (&w)[S > 0 ? S : 1], int64_t begin,
+                                    int64_t end) {
   const Error<T> s = args;
   Real<T> squares[kBlock];
   Real<T> lanes[kLanes] = {};

@@ -5,6 +5,13 @@
 
 #include "../launch.h"
 
+// Compiles a function for several instruction sets; the loader picks the best that the machine has.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define ODENET_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define ODENET_CLONES
+#endif
+
 namespace odenet::cpu {
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread costs more than it brings
