@@ -135,7 +135,7 @@ def training_case(module: Any, interface: str, field: TimedField, y0: torch.Tens
     return run
 
 
-def compare(title: str, cases: dict[str, Any], steps: float, runs: int, unit: float = 1e6) -> dict[str, Any]:
+def compare(title: str, cases: dict[str, Any], steps: float, runs: int) -> dict[str, Any]:
     """Runs ours and theirs in turn; the ratio of solver time a step is what the small-state promise is about."""
     samples = interleave(cases, runs)
     rows = []
@@ -145,7 +145,7 @@ def compare(title: str, cases: dict[str, Any], steps: float, runs: int, unit: fl
                 "": name,
                 "total ms": sample.median("total") * 1e3,
                 "func ms": sample.median("func") * 1e3,
-                "solver us/step": sample.median("solver") / steps * unit,
+                "solver us/step": sample.median("solver") / steps * 1e6,
                 "nfe": int(sample.median("nfe")),
             }
         )

@@ -12,7 +12,7 @@ from .methods import ADAPTIVE, find_method
 from .solution import Interpolant
 from .solve import solve
 
-_COMMON = ("step_control", "dense", "on_failure", "gradient")
+_COMMON = ("step_control", "on_failure", "gradient")
 _ADAPTIVE_OPTIONS = (
     *(
         "first_step",
@@ -26,7 +26,7 @@ _ADAPTIVE_OPTIONS = (
         "min_step",
         "max_step",
     ),
-    *("controller", "step_control"),
+    "controller",
 )
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "perturb", "interp")
 
@@ -178,5 +178,5 @@ def _fill_defaults(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """adjoint_options that are given replace the forward options whole: what they leave out is at its default."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(solve).parameters.items()}
     names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb")
-    filled = {name: defaults[name] for name in names if name not in ("norm", "step_control")}
+    filled = {name: defaults[name] for name in names if name != "norm"}
     return {**filled, **options}
