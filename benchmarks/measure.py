@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import odenet_cuda
+from odenet_cuda import captured
 
 
 @dataclass
@@ -53,18 +54,18 @@ class TimedField(torch.nn.Module):
 
 
 class timed_products:
-    """While it is open, every call of torch.autograd.grad is timed: the vector-Jacobian products of an adjoint solve."""
+    """While it is open, every vector-Jacobian product that a backward solve asks for is timed: torchdiffeq's and ours."""
 
     def __init__(self) -> None:
         self.clock = Clock()
 
     def __enter__(self) -> Clock:
-        self._grad = torch.autograd.grad
-        torch.autograd.grad = self.clock.wrap(self._grad)
+        self._grad, self._product = torch.autograd.grad, captured.product
+        torch.autograd.grad, captured.product = self.clock.wrap(self._grad), self.clock.wrap(self._product)
         return self.clock
 
     def __exit__(self, *_: Any) -> None:
-        torch.autograd.grad = self._grad
+        torch.autograd.grad, captured.product = self._grad, self._product
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,6 +59,17 @@ def cut_points(captured: Sequence[Tensor]) -> list[Tensor]:
     return cuts
 
 
+def product(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """The vector-Jacobian product for each of the inputs, None where there is none.
+
+    This is what torch.autograd.grad calls once it has checked its arguments, which takes it 20 us; here they are right.
+    """
+    arguments = tuple(outputs), tuple(cotangents), retain_graph, False, tuple(inputs)
+    return _engine_run_backward(*arguments, allow_unreachable=True, accumulate_grad=False)
+
+
 def gradients(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -65,9 +77,9 @@ def gradients(
     cuts: Sequence[Tensor],
     retain_graph: bool,
 ) -> Sequence[Any]:
-    """The vector-Jacobian product for each of the inputs, None where there is none; nothing flows back beyond the cuts."""
+    """The vector-Jacobian product for each of the inputs; nothing flows back beyond the cuts."""
     if not cuts:
-        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph)
+        return product(outputs, inputs, cotangents, retain_graph)
     stopped: dict[int, Tensor] = {}
 
     def stop(tensor: Tensor) -> Callable[[Tensor], Tensor]:
@@ -79,7 +91,7 @@ def gradients(
 
     hooks = [tensor.register_hook(stop(tensor)) for tensor in cuts]
     try:
-        grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=True)
+        grads = product(outputs, inputs, cotangents, True)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,7 +16,7 @@ namespace odenet {
 
 template <class T>
 struct Stage {
-  T* y;                    // [rows, columns], written
+  T* y;                    // [rows, columns], written; may be y0
   const T* y0;             // [rows, columns], or null: zero
   const T* k[kMaxStages];  // slopes, each [rows, columns]
   double a[kMaxStages];    // their coefficients: one row of the tableau

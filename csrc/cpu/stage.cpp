@@ -10,7 +10,7 @@ ODENET_CLONES void stage_range(const Stage<T>& args, int64_t row, int64_t begin,
   const Stage<T> s = args;  // a local copy: the compiler then knows that writing y changes none of it
   Real<T> w[S > 0 ? S : 1];
   stage_weights<S>(s, row, w);
-  T* __restrict y = s.y;
+  T* y = s.y;
   if (s.y0) {
 #pragma GCC ivdep
     for (int64_t i = begin; i < end; ++i) y[i] = stage_element<S>(s, w, i);

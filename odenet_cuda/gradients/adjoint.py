@@ -19,6 +19,7 @@ from ..integrate import Options, fixed_grid, integrate
 from ..ops import FIELDS
 from ..problem import DTYPES, Field, Problem
 from ..solution import Solution, Stats, failure
+from .accumulator import Accumulator
 from .direct import NO_SECOND_DERIVATIVE
 
 
@@ -161,7 +162,7 @@ class PerSampleField(AugmentedField):
     def __init__(self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], b: Sequence[float], check: bool):
         super().__init__(field, params, like, [False] * len(b), check)
         self.b, self.none = b, []
-        self.integral = [torch.zeros_like(param) for param in params]
+        self.sums = Accumulator(params, len(b), like[0].device)
         self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
@@ -184,10 +185,13 @@ class PerSampleField(AugmentedField):
         for stage, (k, a) in self.kept.items():
             weight = -self.b[stage] * accept * dt
             cotangents = [weight.to(x.dtype.to_real()).reshape(-1, *[1] * (x.dim() - 1)) * x for x in a]
-            for total, grad in zip(self.integral, self.product(k, cotangents, self.params, False), strict=True):
-                if grad is not None:
-                    total += grad
+            self.sums.add(self.product(k, cotangents, self.params, False))
+        self.sums.flush()
         self.kept.clear()
+
+    def integral(self) -> list[Tensor]:
+        totals = zip(self.sums.totals, self.params, strict=True)
+        return [torch.zeros_like(param) if total is None else total for total, param in totals]
 
 
 def solve_backwards(
@@ -254,7 +258,7 @@ def solve_backwards(
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
-        integral = augmented.integral if isinstance(augmented, PerSampleField) else trajectory.last[2 * n :]
+        integral = augmented.integral() if isinstance(augmented, PerSampleField) else trajectory.last[2 * n :]
     if grad_t is not None:
         grad_t[0] = -_slope_product(field, problem, 0, [out[0] for out in ys], a)
     stats.nfe_backward = field.nfe

@@ -21,6 +21,7 @@ from ..problem import Field, Problem
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
+from .accumulator import Accumulator
 
 NO_SECOND_DERIVATIVE = (
     "this version of odenet_cuda gives first derivatives only: call backward or autograd.grad without create_graph=True"
@@ -117,7 +118,7 @@ class BackwardWalk:
         ]
         self.lam = [torch.zeros_like(leaf) for leaf in problem.leaves]  # dL/dy where the walk has come to
         self.kappa: list[Tensor] | None = None  # dL/dk of the slope there; None: zero
-        self.grad_captured: list[Tensor | None] = [None] * len(self.captured)
+        self.sums = Accumulator(self.captured, max(len(a), 1), problem.device)
         self.grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device)
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         points = self.points
@@ -133,10 +134,11 @@ class BackwardWalk:
             self._undo_step(entry)
         else:
             self._undo_evaluation(entry)
+        self.sums.flush()  # before buffers are written again that a gradient may be
 
     def result(self) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         grad_y0 = [lam + grad[0] for lam, grad in zip(self.lam, self.grad_ys, strict=True)]
-        return grad_y0, self.grad_t, self.grad_captured
+        return grad_y0, self.grad_t, self.sums.totals
 
     # ---- one evaluation of func ---------------------------------------------------------------------------------------
 
@@ -156,17 +158,8 @@ class BackwardWalk:
         if not y:
             grads = [None] * n + list(grads)
         if self.captured:
-            self._add_captured(grads[n + self.t_grad :])
+            self.sums.add(grads[n + self.t_grad :])
         return grads[:n], grads[n] if self.t_grad else None
-
-    def _add_captured(self, grads: Sequence[Any]) -> None:
-        totals: list[Any] = self.grad_captured
-        known = [i for i, grad in enumerate(grads) if grad is not None and totals[i] is not None]
-        if known:
-            torch._foreach_add_([totals[i] for i in known], [grads[i] for i in known])
-        for i, grad in enumerate(grads):
-            if grad is not None and totals[i] is None:
-                totals[i] = grad.clone()
 
     def _undo_evaluation(self, evaluation: Evaluation) -> None:
         """A slope evaluated for itself: at the start, or anew beyond a discontinuity for the rows of its mask."""

@@ -1,0 +1,94 @@
+"""Sums of gradients over the evaluations of func."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..problem import DTYPES
+
+_KEPT_BYTES = 1 << 20  # of gradients that wait to be added; where they are more, a pass for each list costs little
+
+
+class Accumulator:
+    """totals[i]: the sum of all gradients of tensors[i], None where there was none.
+
+    Up to `slots` lists of gradients wait and are added in one pass of the stage kernel, with weights of one; their values must
+    stay until `flush`. A sparse gradient is made dense. Tensors that the kernel cannot take (of another type, or on another
+    device) have theirs added one by one.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], slots: int, device: torch.device):
+        self.totals: list[Any] = [None] * len(tensors)
+        fits = [x.dtype in DTYPES and x.device == device for x in tensors]
+        self.fused = [i for i, fit in enumerate(fits) if fit]
+        self.others = [i for i, fit in enumerate(fits) if not fit]
+        if not self.fused:
+            return
+        self.sums = [torch.empty_like(tensors[i], memory_format=torch.contiguous_format) for i in self.fused]
+        self.slots = max(1, min(slots, _KEPT_BYTES // max(sum(x.nbytes for x in self.sums), 1)))
+        self.kept: list[list[Tensor]] = []
+        self.without = set(self.fused)  # no gradient so far
+        self.one = torch.ones(1, dtype=torch.float64, device=device)
+        self.kernels = _C.Stepper(
+            is_double=[x.dtype == torch.float64 for x in self.sums],
+            device=-1 if device.type == "cpu" else (device.index or 0),
+            rows=1,
+            columns=[x.numel() for x in self.sums],
+            quadratures=0,
+            signs=[1.0] * len(self.sums),
+            a=[[1.0] * (i + 1) for i in range(self.slots)],
+            b=[0.0] * self.slots,
+            c=[0.0] * self.slots,
+            e=[],
+            rtol=[],
+            atol=[],
+            p=[0.0] * self.slots,
+            degree=1,
+            controller=[],
+        )
+        self.kernels.bind_dt(self.one.data_ptr())
+        self._bind()
+
+    def _bind(self) -> None:
+        """A total with nothing in it yet is taken as zero."""
+        sums = [x.data_ptr() for x in self.sums]
+        bases = [0 if self.totals[i] is None else address for i, address in zip(self.fused, sums, strict=True)]
+        self.kernels.bind_buffers(bases, sums * self.slots, [], 0)
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        for i in self.others:
+            grad = grads[i]
+            if grad is not None:
+                self.totals[i] = grad.clone() if self.totals[i] is None else self.totals[i] + grad
+        if not self.fused:
+            return
+        kept, addresses = [], []
+        for slot, i in enumerate(self.fused):
+            grad = grads[i]
+            if grad is None:
+                grad = torch.zeros_like(self.sums[slot])
+            elif not grad.is_contiguous():
+                grad = grad.contiguous() if grad.layout is torch.strided else grad.to_dense()
+            kept.append(grad)
+            addresses.append(grad.data_ptr())
+        if self.without:
+            self.without -= {i for i in self.fused if grads[i] is not None}
+        self.kernels.bind_slopes(len(self.kept), addresses)
+        self.kept.append(kept)
+        if len(self.kept) == self.slots:
+            self.flush()
+
+    def flush(self) -> None:
+        """Adds what waits."""
+        if not self.fused or not self.kept:
+            return
+        self.kernels.stage(len(self.kept), [])
+        self.kept.clear()
+        first = [slot for slot, i in enumerate(self.fused) if self.totals[i] is None and i not in self.without]
+        for slot in first:
+            self.totals[self.fused[slot]] = self.sums[slot]
+        if first:
+            self._bind()
