@@ -20,8 +20,8 @@ class Stepper:
 
     zero_base: the combinations of slopes are added to zero, not to y0.
     y0: state at the start of the step, [leaves]. y: [stages][leaves], y[0] the leaves of y0 that have stages, y[-1] the end of
-    the step. q1: ends of the quadratures. k: slopes, [stages][leaves]. times: [stages, rows], with `views` as func sees them.
-    rows_a: rows of the tableau after the first, the last of them y1.
+    the step; the stages between share one buffer until `new_stages`. q1: ends of the quadratures. k: slopes, [stages][leaves].
+    times: [stages, rows], with `views` as func sees them. rows_a: rows of the tableau after the first, the last of them y1.
     """
 
     def __init__(
@@ -61,7 +61,10 @@ class Stepper:
         self.times = torch.empty(tableau.stages, rows, dtype=problem.real, device=device)
         self.views = problem.time_views(self.times)
         self.q1 = [torch.empty_like(leaf) for leaf in self.y0[self.n :]]
-        self.new_stages()
+        start = self.y0[: self.n]
+        between, end = ([torch.empty_like(leaf) for leaf in start] for _ in range(2))
+        self.y = [start, *[between] * (self.points - 1), end]
+        self.bind()
 
     def bind_state(self, state: Tensor, stops: Tensor, t: Tensor) -> None:
         workspace = state.new_empty(self.kernels.workspace_size())
@@ -87,8 +90,14 @@ class Stepper:
             [leaf.data_ptr() for leaf in self.q1],
             self.times.data_ptr(),
         )
-        self.owned = {leaf.data_ptr() for y in (*self.y[1:], self.y0) for leaf in y}
-        self.owned.update(view.data_ptr() for view in self.views)
+        self._owned: set[int] = set()
+
+    def _owns(self, tensor: Tensor) -> bool:
+        """Whether it lies in a buffer of the solver, or in part of one."""
+        if not self._owned:
+            buffers = [*(leaf for y in (*self.y[1:], self.y0) for leaf in y), self.times]
+            self._owned = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+        return tensor.untyped_storage().data_ptr() in self._owned
 
     def addresses(self, i: int) -> list[int]:
         return [0 if slope is None else slope.data_ptr() for slope in self.k[i]]
@@ -107,7 +116,7 @@ class Stepper:
             if not slope.is_contiguous():
                 k[leaf] = slope = slope.contiguous()
             address = slope.data_ptr()
-            if copy_own and address in self.owned:
+            if copy_own and self._owns(slope):
                 k[leaf] = slope = slope.clone()
                 address = slope.data_ptr()
             addresses.append(address)

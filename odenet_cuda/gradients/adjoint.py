@@ -172,7 +172,7 @@ class PerSampleField(AugmentedField):
         keep = stage != 0 and self.b[stage] != 0 and bool(self.params)
         grads = self.product(k, state[n:], y, keep)
         if keep:
-            self.kept[stage] = (k, list(state[n:]))
+            self.kept[stage] = (k, [leaf.clone() for leaf in state[n:]])
         slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
         return [*(slope.detach() for slope in k), *slopes]
 

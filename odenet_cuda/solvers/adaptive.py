@@ -59,6 +59,7 @@ class AdaptiveSolver:
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         self.looks = self.host_view is not None or recorder is not None or self.jumps or bool(self.callbacks)
+        self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
         self.stepper = Stepper(problem, tableau, tableau.a[1:], control.constants(tableau.order, problem.direction), in_norm)
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
@@ -134,8 +135,11 @@ class AdaptiveSolver:
             start = self._evaluate_start()
         if self.recording:
             self.recorder.start(start, 0)
-        k0 = [slope if slope is None else slope.detach().clone() for slope in start.k]
-        stepper.kernels.bind_slopes(0, stepper.set_slopes(0, k0, False))
+        k0 = [slope if slope is None else slope.detach() for slope in start.k]
+        if not self.swaps:  # they are written when rows move on
+            k0 = [slope if slope is None else slope.clone() for slope in k0]
+        stepper.kernels.bind_slopes(0, stepper.set_slopes(0, k0, not self.recording))
+        k0 = stepper.k[0]
         norms = torch.zeros(3, problem.rows, dtype=torch.float64, device=problem.device)
         one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         self._norm(stepper.y0, stepper.y0, [stepper.y0], [1.0], one, norms[0])
@@ -200,8 +204,8 @@ class AdaptiveSolver:
     def _advance(self, host: np.ndarray | None) -> None:
         """Accepted rows move on: by exchanging buffers where the host knows the one decision, else on the device."""
         stepper = self.stepper
-        if host is not None and not self.problem.per_sample:
-            if host[FIELDS["accept"], 0]:
+        if self.swaps:
+            if host is not None and host[FIELDS["accept"], 0]:
                 stepper.swap_accepted()
             return
         if self.recording:  # what was recorded keeps its values
