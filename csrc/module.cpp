@@ -83,6 +83,8 @@ void add_stepper(py::module_& m) {
       .def("error", &Stepper::error, unlocked)
       .def("quadrature", &Stepper::quadrature, unlocked)
       .def("step_size", &Stepper::step_size, unlocked)
+      .def("norm", &Stepper::norm, unlocked)
+      .def("euler", &Stepper::euler, unlocked)
       .def("first_step", &Stepper::first_step, unlocked)
       .def("dense_output", &Stepper::dense_output, unlocked)
       .def("advance", &Stepper::advance, unlocked)

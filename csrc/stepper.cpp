@@ -146,21 +146,21 @@ Address Stepper::end_of(int leaf) const {
 }
 
 template <class T>
-void Stepper::error_of_leaf(int leaf) {
+void Stepper::error_of_leaf(int leaf, Address y1, Address dt, const std::vector<double>& e, const Addresses& k,
+                            double* ratio) {
   Error<T> s{};
   s.y0 = pointer<const T>(y0_[leaf]);
-  s.y1 = pointer<const T>(end_of(leaf));
-  s.dt = pointer<const double>(dt_);
+  s.y1 = pointer<const T>(y1);
+  s.dt = pointer<const double>(dt);
   s.rtol = setup_.rtol[leaf];
   s.atol = setup_.atol[leaf];
   s.rows = setup_.rows;
   s.columns = setup_.columns[leaf];
-  s.stages = static_cast<int>(e_.stage.size());
+  s.stages = static_cast<int>(e.size());
   for (int j = 0; j < s.stages; ++j) {
-    s.k[j] = pointer<const T>(slope(leaf, e_.stage[j]));
-    s.e[j] = e_.weight[j];
+    s.k[j] = pointer<const T>(k[j]);
+    s.e[j] = e[j];
   }
-  double* ratio = field(kErrorRatio);
   on_device(
       setup_.device, [&] { cpu::error(s, ratio, leaf == 0, parallel_for); },
       [&](cuda::Stream stream) { return cuda::error(s, ratio, leaf == 0, pointer<double>(workspace_), stream); });
@@ -168,8 +168,30 @@ void Stepper::error_of_leaf(int leaf) {
 
 void Stepper::error(const Addresses& k) {
   quadrature(k);
+  Addresses slopes(e_.stage.size());
   for (int leaf = 0; leaf < static_cast<int>(setup_.rtol.size()); ++leaf) {
-    visit_type(leaf, [&]<class T>(T) { error_of_leaf<T>(leaf); });
+    for (size_t j = 0; j < slopes.size(); ++j) slopes[j] = slope(leaf, e_.stage[j]);
+    visit_type(
+        leaf, [&]<class T>(T) { error_of_leaf<T>(leaf, end_of(leaf), dt_, e_.weight, slopes, field(kErrorRatio)); });
+  }
+}
+
+void Stepper::norm(Address out, Address one, const std::vector<double>& weights, const std::vector<Addresses>& x) {
+  check(weights.size() <= size_t(kMaxStages) && x.size() == weights.size(), "x must hold one state a weight");
+  for (const Addresses& leaves : x) check(leaves.size() >= setup_.rtol.size(), "x must hold one address a leaf");
+  Addresses parts(x.size());
+  for (int leaf = 0; leaf < static_cast<int>(setup_.rtol.size()); ++leaf) {
+    for (size_t j = 0; j < parts.size(); ++j) parts[j] = x[j][leaf];
+    visit_type(
+        leaf, [&]<class T>(T) { error_of_leaf<T>(leaf, y0_[leaf], one, weights, parts, pointer<double>(out)); });
+  }
+}
+
+void Stepper::euler() {
+  check(!a_.empty(), "a must have a row after the first");
+  const Row row{{0}, {1.0}};
+  for (int leaf = 0; leaf < state_leaves_; ++leaf) {
+    visit_type(leaf, [&]<class T>(T) { combine<T>(y_[leaf], y0_[leaf], leaf, row); });
   }
 }
 

@@ -48,6 +48,9 @@ class Stepper {
   void error(const Addresses& k);  // k: the slopes of the last stage; then the quadratures' ends and the error ratio
   void quadrature(const Addresses& k);  // the same without the error
   void step_size();
+  // Of the first step. out [rows]: the norm of sum_j weights[j] x[j], scaled by the tolerance at y0; one: ones [rows].
+  void norm(Address out, Address one, const std::vector<double>& weights, const std::vector<Addresses>& x);
+  void euler();  // Y_1 = y0 + dt k_0
   void first_step(Address norms, double size, int phase);
   void dense_output(const Addresses& ys);
   void advance();    // rows move on where their step was accepted
@@ -62,7 +65,7 @@ class Stepper {
   template <class T>
   void combine(Address y, Address y0, int leaf, const Row& row);
   template <class T>
-  void error_of_leaf(int leaf);
+  void error_of_leaf(int leaf, Address y1, Address dt, const std::vector<double>& e, const Addresses& k, double* ratio);
   StepSize step_size_args() const;
   template <class Visit>
   void visit_type(int leaf, const Visit& visit) const;

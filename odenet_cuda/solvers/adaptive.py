@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import formulas, ops
+from .. import formulas
 from ..ops import FIELDS, STOPS
 from ..problem import Problem
 from ..step_control import RUNNING, StepControl, initial_state
@@ -139,20 +139,18 @@ class AdaptiveSolver:
         if not self.swaps:  # they are written when rows move on
             k0 = [slope if slope is None else slope.clone() for slope in k0]
         stepper.kernels.bind_slopes(0, stepper.set_slopes(0, k0, not self.recording))
-        k0 = stepper.k[0]
-        norms = torch.zeros(3, problem.rows, dtype=torch.float64, device=problem.device)
-        one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
-        self._norm(stepper.y0, stepper.y0, [stepper.y0], [1.0], one, norms[0])
-        self._norm(stepper.y0, stepper.y0, [k0], [1.0], one, norms[1])
+        constants = torch.zeros(4, problem.rows, dtype=torch.float64, device=problem.device)
+        norms, one = constants[:3], constants[3].fill_(1.0)
+        self._norm_at_start([stepper.y0], [1.0], one, norms[0])
+        self._norm_at_start([stepper.k[0]], [1.0], one, norms[1])
         if self.first_step is not None:
             stepper.kernels.first_step(norms.data_ptr(), self.first_step, 1)
             return
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 0)
-        y1 = [torch.empty_like(leaf) for leaf in stepper.y0[: stepper.n]]
-        for leaf, sign in enumerate(problem.signs[: stepper.n] if problem.signs else [1.0] * stepper.n):
-            ops.stage(y1[leaf : leaf + 1], stepper.y0[leaf : leaf + 1], k0[leaf : leaf + 1], [sign], self.dt)
-        k1 = problem.field(problem.time_views(self.state[FIELDS["step_end"]].to(problem.real)[None])[0], y1, 0)
-        self._norm(stepper.y0, stepper.y0, [k0, k1], [-1.0, 1.0], one, norms[2])
+        stepper.kernels.euler()
+        t1 = problem.time_views(self.state[FIELDS["step_end"]].to(problem.real)[None])[0]
+        stepper.set_slopes(1, problem.field(t1, stepper.y[1], 0), True)
+        self._norm_at_start(stepper.k[:2], [-1.0, 1.0], one, norms[2])
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 1)
 
     def _evaluate_start(self) -> Evaluation:
@@ -167,6 +165,15 @@ class AdaptiveSolver:
         real = value.to(leaf.dtype.to_real())
         return real.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else real[0]
 
+    def _norm_at_start(self, x: list[list[Tensor]], weights: list[float], one: Tensor, out: Tensor) -> None:
+        """out [rows] = norm of sum_j weights_j x_j, scaled by the tolerances at y0; x: [states][leaves]."""
+        stepper = self.stepper
+        if self.problem.fused_error:
+            addresses = [[0 if part is None else part.data_ptr() for part in leaves] for leaves in x]
+            stepper.kernels.norm(out.data_ptr(), one.data_ptr(), weights, addresses)
+        else:
+            self._norm(stepper.y0, stepper.y0, x, weights, one, out)
+
     def _norm(
         self,
         y0: list[Tensor],
@@ -176,13 +183,8 @@ class AdaptiveSolver:
         dt: Tensor,
         out: Tensor,
     ) -> None:
-        """out [rows] = norm of dt sum_j e_j k_j, scaled by the tolerances; k: [stages][leaves]."""
+        """What the error kernel does not serve: out [rows] = norm of dt sum_j e_j k_j, scaled; k: [stages][leaves]."""
         problem = self.problem
-        if problem.fused_error:
-            n = self.in_norm
-            slopes = [of_stage[leaf] for leaf in range(n) for of_stage in k]
-            ops.error(out, y0[:n], y1[:n], slopes, e, dt, problem.rtol[:n], problem.atol[:n])
-            return
         scaled = []
         for leaf in range(self.in_norm):
             start, end = y0[leaf], y1[leaf]
