@@ -6,6 +6,7 @@ Environment:
   TORCH_CUDA_ARCH_LIST  as torch reads it ("8.0;9.0+PTX"); unset: 8.0, 9.0, 10.0 and PTX, as far as nvcc knows them
   CXX                   the C++ compiler; unset: c++
   MAX_JOBS              parallel compilations; unset: ninja decides
+  ODENET_SANITIZE       "address" (with undefined behaviour) or "thread": the C++ kernels under a sanitizer
 """
 
 import os
@@ -20,6 +21,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# The CPU kernels are compiled once for each; csrc/machine.h chooses when the module is loaded.
+LEVELS = {
+    "baseline": [],
+    "avx2": ["-mavx2"],
+    "avx512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"],
+}
+SANITIZERS = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 
 
@@ -78,6 +86,16 @@ def architecture_flags(names: list[str]) -> list[str]:
     return flags
 
 
+def sanitizer_flags() -> list[str]:
+    """The flags of the sanitizer asked for, the first of them for the linker too."""
+    wish = os.environ.get("ODENET_SANITIZE", "")
+    if not wish:
+        return []
+    if wish not in SANITIZERS:
+        stop(f"ODENET_SANITIZE must be one of {', '.join(SANITIZERS)}, got {wish!r}.")
+    return [SANITIZERS[wish], "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+
+
 def find_compiler() -> str:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -113,10 +131,18 @@ class NinjaBuild(build_ext):
             f'-DODENET_COMPILER="{version}"',
             f'-DODENET_TORCH="{torch.__version__}"',
         ]
+        levels = {"baseline": []}
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            levels = LEVELS
+            common.append("-DODENET_X86")
+        sanitizer = sanitizer_flags()
         # No contraction: a row is rounded the same wherever in a vector it falls, and on every instruction set.
-        cxx = [*common, "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=off"]
+        cxx = [*common, "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=off", *sanitizer]
         libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-        sources = [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+        sources = [(source, "torch", []) for source in sorted((ROOT / "csrc").glob("*.cpp"))]
+        for level, flags in levels.items():
+            flags = [f"-DODENET_LEVEL={level}", *flags]
+            sources += [(source, level, flags) for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
         cuda = []
         if nvcc:
             names = architectures(nvcc)
@@ -124,7 +150,7 @@ class NinjaBuild(build_ext):
             cuda = [*common[:2], f"-ccbin={compiler}", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
             cuda += [*architecture_flags(names), f'-DODENET_ARCHITECTURES="{" ".join(names)}"']
             defines.append(f'-DODENET_CUDA="{toolkit}"')
-            sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            sources += [(source, "cuda", []) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
             home = toolkit_home(nvcc)
             folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
             folder = next((f for f in folders if (f / "libcudart_static.a").exists()), None)
@@ -132,6 +158,7 @@ class NinjaBuild(build_ext):
                 stop(f"libcudart_static.a was not found below {home}; set CUDA_HOME or build with ODENET_CUDA=0.")
             libraries += [f"-L{folder}", "-lcudart_static", "-lrt", "-lpthread"]
         link = ["-shared", "-Wl,--no-as-needed"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+        link += sanitizer[:1]
 
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -150,17 +177,19 @@ class NinjaBuild(build_ext):
         lines = [
             "ninja_required_version = 1.5",
             *(f"{key} = {value.replace('$', '$$')}" for key, value in quoted.items()),
-            f"rule cxx\n  command = {compiler} $cxx -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule cxx\n  command = {compiler} $cxx $level -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule torch\n  command = {compiler} $cxx $defines -MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             f"rule cuda\n  command = {nvcc} $cuda -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {compiler} $link -o $out $in $libs",
         ]
         objects = []
-        for source in sources:
-            rule = "cuda" if source.suffix == ".cu" else "torch" if source.parent.name == "csrc" else "cxx"
-            objects.append(ninja_text(str(build / f"{source.parent.name}_{source.name}.o")))
+        for source, kind, flags in sources:
+            rule = kind if kind in ("torch", "cuda") else "cxx"
+            objects.append(ninja_text(str(build / f"{kind}_{source.name}.o")))
             lines.append(f"build {objects[-1]}: {rule} {ninja_text(str(source))}")
+            if flags:
+                lines.append(f"  level = {' '.join(flags)}")
         lines.append(f"build {ninja_text(str(target))}: link {' '.join(objects)}")
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]

@@ -81,11 +81,38 @@ class Samples:
     def median(self, name: str) -> float:
         return statistics.median(self.values[name])
 
+    def milliseconds(self, name: str = "total") -> dict[str, float]:
+        """Columns of a table: the median and the spread of a duration."""
+        values = self.values[name]
+        return {"total ms": self.median(name) * 1e3, "min": min(values) * 1e3, "max": max(values) * 1e3}
+
     def summary(self) -> dict[str, dict[str, float]]:
         return {
             name: {"median": statistics.median(v), "min": min(v), "max": max(v), "runs": len(v)}
             for name, v in self.values.items()
         }
+
+
+def elapsed(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds that call() takes: by the clock, or on CUDA between two events, with nothing else in flight."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    events[0].record()
+    call()
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 1e3
+
+
+def find_device(name: str) -> str:
+    """name, "cpu" or "cuda", or an exit in words where there is no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda needs a GPU that torch can use")
+    return name
 
 
 def interleave(cases: dict[str, Callable[[], dict[str, float]]], runs: int, warmup: int = 2) -> dict[str, Samples]:

@@ -16,7 +16,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "device.h"
+#include "dtype.h"
+#include "leaves.h"
 
 namespace odenet {
 namespace {
@@ -116,30 +117,33 @@ int32_t device_of(const Tensor& tensor) {
   return tensor.is_cpu() ? kCpu : tensor.get_device_index();
 }
 
-// Calls visit(T{}) with the element type of `tensor`.
-template <class Visit>
-void dispatch_type(const char* name, const Tensor& tensor, const Visit& visit, int64_t leaf = -1) {
+DType dtype_of(const char* name, size_t leaf, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
-      return visit(float{});
+      return DType::float32;
     case ScalarType::Double:
-      return visit(double{});
+      return DType::float64;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::ComplexFloat:
+      return DType::complex64;
+    case ScalarType::ComplexDouble:
+      return DType::complex128;
     default:
-      if (leaf >= 0) fail(name, '[', leaf, "] must be float32 or float64, got ", toString(tensor.scalar_type()));
-      fail(name, " must be float32 or float64, got ", toString(tensor.scalar_type()));
+      fail(name, '[', leaf, "] must be of a floating or complex type of 16 to 128 bits, got ",
+           toString(tensor.scalar_type()));
   }
 }
 
-// Calls visit(T{}, leaf, launch) for each leaf, first for all without a launch where there are several: nothing is
-// written before every argument has been checked.
-template <class Visit>
-void for_each_leaf(const char* name, const Tensors& leaves, const Visit& visit) {
-  for (int pass = leaves.size() > 1 ? 0 : 1; pass < 2; ++pass) {
-    for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
-      dispatch_type(
-          name, leaves[leaf], [&]<class T>(T type) { visit(type, leaf, pass == 1); }, static_cast<int64_t>(leaf));
-    }
+// Times have a real type.
+DType dtype_of_times(const Tensor& times) {
+  const DType type = dtype_of("times", 0, times);
+  if (type == DType::complex64 || type == DType::complex128) {
+    fail("times must be real, got ", toString(times.scalar_type()));
   }
+  return type;
 }
 
 // ---- leaves
@@ -190,24 +194,24 @@ void stage(Tensors y, Tensors y0, Tensors k, std::vector<double> a, Tensor dt) {
   if (!y0.empty()) check_count("y0", y0.size(), "one tensor a leaf, or none", y.size());
   check_stages("a", a.size());
   const size_t slots = check_slots(k, y.size(), a.size());
-  for_each_leaf("y", y, [&]<class T>(T, size_t leaf, bool launch) {
-    Inputs inputs;
-    Stage<T> s{};
-    s.rows = rows;
-    s.columns = check_columns("y", leaf, y[leaf], rows);
-    s.dt = check_state("dt", dt, rows, &y[leaf]);
-    check_written("y", leaf, y[leaf]);
-    s.y = static_cast<T*>(y[leaf].data_ptr());
-    if (!y0.empty()) {
-      check_like("y0", leaf, y0[leaf], "y", leaf, y[leaf]);
-      s.y0 = inputs.pointer<T>(y0[leaf]);
-    }
-    s.stages = inputs.slopes(k, a, leaf, slots, "y", y[leaf], s.k, s.a);
-    if (!launch) return;
-    on_device(
-        device_of(y[leaf]), [&] { cpu::stage(s, parallel_for); },
-        [&](cuda::Stream stream) { return cuda::stage(s, stream); });
-  });
+  Inputs inputs;
+  StageLeaves leaves;
+  for (size_t leaf = 0; leaf < y.size(); ++leaf) {
+    visit_real(dtype_of("y", leaf, y[leaf]), [&]<class T>(T, int parts) {
+      Stage<T>& s = leaves.add<T>();
+      s.rows = rows;
+      s.columns = check_columns("y", leaf, y[leaf], rows) * parts;
+      s.dt = check_state("dt", dt, rows, &y[leaf]);
+      check_written("y", leaf, y[leaf]);
+      s.y = static_cast<T*>(y[leaf].data_ptr());
+      if (!y0.empty()) {
+        check_like("y0", leaf, y0[leaf], "y", leaf, y[leaf]);
+        s.y0 = inputs.pointer<T>(y0[leaf]);
+      }
+      s.stages = inputs.slopes(k, a, leaf, slots, "y", y[leaf], s.k, s.a);
+    });
+  }
+  if (!y.empty()) launch(device_of(y[0]), leaves);
 }
 
 void error(Tensor ratio, Tensors y0, Tensors y1, Tensors k, std::vector<double> e, Tensor dt, std::vector<double> rtol,
@@ -218,27 +222,29 @@ void error(Tensor ratio, Tensors y0, Tensors y1, Tensors k, std::vector<double> 
   check_count("atol", atol.size(), "one number a leaf", y0.size());
   check_stages("e", e.size());
   const size_t slots = check_slots(k, y0.size(), e.size());
-  for_each_leaf("y0", y0, [&]<class T>(T, size_t leaf, bool launch) {
-    Inputs inputs;
-    Error<T> s{};
-    s.rows = rows;
-    s.columns = check_columns("y0", leaf, y0[leaf], rows);
-    s.dt = check_state("dt", dt, rows, &y0[leaf]);
-    double* out = check_state("ratio", ratio, rows, &y0[leaf]);
-    check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
-    s.y0 = inputs.pointer<T>(y0[leaf]);
-    s.y1 = inputs.pointer<T>(y1[leaf]);
-    s.rtol = rtol[leaf];
-    s.atol = atol[leaf];
-    s.stages = inputs.slopes(k, e, leaf, slots, "y0", y0[leaf], s.k, s.e);
-    if (!launch) return;
-    on_device(
-        device_of(y0[leaf]), [&] { cpu::error(s, out, leaf == 0, parallel_for); },
-        [&](cuda::Stream stream) {
-          Tensor workspace = torch::stable::new_empty(ratio, {rows * cuda::error_chunks(s.columns)});
-          return cuda::error(s, out, leaf == 0, static_cast<double*>(workspace.data_ptr()), stream);
-        });
-  });
+  Inputs inputs;
+  ErrorLeaves leaves;
+  double* out = nullptr;
+  for (size_t leaf = 0; leaf < y0.size(); ++leaf) {
+    visit_type(dtype_of("y0", leaf, y0[leaf]), [&]<class T>(T) {
+      Error<T>& s = leaves.add<T>();
+      s.rows = rows;
+      s.columns = check_columns("y0", leaf, y0[leaf], rows);
+      s.dt = check_state("dt", dt, rows, &y0[leaf]);
+      out = check_state("ratio", ratio, rows, &y0[leaf]);
+      check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
+      s.y0 = inputs.pointer<T>(y0[leaf]);
+      s.y1 = inputs.pointer<T>(y1[leaf]);
+      s.rtol = rtol[leaf];
+      s.atol = atol[leaf];
+      s.stages = inputs.slopes(k, e, leaf, slots, "y0", y0[leaf], s.k, s.e);
+    });
+  }
+  if (y0.empty()) return;
+  const int32_t device = device_of(y0[0]);
+  const int64_t size = workspace_of(device, leaves);
+  const Tensor workspace = size ? torch::stable::new_empty(ratio, {size}) : ratio;
+  launch(device, leaves, out, static_cast<double*>(workspace.data_ptr()));
 }
 
 StepSize step_size_args(const Tensor& state, const Tensor& times, const Tensor& stops, const Tensor& t,
@@ -271,11 +277,8 @@ StepSize step_size_args(const Tensor& state, const Tensor& times, const Tensor& 
 void step_size(Tensor state, Tensor times, Tensor stops, Tensor t, std::vector<double> c,
                std::vector<double> controller) {
   const StepSize s = step_size_args(state, times, stops, t, c, controller);
-  dispatch_type("times", times, [&]<class R>(R) {
-    R* out = static_cast<R*>(times.data_ptr());
-    on_device(
-        device_of(state), [&] { cpu::step_size(s, out, parallel_for); },
-        [&](cuda::Stream stream) { return cuda::step_size(s, out, stream); });
+  visit_real(dtype_of_times(times), [&]<class R>(R, int) {
+    launch(device_of(state), s, static_cast<R*>(times.data_ptr()));
   });
 }
 
@@ -283,11 +286,8 @@ void first_step(Tensor state, Tensor times, Tensor norms, Tensor stops, Tensor t
                 std::vector<double> controller, double size, int64_t phase) {
   const StepSize s = step_size_args(state, times, stops, t, c, controller);
   const FirstStep first{check_state("norms", norms, 3 * s.rows, &state), size, static_cast<int>(phase)};
-  dispatch_type("times", times, [&]<class R>(R) {
-    R* out = static_cast<R*>(times.data_ptr());
-    on_device(
-        device_of(state), [&] { cpu::first_step(s, first, out, parallel_for); },
-        [&](cuda::Stream stream) { return cuda::first_step(s, first, out, stream); });
+  visit_real(dtype_of_times(times), [&]<class R>(R, int) {
+    launch(device_of(state), s, first, static_cast<R*>(times.data_ptr()));
   });
 }
 
@@ -303,35 +303,35 @@ void dense_output(Tensors ys, Tensors y0, Tensors y1, Tensors k, std::vector<dou
   const size_t slots = check_slots(k, ys.size(), stages);
   if (state.dim() != 2) fail("state must have shape [fields, rows], got ", shape(state));
   const int64_t rows = state.size(1);
-  for_each_leaf("y0", y0, [&]<class T>(T, size_t leaf, bool launch) {
-    Inputs inputs;
-    DenseOutput<T> s{};
-    s.rows = rows;
-    s.columns = check_columns("y0", leaf, y0[leaf], rows);
-    s.state = check_state("state", state, kNumFields * rows, &y0[leaf]);
-    s.t = check_state("t", t, t.numel(), &y0[leaf]);
-    if (ys[leaf].scalar_type() != y0[leaf].scalar_type() || ys[leaf].numel() != t.numel() * y0[leaf].numel()) {
-      fail("ys[", leaf, "] must hold ", t.numel(), " states of y0[", leaf, "], ", shape(y0[leaf]), ", got ",
-           shape(ys[leaf]));
-    }
-    check_written("ys", leaf, ys[leaf]);
-    s.ys = static_cast<T*>(ys[leaf].data_ptr());
-    check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
-    s.y0 = inputs.pointer<T>(y0[leaf]);
-    s.y1 = inputs.pointer<T>(y1[leaf]);
-    s.degree = static_cast<int>(degree);
-    s.stages = static_cast<int>(stages);
-    for (size_t j = 0; j < stages; ++j) {
-      const size_t index = leaf * slots + j;
-      check_like("k", index, k[index], "y0", leaf, y0[leaf]);
-      s.k[j] = inputs.pointer<T>(k[index]);
-    }
-    std::copy(p.begin(), p.end(), s.p);
-    if (!launch) return;
-    on_device(
-        device_of(y0[leaf]), [&] { cpu::dense_output(s, parallel_for); },
-        [&](cuda::Stream stream) { return cuda::dense_output(s, stream); });
-  });
+  Inputs inputs;
+  DenseOutputLeaves leaves;
+  for (size_t leaf = 0; leaf < y0.size(); ++leaf) {
+    visit_real(dtype_of("y0", leaf, y0[leaf]), [&]<class T>(T, int parts) {
+      DenseOutput<T>& s = leaves.add<T>();
+      s.rows = rows;
+      s.columns = check_columns("y0", leaf, y0[leaf], rows) * parts;
+      s.state = check_state("state", state, kNumFields * rows, &y0[leaf]);
+      s.t = check_state("t", t, t.numel(), &y0[leaf]);
+      if (ys[leaf].scalar_type() != y0[leaf].scalar_type() || ys[leaf].numel() != t.numel() * y0[leaf].numel()) {
+        fail("ys[", leaf, "] must hold ", t.numel(), " states of y0[", leaf, "], ", shape(y0[leaf]), ", got ",
+             shape(ys[leaf]));
+      }
+      check_written("ys", leaf, ys[leaf]);
+      s.ys = static_cast<T*>(ys[leaf].data_ptr());
+      check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
+      s.y0 = inputs.pointer<T>(y0[leaf]);
+      s.y1 = inputs.pointer<T>(y1[leaf]);
+      s.degree = static_cast<int>(degree);
+      s.stages = static_cast<int>(stages);
+      for (size_t j = 0; j < stages; ++j) {
+        const size_t index = leaf * slots + j;
+        check_like("k", index, k[index], "y0", leaf, y0[leaf]);
+        s.k[j] = inputs.pointer<T>(k[index]);
+      }
+      std::copy(p.begin(), p.end(), s.p);
+    });
+  }
+  if (!y0.empty()) launch(device_of(y0[0]), leaves);
 }
 
 void advance(Tensors y0, Tensors k0, Tensors y1, Tensors k1, Tensor accept) {
@@ -339,26 +339,26 @@ void advance(Tensors y0, Tensors k0, Tensors y1, Tensors k1, Tensor accept) {
   check_count("k0", k0.size(), "one tensor a leaf", y0.size());
   check_count("y1", y1.size(), "one tensor a leaf", y0.size());
   check_count("k1", k1.size(), "one tensor a leaf", y0.size());
-  for_each_leaf("y0", y0, [&]<class T>(T, size_t leaf, bool launch) {
-    Inputs inputs;
-    Advance<T> s{};
-    s.rows = rows;
-    s.columns = check_columns("y0", leaf, y0[leaf], rows);
-    s.accept = check_state("accept", accept, rows, &y0[leaf]);
-    check_written("y0", leaf, y0[leaf]);
-    check_written("k0", leaf, k0[leaf]);
-    check_like("k0", leaf, k0[leaf], "y0", leaf, y0[leaf]);
-    check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
-    check_like("k1", leaf, k1[leaf], "y0", leaf, y0[leaf]);
-    s.y0 = static_cast<T*>(y0[leaf].data_ptr());
-    s.k0 = static_cast<T*>(k0[leaf].data_ptr());
-    s.y1 = inputs.pointer<T>(y1[leaf]);
-    s.k1 = inputs.pointer<T>(k1[leaf]);
-    if (!launch) return;
-    on_device(
-        device_of(y0[leaf]), [&] { cpu::advance(s, parallel_for); },
-        [&](cuda::Stream stream) { return cuda::advance(s, stream); });
-  });
+  Inputs inputs;
+  AdvanceLeaves leaves;
+  for (size_t leaf = 0; leaf < y0.size(); ++leaf) {
+    visit_real(dtype_of("y0", leaf, y0[leaf]), [&]<class T>(T, int parts) {
+      Advance<T>& s = leaves.add<T>();
+      s.rows = rows;
+      s.columns = check_columns("y0", leaf, y0[leaf], rows) * parts;
+      s.accept = check_state("accept", accept, rows, &y0[leaf]);
+      check_written("y0", leaf, y0[leaf]);
+      check_written("k0", leaf, k0[leaf]);
+      check_like("k0", leaf, k0[leaf], "y0", leaf, y0[leaf]);
+      check_like("y1", leaf, y1[leaf], "y0", leaf, y0[leaf]);
+      check_like("k1", leaf, k1[leaf], "y0", leaf, y0[leaf]);
+      s.y0 = static_cast<T*>(y0[leaf].data_ptr());
+      s.k0 = static_cast<T*>(k0[leaf].data_ptr());
+      s.y1 = inputs.pointer<T>(y1[leaf]);
+      s.k1 = inputs.pointer<T>(k1[leaf]);
+    });
+  }
+  if (!y0.empty()) launch(device_of(y0[0]), leaves);
 }
 
 }  // namespace

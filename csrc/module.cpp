@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+
 #include "stepper.h"
 
 namespace py = pybind11;
@@ -48,6 +50,27 @@ void add_layout(py::module_& m) {
   m.attr("max_degree") = kMaxDegree;
 }
 
+// By name, as torch calls them.
+void add_dtypes(py::module_& m) {
+  py::dict dtypes;
+  dtypes["float32"] = int(DType::float32);
+  dtypes["float64"] = int(DType::float64);
+  dtypes["float16"] = int(DType::float16);
+  dtypes["bfloat16"] = int(DType::bfloat16);
+  dtypes["complex64"] = int(DType::complex64);
+  dtypes["complex128"] = int(DType::complex128);
+  m.attr("dtypes") = dtypes;
+}
+
+// The instruction set of the CPU kernels: the best of the machine's, or what the environment asks for.
+void add_machine(py::module_& m) {
+  if (const char* wish = std::getenv("ODENET_CPU"); wish && *wish) choose_level(wish);
+  py::list levels;
+  for (const Level level : machine_levels()) levels.append(name_of(level));
+  m.attr("cpu_levels") = levels;
+  m.attr("cpu_level") = name_of(level());
+}
+
 void add_build(py::module_& m) {
   m.attr("compiler") = ODENET_COMPILER;
   m.attr("torch_built_with") = ODENET_TORCH;
@@ -65,13 +88,13 @@ void add_stepper(py::module_& m) {
   // Kernels run without the interpreter's lock: other Python threads go on, and an interrupt is taken note of.
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<Stepper>(m, "Stepper")
-      .def(py::init([](std::vector<int> is_double, int32_t device, int64_t rows, std::vector<int64_t> columns,
+      .def(py::init([](std::vector<int> dtypes, int32_t device, int64_t rows, std::vector<int64_t> columns,
                        int quadratures, Weights signs, std::vector<Weights> a, Weights b, Weights c, Weights e,
                        Weights rtol, Weights atol, Weights p, int degree, Weights controller) {
              return Stepper(
-                 {is_double, device, rows, columns, quadratures, signs, a, b, c, e, rtol, atol, p, degree, controller});
+                 {dtypes, device, rows, columns, quadratures, signs, a, b, c, e, rtol, atol, p, degree, controller});
            }),
-           py::kw_only(), py::arg("is_double"), py::arg("device"), py::arg("rows"), py::arg("columns"),
+           py::kw_only(), py::arg("dtypes"), py::arg("device"), py::arg("rows"), py::arg("columns"),
            py::arg("quadratures"), py::arg("signs"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("e"),
            py::arg("rtol"), py::arg("atol"), py::arg("p"), py::arg("degree"), py::arg("controller"))
       .def("bind_state", &Stepper::bind_state)
@@ -81,6 +104,7 @@ void add_stepper(py::module_& m) {
       .def("bind_slopes", &Stepper::bind_slopes)
       .def("stage", &Stepper::stage, unlocked)
       .def("error", &Stepper::error, unlocked)
+      .def("error_and_step_size", &Stepper::error_and_step_size, unlocked)
       .def("quadrature", &Stepper::quadrature, unlocked)
       .def("step_size", &Stepper::step_size, unlocked)
       .def("norm", &Stepper::norm, unlocked)
@@ -95,6 +119,8 @@ void add_stepper(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   add_layout(m);
+  add_dtypes(m);
   add_build(m);
+  add_machine(m);
   add_stepper(m);
 }

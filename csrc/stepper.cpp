@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
-
-#include "device.h"
-
 namespace odenet {
 
 namespace {
@@ -14,6 +11,8 @@ template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+constexpr int64_t kRowsInOneLaunch = 4096;  // more are not left to one block
 
 void check(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -37,7 +36,8 @@ Stepper::Stepper(StepperSetup setup) : setup_(std::move(setup)) {
   state_leaves_ = leaves_ - setup_.quadratures;
   check(stages_ >= 1 && stages_ <= kMaxStages, "c must have from 1 to 16 nodes");
   check(state_leaves_ >= 1, "columns must hold at least one leaf beside the quadratures");
-  check(setup_.is_double.size() == setup_.columns.size(), "is_double must hold one entry a leaf");
+  check(setup_.dtypes.size() == setup_.columns.size(), "dtypes must hold one entry a leaf");
+  for (const int type : setup_.dtypes) check(type >= 0 && type < kNumDTypes, "dtypes must hold numbers of element types");
   check(setup_.signs.size() == setup_.columns.size(), "signs must hold one number a leaf");
   check(setup_.rtol.size() == setup_.atol.size() && setup_.rtol.size() <= setup_.columns.size(),
         "rtol and atol must hold one number for each leaf in the norm");
@@ -71,14 +71,9 @@ void Stepper::bind_dt(Address dt) {
   dt_ = dt;
 }
 
+// A counter, and what `error` needs.
 int64_t Stepper::workspace_size() const {
-  int64_t size = 0;
-#ifdef ODENET_CUDA
-  if (setup_.device != kCpu) {
-    for (const int64_t columns : setup_.columns) size = std::max(size, setup_.rows * cuda::error_chunks(columns));
-  }
-#endif
-  return size;
+  return setup_.device == kCpu ? 0 : 1 + workspace_of(setup_.device, error_leaves());
 }
 
 void Stepper::bind_buffers(const Addresses& y0, const Addresses& y, const Addresses& q1, Address times) {
@@ -99,45 +94,47 @@ void Stepper::bind_slopes(int stage, const Addresses& k) {
   }
 }
 
-template <class Visit>
-void Stepper::visit_type(int leaf, const Visit& visit) const {
-  if (setup_.is_double[leaf]) {
-    visit(double{});
-  } else {
-    visit(float{});
-  }
-}
-
-template <class T>
-void Stepper::combine(Address y, Address y0, int leaf, const Row& row) {
-  Stage<T> s{};
-  s.y = pointer<T>(y);
-  s.y0 = pointer<const T>(y0);
-  s.dt = pointer<const double>(dt_);
-  s.rows = setup_.rows;
-  s.columns = setup_.columns[leaf];
-  s.stages = static_cast<int>(row.stage.size());
-  for (int j = 0; j < s.stages; ++j) {
-    s.k[j] = pointer<const T>(slope(leaf, row.stage[j]));
-    s.a[j] = row.weight[j] * setup_.signs[leaf];
-  }
-  on_device(
-      setup_.device, [&] { cpu::stage(s, parallel_for); }, [&](cuda::Stream stream) { return cuda::stage(s, stream); });
+void Stepper::add_combination(StageLeaves& leaves, int leaf, Address y, Address y0, const Row& row) const {
+  visit_real(dtype(leaf), [&]<class T>(T, int parts) {
+    Stage<T>& s = leaves.add<T>();
+    s.y = pointer<T>(y);
+    s.y0 = pointer<const T>(y0);
+    s.dt = pointer<const double>(dt_);
+    s.rows = setup_.rows;
+    s.columns = setup_.columns[leaf] * parts;
+    s.stages = static_cast<int>(row.stage.size());
+    for (int j = 0; j < s.stages; ++j) {
+      s.k[j] = pointer<const T>(slope(leaf, row.stage[j]));
+      s.a[j] = row.weight[j] * setup_.signs[leaf];
+    }
+  });
 }
 
 void Stepper::stage(int i, const Addresses& k) {
   check(i >= 1 && i <= static_cast<int>(a_.size()), "i must be a stage after the first");
   if (!k.empty()) bind_slopes(i - 1, k);
+  StageLeaves leaves;
   for (int leaf = 0; leaf < state_leaves_; ++leaf) {
-    visit_type(leaf, [&]<class T>(T) { combine<T>(y_[(i - 1) * state_leaves_ + leaf], y0_[leaf], leaf, a_[i - 1]); });
+    add_combination(leaves, leaf, y_[(i - 1) * state_leaves_ + leaf], y0_[leaf], a_[i - 1]);
   }
+  launch(setup_.device, leaves);
 }
 
 void Stepper::quadrature(const Addresses& k) {
   bind_slopes(stages_ - 1, k);
+  StageLeaves leaves;
   for (int leaf = state_leaves_; leaf < leaves_; ++leaf) {
-    visit_type(leaf, [&]<class T>(T) { combine<T>(q1_[leaf - state_leaves_], y0_[leaf], leaf, b_); });
+    add_combination(leaves, leaf, q1_[leaf - state_leaves_], y0_[leaf], b_);
   }
+  launch(setup_.device, leaves);
+}
+
+void Stepper::euler() {
+  check(!a_.empty(), "a must have a row after the first");
+  const Row row{{0}, {1.0}};
+  StageLeaves leaves;
+  for (int leaf = 0; leaf < state_leaves_; ++leaf) add_combination(leaves, leaf, y_[leaf], y0_[leaf], row);
+  launch(setup_.device, leaves);
 }
 
 // Where the leaf is at the end of the step.
@@ -145,54 +142,70 @@ Address Stepper::end_of(int leaf) const {
   return leaf < state_leaves_ ? y_[(a_.size() - 1) * state_leaves_ + leaf] : q1_[leaf - state_leaves_];
 }
 
-template <class T>
-void Stepper::error_of_leaf(int leaf, Address y1, Address dt, const std::vector<double>& e, const Addresses& k,
-                            double* ratio) {
-  Error<T> s{};
-  s.y0 = pointer<const T>(y0_[leaf]);
-  s.y1 = pointer<const T>(y1);
-  s.dt = pointer<const double>(dt);
-  s.rtol = setup_.rtol[leaf];
-  s.atol = setup_.atol[leaf];
-  s.rows = setup_.rows;
-  s.columns = setup_.columns[leaf];
-  s.stages = static_cast<int>(e.size());
-  for (int j = 0; j < s.stages; ++j) {
-    s.k[j] = pointer<const T>(k[j]);
-    s.e[j] = e[j];
+// slope_of(j): the address of the slope that e[j] belongs to.
+template <class Slope>
+void Stepper::add_error(ErrorLeaves& leaves, int leaf, Address y1, Address dt, const std::vector<double>& e,
+                        const Slope& slope_of) const {
+  visit_type(dtype(leaf), [&]<class T>(T) {
+    Error<T>& s = leaves.add<T>();
+    s.y0 = pointer<const T>(y0_[leaf]);
+    s.y1 = pointer<const T>(y1);
+    s.dt = pointer<const double>(dt);
+    s.rtol = setup_.rtol[leaf];
+    s.atol = setup_.atol[leaf];
+    s.rows = setup_.rows;
+    s.columns = setup_.columns[leaf];
+    s.stages = static_cast<int>(e.size());
+    for (int j = 0; j < s.stages; ++j) {
+      s.k[j] = pointer<const T>(slope_of(j));
+      s.e[j] = e[j];
+    }
+  });
+}
+
+ErrorLeaves Stepper::error_leaves() const {
+  check(!y0_.empty(), "bind_buffers must come first");
+  ErrorLeaves leaves;
+  for (int leaf = 0; leaf < static_cast<int>(setup_.rtol.size()); ++leaf) {
+    add_error(leaves, leaf, end_of(leaf), dt_, e_.weight, [&](int j) { return slope(leaf, e_.stage[j]); });
   }
-  on_device(
-      setup_.device, [&] { cpu::error(s, ratio, leaf == 0, parallel_for); },
-      [&](cuda::Stream stream) { return cuda::error(s, ratio, leaf == 0, pointer<double>(workspace_), stream); });
+  return leaves;
 }
 
 void Stepper::error(const Addresses& k) {
   quadrature(k);
-  Addresses slopes(e_.stage.size());
-  for (int leaf = 0; leaf < static_cast<int>(setup_.rtol.size()); ++leaf) {
-    for (size_t j = 0; j < slopes.size(); ++j) slopes[j] = slope(leaf, e_.stage[j]);
-    visit_type(
-        leaf, [&]<class T>(T) { error_of_leaf<T>(leaf, end_of(leaf), dt_, e_.weight, slopes, field(kErrorRatio)); });
+  launch(setup_.device, error_leaves(), field(kErrorRatio), pointer<double>(workspace_) + 1);
+}
+
+void Stepper::error_and_step_size(const Addresses& k) {
+  quadrature(k);
+  const ErrorLeaves leaves = error_leaves();
+  if (setup_.device == kCpu || leaves.num_types() != 1 || setup_.rows > kRowsInOneLaunch) {
+    launch(setup_.device, leaves, field(kErrorRatio), pointer<double>(workspace_) + 1);
+    step_size();
+    return;
   }
+  leaves.each([&]<class T>(const Error<T>* args, int count) {
+    visit_real(dtype(0), [&]<class R>(R, int) {
+      on_device(
+          setup_.device, [] {},
+          [&](cuda::Stream stream) {
+            return cuda::error_and_step_size(args, count, pointer<double>(workspace_) + 1,
+                                             pointer<unsigned>(workspace_), step_size_args(), pointer<R>(times_),
+                                             stream);
+          });
+    });
+  });
 }
 
 void Stepper::norm(Address out, Address one, const std::vector<double>& weights, const std::vector<Addresses>& x) {
   check(weights.size() <= size_t(kMaxStages) && x.size() == weights.size(), "x must hold one state a weight");
-  for (const Addresses& leaves : x) check(leaves.size() >= setup_.rtol.size(), "x must hold one address a leaf");
-  Addresses parts(x.size());
+  for (const Addresses& parts : x) check(parts.size() >= setup_.rtol.size(), "x must hold one address a leaf");
+  ErrorLeaves leaves;
   for (int leaf = 0; leaf < static_cast<int>(setup_.rtol.size()); ++leaf) {
-    for (size_t j = 0; j < parts.size(); ++j) parts[j] = x[j][leaf];
-    visit_type(
-        leaf, [&]<class T>(T) { error_of_leaf<T>(leaf, y0_[leaf], one, weights, parts, pointer<double>(out)); });
+    add_error(leaves, leaf, y0_[leaf], one, weights, [&](int j) { return x[j][leaf]; });
   }
-}
-
-void Stepper::euler() {
-  check(!a_.empty(), "a must have a row after the first");
-  const Row row{{0}, {1.0}};
-  for (int leaf = 0; leaf < state_leaves_; ++leaf) {
-    visit_type(leaf, [&]<class T>(T) { combine<T>(y_[leaf], y0_[leaf], leaf, row); });
-  }
+  launch(setup_.device, leaves, pointer<double>(out), pointer<double>(workspace_) + 1);
 }
 
 StepSize Stepper::step_size_args() const {
@@ -211,30 +224,21 @@ StepSize Stepper::step_size_args() const {
 
 void Stepper::step_size() {
   const StepSize s = step_size_args();
-  visit_type(0, [&]<class R>(R) {
-    R* times = pointer<R>(times_);
-    on_device(
-        setup_.device, [&] { cpu::step_size(s, times, parallel_for); },
-        [&](cuda::Stream stream) { return cuda::step_size(s, times, stream); });
-  });
+  visit_real(dtype(0), [&]<class R>(R, int) { launch(setup_.device, s, pointer<R>(times_)); });
 }
 
 void Stepper::first_step(Address norms, double size, int phase) {
   const StepSize s = step_size_args();
   const FirstStep first{pointer<const double>(norms), size, phase};
-  visit_type(0, [&]<class R>(R) {
-    R* times = pointer<R>(times_);
-    on_device(
-        setup_.device, [&] { cpu::first_step(s, first, times, parallel_for); },
-        [&](cuda::Stream stream) { return cuda::first_step(s, first, times, stream); });
-  });
+  visit_real(dtype(0), [&]<class R>(R, int) { launch(setup_.device, s, first, pointer<R>(times_)); });
 }
 
 void Stepper::dense_output(const Addresses& ys) {
   check(ys.size() == size_t(state_leaves_), "ys must hold one address a leaf");
+  DenseOutputLeaves leaves;
   for (int leaf = 0; leaf < state_leaves_; ++leaf) {
-    visit_type(leaf, [&]<class T>(T) {
-      DenseOutput<T> s{};
+    visit_real(dtype(leaf), [&]<class T>(T, int parts) {
+      DenseOutput<T>& s = leaves.add<T>();
       s.ys = pointer<T>(ys[leaf]);
       s.y0 = pointer<const T>(y0_[leaf]);
       s.y1 = pointer<const T>(end_of(leaf));
@@ -244,31 +248,28 @@ void Stepper::dense_output(const Addresses& ys) {
       s.stages = stages_;
       s.degree = setup_.degree;
       s.rows = setup_.rows;
-      s.columns = setup_.columns[leaf];
+      s.columns = setup_.columns[leaf] * parts;
       for (int j = 0; j < stages_; ++j) s.k[j] = pointer<const T>(slope(leaf, j));
-      on_device(
-          setup_.device, [&] { cpu::dense_output(s, parallel_for); },
-          [&](cuda::Stream stream) { return cuda::dense_output(s, stream); });
     });
   }
+  launch(setup_.device, leaves);
 }
 
 void Stepper::advance() {
+  AdvanceLeaves leaves;
   for (int leaf = 0; leaf < leaves_; ++leaf) {
-    visit_type(leaf, [&]<class T>(T) {
-      Advance<T> s{};
+    visit_real(dtype(leaf), [&]<class T>(T, int parts) {
+      Advance<T>& s = leaves.add<T>();
       s.y0 = pointer<T>(y0_[leaf]);
       s.k0 = pointer<T>(slope(leaf, 0));
       s.y1 = pointer<const T>(end_of(leaf));
       s.k1 = pointer<const T>(slope(leaf, stages_ - 1));
       s.accept = field(kAccept);
       s.rows = setup_.rows;
-      s.columns = setup_.columns[leaf];
-      on_device(
-          setup_.device, [&] { cpu::advance(s, parallel_for); },
-          [&](cuda::Stream stream) { return cuda::advance(s, stream); });
+      s.columns = setup_.columns[leaf] * parts;
     });
   }
+  launch(setup_.device, leaves);
 }
 
 void Stepper::swap_ends() {

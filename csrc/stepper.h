@@ -9,7 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "launch.h"
+#include "dtype.h"
+#include "leaves.h"
 
 namespace odenet {
 
@@ -17,7 +18,7 @@ using Address = std::uintptr_t;
 using Addresses = std::vector<Address>;
 
 struct StepperSetup {
-  std::vector<int> is_double;  // the type of each leaf; stage times have that of the first
+  std::vector<int> dtypes;       // DType of each leaf; stage times have the real type of the first
   int32_t device;              // CUDA device, or kCpu
   int64_t rows;
   std::vector<int64_t> columns;  // of each leaf; the last `quadratures` leaves have slopes but no stages
@@ -36,7 +37,7 @@ class Stepper {
   explicit Stepper(StepperSetup setup);
 
   // Solver state [kNumFields, rows], stops [2, num_stops], output times [num_outputs].
-  // workspace: float64 [workspace_size()].
+  // workspace: float64 [workspace_size()], zero.
   void bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs, Address workspace);
   int64_t workspace_size() const;
   void bind_dt(Address dt);  // [rows]; that of the solver state unless bound
@@ -48,6 +49,7 @@ class Stepper {
   void error(const Addresses& k);  // k: the slopes of the last stage; then the quadratures' ends and the error ratio
   void quadrature(const Addresses& k);  // the same without the error
   void step_size();
+  void error_and_step_size(const Addresses& k);
   // Of the first step. out [rows]: the norm of sum_j weights[j] x[j], scaled by the tolerance at y0; one: ones [rows].
   void norm(Address out, Address one, const std::vector<double>& weights, const std::vector<Addresses>& x);
   void euler();  // Y_1 = y0 + dt k_0
@@ -62,15 +64,16 @@ class Stepper {
     std::vector<double> weight;
   };
   static Row row_of(const std::vector<double>& weights);
-  template <class T>
-  void combine(Address y, Address y0, int leaf, const Row& row);
-  template <class T>
-  void error_of_leaf(int leaf, Address y1, Address dt, const std::vector<double>& e, const Addresses& k, double* ratio);
+  void add_combination(StageLeaves& leaves, int leaf, Address y, Address y0, const Row& row) const;
+  template <class Slope>
+  void add_error(ErrorLeaves& leaves, int leaf, Address y1, Address dt, const std::vector<double>& e,
+                 const Slope& slope_of) const;
+  ErrorLeaves error_leaves() const;
   StepSize step_size_args() const;
-  template <class Visit>
-  void visit_type(int leaf, const Visit& visit) const;
+  DType dtype(int leaf) const { return static_cast<DType>(setup_.dtypes[leaf]); }
   double* field(Field name) const { return reinterpret_cast<double*>(state_) + name * setup_.rows; }
   Address& slope(int leaf, int stage) { return k_[leaf * stages_ + stage]; }
+  Address slope(int leaf, int stage) const { return k_[leaf * stages_ + stage]; }
   Address end_of(int leaf) const;
 
   StepperSetup setup_;

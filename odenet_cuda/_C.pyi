@@ -10,12 +10,15 @@ compiler: str
 torch_built_with: str
 cuda: str | None
 cuda_architectures: str
+dtypes: dict[str, int]
+cpu_levels: list[str]
+cpu_level: str
 
 class Stepper:
     def __init__(
         self,
         *,
-        is_double: Sequence[bool],
+        dtypes: Sequence[int],
         device: int,
         rows: int,
         columns: Sequence[int],
@@ -38,6 +41,7 @@ class Stepper:
     def bind_slopes(self, stage: int, k: Sequence[int]) -> None: ...
     def stage(self, i: int, k: Sequence[int]) -> None: ...
     def error(self, k: Sequence[int]) -> None: ...
+    def error_and_step_size(self, k: Sequence[int]) -> None: ...
     def quadrature(self, k: Sequence[int]) -> None: ...
     def step_size(self) -> None: ...
     def norm(self, out: int, one: int, weights: Sequence[float], x: Sequence[Sequence[int]]) -> None: ...

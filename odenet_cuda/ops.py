@@ -4,7 +4,8 @@ Conventions, the same for every op:
 
 - Ops write into tensors that the caller owns, return ``None`` and raise the version counter of what they wrote, so that
   autograd notices when a tensor it saved is overwritten. They have no gradient of their own; solves do.
-- A list holds the leaves of a state, every tensor of a leaf has the leaf's shape, dtype (float32 or float64) and device.
+- A list holds the leaves of a state, every tensor of a leaf has the leaf's shape, dtype (one of ``DTYPES``) and device.
+- 16-bit types are summed in float32 and rounded once. A complex number counts by its modulus.
 - Slopes ``k`` come leaf-major: ``k[leaf * slots + j]``; slots without a coefficient are not read.
 - ``rows`` is 1 under joint control, else the number of samples on axis 0 of every leaf.
 - What is read may be strided; what is written must be contiguous. Nothing is checked twice: the kernels raise
@@ -33,6 +34,7 @@ FIELDS: dict[str, int] = _C.fields
 NUM_FIELDS: int = _C.num_fields
 STATUS: dict[str, int] = _C.status
 STOPS: dict[str, int] = _C.stops
+DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.dtypes.items()}
 MAX_STAGES: int = _C.max_stages
 MAX_DEGREE: int = _C.max_degree
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-DTYPES = (torch.float32, torch.float64)
-
+from .ops import DTYPES
 
 class Structure:
     """How the leaves of a state make up what the user sees: one tensor, or a nest of tuples, lists and dicts."""
@@ -158,9 +157,8 @@ def check_state(y0: Any) -> Structure:
     for i, leaf in enumerate(structure.leaves):
         name = "y0" if structure.single else f"leaf {i} of y0"
         if leaf.dtype not in DTYPES:
-            if leaf.dtype.is_floating_point or leaf.dtype.is_complex:
-                raise NotImplementedError(f"{name} must be float32 or float64 in this version, got {leaf.dtype}")
-            raise TypeError(f"{name} must be float32 or float64, got {leaf.dtype}")
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{name} must be of one of the types {known}, got {leaf.dtype}")
         if leaf.device != first.device:
             raise ValueError(f"{name} must be on the device of the first leaf, {first.device}, got {leaf.device}")
         if leaf.device.type not in ("cpu", "cuda"):

@@ -62,7 +62,8 @@ def solve(
 
     func: called as ``func(t, y)``; returns dy/dt in the structure of y. t is a 0-dimensional tensor of y's real type, under
         per-sample control a tensor [batch, 1, ...] of y's rank. The tensors it is given are written again after the call.
-    y0: a float32 or float64 tensor, or a tuple, list, dict or nest of them.
+    y0: a tensor, real or complex, or a tuple, list, dict or nest of them; float16 and bfloat16 are summed in float32, and their
+        times have 11 and 8 bits.
     t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers.
     method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; on a grid "euler", "midpoint",
         "heun2", "heun3", "rk4".
@@ -206,7 +207,7 @@ class _Solve:
         problem = self.problem
         if self.options.perturb:
             times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
-            times = torch.nextafter(times, times.new_tensor(problem.t[1]))
+            times = torch.nextafter(times, torch.full_like(times, problem.direction * math.inf))
         else:
             times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
         t0 = problem.time_views(times.to(problem.device))[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .ops import DTYPES
 from .problem import Problem
 from .tableau import ButcherTableau
 
@@ -39,7 +40,7 @@ class Stepper:
         device, rows, leaves = problem.device, problem.rows, problem.leaves
         counted = len(leaves) if norm_leaves is None else norm_leaves
         self.kernels = _C.Stepper(
-            is_double=[leaf.dtype == torch.float64 for leaf in leaves],
+            dtypes=[DTYPES[leaf.dtype] for leaf in leaves],
             device=-1 if device.type == "cpu" else (device.index or 0),
             rows=rows,
             columns=[leaf.numel() // max(rows, 1) for leaf in leaves],
@@ -67,7 +68,7 @@ class Stepper:
         self.bind()
 
     def bind_state(self, state: Tensor, stops: Tensor, t: Tensor) -> None:
-        workspace = state.new_empty(self.kernels.workspace_size())
+        workspace = state.new_zeros(self.kernels.workspace_size())
         self._state = (state, stops, t, workspace)
         self.kernels.bind_state(state.data_ptr(), stops.data_ptr(), stops.shape[1], t.data_ptr(), len(t), workspace.data_ptr())
 
@@ -113,6 +114,8 @@ class Stepper:
             if slope is None:
                 addresses.append(0)
                 continue
+            if slope.is_neg() or slope.is_conj():  # a view that negates or conjugates when it is read
+                k[leaf] = slope = slope.resolve_conj().resolve_neg()
             if not slope.is_contiguous():
                 k[leaf] = slope = slope.contiguous()
             address = slope.data_ptr()

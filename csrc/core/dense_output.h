@@ -6,7 +6,7 @@
 // Its gradient: dL/dy0 = g, dL/dk_j = dt b_j(theta) g, which is a stage again.
 #pragma once
 
-#include "host_device.h"
+#include "stage.h"
 #include "step_size.h"
 
 namespace odenet {
@@ -26,6 +26,8 @@ struct DenseOutput {
   ODENET_HD double field(int name, int64_t row) const { return state[name * rows + row]; }
 };
 
+namespace ODENET_LEVEL {
+
 // Outputs [begin, end) of a row that fall into the step just accepted.
 template <class T>
 ODENET_HD void dense_output_range(const DenseOutput<T>& s, int64_t row, int64_t& begin, int64_t& end) {
@@ -36,23 +38,22 @@ ODENET_HD void dense_output_range(const DenseOutput<T>& s, int64_t row, int64_t&
 // The weights dt * b_j(theta) of output `output` in a row; false where the output is the end of the step itself,
 // which is y1 and needs no interpolant.
 template <class T>
-ODENET_HD bool dense_output_weights(const DenseOutput<T>& s, int64_t row, int64_t output, Real<T> (&w)[kMaxStages]) {
+ODENET_HD bool dense_output_weights(const DenseOutput<T>& s, int64_t row, int64_t output, Weights<T, kAnyStages>& w) {
   if (s.t[output] == s.field(kTime, row)) return false;
   const double dt = s.field(kLastDt, row);
   const double theta = (s.t[output] - s.field(kLastTime, row)) / dt;
   for (int j = 0; j < s.stages; ++j) {
     double b = 0;
     for (int d = s.degree - 1; d >= 0; --d) b = (b + s.p[j * s.degree + d]) * theta;
-    w[j] = static_cast<Real<T>>(b * dt);
+    w.of[j] = static_cast<Real<T>>(b * dt);
   }
   return true;
 }
 
 template <class T>
-ODENET_HD T dense_output_element(const DenseOutput<T>& s, const Real<T> (&w)[kMaxStages], int64_t i) {
-  Accumulate<T> sum = 0;
-  for (int j = 0; j < s.stages; ++j) sum += w[j] * static_cast<Accumulate<T>>(s.k[j][i]);
-  return static_cast<T>(static_cast<Accumulate<T>>(s.y0[i]) + sum);
+ODENET_HD T dense_output_element(const DenseOutput<T>& s, const Weights<T, kAnyStages>& w, int64_t i) {
+  return stage_element(s.y0, weighted_sum(s.k, w, s.stages, i), i);
 }
 
+}  // namespace ODENET_LEVEL
 }  // namespace odenet

@@ -4,7 +4,7 @@
 //   error_ratio = max over leaves of sqrt(mean_i err_i^2)
 #pragma once
 
-#include "host_device.h"
+#include "stage.h"
 
 namespace odenet {
 
@@ -20,17 +20,7 @@ struct Error {
   int64_t rows, columns;
 };
 
-template <int S, class T>
-ODENET_HD void error_weights(const Error<T>& s, int64_t row, Real<T> (&w)[S > 0 ? S : 1]) {
-  for (int j = 0; j < S; ++j) w[j] = static_cast<Real<T>>(s.e[j] * s.dt[row]);
-}
-
-ODENET_HD float magnitude(float x) {
-  return ::fabsf(x);
-}
-ODENET_HD double magnitude(double x) {
-  return ::fabs(x);
-}
+namespace ODENET_LEVEL {
 
 // The larger; not a number if either is, so that an overflow is never taken for a small error.
 template <class R>
@@ -38,16 +28,14 @@ ODENET_HD R larger(R x, R y) {
   return (x >= y || x != x) ? x : y;
 }
 
-// |err_i|^2 of one element.
-template <int S, class T>
-ODENET_HD Real<T> error_element(const Error<T>& s, const Real<T> (&w)[S > 0 ? S : 1], int64_t i) {
+// |err_i|^2 of one element; sum: dt * sum_j e[j] k[j][i].
+template <class T>
+ODENET_HD Real<T> error_element(const Error<T>& s, Accumulate<T> sum, int64_t i) {
   using A = Accumulate<T>;
-  A sum = 0;
-  for (int j = 0; j < S; ++j) sum += w[j] * static_cast<A>(s.k[j][i]);
   const Real<T> size = larger(magnitude(static_cast<A>(s.y0[i])), magnitude(static_cast<A>(s.y1[i])));
-  sum += size - size;  // 0; but not a number where the state is infinite, whose scale would hide any error
-  const Real<T> scaled = sum / (static_cast<Real<T>>(s.atol) + static_cast<Real<T>>(s.rtol) * size);
-  return scaled * scaled;
+  const Real<T> scale = static_cast<Real<T>>(s.atol) + static_cast<Real<T>>(s.rtol) * size;
+  // size - size: 0; but not a number where the state is infinite, whose scale would hide any error
+  return squared(divide(sum, scale)) + (size - size);
 }
 
 // Folds the sum of squares of one leaf's row into the ratio so far; `first` starts the maximum.
@@ -57,4 +45,5 @@ ODENET_HD double error_fold(double ratio, double sum, int64_t columns, bool firs
   return first ? norm : larger(norm, ratio);
 }
 
+}  // namespace ODENET_LEVEL
 }  // namespace odenet

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define ODENET_HD __host__ __device__ __forceinline__
@@ -10,25 +11,31 @@
 #define ODENET_HD inline __attribute__((always_inline))
 #endif
 
+// The instruction set that a file is compiled for. The functions of core/ lie in a namespace of that name, so that the
+// linker never takes one compiled for a newer machine for another of the same name.
+#ifndef ODENET_LEVEL
+#define ODENET_LEVEL baseline
+#endif
+
 namespace odenet {
+
+inline namespace ODENET_LEVEL {}
 
 constexpr int kMaxStages = 16;  // slopes in one linear combination (dopri8 has 14)
 constexpr int kMaxDegree = 8;   // degree of an interpolant in theta
 
-// Accumulate<T>: the type in which sums over T are formed (float for 16-bit types, T itself here).
-// Real<T>: the type of the real coefficients that multiply T.
-template <class T>
-struct TypeTraits {
-  using Accumulate = T;
-  using Real = T;
-};
-template <class T>
-using Accumulate = typename TypeTraits<T>::Accumulate;
-template <class T>
-using Real = typename TypeTraits<Accumulate<T>>::Real;
+namespace ODENET_LEVEL {
+
+template <class To, class From>
+ODENET_HD To bit_cast(From from) {
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
 
 ODENET_HD bool is_finite(double x) {
   return x - x == 0;
 }
 
+}  // namespace ODENET_LEVEL
 }  // namespace odenet

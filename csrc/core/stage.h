@@ -10,7 +10,7 @@
 // so the backward walk of a solve calls this same combination.
 #pragma once
 
-#include "host_device.h"
+#include "types.h"
 
 namespace odenet {
 
@@ -25,33 +25,53 @@ struct Stage {
   int64_t rows, columns;
 };
 
-// The weights dt * a[j] of one row, formed in double and rounded once to the type that multiplies.
-template <int S, class T>
-ODENET_HD void stage_weights(const Stage<T>& s, int64_t row, Real<T> (&w)[S > 0 ? S : 1]) {
-  for (int j = 0; j < S; ++j) w[j] = static_cast<Real<T>>(s.a[j] * s.dt[row]);
-}
+constexpr int kUnrolled = 8;    // up to so many slopes have loops of their own,
+constexpr int kAnyStages = -1;  // more of them are counted at run time
 
-// One element; S is the number of slopes, known at compile time so that the loop unrolls.
-template <int S, class T>
-ODENET_HD T stage_element(const Stage<T>& s, const Real<T> (&w)[S > 0 ? S : 1], int64_t i) {
-  Accumulate<T> sum = 0;
-  for (int j = 0; j < S; ++j) sum += w[j] * static_cast<Accumulate<T>>(s.k[j][i]);
-  return static_cast<T>(s.y0 ? static_cast<Accumulate<T>>(s.y0[i]) + sum : sum);
-}
+namespace ODENET_LEVEL {
 
-// Calls visit.template operator()<S>() with S = stages.
+// Calls visit.template operator()<S>() with S = stages, or kAnyStages.
 template <class Visit>
 auto dispatch_stages(int stages, Visit&& visit) {
   switch (stages) {
     // clang-format off
 #define ODENET_CASE(S) case S: return visit.template operator()<S>();
-    ODENET_CASE(0) ODENET_CASE(1) ODENET_CASE(2) ODENET_CASE(3) ODENET_CASE(4) ODENET_CASE(5)
-    ODENET_CASE(6) ODENET_CASE(7) ODENET_CASE(8) ODENET_CASE(9) ODENET_CASE(10) ODENET_CASE(11)
-    ODENET_CASE(12) ODENET_CASE(13) ODENET_CASE(14) ODENET_CASE(15)
+    ODENET_CASE(0) ODENET_CASE(1) ODENET_CASE(2) ODENET_CASE(3) ODENET_CASE(4)
+    ODENET_CASE(5) ODENET_CASE(6) ODENET_CASE(7) ODENET_CASE(8)
         // clang-format on
-        default : return visit.template operator()<kMaxStages>();
+        default : return visit.template operator()<kAnyStages>();
 #undef ODENET_CASE
   }
 }
 
+// Weights, one a slope.
+template <class T, int S>
+struct Weights {
+  Real<T> of[S == kAnyStages ? kMaxStages : S > 0 ? S : 1];
+};
+
+// dt * coefficient of each slope, formed in double and rounded once to the type that multiplies.
+template <class T, int S>
+ODENET_HD Weights<T, S> scaled_weights(const double* coefficients, int stages, double dt) {
+  Weights<T, S> w{};
+  const int count = S == kAnyStages ? stages : S;
+  for (int j = 0; j < count; ++j) w.of[j] = static_cast<Real<T>>(coefficients[j] * dt);
+  return w;
+}
+
+// sum_j w[j] k[j][i]
+template <int S, class T>
+ODENET_HD Accumulate<T> weighted_sum(const T* const* k, const Weights<T, S>& w, int stages, int64_t i) {
+  Accumulate<T> sum{};
+  const int count = S == kAnyStages ? stages : S;
+  for (int j = 0; j < count; ++j) sum += w.of[j] * static_cast<Accumulate<T>>(k[j][i]);
+  return sum;
+}
+
+template <class T>
+ODENET_HD T stage_element(const T* y0, Accumulate<T> sum, int64_t i) {
+  return static_cast<T>(y0 ? static_cast<Accumulate<T>>(y0[i]) + sum : sum);
+}
+
+}  // namespace ODENET_LEVEL
 }  // namespace odenet

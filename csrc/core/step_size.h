@@ -5,7 +5,7 @@
 // accepted steps (Soderlind 2003, doi 10.1145/641876.641877); b1 = b2 = 0 is the classical I controller.
 #pragma once
 
-#include "host_device.h"
+#include "types.h"
 
 namespace odenet {
 
@@ -57,6 +57,8 @@ struct StepSize {
   ODENET_HD double& field(int name, int64_t row) const { return state[name * rows + row]; }
   ODENET_HD bool running(int64_t row) const { return static_cast<int>(field(kStatus, row)) == kRunning; }
 };
+
+namespace ODENET_LEVEL {
 
 ODENET_HD double clamp_step(const Controller& q, double size) {
   const double lower = size > q.min_step ? size : q.min_step;
@@ -193,28 +195,21 @@ ODENET_HD void first_step_row(const StepSize& s, int64_t row, const double* norm
   plan_step(s, row, clamp_step(q, size));
 }
 
-// The next number of type R after x in the direction of `towards` (+1, -1).
-ODENET_HD float next_after(float x, double towards) {
-  return ::nextafterf(x, static_cast<float>(towards * HUGE_VAL));
-}
-ODENET_HD double next_after(double x, double towards) {
-  return ::nextafter(x, towards * HUGE_VAL);
-}
-
 // The time at which stage i of the planned step is evaluated, in the state's real type. Beside a discontinuity of f
 // the stage on it is moved to the side on which the step lies.
 template <class R>
 ODENET_HD R stage_time(const StepSize& s, int64_t row, int i) {
   const double time = s.field(kTime, row), direction = s.controller.direction;
   if (s.c[i] == 0) {
-    return s.field(kJumped, row) != 0 ? next_after(static_cast<R>(time), direction) : static_cast<R>(time);
+    return s.field(kJumped, row) != 0 ? next_after(round_to<R>(time), direction) : round_to<R>(time);
   }
-  if (s.c[i] != 1) return static_cast<R>(time + s.c[i] * s.field(kDt, row));
+  if (s.c[i] != 1) return round_to<R>(time + s.c[i] * s.field(kDt, row));
   const double end = s.field(kStepEnd, row);
   const int64_t stop = static_cast<int64_t>(s.field(kNextStop, row));
   const bool jump =
       s.running(row) && end == s.stops[stop] && static_cast<int>(s.stops[s.num_stops + stop]) == kStopJump;
-  return jump ? next_after(static_cast<R>(end), -direction) : static_cast<R>(end);
+  return jump ? next_after(round_to<R>(end), -direction) : round_to<R>(end);
 }
 
+}  // namespace ODENET_LEVEL
 }  // namespace odenet

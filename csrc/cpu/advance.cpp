@@ -1,6 +1,6 @@
 #include "parallel.h"
 
-namespace odenet::cpu {
+namespace odenet::cpu::ODENET_LEVEL {
 
 template <class T>
 void advance(const Advance<T>& args, ParallelFor parallel_for) {
@@ -12,5 +12,7 @@ void advance(const Advance<T>& args, ParallelFor parallel_for) {
 
 template void advance(const Advance<float>&, ParallelFor);
 template void advance(const Advance<double>&, ParallelFor);
+template void advance(const Advance<Half>&, ParallelFor);
+template void advance(const Advance<BFloat16>&, ParallelFor);
 
-}  // namespace odenet::cpu
+}  // namespace odenet::cpu::ODENET_LEVEL

@@ -2,7 +2,7 @@
 
 #include "parallel.h"
 
-namespace odenet::cpu {
+namespace odenet::cpu::ODENET_LEVEL {
 
 template <class T>
 void dense_output(const DenseOutput<T>& args, ParallelFor parallel_for) {
@@ -12,8 +12,8 @@ void dense_output(const DenseOutput<T>& args, ParallelFor parallel_for) {
     int64_t output, last;
     dense_output_range(s, row, output, last);
     for (; output < last; ++output) {
-      T* __restrict y = s.ys + output * size;
-      Real<T> w[kMaxStages];
+      T* y = s.ys + output * size;
+      Weights<T, kAnyStages> w;
       if (!dense_output_weights(s, row, output, w)) {
         std::memcpy(y + begin, s.y1 + begin, (end - begin) * sizeof(T));
         continue;
@@ -26,5 +26,7 @@ void dense_output(const DenseOutput<T>& args, ParallelFor parallel_for) {
 
 template void dense_output(const DenseOutput<float>&, ParallelFor);
 template void dense_output(const DenseOutput<double>&, ParallelFor);
+template void dense_output(const DenseOutput<Half>&, ParallelFor);
+template void dense_output(const DenseOutput<BFloat16>&, ParallelFor);
 
-}  // namespace odenet::cpu
+}  // namespace odenet::cpu::ODENET_LEVEL

@@ -1,8 +1,8 @@
-#include <vector>
+#include <memory>
 
-#include "parallel.h"
+#include "sums.h"
 
-namespace odenet::cpu {
+namespace odenet::cpu::ODENET_LEVEL {
 
 namespace {
 
@@ -11,19 +11,22 @@ namespace {
 constexpr int64_t kChunk = 4096;
 constexpr int kLanes = 16;  // independent partial sums, which vectorise
 
-constexpr int kBlock = 256;  // elements whose squares are formed in one vectorised loop before they are summed
-
+// Elements [begin, end) of one row.
 template <int S, class T>
-ODENET_CLONES double sum_of_squares(const Error<T>& args, const Real<T> (&w)[S > 0 ? S : 1], int64_t begin,
-                                    int64_t end) {
-  const Error<T> s = args;
-  Real<T> squares[kBlock];
-  Real<T> lanes[kLanes] = {};
+__attribute__((noinline)) double sum_of_squares(const Error<T>& args, const Weights<T, S>& w, int64_t begin,
+                                                int64_t end) {
+  const Error<T> s = args;  // a local copy: the compiler then knows that nothing written here changes it
+  Accumulate<T> sums[kBlock];
+  Real<T> squares[kBlock], lanes[kLanes] = {};
   double sum = 0;
   for (; begin < end; begin += kBlock) {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+    const int count = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
+    sum_block(sums, s.k, w, s.stages, begin, count);
+    Error<T> part = s;
+    part.y0 += begin;
+    part.y1 += begin;
 #pragma GCC ivdep
-    for (int i = 0; i < count; ++i) squares[i] = error_element<S>(s, w, begin + i);
+    for (int i = 0; i < count; ++i) squares[i] = error_element(part, sums[i], i);
     int i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += squares[i + lane];
@@ -39,24 +42,23 @@ ODENET_CLONES double sum_of_squares(const Error<T>& args, const Real<T> (&w)[S >
 template <class T>
 void error(const Error<T>& args, double* ratio, bool first, ParallelFor parallel_for) {
   const int64_t chunks = (args.columns + kChunk - 1) / kChunk;
-  dispatch_stages(args.stages, [&]<int S>() {
+  dispatch_sums<T>(args.stages, [&]<int S>() {
     const auto chunk_sum = [&](int64_t row, int64_t chunk) {
-      Real<T> w[S > 0 ? S : 1];
-      error_weights<S>(args, row, w);
-      const int64_t begin = row * args.columns + chunk * kChunk;
-      return sum_of_squares<S>(args, w, begin, std::min(begin + kChunk, (row + 1) * args.columns));
+      const Weights<T, S> w = scaled_weights<T, S>(args.e, args.stages, args.dt[row]);
+      const int64_t begin = row * args.columns + chunk * kChunk, last = (row + 1) * args.columns;
+      return sum_of_squares(args, w, begin, begin + kChunk < last ? begin + kChunk : last);
     };
     if (args.rows == 1 && chunks > 1) {
-      std::vector<double> sums(chunks);
+      const std::unique_ptr<double[]> sums(new double[chunks]);
       parallel(parallel_for, chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; ++chunk) sums[chunk] = chunk_sum(0, chunk);
       });
       double sum = 0;
-      for (const double part : sums) sum += part;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk];
       ratio[0] = error_fold(ratio[0], sum, args.columns, first);
       return;
     }
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(args.columns, 1));
+    const int64_t grain = args.columns < kGrain ? kGrain / (args.columns > 0 ? args.columns : 1) : 1;
     parallel(parallel_for, args.rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         double sum = 0;
@@ -69,5 +71,9 @@ void error(const Error<T>& args, double* ratio, bool first, ParallelFor parallel
 
 template void error(const Error<float>&, double*, bool, ParallelFor);
 template void error(const Error<double>&, double*, bool, ParallelFor);
+template void error(const Error<Half>&, double*, bool, ParallelFor);
+template void error(const Error<BFloat16>&, double*, bool, ParallelFor);
+template void error(const Error<Complex<float>>&, double*, bool, ParallelFor);
+template void error(const Error<Complex<double>>&, double*, bool, ParallelFor);
 
-}  // namespace odenet::cpu
+}  // namespace odenet::cpu::ODENET_LEVEL

@@ -1,18 +1,12 @@
 // How elements are visited on the CPU: [rows, columns] cut into pieces that lie in one row, perhaps in several threads.
+// This file and those that include it are compiled once for each instruction set, in a namespace of its name.
 #pragma once
 
-#include <algorithm>
+#include <type_traits>
 
 #include "../launch.h"
 
-// Compiles a function for several instruction sets; the loader picks the best that the machine has.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define ODENET_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define ODENET_CLONES
-#endif
-
-namespace odenet::cpu {
+namespace odenet::cpu::ODENET_LEVEL {
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread costs more than it brings
 
@@ -35,11 +29,11 @@ void parallel_rows(ParallelFor parallel_for, int64_t rows, int64_t columns, cons
   parallel(parallel_for, rows * columns, kGrain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t row = rows == 1 ? 0 : begin / columns;
-      const int64_t stop = std::min(end, (row + 1) * columns);
+      const int64_t last = (row + 1) * columns, stop = last < end ? last : end;
       body(row, begin, stop);
       begin = stop;
     }
   });
 }
 
-}  // namespace odenet::cpu
+}  // namespace odenet::cpu::ODENET_LEVEL

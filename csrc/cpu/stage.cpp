@@ -1,38 +1,64 @@
-#include "parallel.h"
+#include "../machine.h"
+#include "stream.h"
+#include "sums.h"
 
-namespace odenet::cpu {
+namespace odenet::cpu::ODENET_LEVEL {
 
 namespace {
 
+// y[i] = y0[begin + i] + dt sum_j a[j] k[j][begin + i] for a block.
+template <int S, class T>
+__attribute__((noinline)) void stage_block(const Stage<T>& s, const Weights<T, S>& w, T* y, int64_t begin, int count) {
+  alignas(kLine) Accumulate<T> sum[kBlock];
+  sum_block(sum, s.k, w, s.stages, begin, count);
+  if (s.y0) {
+    const T* y0 = s.y0 + begin;
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) y[i] = static_cast<T>(static_cast<Accumulate<T>>(y0[i]) + sum[i]);
+  } else {
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) y[i] = static_cast<T>(sum[i]);
+  }
+}
+
 // Elements [begin, end) of one row.
 template <int S, class T>
-ODENET_CLONES void stage_range(const Stage<T>& args, int64_t row, int64_t begin, int64_t end) {
-  const Stage<T> s = args;  // a local copy: the compiler then knows that writing y changes none of it
-  Real<T> w[S > 0 ? S : 1];
-  stage_weights<S>(s, row, w);
-  T* y = s.y;
-  if (s.y0) {
-#pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) y[i] = stage_element<S>(s, w, i);
-  } else {
-    Stage<T> zero = s;
-    zero.y0 = nullptr;
-#pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) y[i] = stage_element<S>(zero, w, i);
+void stage_range(const Stage<T>& s, int64_t row, int64_t begin, int64_t end, bool stream) {
+  const Weights<T, S> w = scaled_weights<T, S>(s.a, s.stages, s.dt[row]);
+  alignas(kLine) T block[kBlock];
+  // Streamed are whole lines; the first block ends where a line begins.
+  constexpr int kPerLine = kLine / sizeof(T);
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(s.y + begin) % kLine / sizeof(T));
+  int64_t next = stream && past ? begin + kPerLine - past : begin + kBlock;
+  while (begin < end) {
+    if (next > end) next = end;
+    const int count = static_cast<int>(next - begin);
+    if (stream && count == kBlock) {
+      stage_block(s, w, block, begin, count);
+      stream_lines(s.y + begin, block, sizeof(block));
+    } else {
+      stage_block(s, w, s.y + begin, begin, count);
+    }
+    begin = next;
+    next += kBlock;
   }
+  if (stream) stream_end();
 }
 
 }  // namespace
 
 template <class T>
 void stage(const Stage<T>& args, ParallelFor parallel_for) {
-  dispatch_stages(args.stages, [&]<int S>() {
+  const bool stream = args.rows * args.columns * static_cast<int64_t>(sizeof(T)) >= last_level_cache();
+  dispatch_sums<T>(args.stages, [&]<int S>() {
     parallel_rows(parallel_for, args.rows, args.columns,
-                  [&](int64_t row, int64_t begin, int64_t end) { stage_range<S>(args, row, begin, end); });
+                  [&](int64_t row, int64_t begin, int64_t end) { stage_range<S>(args, row, begin, end, stream); });
   });
 }
 
 template void stage(const Stage<float>&, ParallelFor);
 template void stage(const Stage<double>&, ParallelFor);
+template void stage(const Stage<Half>&, ParallelFor);
+template void stage(const Stage<BFloat16>&, ParallelFor);
 
-}  // namespace odenet::cpu
+}  // namespace odenet::cpu::ODENET_LEVEL

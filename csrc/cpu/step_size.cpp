@@ -1,6 +1,6 @@
 #include "parallel.h"
 
-namespace odenet::cpu {
+namespace odenet::cpu::ODENET_LEVEL {
 
 namespace {
 
@@ -35,7 +35,11 @@ void first_step(const StepSize& args, const FirstStep& first, R* times, Parallel
 
 template void step_size(const StepSize&, float*, ParallelFor);
 template void step_size(const StepSize&, double*, ParallelFor);
+template void step_size(const StepSize&, Half*, ParallelFor);
+template void step_size(const StepSize&, BFloat16*, ParallelFor);
 template void first_step(const StepSize&, const FirstStep&, float*, ParallelFor);
 template void first_step(const StepSize&, const FirstStep&, double*, ParallelFor);
+template void first_step(const StepSize&, const FirstStep&, Half*, ParallelFor);
+template void first_step(const StepSize&, const FirstStep&, BFloat16*, ParallelFor);
 
-}  // namespace odenet::cpu
+}  // namespace odenet::cpu::ODENET_LEVEL

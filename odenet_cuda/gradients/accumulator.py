@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..problem import DTYPES
+from ..ops import DTYPES
 
+SHORT = (torch.float16, torch.bfloat16)
 _KEPT_BYTES = 1 << 20  # of gradients that wait to be added; where they are more, a pass for each list costs little
 
 
 class Accumulator:
-    """totals[i]: the sum of all gradients of tensors[i], None where there was none.
+    """results()[i]: the sum of all gradients of tensors[i], None where there was none.
 
     Up to `slots` lists of gradients wait and are added in one pass of the stage kernel, with weights of one; their values must
-    stay until `flush`. A sparse gradient is made dense. Tensors that the kernel cannot take (of another type, or on another
-    device) have theirs added one by one.
+    stay until `flush`. A sparse gradient is made dense. Gradients of 16 bits are added up in float32, and those of tensors on
+    another device, one by one.
     """
 
     def __init__(self, tensors: Sequence[Tensor], slots: int, device: torch.device):
         self.totals: list[Any] = [None] * len(tensors)
-        fits = [x.dtype in DTYPES and x.device == device for x in tensors]
+        self.dtypes = [x.dtype for x in tensors]
+        fits = [x.dtype in DTYPES and x.dtype not in SHORT and x.device == device for x in tensors]
         self.fused = [i for i, fit in enumerate(fits) if fit]
         self.others = [i for i, fit in enumerate(fits) if not fit]
         if not self.fused:
@@ -33,7 +35,7 @@ class Accumulator:
         self.without = set(self.fused)  # no gradient so far
         self.one = torch.ones(1, dtype=torch.float64, device=device)
         self.kernels = _C.Stepper(
-            is_double=[x.dtype == torch.float64 for x in self.sums],
+            dtypes=[DTYPES[x.dtype] for x in self.sums],
             device=-1 if device.type == "cpu" else (device.index or 0),
             rows=1,
             columns=[x.numel() for x in self.sums],
@@ -62,6 +64,7 @@ class Accumulator:
         for i in self.others:
             grad = grads[i]
             if grad is not None:
+                grad = grad.float() if grad.dtype in SHORT else grad
                 self.totals[i] = grad.clone() if self.totals[i] is None else self.totals[i] + grad
         if not self.fused:
             return
@@ -70,8 +73,10 @@ class Accumulator:
             grad = grads[i]
             if grad is None:
                 grad = torch.zeros_like(self.sums[slot])
-            elif not grad.is_contiguous():
-                grad = grad.contiguous() if grad.layout is torch.strided else grad.to_dense()
+            elif grad.layout is not torch.strided:
+                grad = grad.to_dense()
+            elif grad.is_conj() or grad.is_neg() or not grad.is_contiguous():
+                grad = grad.resolve_conj().resolve_neg().contiguous()
             kept.append(grad)
             addresses.append(grad.data_ptr())
         if self.without:
@@ -80,6 +85,10 @@ class Accumulator:
         self.kept.append(kept)
         if len(self.kept) == self.slots:
             self.flush()
+
+    def results(self) -> list[Any]:
+        """The sums in the tensors' own types."""
+        return [None if x is None else x.to(dtype) for x, dtype in zip(self.totals, self.dtypes, strict=True)]
 
     def flush(self) -> None:
         """Adds what waits."""

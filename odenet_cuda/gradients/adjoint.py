@@ -17,10 +17,10 @@ from ..captured import captured_tensors, cut_points, gradients, sequence_number
 from ..formulas import rms_norm
 from ..integrate import Options, fixed_grid, integrate
 from ..ops import FIELDS
-from ..problem import DTYPES, Field, Problem
+from ..problem import Field, Problem
 from ..solution import Solution, Stats, failure
-from .accumulator import Accumulator
-from .direct import NO_SECOND_DERIVATIVE
+from .accumulator import SHORT, Accumulator
+from .direct import NO_SECOND_DERIVATIVE, real_product
 
 
 @dataclass
@@ -103,7 +103,7 @@ class AugmentedField:
         self.leaves, self.cuts = len(like), cut_points(params)
         # Where func does not depend on something.
         self.zeros = [*(torch.zeros_like(x) for x in like), *(_as_leaf(torch.zeros_like(x)) for x in params)]
-        self.convert = any(x.dtype not in DTYPES for x in params)
+        self.convert = any(x.dtype in SHORT for x in params)
         self.none: list[Tensor | None] = [None] * len(self.params)
         self.recording = torch.enable_grad()
         self.check = check
@@ -190,7 +190,7 @@ class PerSampleField(AugmentedField):
         self.kept.clear()
 
     def integral(self) -> list[Tensor]:
-        totals = zip(self.sums.totals, self.params, strict=True)
+        totals = zip(self.sums.results(), self.params, strict=True)
         return [torch.zeros_like(param) if total is None else total for total, param in totals]
 
 
@@ -262,25 +262,20 @@ def solve_backwards(
     if grad_t is not None:
         grad_t[0] = -_slope_product(field, problem, 0, [out[0] for out in ys], a)
     stats.nfe_backward = field.nfe
-    grad_params = integral if per_sample else [_from_leaf(x, param) for x, param in zip(integral, params, strict=True)]
+    grad_params = integral if per_sample else [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
 
 
 def _as_leaf(x: Tensor) -> Tensor:
-    """A parameter's gradient in a type that the kernels know: complex numbers as pairs, 16 bits as float32."""
-    x = torch.view_as_real(x) if x.dtype.is_complex else x
-    return x if x.dtype in DTYPES else x.float()
-
-
-def _from_leaf(x: Tensor, param: Tensor) -> Tensor:
-    return (torch.view_as_complex(x) if param.dtype.is_complex else x).to(param.dtype)
+    """A parameter's gradient as it is added up over the steps: 16 bits as float32."""
+    return x.float() if x.dtype in SHORT else x
 
 
 def _slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
     """g . f(t_i, y)"""
     times = torch.full((1, problem.rows), problem.t[i], dtype=problem.real, device=problem.device)
     k = field(problem.time_views(times)[0], y)
-    return torch.stack([(x * slope).sum().double() for x, slope in zip(g, k, strict=True)]).sum()
+    return torch.stack([real_product(x, slope).sum() for x, slope in zip(g, k, strict=True)]).sum()
 
 
 def adjoint_norm(adjoint: Adjoint, problem: Problem, n: int) -> Callable[[list[Tensor]], Any] | None:

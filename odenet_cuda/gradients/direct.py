@@ -72,6 +72,13 @@ def evaluations(tape: Sequence[Step | Evaluation]) -> list[Evaluation]:
     return flat
 
 
+def real_product(g: Tensor, x: Tensor) -> Tensor:
+    """Elementwise, float64; of complex numbers the real part of conj(g) x: a gradient g means dL = Re(conj(g) dx)."""
+    if not g.dtype.is_complex:
+        return g.double() * x.double()
+    return (torch.view_as_real(g.resolve_conj()).double() * torch.view_as_real(x.resolve_conj()).double()).sum(-1)
+
+
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recorder, problem, ys, stats, count, t, *tensors):
@@ -138,7 +145,7 @@ class BackwardWalk:
 
     def result(self) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         grad_y0 = [lam + grad[0] for lam, grad in zip(self.lam, self.grad_ys, strict=True)]
-        return grad_y0, self.grad_t, self.sums.totals
+        return grad_y0, self.grad_t, self.sums.results()
 
     # ---- one evaluation of func ---------------------------------------------------------------------------------------
 
@@ -263,9 +270,9 @@ class BackwardWalk:
     # ---- derivatives by time --------------------------------------------------------------------------------------
 
     def _dot(self, g: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
-        """The inner product of two states, row by row, float64 [rows]."""
+        """The real inner product of two states, row by row, float64 [rows]."""
         rows = self.problem.rows
-        return torch.stack([(a * b).reshape(rows, -1).double().sum(1) for a, b in zip(g, x, strict=True)]).sum(0)
+        return torch.stack([real_product(a, b).reshape(rows, -1).sum(1) for a, b in zip(g, x, strict=True)]).sum(0)
 
     def _slopes(self, step: Step, weights: Sequence[Any]) -> list[Tensor]:
         """sum_j weights_j k_j; a weight is a number or float64 [rows]."""

@@ -95,11 +95,11 @@ class AdaptiveSolver:
                     kernels.stage(i, addresses)
                     addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
             if fused:
-                kernels.error(addresses)
+                kernels.error_and_step_size(addresses)
             else:
                 kernels.quadrature(addresses)
                 self._norm(stepper.y0, [*stepper.y[last], *stepper.q1], stepper.k, self.tableau.e, self.dt, self.ratio)
-            kernels.step_size()
+                kernels.step_size()
             steps += 1
             host = None
             if self.looks:

@@ -24,15 +24,16 @@ def uniform_grid(t: list[float], step_size: float) -> list[float]:
     return [*(t[0] + direction * step_size * i for i in range(count)), t[-1]]
 
 
-def stage_times(grid: list[float], tableau: ButcherTableau, real: torch.dtype, perturb: bool) -> np.ndarray:
+def stage_times(grid: list[float], tableau: ButcherTableau, real: torch.dtype, perturb: bool) -> Tensor:
     """Times at which the stages are evaluated, [steps, stages]; with `perturb` those at the ends of a step lie just inside."""
     nodes = np.asarray(grid)
     t0, t1 = nodes[:-1, None], nodes[1:, None]
     c = np.asarray(tableau.c)[None, :]
-    times = np.where(c == 1, t1, t0 + c * (t1 - t0)).astype(np.float32 if real == torch.float32 else np.float64)
+    times = torch.from_numpy(np.where(c == 1, t1, t0 + c * (t1 - t0))).to(real)
     if perturb:
-        t0, t1 = t0.astype(times.dtype), t1.astype(times.dtype)
-        times = np.where(c == 0, np.nextafter(t0, t1), np.where(c == 1, np.nextafter(t1, t0), times))
+        beyond = torch.full_like(times, math.copysign(math.inf, nodes[-1] - nodes[0]))
+        later, earlier = torch.nextafter(times, beyond), torch.nextafter(times, -beyond)
+        times = torch.where(torch.from_numpy(c == 0), later, torch.where(torch.from_numpy(c == 1), earlier, times))
     return times
 
 
@@ -71,7 +72,7 @@ class FixedSolver:
         )
         nodes, t, stages, fsal = self.nodes, problem.t, self.tableau.stages, self.tableau.fsal and not self.perturb
         dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=problem.device)
-        times = torch.from_numpy(stage_times(nodes, self.tableau, problem.real, self.perturb)).to(problem.device)
+        times = stage_times(nodes, self.tableau, problem.real, self.perturb).to(problem.device)
         ys = [leaf.new_empty(len(t), *leaf.shape) for leaf in stepper.y0[: stepper.n]]
         for out, leaf in zip(ys, stepper.y0, strict=False):
             out[0] = leaf

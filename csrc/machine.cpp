@@ -1,0 +1,74 @@
+#include "machine.h"
+
+#include <unistd.h>
+
+#include <stdexcept>
+
+namespace odenet {
+
+namespace {
+
+Level best() {
+  return machine_levels().back();
+}
+
+Level& chosen() {
+  static Level value = best();
+  return value;
+}
+
+}  // namespace
+
+const char* name_of(Level level) {
+  switch (level) {
+    case Level::avx512:
+      return "avx512";
+    case Level::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+std::vector<Level> machine_levels() {
+  std::vector<Level> levels{Level::baseline};
+#ifdef ODENET_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2")) return levels;
+  levels.push_back(Level::avx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    levels.push_back(Level::avx512);
+  }
+#endif
+  return levels;
+}
+
+Level level() {
+  return chosen();
+}
+
+void choose_level(const std::string& name) {
+  std::string known;
+  for (const Level level : machine_levels()) {
+    if (name == name_of(level)) {
+      chosen() = level;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(name_of(level));
+  }
+  throw std::invalid_argument("ODENET_CPU must be an instruction set of this machine, " + known + ", got " + name);
+}
+
+int64_t last_level_cache() {
+  static const int64_t size = [] {
+    int64_t found = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t{32} << 20;
+  }();
+  return size;
+}
+
+}  // namespace odenet
