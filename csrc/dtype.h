@@ -29,16 +29,14 @@ void visit_type(DType type, const Visit& visit) {
   }
 }
 
-// Calls visit(T{}, parts) with the real type and how many of it make one element: 2 of a complex type.
+// The real type of the same precision: that of the parts of a complex number, or T itself.
+template <class T>
+using RealPart = std::conditional_t<std::is_same_v<T, Accumulate<T>>, Real<T>, T>;
+
+// Calls visit(RealPart{}, parts) with how many of it make one element: 2 of a complex type.
 template <class Visit>
 void visit_real(DType type, const Visit& visit) {
-  visit_type(type, [&]<class T>(T) {
-    if constexpr (std::is_same_v<T, Accumulate<T>>) {
-      visit(Real<T>{}, static_cast<int>(sizeof(T) / sizeof(Real<T>)));
-    } else {
-      visit(T{}, 1);
-    }
-  });
+  visit_type(type, [&]<class T>(T) { visit(RealPart<T>{}, static_cast<int>(sizeof(T) / sizeof(RealPart<T>))); });
 }
 
 }  // namespace odenet

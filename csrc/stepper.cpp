@@ -186,15 +186,12 @@ void Stepper::error_and_step_size(const Addresses& k) {
     return;
   }
   leaves.each([&]<class T>(const Error<T>* args, int count) {
-    visit_real(dtype(0), [&]<class R>(R, int) {
-      on_device(
-          setup_.device, [] {},
-          [&](cuda::Stream stream) {
-            return cuda::error_and_step_size(args, count, pointer<double>(workspace_) + 1,
-                                             pointer<unsigned>(workspace_), step_size_args(), pointer<R>(times_),
-                                             stream);
-          });
-    });
+    on_device(
+        setup_.device, [] {},
+        [&](cuda::Stream stream) {
+          return cuda::error_and_step_size(args, count, pointer<double>(workspace_) + 1, pointer<unsigned>(workspace_),
+                                           step_size_args(), pointer<RealPart<T>>(times_), stream);
+        });
   });
 }
 

@@ -16,7 +16,17 @@ from odenet_cuda import formulas, methods, ops
 from odenet_cuda.ops import FIELDS, MAX_DEGREE, MAX_STAGES, NUM_FIELDS, STATUS, STOPS
 from odenet_cuda.step_control import StepControl, initial_state
 
-EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
+# Of the type in which sums are formed.
+EPS = {
+    torch.float32: 2.0**-23,
+    torch.float64: 2.0**-52,
+    torch.float16: 2.0**-23,
+    torch.bfloat16: 2.0**-23,
+    torch.complex64: 2.0**-23,
+    torch.complex128: 2.0**-52,
+}
+# What rounding a result to 16 bits changes at most: relative, and absolute where it is subnormal.
+SHORT = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}
 # Roundings of one element beside one a slope: the weight twice, the base, the result, and the reference's own.
 ROUNDINGS = 6
 # Squares are summed in the state's type in runs of at most 256 elements, then in float64; each square is rounded thrice.
@@ -25,7 +35,8 @@ SUM_ROUNDINGS = 260
 CONTROLLER_RTOL = 1e-13
 SENTINEL = -12345.0
 
-DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in EPS]
+REALS = [param for param in DTYPES if not param.values[0].is_complex]
 ABOVE_GRAIN = 200_003  # elements: more than one thread's share on the CPU, more than one block, and odd
 SHAPES = [
     pytest.param((), 1, id="0-dimensional"),
@@ -51,6 +62,12 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(params=REALS)
+def real(request) -> torch.dtype:
+    """The types of stage times."""
+    return request.param
+
+
 class Numbers:
     """Random tensors that depend on the seed alone, not on the device."""
 
@@ -59,7 +76,8 @@ class Numbers:
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
         def draw(*size: int) -> Tensor:
-            return torch.randn(size, generator=self.generator, dtype=torch.float64).to(dtype).to(self.device)
+            drawn = torch.complex128 if dtype.is_complex else torch.float64
+            return torch.randn(size, generator=self.generator, dtype=drawn).to(dtype).to(self.device)
 
         if layout == "transposed":
             return draw(*reversed(shape)).permute(*reversed(range(len(shape))))
@@ -80,19 +98,27 @@ def per_row(values: Tensor, leaf: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (leaf.dim() - 1)) if values.numel() != 1 else values.reshape(())
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float64 or complex128."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
 def assert_within(got: Tensor, exact: Tensor, bound: Tensor) -> None:
-    """Every element of got is within the bound of exact, which are float64."""
+    """Every element of got is within the bound of exact, which are wide; a result of 16 bits is rounded once more."""
     assert got.shape == exact.shape
-    excess = (got.double() - exact).abs() - bound
+    if got.dtype in SHORT:
+        relative, absolute = SHORT[got.dtype]
+        bound = bound * (1 + relative) + exact.abs() * relative + absolute
+    excess = (wide(got) - exact).abs() - bound
     assert bool((excess <= 0).all()), f"beyond the bound by {float(excess.max()):.3e}"
 
 
 def check_stage(y: Tensor, y0: Tensor | None, k: list[Tensor], a: list[float], dt: Tensor, dtype: torch.dtype) -> None:
     """y against the formula in float64, within the roundings of its terms."""
-    slopes, factor = [slope.double() for slope in k], per_row(dt, y)
-    base = None if y0 is None else y0.double()
-    exact = formulas.stage(base, slopes, a, factor) if slopes or base is not None else torch.zeros_like(y).double()
-    size = torch.zeros_like(exact) if base is None else base.abs()
+    slopes, factor = [wide(slope) for slope in k], per_row(dt, y)
+    base = None if y0 is None else wide(y0)
+    exact = formulas.stage(base, slopes, a, factor) if slopes or base is not None else wide(torch.zeros_like(y))
+    size = torch.zeros_like(exact.abs()) if base is None else base.abs()
     for weight, slope in zip(a, slopes, strict=True):
         size = size + abs(weight) * slope.abs() * factor.abs()
     assert_within(y, exact, size * (ROUNDINGS + len(a)) * EPS[dtype])
@@ -110,8 +136,8 @@ def check_error(
     """ratio against the formula in float64, within the roundings of its terms and its sum."""
     rows, exact, bound = dt.numel(), torch.zeros_like(ratio), torch.zeros_like(ratio)
     for (y0, y1, k), r, a in zip(leaves, rtol, atol, strict=True):
-        slopes, factor = [slope.double() for slope in k], per_row(dt, y0)
-        y0, y1 = y0.double(), y1.double()
+        slopes, factor = [wide(slope) for slope in k], per_row(dt, y0)
+        y0, y1 = wide(y0), wide(y1)
         scaled = formulas.scaled_error(y0, y1, slopes, e, factor, r, a)
         size = formulas.scaled_error(y0, y1, [x.abs() for x in slopes], [abs(w) for w in e], factor.abs(), r, a)
         norm, sizes = formulas.rms_norm(scaled, rows), formulas.rms_norm(size, rows)
@@ -168,7 +194,7 @@ def test_stage_reads_strided(device, dtype, layout, rows):
 def test_stage_several_leaves(device, rows):
     """Leaves of different shapes and types in one call, slopes leaf-major with a slot to spare."""
     numbers, dt, a = Numbers(device), Numbers(device, 1).rows(rows), coefficients(2)
-    kinds = [((4, 3), torch.float32), ((4,), torch.float64), ((4, 2, 5), torch.float32)]
+    kinds = [(shape, dtype) for dtype in EPS for shape in ((4, 3), (4,))]
     y = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds]
     y0 = [numbers.tensor(shape, dtype) for shape, dtype in kinds]
     k = [numbers.tensor(shape, dtype) for shape, dtype in kinds for _ in range(3)]
@@ -210,7 +236,7 @@ def leaves(draw) -> tuple[tuple[int, ...], int, int, int, torch.dtype]:
     """A shape, rows that fit it, a number of slopes, a seed and a type."""
     shape = tuple(draw(st.lists(st.integers(0, 9), min_size=0, max_size=4)))
     rows = shape[0] if shape and draw(st.booleans()) else 1
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    dtype = draw(st.sampled_from(list(EPS)))
     return shape, rows, draw(st.integers(1, MAX_STAGES)), draw(st.integers(0, 2**32 - 1)), dtype
 
 
@@ -526,19 +552,22 @@ class Row(dict):
 
     def times(self, c: list[float], dtype: torch.dtype) -> list[float]:
         """The stage times of the step planned; beside a jump they lie on the side of the step."""
-        real = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+
+        def real(time: float) -> Tensor:
+            return torch.tensor(time, dtype=torch.float64).to(dtype)
+
         away = real(self.direction * math.inf)
         times = []
         for node in c:
             if node == 0:
                 time = real(self["time"])
-                times.append(np.nextafter(time, away) if self["jumped"] else time)
+                times.append(torch.nextafter(time, away) if self["jumped"] else time)
             elif node == 1:
                 time = real(self["step_end"])
                 stop = int(self["next_stop"])
                 jump = self["status"] == STATUS["running"] and self["step_end"] == self.stops[stop]
                 jump = jump and self.kinds[stop] == STOPS["jump"]
-                times.append(np.nextafter(time, -away) if jump else time)
+                times.append(torch.nextafter(time, -away) if jump else time)
             else:
                 times.append(real(self["time"] + node * self["dt"]))
         return [float(time) for time in times]
@@ -633,11 +662,11 @@ STOP_TABLES = [
 @pytest.mark.parametrize("stops", STOP_TABLES)
 @pytest.mark.parametrize("direction", [1.0, -1.0], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("rows", [1, 7], ids=["joint", "rows"])
-def test_step_size_follows_the_reference(device, dtype, control, stops, direction, rows):
+def test_step_size_follows_the_reference(device, real, control, stops, direction, rows):
     """Forty steps with ratios that are small, large, 0, 1 and not finite: the state is the reference's after each."""
     t = tuple(direction * time for time in (0.0, 0.5, 0.6, 0.6001, 1.0, 3.0))
     stops = tuple((direction * time, kind) for time, kind in stops)
-    solve = Solve(rows, device, control=control, t=t, stops=stops, dtype=dtype)
+    solve = Solve(rows, device, control=control, t=t, stops=stops, dtype=real)
     solve.start(0.1)
     random = np.random.default_rng(0)
     special = [0.0, 1.0, 1e-12, 1e12, math.inf, math.nan, math.nextafter(1, 2)]
@@ -770,10 +799,10 @@ NORMS = [
 @pytest.mark.parametrize("direction", [1.0, -1.0], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("order", [2, 5, 8])
 @pytest.mark.parametrize("phase", [0, 1], ids=["phase-0", "phase-1"])
-def test_first_step_follows_the_reference(device, dtype, direction, order, phase):
+def test_first_step_follows_the_reference(device, real, direction, order, phase):
     """The small step of phase 0 and the first step of phase 1 for norms of all sizes, one a row."""
     t = (0.0, direction * 0.5, direction * 3.0)
-    solve = Solve(len(NORMS), device, order=order, t=t, dtype=dtype)
+    solve = Solve(len(NORMS), device, order=order, t=t, dtype=real)
     norms = [param.values[0] for param in NORMS]
     expected = solve.reference()
     for row, values in zip(expected, norms, strict=True):
@@ -832,10 +861,10 @@ def accepted_step(rows: int, device: torch.device, begin: int = 1, end: int = 3)
 
 def check_dense(out: Tensor, tableau, y0: Tensor, k: list[Tensor], theta: float, dtype: torch.dtype) -> None:
     """One output against the formula in float64, within the roundings of its terms."""
-    dt, slopes = TIME - LAST_TIME, [slope.double() for slope in k]
-    exact = formulas.dense_output(tableau, y0.double(), slopes, theta, dt)
+    dt, slopes = TIME - LAST_TIME, [wide(slope) for slope in k]
+    exact = formulas.dense_output(tableau, wide(y0), slopes, theta, dt)
     weights = formulas.interpolant_weights(tableau, theta)
-    size = sum((abs(dt * w) * slope.abs() for w, slope in zip(weights, slopes, strict=True)), y0.double().abs())
+    size = sum((abs(dt * w) * slope.abs() for w, slope in zip(weights, slopes, strict=True)), wide(y0).abs())
     assert_within(out, exact, size * (ROUNDINGS + tableau.stages) * EPS[dtype])
 
 
@@ -892,7 +921,7 @@ def test_dense_output_reads_strided(device, dtype, layout):
 
 def test_dense_output_several_leaves(device):
     """Leaves of different shapes and types, slopes with a slot to spare, the greatest degree and the most stages."""
-    numbers, kinds = Numbers(device), [((4, 3), torch.float32), ((4,), torch.float64)]
+    numbers, kinds = Numbers(device), [(shape, dtype) for dtype in EPS for shape in ((4, 3), (4,))]
     p = [[(-1.0) ** (j + d) / (j + d + 1) for d in range(MAX_DEGREE)] for j in range(MAX_STAGES)]
     tableau = type("Interpolant", (), {"p": p, "stages": MAX_STAGES})
     ys = [torch.empty(1, *shape, dtype=dtype, device=device) for shape, dtype in kinds]
@@ -930,7 +959,7 @@ def test_advance(device, dtype, shape, rows, layout):
 
 def test_advance_several_leaves(device):
     """Leaves of different shapes and types in one call."""
-    numbers, kinds = Numbers(device), [((4, 3), torch.float32), ((4,), torch.float64)]
+    numbers, kinds = Numbers(device), [(shape, dtype) for dtype in EPS for shape in ((4, 3), (4,))]
     y0, k0, y1, k1 = ([numbers.tensor(shape, dtype) for shape, dtype in kinds] for _ in range(4))
     accept = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
     pairs = zip([*y0, *k0], [*y1, *k1], strict=True)
@@ -982,7 +1011,7 @@ def make_call(name: str, device: torch.device, dtype: torch.dtype = torch.float3
     if name == "advance":
         accept = torch.ones(rows, dtype=torch.float64, device=device)
         return Call(name, [leaves(), leaves(), leaves(), leaves(), accept], (0, 1))
-    solve = Solve(rows, device, dtype=dtype)
+    solve = Solve(rows, device, dtype=dtype.to_real())
     tables = [solve.stops, solve.outputs, list(Solve.NODES), solve.constants]
     if name == "first_step":
         norms = torch.ones(3, rows, dtype=torch.float64, device=device)
@@ -1108,8 +1137,8 @@ def replaced(name: str, index: int, value: object, part: int | None = None) -> C
     return make
 
 
-def half(x: Tensor) -> Tensor:
-    return x.half()
+def whole(x: Tensor) -> Tensor:
+    return x.int()
 
 
 def longer(x: Tensor) -> Tensor:
@@ -1135,7 +1164,11 @@ def too_many(_: list) -> list[float]:
 
 WRONG = [
     # the call, and what the message must say
-    pytest.param(replaced("stage", 0, half, 0), r"y\[0\] must be float32 or float64, got Half", id="stage-y-dtype"),
+    pytest.param(
+        replaced("stage", 0, whole, 0),
+        r"y\[0\] must be of a floating or complex type of 16 to 128 bits, got Int",
+        id="stage-y-dtype",
+    ),
     pytest.param(replaced("stage", 0, spread, 0), r"y\[0\] is written and must be contiguous", id="stage-y-not-contiguous"),
     pytest.param(
         replaced("stage", 0, longer, 0), r"y\[0\] must have 3 samples on axis 0, got shape \[4, 2\]", id="stage-y-samples"
@@ -1161,7 +1194,11 @@ WRONG = [
     pytest.param(replaced("error", 0, single), r"ratio must be float64", id="error-ratio-dtype"),
     pytest.param(replaced("error", 0, longer), r"ratio must have 3 elements, got 4", id="error-ratio-size"),
     pytest.param(replaced("error", 0, spread), r"ratio must be contiguous", id="error-ratio-not-contiguous"),
-    pytest.param(replaced("error", 1, half, 0), r"y0\[0\] must be float32 or float64, got Half", id="error-y0-dtype"),
+    pytest.param(
+        replaced("error", 1, whole, 0),
+        r"y0\[0\] must be of a floating or complex type of 16 to 128 bits, got Int",
+        id="error-y0-dtype",
+    ),
     pytest.param(
         replaced("error", 1, longer, 0), r"y0\[0\] must have 3 samples on axis 0, got shape \[4, 2\]", id="error-y0-samples"
     ),
@@ -1182,7 +1219,17 @@ WRONG = [
     pytest.param(replaced("step_size", 0, single), r"state must be float64", id="step-size-state-dtype"),
     pytest.param(replaced("step_size", 0, spread), r"state must be contiguous", id="step-size-state-not-contiguous"),
     pytest.param(replaced("step_size", 1, longer), r"times must have shape \[5, 3\], got \[6, 3\]", id="step-size-times-shape"),
-    pytest.param(replaced("step_size", 1, half), r"times must be float32 or float64", id="step-size-times-dtype"),
+    pytest.param(
+        replaced("step_size", 1, whole),
+        r"times.* must be of a floating or complex type of 16 to 128 bits, got Int",
+        id="step-size-times-dtype",
+    ),
+    pytest.param(
+        replaced("step_size", 1, lambda x: x + 0j), r"times must be real, got ComplexFloat", id="step-size-complex-times"
+    ),
+    pytest.param(
+        replaced("first_step", 1, lambda x: x + 0j), r"times must be real, got ComplexFloat", id="first-step-complex-times"
+    ),
     pytest.param(
         replaced("step_size", 1, spread), r"times.* is written and must be contiguous", id="step-size-times-not-contiguous"
     ),
@@ -1217,7 +1264,9 @@ WRONG = [
         id="dense-output-ys-not-contiguous",
     ),
     pytest.param(
-        replaced("dense_output", 1, half, 0), r"y0\[0\] must be float32 or float64, got Half", id="dense-output-y0-dtype"
+        replaced("dense_output", 1, whole, 0),
+        r"y0\[0\] must be of a floating or complex type of 16 to 128 bits, got Int",
+        id="dense-output-y0-dtype",
     ),
     pytest.param(replaced("dense_output", 1, shorter), r"y0 must hold one tensor a leaf, 2, got 1", id="dense-output-y0-count"),
     pytest.param(
@@ -1245,7 +1294,11 @@ WRONG = [
     ),
     pytest.param(replaced("dense_output", 6, longer), r"state must have 54 elements, got 57", id="dense-output-state-size"),
     pytest.param(replaced("dense_output", 7, single), r"t must be float64", id="dense-output-t-dtype"),
-    pytest.param(replaced("advance", 0, half, 0), r"y0\[0\] must be float32 or float64, got Half", id="advance-y0-dtype"),
+    pytest.param(
+        replaced("advance", 0, whole, 0),
+        r"y0\[0\] must be of a floating or complex type of 16 to 128 bits, got Int",
+        id="advance-y0-dtype",
+    ),
     pytest.param(
         replaced("advance", 0, spread, 0), r"y0\[0\] is written and must be contiguous", id="advance-y0-not-contiguous"
     ),

@@ -30,12 +30,10 @@ ODENET_HD R larger(R x, R y) {
 
 // |err_i|^2 of one element; sum: dt * sum_j e[j] k[j][i].
 template <class T>
-ODENET_HD Real<T> error_element(const Error<T>& s, Accumulate<T> sum, int64_t i) {
-  using A = Accumulate<T>;
-  const Real<T> size = larger(magnitude(static_cast<A>(s.y0[i])), magnitude(static_cast<A>(s.y1[i])));
-  const Real<T> scale = static_cast<Real<T>>(s.atol) + static_cast<Real<T>>(s.rtol) * size;
+ODENET_HD Real<T> error_square(Accumulate<T> y0, Accumulate<T> y1, Accumulate<T> sum, Real<T> rtol, Real<T> atol) {
+  const Real<T> size = larger(magnitude(y0), magnitude(y1));
   // size - size: 0; but not a number where the state is infinite, whose scale would hide any error
-  return squared(divide(sum, scale)) + (size - size);
+  return squared(divide(sum, atol + rtol * size)) + (size - size);
 }
 
 // Folds the sum of squares of one leaf's row into the ratio so far; `first` starts the maximum.

@@ -14,7 +14,11 @@
 // The instruction set that a file is compiled for. The functions of core/ lie in a namespace of that name, so that the
 // linker never takes one compiled for a newer machine for another of the same name.
 #ifndef ODENET_LEVEL
+#if defined(__CUDACC__)
+#define ODENET_LEVEL cuda_level
+#else
 #define ODENET_LEVEL baseline
+#endif
 #endif
 
 namespace odenet {

@@ -50,12 +50,16 @@ struct Weights {
   Real<T> of[S == kAnyStages ? kMaxStages : S > 0 ? S : 1];
 };
 
-// dt * coefficient of each slope, formed in double and rounded once to the type that multiplies.
+// dt * coefficient of one slope, and of each, formed in double and rounded once to the type that multiplies.
+template <class T>
+ODENET_HD Real<T> scaled_weight(double coefficient, double dt) {
+  return static_cast<Real<T>>(coefficient * dt);
+}
 template <class T, int S>
 ODENET_HD Weights<T, S> scaled_weights(const double* coefficients, int stages, double dt) {
   Weights<T, S> w{};
   const int count = S == kAnyStages ? stages : S;
-  for (int j = 0; j < count; ++j) w.of[j] = static_cast<Real<T>>(coefficients[j] * dt);
+  for (int j = 0; j < count; ++j) w.of[j] = scaled_weight<T>(coefficients[j], dt);
   return w;
 }
 

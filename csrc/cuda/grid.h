@@ -1,7 +1,5 @@
-// How elements are visited on CUDA, and how a launch reports.
+// How elements are visited on CUDA: the leaves of one launch, 16 bytes at a time, and how a launch reports.
 #pragma once
-
-#include <algorithm>
 
 #include "../launch.h"
 
@@ -11,7 +9,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 132 * 16;  // enough waves to fill the largest GPU; larger sizes loop
 
 inline unsigned blocks_for(int64_t size) {
-  return static_cast<unsigned>(std::clamp<int64_t>((size + kThreads - 1) / kThreads, 1, kMaxBlocks));
+  const int64_t blocks = (size + kThreads - 1) / kThreads;
+  return static_cast<unsigned>(blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks);
 }
 
 inline cudaStream_t native(Stream stream) {
@@ -24,9 +23,108 @@ inline const char* launch_error() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// A grid-stride loop over all elements of a leaf.
-#define ODENET_GRID_STRIDE(i, size)                                                         \
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < (size); \
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x)
+// The leaves of one launch, each with blocks of its own. They travel as kernel parameters, of which there may be 4 KiB.
+template <class Args>
+struct Batch {
+  static constexpr int kCapacity = (4096 - 640) / (sizeof(Args) + sizeof(unsigned));
+  static_assert(kCapacity >= 1);
+  Args leaf[kCapacity];
+  unsigned end[kCapacity];  // the block after the last of each leaf
+  int count = 0;
+
+  __host__ void add(const Args& args, unsigned blocks) {
+    leaf[count] = args;
+    end[count] = (count ? end[count - 1] : 0) + blocks;
+    ++count;
+  }
+  __host__ unsigned blocks() const { return end[count - 1]; }
+
+  // The leaf of this block; block and blocks: the number of this block among those of the leaf.
+  __device__ const Args& mine(unsigned& block, unsigned& blocks) const {
+    int i = 0;
+    while (blockIdx.x >= end[i]) ++i;
+    const unsigned begin = i ? end[i - 1] : 0;
+    block = blockIdx.x - begin;
+    blocks = end[i] - begin;
+    return leaf[i];
+  }
+};
+
+// V neighbouring elements, read and written as one.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T of[V];
+};
+
+template <int V, class T>
+__device__ Pack<T, V> load(const T* from, int64_t i) {
+  return *reinterpret_cast<const Pack<T, V>*>(from + i);
+}
+
+template <class T, int V>
+__device__ void store(T* to, int64_t i, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(to + i) = pack;
+}
+
+template <class T>
+constexpr int kPack = 16 / sizeof(T) > 0 ? 16 / sizeof(T) : 1;  // elements in 16 bytes
+
+inline bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// Whether packs of V fit: no pack may lie in two rows.
+template <class T>
+bool packs_fit(int64_t rows, int64_t columns) {
+  return rows == 1 || columns % kPack<T> == 0;
+}
+
+// Calls visit(i, Width<V>) for the packs of this thread, then visit(i, Width<1>) for an element after the last pack.
+template <int V>
+struct Width {
+  static constexpr int value = V;
+};
+template <int V, class Visit>
+__device__ void visit_packs(int64_t size, unsigned block, unsigned blocks, const Visit& visit) {
+  const int64_t thread = static_cast<int64_t>(block) * kThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(blocks) * kThreads;
+  const int64_t packs = size / V;
+  for (int64_t i = thread; i < packs; i += threads) visit(i * V, Width<V>{});
+  if constexpr (V > 1) {
+    if (thread < size - packs * V) visit(packs * V + thread, Width<1>{});
+  }
+}
+
+// sum[n] = dt sum_j coefficients[j] k[j][i + n]
+template <int S, class T, int N>
+__device__ void sum_slopes(Accumulate<T> (&sum)[N], const T* const* k, const double* coefficients, int stages,
+                           double dt, const Weights<T, S>& w, int64_t i) {
+  for (int n = 0; n < N; ++n) sum[n] = {};
+  if constexpr (S == kAnyStages) {  // weights kept for a loop of unknown length would lie in memory
+#pragma unroll 4
+    for (int j = 0; j < stages; ++j) {
+      const Pack<T, N> slope = load<N>(k[j], i);
+      const Real<T> weight = scaled_weight<T>(coefficients[j], dt);
+      for (int n = 0; n < N; ++n) sum[n] += weight * static_cast<Accumulate<T>>(slope.of[n]);
+    }
+  } else if constexpr (S > 0) {
+    Pack<T, N> slope[S];  // all are on their way before the first is used
+#pragma unroll
+    for (int j = 0; j < S; ++j) slope[j] = load<N>(k[j], i);
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      for (int n = 0; n < N; ++n) sum[n] += w.of[j] * static_cast<Accumulate<T>>(slope[j].of[n]);
+    }
+  }
+}
+
+// The row of element i. 64-bit divisions are slow, and seldom needed.
+__device__ inline int64_t row_of(int64_t i, int64_t rows, int64_t columns) {
+  if (rows == 1) return 0;
+  if (i < (int64_t{1} << 32) && columns < (int64_t{1} << 32)) {
+    return static_cast<uint32_t>(i) / static_cast<uint32_t>(columns);
+  }
+  return i / columns;
+}
 
 }  // namespace odenet::cuda

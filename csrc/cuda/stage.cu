@@ -4,29 +4,72 @@ namespace odenet::cuda {
 
 namespace {
 
-template <class T, int S>
-__global__ void stage_kernel(const Stage<T> s) {
-  Real<T> w[S > 0 ? S : 1];
+template <class T, int S, int V>
+__global__ void __launch_bounds__(kThreads) stage_kernel(const __grid_constant__ Batch<Stage<T>> batch) {
+  unsigned block, blocks;
+  const Stage<T>& s = batch.mine(block, blocks);
+  Weights<T, S> w;
+  double dt = 0;
   int64_t row = -1;
-  ODENET_GRID_STRIDE(i, s.rows * s.columns) {
-    const int64_t next = s.rows == 1 ? 0 : i / s.columns;
-    if (next != row) stage_weights<S>(s, row = next, w);
-    s.y[i] = stage_element<S>(s, w, i);
-  }
+  visit_packs<V>(s.rows * s.columns, block, blocks, [&]<int N>(int64_t i, Width<N>) {
+    const int64_t next = row_of(i, s.rows, s.columns);
+    if (next != row) {
+      row = next;
+      dt = s.dt[row];
+      if constexpr (S != kAnyStages) w = scaled_weights<T, S>(s.a, s.stages, dt);
+    }
+    Accumulate<T> sum[N];
+    sum_slopes<S>(sum, s.k, s.a, s.stages, dt, w, i);
+    Pack<T, N> y;
+    if (s.y0) {
+      y = load<N>(s.y0, i);
+      for (int n = 0; n < N; ++n) y.of[n] = static_cast<T>(static_cast<Accumulate<T>>(y.of[n]) + sum[n]);
+    } else {
+      for (int n = 0; n < N; ++n) y.of[n] = static_cast<T>(sum[n]);
+    }
+    store(s.y, i, y);
+  });
+}
+
+template <class T>
+bool all_in_packs(const Stage<T>& s) {
+  bool fit = packs_fit<T>(s.rows, s.columns) && aligned(s.y) && aligned(s.y0);
+  for (int j = 0; j < s.stages; ++j) fit = fit && aligned(s.k[j]);
+  return fit;
+}
+
+template <class T, int V>
+const char* launch(const Batch<Stage<T>>& batch, Stream stream) {
+  dispatch_stages(batch.leaf[0].stages, [&]<int S>() {
+    stage_kernel<T, S, V><<<batch.blocks(), kThreads, 0, native(stream)>>>(batch);
+  });
+  return launch_error();
 }
 
 }  // namespace
 
 template <class T>
-const char* stage(const Stage<T>& args, Stream stream) {
-  const int64_t size = args.rows * args.columns;
-  if (size == 0) return nullptr;
-  dispatch_stages(args.stages,
-                  [&]<int S>() { stage_kernel<T, S><<<blocks_for(size), kThreads, 0, native(stream)>>>(args); });
-  return launch_error();
+const char* stage(const Stage<T>* leaves, int count, Stream stream) {
+  int i = 0;
+  while (i < count) {
+    Batch<Stage<T>> batch;
+    bool fit = true;
+    for (; i < count && batch.count < batch.kCapacity; ++i) {
+      const int64_t size = leaves[i].rows * leaves[i].columns;
+      if (size == 0) continue;
+      fit = fit && all_in_packs(leaves[i]);
+      batch.add(leaves[i], blocks_for((size + kPack<T> - 1) / kPack<T>));
+    }
+    if (batch.count == 0) continue;
+    const char* words = fit ? launch<T, kPack<T>>(batch, stream) : launch<T, 1>(batch, stream);
+    if (words) return words;
+  }
+  return nullptr;
 }
 
-template const char* stage(const Stage<float>&, Stream);
-template const char* stage(const Stage<double>&, Stream);
+template const char* stage(const Stage<float>*, int, Stream);
+template const char* stage(const Stage<double>*, int, Stream);
+template const char* stage(const Stage<Half>*, int, Stream);
+template const char* stage(const Stage<BFloat16>*, int, Stream);
 
 }  // namespace odenet::cuda

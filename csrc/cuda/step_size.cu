@@ -1,4 +1,4 @@
-#include "grid.h"
+#include "control.h"
 
 namespace odenet::cuda {
 
@@ -6,18 +6,18 @@ namespace {
 
 template <class R>
 __global__ void step_size_kernel(const StepSize s, R* times) {
-  ODENET_GRID_STRIDE(row, s.rows) {
+  visit_packs<1>(s.rows, blockIdx.x, gridDim.x, [&](int64_t row, Width<1>) {
     step_size_row(s, row);
-    for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, row, i);
-  }
+    write_times(s, row, times);
+  });
 }
 
 template <class R>
 __global__ void first_step_kernel(const StepSize s, const FirstStep first, R* times) {
-  ODENET_GRID_STRIDE(row, s.rows) {
+  visit_packs<1>(s.rows, blockIdx.x, gridDim.x, [&](int64_t row, Width<1>) {
     first_step_row(s, row, first.norms, first.size, first.phase);
-    for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, row, i);
-  }
+    write_times(s, row, times);
+  });
 }
 
 }  // namespace
@@ -38,8 +38,12 @@ const char* first_step(const StepSize& args, const FirstStep& first, R* times, S
 
 template const char* step_size(const StepSize&, float*, Stream);
 template const char* step_size(const StepSize&, double*, Stream);
+template const char* step_size(const StepSize&, Half*, Stream);
+template const char* step_size(const StepSize&, BFloat16*, Stream);
 template const char* first_step(const StepSize&, const FirstStep&, float*, Stream);
 template const char* first_step(const StepSize&, const FirstStep&, double*, Stream);
+template const char* first_step(const StepSize&, const FirstStep&, Half*, Stream);
+template const char* first_step(const StepSize&, const FirstStep&, BFloat16*, Stream);
 
 const char* architectures() {
   return ODENET_ARCHITECTURES;

@@ -1,0 +1,50 @@
+"""Compiles native/threads.cpp with the CPU kernels into a program without Python and torch, with the flags of setup.py."""
+
+import os
+import runpy
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-std=c++20", "-DNDEBUG", "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+# The program says itself how large the caches are.
+OWN_CACHE = "-Dlast_level_cache=machine_last_level_cache"
+
+
+def setup_py() -> dict[str, Any]:
+    """The names that setup.py defines, without building anything."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def compile_threads(folder: Path, flags: list[str], levels: dict[str, list[str]]) -> Path:
+    """The program, compiled into a folder. levels: the flags of each instruction set of the kernels, as in setup.py."""
+    compiler = setup_py()["find_compiler"]()
+    if len(levels) > 1:
+        flags = [*flags, "-DODENET_X86"]
+    units = {"threads": [str(ROOT / "tests" / "native" / "threads.cpp")]}
+    units["machine"] = [OWN_CACHE, str(ROOT / "csrc" / "machine.cpp")]
+    for level, own in levels.items():
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            units[f"{level}_{source.stem}"] = [f"-DODENET_LEVEL={level}", *own, str(source)]
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = {name: str(folder / f"{name}.o") for name in units}
+
+    def compile_unit(name: str) -> None:
+        run_compiler(compiler, *FLAGS, *flags, "-c", *units[name], "-o", objects[name])
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        list(pool.map(compile_unit, units))
+    program = folder / "threads"
+    run_compiler(compiler, *flags, *objects.values(), "-pthread", "-o", str(program))
+    return program
+
+
+def run_compiler(*command: str) -> None:
+    """Runs it; a warning is an error too."""
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    if compiled.returncode != 0 or "warning:" in compiled.stderr:
+        raise RuntimeError(f"{' '.join(command)}\n{compiled.stderr[-4000:]}")
