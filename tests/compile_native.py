@@ -1,4 +1,4 @@
-"""Compiles native/threads.cpp with the CPU kernels into a program without Python and torch, with the flags of setup.py."""
+"""Compiles the programs of native/, which test the kernels without Python and torch, with the flags of setup.py."""
 
 import os
 import runpy
@@ -21,24 +21,43 @@ def setup_py() -> dict[str, Any]:
 
 
 def compile_threads(folder: Path, flags: list[str], levels: dict[str, list[str]]) -> Path:
-    """The program, compiled into a folder. levels: the flags of each instruction set of the kernels, as in setup.py."""
-    compiler = setup_py()["find_compiler"]()
+    """The CPU kernels in threads. levels: the flags of each instruction set of the kernels, as in setup.py."""
     if len(levels) > 1:
         flags = [*flags, "-DODENET_X86"]
     units = {"threads": [str(ROOT / "tests" / "native" / "threads.cpp")]}
     units["machine"] = [OWN_CACHE, str(ROOT / "csrc" / "machine.cpp")]
     for level, own in levels.items():
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            units[f"{level}_{source.stem}"] = [f"-DODENET_LEVEL={level}", *own, str(source)]
-    folder.mkdir(parents=True, exist_ok=True)
-    objects = {name: str(folder / f"{name}.o") for name in units}
+        units |= cpu_units(level, own)
+    return compile_program(folder / "threads", flags, units)
+
+
+def compile_emulation(folder: Path, flags: list[str]) -> Path:
+    """The CUDA kernels, blocks of 8 threads of the CPU, beside the CPU kernels."""
+    native = ROOT / "tests" / "native"
+    emulated = ["-DODENET_THREADS=8", '-DODENET_ARCHITECTURES="none"', "-Wno-unknown-pragmas"]
+    emulated += ["-include", str(native / "emulation.h"), "-x", "c++"]
+    units = {"kernels": [str(native / "cuda_kernels.cpp")], **cpu_units("baseline", [])}
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        units[f"cuda_{source.stem}"] = [*emulated, str(source)]
+    return compile_program(folder / "emulation", flags, units)
+
+
+def cpu_units(level: str, flags: list[str]) -> dict[str, list[str]]:
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    return {f"{level}_{source.stem}": [f"-DODENET_LEVEL={level}", *flags, str(source)] for source in sources}
+
+
+def compile_program(program: Path, flags: list[str], units: dict[str, list[str]]) -> Path:
+    """The program, from units compiled in parallel; their objects lie beside it."""
+    compiler = setup_py()["find_compiler"]()
+    program.parent.mkdir(parents=True, exist_ok=True)
+    objects = {name: str(program.parent / f"{program.name}_{name}.o") for name in units}
 
     def compile_unit(name: str) -> None:
         run_compiler(compiler, *FLAGS, *flags, "-c", *units[name], "-o", objects[name])
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(compile_unit, units))
-    program = folder / "threads"
     run_compiler(compiler, *flags, *objects.values(), "-pthread", "-o", str(program))
     return program
 

@@ -30,12 +30,8 @@ const char* advance(const Advance<T>* leaves, int count, Stream stream) {
       batch.add(s, blocks_for((s.rows * s.columns + kPack<T> - 1) / kPack<T>));
     }
     if (batch.count == 0) continue;
-    if (fit) {
-      advance_kernel<T, kPack<T>><<<batch.blocks(), kThreads, 0, native(stream)>>>(batch);
-    } else {
-      advance_kernel<T, 1><<<batch.blocks(), kThreads, 0, native(stream)>>>(batch);
-    }
-    if (const char* words = launch_error()) return words;
+    const auto kernel = fit ? advance_kernel<T, kPack<T>> : advance_kernel<T, 1>;
+    if (const char* words = run(kernel, batch.blocks(), stream, batch)) return words;
   }
   return nullptr;
 }

@@ -18,7 +18,7 @@ __device__ double block_sum(double value) {
   sums[threadIdx.x] = value;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
   __syncthreads();
   return sums[0];
@@ -47,7 +47,7 @@ __device__ void sum_parts(const Error<T>& s, unsigned block, unsigned blocks, do
     const int64_t count = s.columns - begin < kChunk ? s.columns - begin : kChunk;
     const int64_t at = row * s.columns + begin;
     const double dt = s.dt[row];
-    Weights<T, S> w;
+    Weights<T, S> w{};
     if constexpr (S != kAnyStages) w = scaled_weights<T, S>(s.e, s.stages, dt);
     double sum = 0;
     visit_packs<V>(count, 0, 1, [&](int64_t i, auto width) { sum += static_cast<double>(squares(s, dt, w, at + i, width)); });
@@ -159,24 +159,25 @@ Batch<Error<T>> gather(const Error<T>* leaves, int count, int& i, bool& fit) {
 
 // Loops of their own for the common types only.
 template <class T, class Visit>
-void dispatch(int stages, bool fit, const Visit& visit) {
+const char* dispatch(int stages, bool fit, const Visit& visit) {
+  const auto by_width = [&]<int S>() {
+    return fit ? visit.template operator()<S, kPack<T>>() : visit.template operator()<S, 1>();
+  };
   if constexpr (std::is_same_v<T, Real<T>>) {
-    dispatch_stages(stages, [&]<int S>() { fit ? visit.template operator()<S, kPack<T>>() : visit.template operator()<S, 1>(); });
+    return dispatch_stages(stages, by_width);
   } else {
-    fit ? visit.template operator()<kAnyStages, kPack<T>>() : visit.template operator()<kAnyStages, 1>();
+    return by_width.template operator()<kAnyStages>();
   }
 }
 
 template <class T>
 const char* launch(const Batch<Error<T>>& batch, bool fit, double* ratio, bool first, double* workspace,
                    Stream stream) {
-  dispatch<T>(batch.leaf[0].stages, fit, [&]<int S, int V>() {
-    error_kernel<T, S, V><<<batch.blocks(), kThreads, 0, native(stream)>>>(batch, workspace);
+  const char* words = dispatch<T>(batch.leaf[0].stages, fit, [&]<int S, int V>() {
+    return run(error_kernel<T, S, V>, batch.blocks(), stream, batch, workspace);
   });
-  if (const char* words = launch_error()) return words;
-  const unsigned blocks = blocks_for(batch.leaf[0].rows);
-  error_fold_kernel<<<blocks, kThreads, 0, native(stream)>>>(batch, first, workspace, ratio);
-  return launch_error();
+  if (words) return words;
+  return run(error_fold_kernel<T>, blocks_for(batch.leaf[0].rows), stream, batch, first, workspace, ratio);
 }
 
 }  // namespace
@@ -213,11 +214,10 @@ const char* error_and_step_size(const Error<T>* leaves, int count, double* works
       if (const char* words = launch(batch, fit, ratio, start, workspace, stream)) return words;
       continue;
     }
-    dispatch<T>(batch.leaf[0].stages, fit, [&]<int S, int V>() {
-      error_and_step_size_kernel<T, S, V>
-          <<<batch.blocks(), kThreads, 0, native(stream)>>>(batch, start, workspace, done, args, times);
+    return dispatch<T>(batch.leaf[0].stages, fit, [&]<int S, int V>() {
+      return run(error_and_step_size_kernel<T, S, V, R>, batch.blocks(), stream, batch, start, workspace, done, args,
+                 times);
     });
-    if (const char* words = launch_error()) return words;
   }
   return nullptr;
 }

@@ -5,7 +5,10 @@
 
 namespace odenet::cuda {
 
-constexpr int kThreads = 256;
+#ifndef ODENET_THREADS
+#define ODENET_THREADS 256
+#endif
+constexpr int kThreads = ODENET_THREADS;  // of a block
 constexpr int64_t kMaxBlocks = 132 * 16;  // enough waves to fill the largest GPU; larger sizes loop
 
 inline unsigned blocks_for(int64_t size) {
@@ -13,15 +16,15 @@ inline unsigned blocks_for(int64_t size) {
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks);
 }
 
-inline cudaStream_t native(Stream stream) {
-  return static_cast<cudaStream_t>(stream);
-}
-
-// The words for what went wrong with the launch just made, or null.
-inline const char* launch_error() {
+#if defined(__CUDACC__)
+// Runs a kernel in so many blocks of kThreads. The words for what went wrong with the launch, or null.
+template <class... Parameters, class... Args>
+const char* run(void (*kernel)(Parameters...), unsigned blocks, Stream stream, const Args&... args) {
+  kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+#endif  // else tests/native/emulation.h, which has the threads of a block run on the CPU
 
 // The leaves of one launch, each with blocks of its own. They travel as kernel parameters, of which there may be 4 KiB.
 template <class Args>

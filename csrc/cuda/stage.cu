@@ -8,7 +8,7 @@ template <class T, int S, int V>
 __global__ void __launch_bounds__(kThreads) stage_kernel(const __grid_constant__ Batch<Stage<T>> batch) {
   unsigned block, blocks;
   const Stage<T>& s = batch.mine(block, blocks);
-  Weights<T, S> w;
+  Weights<T, S> w{};
   double dt = 0;
   int64_t row = -1;
   visit_packs<V>(s.rows * s.columns, block, blocks, [&]<int N>(int64_t i, Width<N>) {
@@ -40,10 +40,8 @@ bool all_in_packs(const Stage<T>& s) {
 
 template <class T, int V>
 const char* launch(const Batch<Stage<T>>& batch, Stream stream) {
-  dispatch_stages(batch.leaf[0].stages, [&]<int S>() {
-    stage_kernel<T, S, V><<<batch.blocks(), kThreads, 0, native(stream)>>>(batch);
-  });
-  return launch_error();
+  return dispatch_stages(batch.leaf[0].stages,
+                         [&]<int S>() { return run(stage_kernel<T, S, V>, batch.blocks(), stream, batch); });
 }
 
 }  // namespace

@@ -1,0 +1,22 @@
+"""The CUDA kernels compiled for the CPU, where the threads of a block are threads of the machine, against the CPU kernels."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from compile_native import ROOT, compile_emulation, setup_py
+
+
+def test_cuda_kernels_compute_what_the_cpu_kernels_do(tmp_path: Path):
+    """Leaves of many sizes in one launch, rows, packs and their rests, unaligned buffers, and the step decided in one launch."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("needs the checkout")
+    try:
+        setup_py()["find_compiler"]()
+    except SystemExit as reason:
+        pytest.skip(str(reason))
+    program = compile_emulation(tmp_path, ["-O1"])
+    finished = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    checks, failed = finished.stdout.splitlines()[-1].split(" checks, ")
+    assert int(checks) > 250 and failed == "0 failed"
