@@ -16,22 +16,35 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest
 
+# The C++ kernels under sanitizers; a few minutes. Needs g++.
+.PHONY: test-sanitize
+test-sanitize: $(SETUP)
+	$(BIN)/python tests/sanitize.py
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* tests/native/*.*)
 
 format: $(SETUP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.* tests/native/*.*)
 
 bench: $(SETUP)
-	$(BIN)/python benchmarks/bench_odeint.py
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/bench_ops.py --json build/bench/ops.json
+	$(BIN)/python benchmarks/bench_odeint.py --json build/bench/odeint.json
+	$(BIN)/python benchmarks/work_precision.py --json build/bench/precision.json --png build/bench
+	$(BIN)/python benchmarks/bench_training.py --json build/bench/training.json
 
 bench-quick: $(SETUP)
-	$(BIN)/python benchmarks/bench_odeint.py small --runs 5
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/bench_ops.py --quick --json build/bench/ops-quick.json
+	$(BIN)/python benchmarks/bench_odeint.py --quick --json build/bench/odeint-quick.json
+	$(BIN)/python benchmarks/work_precision.py --quick --json build/bench/precision-quick.json --png build/bench/quick
+	$(BIN)/python benchmarks/bench_training.py --quick --json build/bench/training-quick.json
 
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

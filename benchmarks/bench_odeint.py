@@ -1,10 +1,11 @@
 """Solver time a step and in total, forwards and backwards, beside torchdiffeq in the same run.
 
-    python benchmarks/bench_odeint.py [small] [convolution] [rows] [memory] [--json FILE] [--runs N]
+    python benchmarks/bench_odeint.py [small] [convolution] [rows] [memory] [peers] [--json FILE] [--runs N] [--quick]
 
 Solver time is the total minus what func and its vector-Jacobian products take, counted in the same run. Where torchdiffeq's
 backward pass is one walk of autograd through everything (its direct gradient), the products are measured alone and taken off.
-Each comparison is verified first: both results against a reference, at the same tolerance.
+Each comparison is verified first: both results against a reference, at the same tolerance. Part peers, beside every other
+library that is installed, is benchmarks/bench_peers.py.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import time
 from typing import Any
 
 import torch
-from measure import Samples, TimedField, interleave, print_machine, print_table, save, timed_products
+from bench_peers import bench_peers
+from fields import MLP, ConvolutionField
+from measure import Samples, TimedField, find_device, interleave, print_machine, print_table, save, timed_products
 from torch import nn
 
 import odenet_cuda
@@ -22,41 +25,6 @@ try:
     import torchdiffeq
 except ImportError:
     raise SystemExit("this benchmark compares with torchdiffeq: pip install 'odenet-cuda[bench]'") from None
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int = 8, hidden: int = 32):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width))
-
-    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.net(y)
-
-
-class TimeConvolution(nn.Module):
-    """A convolution that sees the time as one more channel."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.convolution = nn.Conv2d(channels + 1, channels, 3, padding=1)
-
-    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.convolution(torch.cat([torch.ones_like(y[:, :1]) * t, y], 1))
-
-
-class ConvolutionField(nn.Module):
-    """The field of torchdiffeq's MNIST example: two convolutions between group normalisations."""
-
-    def __init__(self, channels: int = 64):
-        super().__init__()
-        groups = min(32, channels)
-        self.norm1, self.conv1 = nn.GroupNorm(groups, channels), TimeConvolution(channels)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, channels), TimeConvolution(channels)
-        self.norm3 = nn.GroupNorm(groups, channels)
-
-    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        y = self.conv1(t, torch.relu(self.norm1(y)))
-        return self.norm3(self.conv2(t, torch.relu(self.norm2(y))))
 
 
 def product_seconds(field: nn.Module, y: torch.Tensor, repeats: int) -> float:
@@ -173,14 +141,14 @@ def verify(field: nn.Module, y0: torch.Tensor, t: torch.Tensor, tol: float, fact
             assert error < factor * tol * (1 + reference.abs().max()), f"{module.__name__} errs by {error}"
 
 
-def bench_small(runs: int) -> dict[str, Any]:
+def bench_small(runs: int, quick: bool) -> dict[str, Any]:
     """64 x 8, a small MLP, float32, one thread, joint dopri5."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     field = TimedField(MLP())
     y0, tol = torch.randn(64, 8), 1e-5
     results = {}
-    for end in (10.0, 100.0):
+    for end in (10.0,) if quick else (10.0, 100.0):
         t = torch.tensor([0.0, end])
         verify(field, y0, t, tol, 1e3)
         with torch.no_grad():
@@ -213,24 +181,25 @@ def bench_small(runs: int) -> dict[str, Any]:
     return results
 
 
-def bench_convolution(runs: int) -> dict[str, Any]:
-    """The ODE-Net block of torchdiffeq's MNIST example: 64 channels, 6 x 6, batch 128, tolerance 1e-3."""
+def bench_convolution(runs: int, quick: bool) -> dict[str, Any]:
+    """The ODE-Net block of torchdiffeq's MNIST example: 64 channels, 6 x 6, batch 128 (quick: 16), tolerance 1e-3."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
     field = TimedField(ConvolutionField())
-    y0, t, tol = torch.randn(128, 64, 6, 6), torch.tensor([0.0, 1.0]), 1e-3
+    batch = 16 if quick else 128
+    y0, t, tol = torch.randn(batch, 64, 6, 6), torch.tensor([0.0, 1.0]), 1e-3
     verify(field, y0, t, tol, 1e2)
     with torch.no_grad():
         stats = odenet_cuda.solve(field, y0, t, rtol=tol, atol=tol).stats
     steps = stats.num_accepted + stats.num_rejected
     modules = {"odenet_cuda": odenet_cuda, "torchdiffeq": torchdiffeq}
-    title = f"convolution block 64 x 6 x 6, batch 128, float32, two threads, {steps} steps"
+    title = f"convolution block 64 x 6 x 6, batch {batch}, float32, two threads, {steps} steps"
     results = {
         "forward": compare(
             f"{title}: forward", {n: forward_case(m, field, y0, t, tol) for n, m in modules.items()}, steps, runs
         )
     }
-    for name, interface in (("adjoint", "odeint_adjoint"), ("direct", "odeint")):
+    for name, interface in () if quick else (("adjoint", "odeint_adjoint"), ("direct", "odeint")):
         results[name] = compare(
             f"{title}: forward and backward, {name}"
             + (" (func: without torchdiffeq's products, which autograd runs)" if name == "direct" else ""),
@@ -241,7 +210,7 @@ def bench_convolution(runs: int) -> dict[str, Any]:
     return results
 
 
-def bench_rows(runs: int) -> dict[str, Any]:
+def bench_rows(runs: int, quick: bool) -> dict[str, Any]:
     """Van der Pol, 256 rows, mu from 0.1 to 20, tolerance 1e-6, t from 0 to 20: joint against per-sample step control."""
     torch.set_num_threads(1)
     mu = torch.linspace(0.1, 20, 256, dtype=torch.float64)[:, None]
@@ -254,16 +223,16 @@ def bench_rows(runs: int) -> dict[str, Any]:
     arguments = {"rtol": 1e-6, "atol": 1e-6}
     samples, rows = Samples(), []
     with torch.no_grad():
-        for _ in range(max(3, runs // 4)):
+        for _ in range(1 if quick else max(3, runs // 4)):
             for control in ("joint", "per_sample"):
                 begin = time.perf_counter()
                 solution = odenet_cuda.solve(field, y0, [0.0, 20.0], step_control=control, **arguments)
                 samples.add(**{control: time.perf_counter() - begin})
                 if control == "joint":
                     joint = solution
-        alone = []
+        alone, stride = [], 51 if quick else 5
         identical = True
-        for row in range(0, 256, 5):
+        for row in range(0, 256, stride):
             single = odenet_cuda.solve(
                 lambda t, y, row=row: field(t, y, mu[row : row + 1]),
                 y0[row : row + 1],
@@ -273,7 +242,7 @@ def bench_rows(runs: int) -> dict[str, Any]:
             )
             alone.append(int(single.stats.num_accepted + single.stats.num_rejected))
             identical &= bool(torch.equal(single.ys[-1, 0], solution.ys[-1, row]))
-    per_row = (solution.stats.num_accepted + solution.stats.num_rejected)[::5].double()
+    per_row = (solution.stats.num_accepted + solution.stats.num_rejected)[::stride].double()
     difference = ((per_row - torch.tensor(alone)).abs() / torch.tensor(alone)).max().item()
     total = solution.stats.num_accepted + solution.stats.num_rejected
     rows.append({"": "joint", "steps": joint.stats.num_accepted + joint.stats.num_rejected, "s": samples.median("joint")})
@@ -283,19 +252,19 @@ def bench_rows(runs: int) -> dict[str, Any]:
     print_table("van der Pol, 256 rows, mu 0.1 to 20, 1e-6, t 0 to 20", rows)
     print(
         f"steps of a row against the row alone: at most {difference:.1%} apart"
-        f"; every fifth row's result alone is the same to the bit: {identical}"
+        f"; the results of {len(alone)} rows alone are the same to the bit: {identical}"
     )
     return {"rows": rows, "difference": difference, "identical": identical}
 
 
-def bench_memory(runs: int) -> dict[str, Any]:
+def bench_memory(runs: int, quick: bool) -> dict[str, Any]:
     """Live storage of a training step as the number of steps grows, counted in a child process with forced steps."""
     import subprocess
     import sys
 
     rows, results = [], {}
-    for gradient in ("adjoint", "direct"):
-        for steps in (8, 32, 128):
+    for gradient in ("adjoint",) if quick else ("adjoint", "direct"):
+        for steps in (8, 128) if quick else (8, 32, 128):
             output = subprocess.run(
                 [sys.executable, __file__, "--child-memory", gradient, str(steps)],
                 capture_output=True,
@@ -322,22 +291,27 @@ def child_memory(gradient: str, steps: int) -> None:
 def main() -> None:
     parts = {"small": bench_small, "convolution": bench_convolution, "rows": bench_rows, "memory": bench_memory}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; all unless given")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}, peers; all unless given")
     parser.add_argument("--json", help="also write the results there")
-    parser.add_argument("--runs", type=int, default=20, help="runs of each case (fewer for the slow ones)")
+    parser.add_argument("--runs", type=int, help="runs of each case (fewer for the slow ones); 20 unless given, 5 with --quick")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: a look at each question")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of part peers; the others time the CPU")
     parser.add_argument("--child-memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child_memory:
         child_memory(arguments.child_memory[0], int(arguments.child_memory[1]))
         return
+    device, quick = find_device(arguments.device), arguments.quick
+    parts["peers"] = lambda runs, quick: bench_peers(runs, quick, device)
     unknown = set(arguments.parts) - set(parts)
     if unknown:
         parser.error(f"unknown part {unknown.pop()!r}; there are {', '.join(parts)}")
     print_machine()
     results = {}
+    all_runs = arguments.runs or (5 if quick else 20)
     for name in arguments.parts or parts:
-        runs = arguments.runs if name == "small" else max(3, arguments.runs // 4)
-        results[name] = parts[name](runs)
+        runs = all_runs if name == "small" else max(3, all_runs // 4)
+        results[name] = parts[name](runs, quick)
     save(arguments.json, results)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fields import MLP, ConvolutionField
+from fields import MLP, ConvolutionField, Counted
 from live_storage import peak_live_storage
 from measure import elapsed, find_device, interleave, print_machine, print_table, save
 from torch import Tensor, nn
@@ -37,11 +37,7 @@ class ODENet(nn.Module):
 
     def __init__(self, field: nn.Module, features: int, tol: float):
         super().__init__()
-        self.field, self.classifier, self.tol, self.nfe = field, nn.Linear(features, CLASSES), tol, 0
-        field.register_forward_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.nfe += 1
+        self.field, self.classifier, self.tol = Counted(field), nn.Linear(features, CLASSES), tol
 
     def forward(self, x: Tensor, solve: Callable) -> Tensor:
         t = torch.tensor([0.0, 1.0], device=x.device)
@@ -75,11 +71,7 @@ class Trainer:
 
     def __init__(self, library: Any, gradient: str, case: Case):
         self.solve = getattr(library, INTERFACES[gradient])
-        self.case, self.net = case, ODENet(copy.deepcopy(case.net.field), case.net.classifier.in_features, case.net.tol)
-        self.net.field._forward_hooks.clear()
-        self.net.field.register_forward_hook(self.net._count)
-        self.net.classifier.load_state_dict(case.net.classifier.state_dict())
-        self.net.to(case.x.device)
+        self.case, self.net = case, copy.deepcopy(case.net)
         self.optimiser = torch.optim.SGD(self.net.parameters(), lr=1e-3)
 
     def loss_and_gradients(self) -> tuple[Tensor, Tensor]:
@@ -125,8 +117,8 @@ def bench_case(case: Case, gradient: str, runs: int, device: str) -> dict[str, A
 
     def timed(trainer: Trainer) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
-            trainer.net.nfe = 0
-            return {"total": elapsed(trainer.step, device), "nfe": trainer.net.nfe}
+            trainer.net.field.calls = 0
+            return {"total": elapsed(trainer.step, device), "nfe": trainer.net.field.calls}
 
         return run
 

@@ -50,3 +50,15 @@ class ConvolutionField(nn.Module):
     def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         y = self.conv1(t, torch.relu(self.norm1(y)))
         return self.norm3(self.conv2(t, torch.relu(self.norm2(y))))
+
+
+class Counted(nn.Module):
+    """A field that counts its calls."""
+
+    def __init__(self, field: nn.Module):
+        super().__init__()
+        self.field, self.calls = field, 0
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.field(t, y)

@@ -7,12 +7,13 @@ the field is called in forward(). What forward() and training() return is read b
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fields import MLP, ConvolutionField, LotkaVolterra
+from fields import MLP, ConvolutionField, Counted, LotkaVolterra
 from torch import Tensor, nn
 
 import odenet_cuda
@@ -53,18 +54,6 @@ class TorchSolver:
 
     def tensors(self, result: Any) -> list[Tensor]:
         return [result] if isinstance(result, Tensor) else result
-
-
-class Counted(nn.Module):
-    """A field that counts its calls."""
-
-    def __init__(self, field: nn.Module):
-        super().__init__()
-        self.field, self.calls = field, 0
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        self.calls += 1
-        return self.field(t, y)
 
 
 def times(case: Case) -> Tensor:
@@ -134,6 +123,7 @@ class DiffraxSolver:
     """Compiled once, before anything is timed; control for each sample is jax.vmap over the solve of one."""
 
     def __init__(self, case: Case, per_sample: bool):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU's memory is shared with torch
         self.jax, self.diffrax = importlib.import_module("jax"), importlib.import_module("diffrax")
         self.case, self.device = case, self.jax.devices("gpu" if case.y0.is_cuda else "cpu")[0]
         self.per_sample = per_sample

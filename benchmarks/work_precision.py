@@ -144,9 +144,10 @@ def solver(
         if method in FIXED_METHODS:
             options = {"step_size": END / parameter, "interp": "cubic"}
             return torchdiffeq.odeint(counted, problem.y0, t, method=method, options=options), calls
-        return torchdiffeq.odeint(
-            counted, problem.y0, t, method=COUNTERPARTS.get(method, method), rtol=parameter, atol=parameter
-        ), calls
+        theirs = COUNTERPARTS.get(method, method)
+        options = {"step_t": t[-1:]} if landing else None
+        ys = torchdiffeq.odeint(counted, problem.y0, t, method=theirs, rtol=parameter, atol=parameter, options=options)
+        return ys, calls
 
     return solve
 
@@ -184,14 +185,18 @@ def sweep(method: str, problem: Problem, runs: int, quick: bool, landing: bool) 
 def error_ratios(curves: dict[str, Curve], scale: float) -> list[float]:
     """torchdiffeq's error over ours at equal evaluations, all along the common range; [] where there is none.
 
-    Errors below what rounding leaves of a state of that scale are taken as that.
+    Errors below what rounding leaves of a solution of that scale are taken as that; a solve that is further away than ten
+    times the scale has left the solution, on too coarse a grid, and takes no part.
     """
     floor = 4 * torch.finfo(torch.float64).eps * scale
     logs = {}
     for library, curve in curves.items():
         at: dict[int, list[float]] = {}
         for nfe, error in zip(curve.nfe, curve.error, strict=True):
-            at.setdefault(nfe, []).append(math.log(max(error, floor)))
+            if error < 10 * scale:  # not of NaN
+                at.setdefault(nfe, []).append(math.log(max(error, floor)))
+        if not at:
+            return []
         points = sorted((math.log(nfe), statistics.fmean(values)) for nfe, values in at.items())
         logs[library] = tuple(np.array(column) for column in zip(*points, strict=True))
     low, high = max(x[0] for x, _ in logs.values()), min(x[-1] for x, _ in logs.values())
@@ -205,11 +210,12 @@ def error_ratios(curves: dict[str, Curve], scale: float) -> list[float]:
 def bench_method(method: str, chosen: list[Problem], runs: int, quick: bool, landing: bool) -> dict[str, Any]:
     rows, results, all_curves = [], {}, {}
     for problem in chosen:
+        scale = float(problem.solution(output_times()[1:]).abs().max())
         curves = all_curves[problem.name] = sweep(method, problem, runs, quick, landing)
         row: dict[str, Any] = {"": problem.name}
         results[problem.name] = {}
         for quantity in QUANTITIES:
-            ratios = error_ratios(curves[quantity], float(problem.y0.abs().max()))
+            ratios = error_ratios(curves[quantity], scale)
             summary = {"median": statistics.median(ratios), "worst": min(ratios)} if ratios else {}
             row.update({f"{quantity} {name}": summary.get(name, "none in common") for name in ("median", "worst")})
             results[problem.name][quantity] = {**summary, **{name: vars(curve) for name, curve in curves[quantity].items()}}
@@ -243,6 +249,7 @@ def plot(method: str, result: dict[str, Any], folder: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     kinds = (
         ("end", "nfe", "error at the end"),
@@ -257,13 +264,18 @@ def plot(method: str, result: dict[str, Any], folder: Path) -> None:
         for axis, name in zip(line, names, strict=True):
             for library, mark in zip(LIBRARIES, ("o-", "s--"), strict=True):
                 curve = result["curves"][name][quantity][library]
-                axis.loglog(getattr(curve, over), [max(e, 1e-17) for e in curve.error], mark, markersize=3, linewidth=1)
+                axis.loglog(
+                    getattr(curve, over), [min(max(e, 1e-17), 1e2) for e in curve.error], mark, markersize=3, linewidth=1
+                )
             axis.set_xlabel("evaluations of the field" if over == "nfe" else "seconds", fontsize=8)
             axis.grid(alpha=0.3)
             axis.tick_params(labelsize=7)
-            if line is axes[0]:
-                axis.set_title(name, fontsize=9)
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+            axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         line[0].set_ylabel(label, fontsize=9)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=9)
     theirs = result["counterpart"]
     figure.legend(
         ["odenet_cuda", "torchdiffeq" + (f" {theirs}" if theirs != method else "")], loc="outside upper right", ncols=2

@@ -1,6 +1,7 @@
 """Gradients by y0, t, parameters and captured tensors, direct and by the adjoint, against finite differences."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from odenet_cuda import solve
+from odenet_cuda.gradients.accumulator import Accumulator
 
 # Central differences with this width err by its square times a third derivative, here about 1e-9, and by the solve's
 # own error over it, 1e-13 / 1e-5.
@@ -16,6 +18,7 @@ WIDTH = 1e-5
 DIFFERENCE = 1e-6
 SOLVE = {"rtol": 1e-11, "atol": 1e-11}
 SOLVED = 1e-8  # two solves at 1e-11, and the gradients of one of them
+ROUNDING = 1e-12
 
 GRADIENTS = {
     "direct": {"gradient": "direct"},
@@ -583,3 +586,144 @@ def test_in_a_training_loop(gradient):
 
     optimiser.step(closure)
     torch.testing.assert_close(rate.detach(), RATE, rtol=0, atol=1e-5)
+
+
+# ---- complex numbers and 16 bits ----
+
+
+def complex_numbers(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(seed))
+
+
+# y0, t, a complex and a real parameter; the loss weighs every output with complex numbers.
+COMPLEX_INPUTS = complex_numbers(3, 2), torch.tensor([0.1, 0.4, 1.0]).double(), complex_numbers(2, 2, seed=1) / 2, BIAS
+COMPLEX_WEIGHTS = complex_numbers(3, 3, 2, seed=2)
+# What gradients of a solve err by, with the times of outputs inside of a step, which are the derivative of an interpolant.
+COMPLEX_ERROR = {torch.complex64: 2e-4, torch.complex128: DIFFERENCE}
+
+
+@pytest.fixture(params=COMPLEX_ERROR, ids=["complex64", "complex128"])
+def complex_type(request):
+    return request.param
+
+
+def complex_field(matrix, bias):
+    """A field of t and y that is no holomorphic function of y, whatever the shape of t."""
+    return lambda t, y: torch.tanh(y @ matrix) + bias * torch.sin(2 * t) * y.abs() + 0.3 * y.conj()
+
+
+def complex_leaves(dtype=torch.complex128, device=None):
+    return [x.to(device, dtype if x.is_complex() else dtype.to_real()).requires_grad_() for x in COMPLEX_INPUTS]
+
+
+def complex_gradients(ys, inputs):
+    return torch.autograd.grad((COMPLEX_WEIGHTS.to(ys) * ys).real.sum(), inputs)
+
+
+def plain_rk4(func, y, t, steps):
+    """The method of order 4 with nodes at thirds in plain torch, `steps` of one size from each output to the next."""
+    ys = [y]
+    for t0, t1 in pairwise(t.unbind()):
+        dt = (t1 - t0) / steps
+        for i in range(steps):
+            now = t0 + i * dt
+            k1 = func(now, y)
+            k2 = func(now + dt / 3, y + dt / 3 * k1)
+            k3 = func(now + dt * 2 / 3, y + dt * (k2 - k1 / 3))
+            k4 = func(now + dt, y + dt * (k1 - k2 + k3))
+            y = y + dt / 8 * (k1 + 3 * k2 + 3 * k3 + k4)
+        ys.append(y)
+    return torch.stack(ys)
+
+
+@pytest.fixture(scope="module")
+def complex_reference():
+    """The gradients of an accurate solve in plain torch."""
+    y0, t, *params = inputs = complex_leaves()
+    return complex_gradients(plain_rk4(complex_field(*params), y0, t, 100), inputs)
+
+
+def test_complex_direct_gradient_of_rk4_is_exact(device, complex_type):
+    """On the grid of the times: autograd through the same steps in plain torch."""
+    rounding = 1e-5 if complex_type == torch.complex64 else ROUNDING
+    y0, t, *params = inputs = complex_leaves(complex_type, device)
+    found = complex_gradients(solve(complex_field(*params), y0, t, method="rk4").ys, inputs)
+    y0, t, *params = inputs = complex_leaves()
+    expected = complex_gradients(plain_rk4(complex_field(*params), y0, t, 1), inputs)
+    assert_close([x.cpu().to(y.dtype) for x, y in zip(found, expected, strict=True)], expected, rounding)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("method", ["dopri5", "dopri8"])
+def test_complex_gradients(device, complex_reference, complex_type, method, gradient):
+    """y0, t, complex and real parameters, by every kind of gradient, in the types of the inputs."""
+    tol = 1e-6 if complex_type == torch.complex64 else 1e-10
+    y0, t, *params = inputs = complex_leaves(complex_type, device)
+    ys = solve(complex_field(*params), y0, t, method=method, rtol=tol, atol=tol, **GRADIENTS[gradient]).ys
+    found = complex_gradients(ys, inputs)
+    assert [x.dtype for x in found] == [x.dtype for x in inputs]
+    found = [x.cpu().to(y.dtype) for x, y in zip(found, complex_reference, strict=True)]
+    assert_close(found, complex_reference, COMPLEX_ERROR[complex_type])
+
+
+def test_complex_gradients_are_torchdiffeqs(complex_reference):
+    """torchdiffeq, with autograd through its steps, agrees with the reference and so with the gradients here."""
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    y0, t, *params = inputs = complex_leaves()
+    ys = torchdiffeq.odeint(complex_field(*params), y0, t, rtol=1e-10, atol=1e-10)
+    assert_close(complex_gradients(ys, inputs), complex_reference)
+
+
+# A tolerance that the type can resolve, and what gradients then err by.
+SHORT = {torch.float16: (1e-3, 5e-3), torch.bfloat16: (1e-2, 5e-2)}
+SHORT_PARTS = {"state and parameter": (True, True), "state alone": (True, False), "parameter alone": (False, True)}
+
+
+@pytest.fixture(params=SHORT, ids=["float16", "bfloat16"])
+def short(request):
+    return request.param
+
+
+@pytest.mark.parametrize("parts", SHORT_PARTS)
+@pytest.mark.parametrize("gradient", [*GRADIENTS, "direct, fixed", "adjoint, fixed"])
+def test_gradients_of_16_bits(device, short, gradient, parts):
+    """States and parameters of 16 bits have the exact gradients to what their type allows, in their own type."""
+    tol, error = SHORT[short]
+    fixed = {"method": "rk4", "step_size": 0.125, "gradient": gradient.split(",")[0]}
+    options = {"max_num_steps": 1000, **(fixed if "fixed" in gradient else GRADIENTS[gradient])}
+    of_state, of_rate = (short if part else torch.float32 for part in SHORT_PARTS[parts])
+    y0 = torch.tensor([[1.0, 0.5], [-0.5, 2.0], [1.5, 1.0]], device=device, dtype=of_state, requires_grad=True)
+    rate = torch.tensor([1.0, 0.5], device=device, dtype=of_rate, requires_grad=True)
+    times = torch.tensor([0.0, 0.5, 1.0], requires_grad=True)
+    ys = solve(lambda t, y: (-rate * torch.cos(t) * y).to(y.dtype), y0, times, rtol=tol, atol=tol, **options).ys
+    found = torch.autograd.grad(ys[1:].float().sum(), (y0, rate, times))
+    assert [x.dtype for x in found] == [of_state, of_rate, torch.float32]
+    y0, rate, times = leaves(*(x.detach().cpu().double() for x in (y0, rate, times)))
+    exact = y0 * torch.exp(-rate * (torch.sin(times)[1:, None, None] - torch.sin(times[0])))
+    assert_close([x.cpu().double() for x in found], torch.autograd.grad(exact.sum(), (y0, rate, times)), error)
+
+
+def test_many_small_gradients_are_added_in_float32(device, short):
+    """Each addend is below the spacing of the type at the sum, which goes on growing; the result has the tensor's type."""
+    parameter, other = torch.zeros(3, dtype=short, device=device), torch.zeros(2, device=device)
+    sums = Accumulator([parameter, other], 4, device)
+    addends = [torch.full_like(parameter, 2.0**-13), torch.full_like(other, 2.0**-13)]
+    for _ in range(2**13):
+        sums.add(addends)
+    sums.flush()
+    for total, like in zip(sums.results(), (parameter, other), strict=True):
+        assert total.dtype == like.dtype and torch.equal(total, torch.ones_like(like))
+
+
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "adjoint per sample"])
+def test_small_gradients_of_many_steps(device, short, gradient):
+    """A parameter of 16 bits whose gradient is the sum of a thousand small parts."""
+    rate = torch.zeros(2, dtype=short, device=device, requires_grad=True)
+    steps = {"method": "euler", "step_size": 1e-3}
+    if gradient == "adjoint per sample":
+        steps = {"method": "adaptive_heun", "min_step": 1e-3, "max_step": 1e-3}
+    func = lambda t, y: rate.float().expand(3, 2)  # noqa: E731
+    ys = solve(func, torch.zeros(3, 2, device=device), T01, **steps, **GRADIENTS[gradient]).ys
+    (grad,) = torch.autograd.grad(ys[-1].sum(), rate)
+    assert grad.dtype == short
+    torch.testing.assert_close(grad.float(), torch.full((2,), 3.0, device=device), rtol=SHORT[short][1], atol=0)

@@ -1,28 +1,24 @@
 """The CPU kernels in threads, in a program of their own; `make test-sanitize` runs the same under sanitizers."""
 
-import shutil
 import subprocess
 
 import pytest
 from compile_native import ROOT, compile_threads, setup_py
 
-pytestmark = [
-    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the checkout"),
-    pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler was found"),
-]
-OPS = ["stage", "stage, streamed", "error", "first_step", "step_size", "dense_output", "advance"]
+OPS = {"stage", "stage, streamed", "error", "first_step", "step_size", "dense_output", "advance"}
 
 
 def test_threads_give_the_bits_of_one_thread(tmp_path):
     """Every op, cut into ranges that run in several threads, gives the bits of one range in one thread."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("needs the checkout")
+    try:
+        setup_py()["find_compiler"]()
+    except SystemExit as reason:
+        pytest.skip(str(reason))
     program = compile_threads(tmp_path, ["-O1"], {"baseline": []})
     finished = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     lines = {line[:16].strip(): line for line in finished.stdout.splitlines()}
-    assert set(lines) == set(OPS)
+    assert set(lines) == OPS
     assert all(line.endswith(", 0 wrong") for line in lines.values())
-
-
-def test_levels_are_those_of_the_build():
-    """setup.py names the instruction sets that the program is compiled for under sanitizers, the baseline first."""
-    assert next(iter(setup_py()["LEVELS"])) == "baseline"

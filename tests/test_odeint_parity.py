@@ -87,6 +87,23 @@ def test_steps_and_calls_of_adaptive_methods(method, name):
     assert ours.times[:same] == pytest.approx(theirs.times[:same], rel=1e-4)
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("method", [*STAGES, "rk4"])
+def test_complex_states(method, sign):
+    """Complex states: calls at the same times, the same values, and times in the real type."""
+    y0 = torch.complex(Y0, Y0.flip(1))
+    func = lambda t, y: 1j * y * torch.cos(t) - 0.2 * y.conj()  # noqa: E731
+    t = direction(sign, 0.0, 1.0, 2.0)
+    ours, theirs = Recording(func), Recording(func)
+    options = {"options": {"step_size": 0.125}} if method == "rk4" else {"rtol": 1e-5, "atol": 1e-5}
+    mine = odeint(ours, y0, t, method=method, **options)
+    other = torchdiffeq.odeint(theirs, y0, t, method=method, **options)
+    assert mine.dtype == other.dtype and {x.dtype for x in ours.seen} == {x.dtype for x in theirs.seen}
+    torch.testing.assert_close(mine, other, rtol=SAME if method == "rk4" else 1e-3, atol=SAME if method == "rk4" else 1e-3)
+    same = theirs.nfe - 2 * STAGES.get(method, 0)
+    assert ours.times[:same] == pytest.approx(theirs.times[:same], rel=1e-4, abs=1e-9)
+
+
 def test_adaptive_options():
     """first_step, safety, ifactor, dfactor, max_step and dtype lead to calls at the same times."""
     problem = PROBLEMS["cosine"]

@@ -17,6 +17,15 @@ BETWEEN_FACTOR = {"fehlberg2": 1000.0, "dopri8": 100.0}
 SOLVED = 5e-6  # what the default tolerances, rtol = 1e-7 a step, come to over a unit of time, interpolants included
 ROUNDING = 1e-12  # float64 sums over a few hundred steps
 ORDER_SLACK = 0.35  # observed orders at finite step sizes
+# A tolerance that the type can resolve.
+TYPES = {
+    torch.float32: 1e-5,
+    torch.float64: 1e-9,
+    torch.float16: 1e-3,
+    torch.bfloat16: 1e-2,
+    torch.complex64: 1e-5,
+    torch.complex128: 1e-9,
+}
 
 
 def tolerance(method: str) -> float:
@@ -26,7 +35,7 @@ def tolerance(method: str) -> float:
 
 def relative_error(ys: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """The largest error of each output, as the tolerances scale it, [T]."""
-    return ((ys.double() - exact).abs() / (1 + exact.abs())).flatten(1).amax(1)
+    return ((ys.to(torch.promote_types(ys.dtype, exact.dtype)) - exact).abs() / (1 + exact.abs())).flatten(1).amax(1)
 
 
 class Steps:
@@ -74,11 +83,10 @@ def test_adaptive_methods_meet_their_tolerance(method, name, sign):
     assert error.max() <= BETWEEN_FACTOR.get(method, DEFAULT_FACTOR)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", list(TYPES), ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_devices_and_types(device, dtype):
-    """The result has the type and device of y0 and is right in both types."""
-    problem = PROBLEMS["cosine"]
-    tol = 1e-5 if dtype == torch.float32 else 1e-9
+    """The result has the type and device of y0 and is right in every type."""
+    problem, tol = PROBLEMS["cosine"], TYPES[dtype]
     t = torch.linspace(0.0, 2.0, 5, dtype=torch.float64)
     ys = solve(problem.func, problem.y0.to(device, dtype), t.to(device), rtol=tol, atol=tol).ys
     assert ys.dtype == dtype and ys.device.type == device.type

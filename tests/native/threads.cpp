@@ -29,8 +29,8 @@ constexpr int64_t kThreads = 5, kGrain = cpu::baseline::kGrain;
 struct Size {
   int64_t rows, columns;
 };
-constexpr Size kSizes[] = {{1, 7},          {1, kGrain}, {1, kGrain + 1}, {1, 4 * kGrain + 3},
-                           {3, kGrain + 1}, {7, 5000},   {kGrain + 5, 1}, {11001, 3},
+constexpr Size kSizes[] = {{1, 7},          {1, kGrain}, {1, kGrain + 1}, {1, 2 * kGrain + 3},
+                           {2, kGrain + 1}, {7, 5000},   {kGrain + 5, 1}, {11001, 3},
                            {5, 0}};
 constexpr int64_t kRows[] = {1, 1024, 1025, 5003};  // around the grain of `step_size`
 

@@ -1,0 +1,112 @@
+"""`make test-sanitize`: the C++ kernels under sanitizers, built into build/sanitize beside the normal build.
+
+address  native/threads.cpp, then tests/test_ops.py and tests/test_stepper.py, under AddressSanitizer and
+         UndefinedBehaviorSanitizer
+thread   native/threads.cpp under ThreadSanitizer
+
+Each sanitizer must first report the faults that the program commits when it is asked to.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from compile_native import ROOT, compile_threads, setup_py
+
+FOLDER = ROOT / "build" / "sanitize"
+TESTS = ["tests/test_ops.py", "tests/test_stepper.py"]
+FAULTS = {
+    "address": {"overrun": "heap-buffer-overflow", "misaligned": "misaligned address"},
+    "thread": {"race": "data race"},
+}
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # Python itself leaks
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+
+
+def fail(message: str) -> None:
+    raise SystemExit(f"sanitize: {message}")
+
+
+def run(title: str, command: list[str], **arguments) -> None:
+    """Runs it and stops where it fails."""
+    print(f"== {title}", flush=True)
+    begin = time.monotonic()
+    code = subprocess.run(command, **arguments).returncode
+    if code != 0:
+        fail(f"{title}: failed with exit status {code}.")
+    print(f"   {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def check_native(sanitizer: str) -> None:
+    """The program of native/threads.cpp on every instruction set: first what must be reported, then what must not."""
+    setup = setup_py()
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    levels = setup["LEVELS"] if on_x86 else {"baseline": []}
+    print(f"== {sanitizer}: compiling native/threads.cpp", flush=True)
+    program = compile_threads(FOLDER / f"{sanitizer}-native", setup["sanitizer_flags"](), levels)
+    env = {**os.environ, **OPTIONS}
+    for fault, words in FAULTS[sanitizer].items():
+        faulty = subprocess.run([str(program), fault], capture_output=True, text=True, env=env)
+        if faulty.returncode == 0 or words not in faulty.stderr:
+            fail(f"{sanitizer} did not report the fault {fault!r}, but: {faulty.stderr[-2000:]}")
+    run(f"{sanitizer}: native/threads.cpp", [str(program)], env=env)
+
+
+def runtimes() -> str:
+    """What to preload: the sanitizers' libraries, and the one of C++, whose exceptions they take over when they start."""
+    compiler = setup_py()["find_compiler"]()
+    paths = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"):
+        printed = subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+        path = Path(printed.strip())
+        if not path.is_absolute():
+            fail(f"{compiler} has no {name}; this needs g++ with the sanitizers' libraries (CXX chooses the compiler).")
+        paths.append(str(path.resolve()))
+    return " ".join(paths)
+
+
+def check_tests() -> None:
+    """The tests of the ops and the stepper, with an extension built under AddressSanitizer."""
+    library, preload = FOLDER / "lib", runtimes()
+    shutil.rmtree(library, ignore_errors=True)
+    build = [sys.executable, "setup.py", "build", "--build-lib", str(library), "--build-temp", str(FOLDER / "temp")]
+    run("address: building the extension", build, cwd=ROOT, stdout=subprocess.DEVNULL)
+    env = {**os.environ, **OPTIONS, "PYTHONPATH": str(library), "LD_PRELOAD": preload}
+    # From a folder where no other odenet_cuda lies.
+    where = "from odenet_cuda import _C; print(_C.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=FOLDER, env=env, capture_output=True, text=True)
+    if found.returncode != 0:
+        fail(f"the sanitized extension is not imported: {found.stderr[-2000:]}")
+    extension = Path(found.stdout.strip())
+    if library not in extension.parents or b"__asan_report" not in extension.read_bytes():
+        fail(f"{extension} was imported, not a sanitized one in {library}.")
+    tests = [str(ROOT / test) for test in TESTS]
+    # --capture=sys: a report goes past pytest, which would lose it.
+    pytest = [sys.executable, "-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", *tests]
+    run("address: " + " ".join(TESTS), pytest, cwd=FOLDER, env=env)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sanitizers", nargs="*", metavar="SANITIZER", help=f"{' or '.join(FAULTS)}; both unless given")
+    sanitizers = parser.parse_args().sanitizers or list(FAULTS)
+    if unknown := set(sanitizers) - set(FAULTS):
+        parser.error(f"there is no sanitizer {unknown.pop()!r}; there are {', '.join(FAULTS)}")
+    for sanitizer in sanitizers:
+        os.environ.update(ODENET_SANITIZE=sanitizer, ODENET_CUDA="0")
+        check_native(sanitizer)
+        if sanitizer == "address":
+            check_tests()
+    print("no sanitizer found anything")
+
+
+if __name__ == "__main__":
+    main()
