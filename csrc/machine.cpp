@@ -60,13 +60,15 @@ void choose_level(const std::string& name) {
   throw std::invalid_argument("ODENET_CPU must be an instruction set of this machine, " + known + ", got " + name);
 }
 
+// What the system says can be the sum of many caches, of which a core uses one.
 int64_t last_level_cache() {
   static const int64_t size = [] {
-    int64_t found = 0;
+    constexpr int64_t usual = int64_t{32} << 20;
 #ifdef _SC_LEVEL3_CACHE_SIZE
-    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    const int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (found > 0 && found < usual) return found;
 #endif
-    return found > 0 ? found : int64_t{32} << 20;
+    return usual;
   }();
   return size;
 }

@@ -4,8 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-
 #include "stepper.h"
 
 namespace py = pybind11;
@@ -62,13 +60,14 @@ void add_dtypes(py::module_& m) {
   m.attr("dtypes") = dtypes;
 }
 
-// The instruction set of the CPU kernels: the best of the machine's, or what the environment asks for.
+// The instruction sets of the CPU kernels that this machine has.
 void add_machine(py::module_& m) {
-  if (const char* wish = std::getenv("ODENET_CPU"); wish && *wish) choose_level(wish);
   py::list levels;
   for (const Level level : machine_levels()) levels.append(name_of(level));
   m.attr("cpu_levels") = levels;
-  m.attr("cpu_level") = name_of(level());
+  m.def("choose_level", &choose_level);
+  m.def("cpu_level", [] { return std::string(name_of(level())); });
+  m.def("last_level_cache", &last_level_cache);
 }
 
 void add_build(py::module_& m) {

@@ -12,7 +12,10 @@ cuda: str | None
 cuda_architectures: str
 dtypes: dict[str, int]
 cpu_levels: list[str]
-cpu_level: str
+
+def choose_level(name: str) -> None: ...
+def cpu_level() -> str: ...
+def last_level_cache() -> int: ...
 
 class Stepper:
     def __init__(

@@ -34,7 +34,7 @@ def report() -> dict[str, str]:
         "kernels compiled by": _C.compiler,
         "C++ compiler here": _first_line(compiler, "--version"),
         "nvcc here": _first_line("nvcc", "--version") if shutil.which("nvcc") else "not found",
-        "CPU instruction set": f"{_C.cpu_level} of {', '.join(_C.cpu_levels)}",
+        "CPU instruction set": f"{_C.cpu_level()} of {', '.join(_C.cpu_levels)}",
         "threads": str(torch.get_num_threads()),
         "CUDA kernels": cuda,
         "GPUs": ", ".join(gpus) or "none",

@@ -13,6 +13,11 @@ from .tableau import ButcherTableau
 Number = float | Tensor
 
 
+def widened(x: Tensor) -> Tensor:
+    """In the type in which sums are formed: 16 bits as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def stage(y0: Tensor | None, k: Sequence[Tensor], a: Sequence[float], dt: Number) -> Tensor:
     """``y0 + dt * sum_j a[j] k[j]``."""
     terms = [(dt * weight) * slope for weight, slope in zip(a, k, strict=False) if weight != 0]

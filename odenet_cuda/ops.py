@@ -12,6 +12,7 @@ Conventions, the same for every op:
   ``ValueError``, naming argument, rule and value, before anything is written.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,9 @@ from torch.autograd.graph import increment_version
 from . import _C
 
 __all__ = ["advance", "dense_output", "error", "first_step", "stage", "step_size"]
+
+if os.environ.get("ODENET_CPU"):
+    _C.choose_level(os.environ["ODENET_CPU"])
 
 _ops = torch.ops.odenet_cuda
 _stage = _ops.stage.default

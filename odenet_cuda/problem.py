@@ -230,4 +230,4 @@ def _check_one_tolerance(name: str, value: Any, leaf: Tensor) -> Any:
         fits = False
     if not fits:
         raise ValueError(f"{name} must broadcast against y0, {list(leaf.shape)}, got {list(value.shape)}")
-    return value.to(leaf.device, leaf.dtype.to_real())
+    return value.to(leaf.device, torch.promote_types(leaf.dtype.to_real(), torch.float32))

@@ -174,8 +174,9 @@ class Interpolant:
             return
         for leaf, y0, k in zip(leaves, step.y0, step.k, strict=True):
             columns = [theta.shape[1], *[1] * (y0.dim() - 1)] if y0.dim() else []
-            real = y0.abs().dtype
+            y0, k = formulas.widened(y0), [formulas.widened(slope) for slope in k]
+            real = y0.dtype.to_real()
             value = formulas.dense_output(
                 self.tableau, y0, k, theta[times].reshape(-1, *columns).to(real), dt.reshape(columns).to(real)
             )
-            leaf[times] = torch.where(inside[times].reshape(-1, *columns), value, leaf[times])
+            leaf[times] = torch.where(inside[times].reshape(-1, *columns), value.to(leaf.dtype), leaf[times])

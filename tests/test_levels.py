@@ -54,13 +54,6 @@ def kernels() -> dict[str, Tensor]:
     return results
 
 
-def last_level_cache() -> int:
-    """Bytes, as the library takes it."""
-    getconf = shutil.which("getconf")
-    words = subprocess.run([getconf, "LEVEL3_CACHE_SIZE"], capture_output=True, text=True).stdout if getconf else ""
-    return int(words) if words.strip().isdigit() and int(words) > 0 else 32 << 20
-
-
 # Type, rows and base of each; they are dealt out among the levels.
 STREAMS = [(torch.float32, 1, "in place"), (torch.bfloat16, 3, "base"), (torch.complex64, 1, "none")]
 
@@ -73,7 +66,7 @@ def streams(dtype: torch.dtype, rows: int, base: str) -> bool:
     generator = torch.Generator().manual_seed(1)
     slope, start = (draw((PERIOD,), dtype, generator) for _ in range(2))
     start = slope if base == "base" else start
-    columns = last_level_cache() // (dtype.itemsize * rows) + 4099
+    columns = _C.last_level_cache() // (dtype.itemsize * rows) + 4099
     times, last = divmod(columns, PERIOD)
 
     def large(tile: Tensor | None) -> Tensor:
@@ -101,10 +94,10 @@ def streams(dtype: torch.dtype, rows: int, base: str) -> bool:
 def run_level(path: str) -> None:
     """Saves what this process's level gives."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fits = 8 * last_level_cache() < memory
-    cases = STREAMS[_C.cpu_levels.index(_C.cpu_level) :: len(_C.cpu_levels)] if fits else []
+    fits = 8 * _C.last_level_cache() < memory
+    cases = STREAMS[_C.cpu_levels.index(_C.cpu_level()) :: len(_C.cpu_levels)] if fits else []
     streamed = {str(case): streams(*case) for case in cases}
-    torch.save({"level": _C.cpu_level, "kernels": kernels(), "streams": streamed}, path)
+    torch.save({"level": _C.cpu_level(), "kernels": kernels(), "streams": streamed}, path)
 
 
 # ---- results ----
@@ -142,7 +135,7 @@ def test_the_best_level_is_the_default():
     assert _C.cpu_levels[0] == "baseline"
     if os.environ.get("ODENET_CPU"):
         pytest.skip("ODENET_CPU is set")
-    assert _C.cpu_level == _C.cpu_levels[-1]
+    assert _C.cpu_level() == _C.cpu_levels[-1]
 
 
 @pytest.mark.parametrize("op", ["stage", "error", "dense_output"])

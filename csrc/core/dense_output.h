@@ -52,7 +52,7 @@ ODENET_HD bool dense_output_weights(const DenseOutput<T>& s, int64_t row, int64_
 
 template <class T>
 ODENET_HD T dense_output_element(const DenseOutput<T>& s, const Weights<T, kAnyStages>& w, int64_t i) {
-  return stage_element(s.y0, weighted_sum(s.k, w, s.stages, i), i);
+  return static_cast<T>(static_cast<Accumulate<T>>(s.y0[i]) + weighted_sum(s.k, w, s.stages, i));
 }
 
 }  // namespace ODENET_LEVEL

@@ -72,10 +72,5 @@ ODENET_HD Accumulate<T> weighted_sum(const T* const* k, const Weights<T, S>& w, 
   return sum;
 }
 
-template <class T>
-ODENET_HD T stage_element(const T* y0, Accumulate<T> sum, int64_t i) {
-  return static_cast<T>(y0 ? static_cast<Accumulate<T>>(y0[i]) + sum : sum);
-}
-
 }  // namespace ODENET_LEVEL
 }  // namespace odenet

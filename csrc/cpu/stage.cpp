@@ -23,7 +23,8 @@ __attribute__((noinline)) void stage_block(const Stage<T>& s, const Weights<T, S
 
 // Elements [begin, end) of one row.
 template <int S, class T>
-void stage_range(const Stage<T>& s, int64_t row, int64_t begin, int64_t end, bool stream) {
+void stage_range(const Stage<T>& s, int64_t row, int64_t begin, int64_t end, bool large) {
+  const bool stream = large && end - begin >= 2 * kBlock;
   const Weights<T, S> w = scaled_weights<T, S>(s.a, s.stages, s.dt[row]);
   alignas(kLine) T block[kBlock];
   // Streamed are whole lines; the first block ends where a line begins.
@@ -49,10 +50,10 @@ void stage_range(const Stage<T>& s, int64_t row, int64_t begin, int64_t end, boo
 
 template <class T>
 void stage(const Stage<T>& args, ParallelFor parallel_for) {
-  const bool stream = args.rows * args.columns * static_cast<int64_t>(sizeof(T)) >= last_level_cache();
+  const bool large = args.rows * args.columns * static_cast<int64_t>(sizeof(T)) >= last_level_cache();
   dispatch_sums<T>(args.stages, [&]<int S>() {
     parallel_rows(parallel_for, args.rows, args.columns,
-                  [&](int64_t row, int64_t begin, int64_t end) { stage_range<S>(args, row, begin, end, stream); });
+                  [&](int64_t row, int64_t begin, int64_t end) { stage_range<S>(args, row, begin, end, large); });
   });
 }
 

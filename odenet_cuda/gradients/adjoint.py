@@ -114,7 +114,7 @@ class AugmentedField:
         k = self.evaluate(t, y)
         grads = self.product(k, state[n:], [*y, *self.params] if with_params else y, False)
         if self.convert:
-            grads = [grad if grad is None else _as_leaf(grad) for grad in grads]
+            grads = [*grads[:n], *(grad if grad is None else _as_leaf(grad) for grad in grads[n:])]
         slopes: list[Tensor | None] = [slope.detach() for slope in k]
         slopes.extend(zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False))
         if not with_params:

@@ -187,9 +187,13 @@ class AdaptiveSolver:
         problem = self.problem
         scaled = []
         for leaf in range(self.in_norm):
-            start, end = y0[leaf], y1[leaf]
+            start, end = formulas.widened(y0[leaf]), formulas.widened(y1[leaf])
             slopes = [k[j][leaf] for j in range(len(e))]
-            used = [(slope, weight) for slope, weight in zip(slopes, e, strict=True) if weight != 0 and slope is not None]
+            used = [
+                (formulas.widened(slope), weight)
+                for slope, weight in zip(slopes, e, strict=True)
+                if weight != 0 and slope is not None
+            ]
             factor = self._per_row(dt, start)
             tolerances = problem.rtol[leaf], problem.atol[leaf]
             scaled.append(formulas.scaled_error(start, end, [s for s, _ in used], [w for _, w in used], factor, *tolerances))
