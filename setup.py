@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent
 # The CPU kernels are compiled once for each; csrc/machine.h chooses when the module is loaded.
 LEVELS = {
     "baseline": [],
-    "avx2": ["-mavx2"],
-    "avx512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"],
 }
 SANITIZERS = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11

@@ -3,9 +3,9 @@
     python benchmarks/bench_ops.py [--quick] [--json FILE] [--threads N] [--device cpu|cuda] [--ops stage4 ...]
                                    [--dtypes float32 ...] [--sizes 1K 64M ...] [--compile]
 
-Bandwidth is the bytes an op must read and write, divided by its time. "share" is that over the bandwidth of a copy, the better of
-torch's own (memcpy) and one with streaming stores, of a state of the same size by the same threads. "torch" and "compile" are how
-many times longer those take. Every op is compared with the formula in float64 before it is timed.
+Bandwidth is the bytes an op must read and write, divided by its time. "share" is that over the bandwidth of a copy, the
+better of torch's own (memcpy) and one with streaming stores, of a state of the same size by the same threads. "torch" and
+"compile" are how many times longer those take. Every op is compared with the formula in float64 before it is timed.
 """
 
 import argparse
@@ -120,8 +120,8 @@ def advance_case(size: int, dtype: torch.dtype, device: str) -> Case:
     accept = torch.ones(1, dtype=torch.float64, device=device)
     return Case(
         run=lambda: ops.advance([y0], [k0], [y1], [k1], accept),
-        plain=lambda y1, k1: (y1.clone(), k1.clone()),
-        arguments=(y1, k1),
+        plain=lambda y0, k0, y1, k1: (torch.where(accept != 0, y1, y0), torch.where(accept != 0, k1, k0)),
+        arguments=(y0, k0, y1, k1),
         result=lambda: y0,
         expected=lambda: wide(y1),
         passes=4,

@@ -34,7 +34,7 @@ std::vector<Level> machine_levels() {
   std::vector<Level> levels{Level::baseline};
 #ifdef ODENET_X86
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2")) return levels;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return levels;
   levels.push_back(Level::avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {

@@ -25,22 +25,17 @@ struct Stage {
   int64_t rows, columns;
 };
 
-constexpr int kUnrolled = 8;    // up to so many slopes have loops of their own,
-constexpr int kAnyStages = -1;  // more of them are counted at run time
+constexpr int kAnyStages = -1;  // a number of slopes that is not known at compile time
 
 namespace ODENET_LEVEL {
 
-// Calls visit.template operator()<S>() with S = stages, or kAnyStages.
-template <class Visit>
-auto dispatch_stages(int stages, Visit&& visit) {
-  switch (stages) {
-    // clang-format off
-#define ODENET_CASE(S) case S: return visit.template operator()<S>();
-    ODENET_CASE(0) ODENET_CASE(1) ODENET_CASE(2) ODENET_CASE(3) ODENET_CASE(4)
-    ODENET_CASE(5) ODENET_CASE(6) ODENET_CASE(7) ODENET_CASE(8)
-        // clang-format on
-        default : return visit.template operator()<kAnyStages>();
-#undef ODENET_CASE
+// Calls visit.template operator()<S>() with S = stages, or kAnyStages where they are more than Most.
+template <int Most, int S = 0, class Visit>
+auto dispatch_stages(int stages, const Visit& visit) {
+  if constexpr (S > Most) {
+    return visit.template operator()<kAnyStages>();
+  } else {
+    return stages == S ? visit.template operator()<S>() : dispatch_stages<Most, S + 1>(stages, visit);
   }
 }
 

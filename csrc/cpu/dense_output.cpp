@@ -23,10 +23,7 @@ void write_outputs(const DenseOutput<T>& s, int64_t row, int64_t begin, int64_t 
     for (int64_t at = begin; at < end; at += kBlock) {
       const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
       sum_block(sum, s.k, w, s.stages, at, count);
-      const T* y0 = s.y0 + at;
-      T* y = to + at;
-#pragma GCC ivdep
-      for (int i = 0; i < count; ++i) y[i] = static_cast<T>(static_cast<Accumulate<T>>(y0[i]) + sum[i]);
+      add_block(to + at, s.y0 + at, sum, count);
     }
   }
 }

@@ -11,14 +11,7 @@ template <int S, class T>
 __attribute__((noinline)) void stage_block(const Stage<T>& s, const Weights<T, S>& w, T* y, int64_t begin, int count) {
   alignas(kLine) Accumulate<T> sum[kBlock];
   sum_block(sum, s.k, w, s.stages, begin, count);
-  if (s.y0) {
-    const T* y0 = s.y0 + begin;
-#pragma GCC ivdep
-    for (int i = 0; i < count; ++i) y[i] = static_cast<T>(static_cast<Accumulate<T>>(y0[i]) + sum[i]);
-  } else {
-#pragma GCC ivdep
-    for (int i = 0; i < count; ++i) y[i] = static_cast<T>(sum[i]);
-  }
+  add_block(y, s.y0 ? s.y0 + begin : nullptr, sum, count);
 }
 
 // Elements [begin, end) of one row.

@@ -164,7 +164,7 @@ const char* dispatch(int stages, bool fit, const Visit& visit) {
     return fit ? visit.template operator()<S, kPack<T>>() : visit.template operator()<S, 1>();
   };
   if constexpr (std::is_same_v<T, Real<T>>) {
-    return dispatch_stages(stages, by_width);
+    return dispatch_stages<kUnrolled>(stages, by_width);
   } else {
     return by_width.template operator()<kAnyStages>();
   }

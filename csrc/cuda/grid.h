@@ -9,6 +9,7 @@ namespace odenet::cuda {
 #define ODENET_THREADS 256
 #endif
 constexpr int kThreads = ODENET_THREADS;  // of a block
+constexpr int kUnrolled = 8;              // up to so many slopes have kernels of their own
 constexpr int64_t kMaxBlocks = 132 * 16;  // enough waves to fill the largest GPU; larger sizes loop
 
 inline unsigned blocks_for(int64_t size) {
