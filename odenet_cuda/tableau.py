@@ -14,7 +14,8 @@ class ButcherTableau:
 
     order: order of y1. c: nodes. a: rows below the diagonal. b: weights. e: b minus the embedded weights, or empty for a
     method without an error estimate. p: the interpolant, y(t0 + theta dt) = y0 + dt sum_j b_j(theta) k_j with
-    b_j(theta) = sum_d p[j][d] theta**(d + 1). p_order: its order, uniformly in theta.
+    b_j(theta) = sum_d p[j][d] theta**(d + 1). p_order: its order, uniformly in theta. fsal: the last slope is f(t1, y1), with
+    which the next step begins. Under step control the next step begins with the last slope in any case.
 
     Raises ValueError where the numbers contradict each other.
     """
@@ -52,6 +53,11 @@ class ButcherTableau:
                 _close(column, float(d == 0)),
                 f"the weights b_j(theta) must add up to theta, got {column} theta^{d + 1}",
             )
+
+    @property
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """The combinations that a step computes: the stages after the first, the last of them y1."""
+        return self.a[1:] if self.fsal else (*self.a[1:], self.b)
 
     def linear(self) -> "ButcherTableau":
         """The same method with the straight line between y0 and y1 as interpolant."""

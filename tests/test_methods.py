@@ -78,22 +78,24 @@ def test_order_of_the_embedded_weights(name):
 
 @every
 def test_interpolant_ends(name):
-    """The interpolant begins in y0 and ends in y1, and that of an adaptive method has the slopes of both ends."""
+    """The interpolant begins in y0 and ends in y1, with the slope at y0, and at y1 where that is a stage."""
     tableau = ALL[name]
     p, first = np.array(tableau.p), np.eye(tableau.stages)[0]
     np.testing.assert_allclose(at(tableau, 0.0), 0.0, atol=0)
     np.testing.assert_allclose(at(tableau, 1.0), tableau.b, atol=END_HOLDS)
     np.testing.assert_allclose(p[:, 0], first, atol=HOLDS)
-    if name in ADAPTIVE:
+    if tableau.fsal:
         slopes = p @ np.arange(1, p.shape[1] + 1)
         np.testing.assert_allclose(slopes, np.eye(tableau.stages)[-1], atol=SLOPE_HOLDS.get(name, END_HOLDS))
 
 
 @every
 def test_first_same_as_last(name):
-    """Every adaptive method ends with the slope at (t1, y1); no method on a grid does."""
+    """Every adaptive method of order 3 and more ends with the slope at (t1, y1), the others with one at t1 beside y1."""
     tableau = ALL[name]
-    assert tableau.fsal == (name in ADAPTIVE)
+    assert tableau.fsal == (name in ADAPTIVE and tableau.order > 2)
+    assert tableau.c[-1] == 1 or name in FIXED
+    assert tableau.rows[-1] == (tableau.b[:-1] if tableau.fsal else tableau.b)
     assert bool(tableau.e) == (name in ADAPTIVE)
     assert tableau.stages == len(tableau.c) <= MAX_STAGES
     if tableau.fsal:

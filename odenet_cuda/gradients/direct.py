@@ -210,8 +210,12 @@ class BackwardWalk:
         for m in range(points + 1):
             j = points - m
             if m > 0:
+                # The slope that the next step began with is that of the last point that has one.
+                carried = kappa if m == 1 and step.evaluations[points - 1] is None else None
                 kernels.stage(m, addresses)
                 kappa = stepper.y[m]
+                if carried is not None:
+                    torch._foreach_add_(kappa, carried)
                 if base is not None and j < len(base):
                     torch._foreach_add_(kappa, base[j])
             if j == 0:

@@ -61,7 +61,7 @@ class AdaptiveSolver:
         self.looks = self.host_view is not None or recorder is not None or self.jumps or bool(self.callbacks)
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
-        self.stepper = Stepper(problem, tableau, tableau.a[1:], control.constants(tableau.order, problem.direction), in_norm)
+        self.stepper = Stepper(problem, tableau, tableau.rows, control.constants(tableau.order, problem.direction), in_norm)
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
         table = torch.tensor([times, [float(kind) for kind in kinds]], dtype=torch.float64, device=device)
         self.stepper.bind_state(self.state, table, torch.tensor(problem.t, dtype=torch.float64, device=device))
@@ -71,6 +71,7 @@ class AdaptiveSolver:
         """start: f(t0, y0), where the caller already has it."""
         problem, stepper, kernels = self.problem, self.stepper, self.stepper.kernels
         field, fused, last = problem.field, problem.fused_error, self.tableau.stages - 1
+        fsal, points = self.tableau.fsal, len(self.tableau.rows)
         ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in stepper.y0[: stepper.n]]
         for out, leaf in zip(ys, stepper.y0, strict=False):
             out[0] = leaf
@@ -81,24 +82,29 @@ class AdaptiveSolver:
             if self.callbacks:
                 self._call("callback_step", "time", "dt")
             views = stepper.views
-            evaluations: list[Evaluation] = []
+            evaluations: list[Evaluation | None] = []
             addresses: list[int] = []
             if self.recording:
                 stepper.new_times()
                 stepper.new_stages()
                 for i in range(1, last + 1):
                     kernels.stage(i, addresses)
-                    evaluations.append(self.recorder.evaluate(field, views[i], stepper.y[i]))
-                    addresses = stepper.set_slopes(i, evaluations[-1].k, False)
+                    evaluation = self.recorder.evaluate(field, views[i], stepper.y[i])
+                    evaluations.append(evaluation)
+                    addresses = stepper.set_slopes(i, evaluation.k, False)
             else:
                 for i in range(1, last + 1):
                     kernels.stage(i, addresses)
                     addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
+            if not fsal:  # y1 is no stage: the next step begins with the slope of the last, which lies beside it
+                kernels.stage(points, addresses)
+                evaluations.append(None)
+                addresses = []
             if fused:
                 kernels.error_and_step_size(addresses)
             else:
                 kernels.quadrature(addresses)
-                self._norm(stepper.y0, [*stepper.y[last], *stepper.q1], stepper.k, self.tableau.e, self.dt, self.ratio)
+                self._norm(stepper.y0, [*stepper.y[points], *stepper.q1], stepper.k, self.tableau.e, self.dt, self.ratio)
                 kernels.step_size()
             steps += 1
             host = None

@@ -58,8 +58,7 @@ class FixedSolver:
         self.perturb = perturb
         self.recorder: Any = recorder  # None: nothing is recorded
         self.callback = (callbacks or {}).get("callback_step")
-        # Rows of the stages after the first, the last of them y1.
-        self.rows = tableau.a[1:] if tableau.fsal else (*tableau.a[1:], tableau.b)
+        self.rows = tableau.rows
         self.stepper = Stepper(problem, tableau, self.rows)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:

@@ -107,7 +107,7 @@ class Recorder:
             outputs: list[Output] = [(i, 1.0 if self.t[i] == time else (self.t[i] - t0) / dt, None) for i in range(begin, end)]
             starts = (0, None) if t0 == self.t[0] else None
             lands = (len(self.t) - 1, None) if time == self.t[-1] else None
-            self._keep(t0, time, Step(self.tableau.a[1:], evaluations, dt, None, outputs, y0, list(slopes), (starts, lands)))
+            self._keep(t0, time, Step(self.tableau.rows, evaluations, dt, None, outputs, y0, list(slopes), (starts, lands)))
 
     def _step_of_rows(
         self, host: np.ndarray, evaluations: Sequence[Evaluation | None], slopes: list[list[Tensor]], y0: list[Tensor]
@@ -128,7 +128,7 @@ class Recorder:
         for index, rows in ((0, accept & (t0 == self.t[0])), (len(self.t) - 1, accept & (time == self.t[-1]))):
             ends.append((index, to_device(rows)) if rows.any() else None)
         step = Step(
-            self.tableau.a[1:],
+            self.tableau.rows,
             evaluations,
             to_device(dt),
             to_device(accept),
