@@ -277,18 +277,16 @@ StepSize step_size_args(const Tensor& state, const Tensor& times, const Tensor& 
 void step_size(Tensor state, Tensor times, Tensor stops, Tensor t, std::vector<double> c,
                std::vector<double> controller) {
   const StepSize s = step_size_args(state, times, stops, t, c, controller);
-  visit_real(dtype_of_times(times), [&]<class R>(R, int) {
-    launch(device_of(state), s, static_cast<R*>(times.data_ptr()));
-  });
+  visit_real(dtype_of_times(times),
+             [&]<class R>(R, int) { launch(device_of(state), s, static_cast<R*>(times.data_ptr())); });
 }
 
 void first_step(Tensor state, Tensor times, Tensor norms, Tensor stops, Tensor t, std::vector<double> c,
                 std::vector<double> controller, double size, int64_t phase) {
   const StepSize s = step_size_args(state, times, stops, t, c, controller);
   const FirstStep first{check_state("norms", norms, 3 * s.rows, &state), size, static_cast<int>(phase)};
-  visit_real(dtype_of_times(times), [&]<class R>(R, int) {
-    launch(device_of(state), s, first, static_cast<R*>(times.data_ptr()));
-  });
+  visit_real(dtype_of_times(times),
+             [&]<class R>(R, int) { launch(device_of(state), s, first, static_cast<R*>(times.data_ptr())); });
 }
 
 void dense_output(Tensors ys, Tensors y0, Tensors y1, Tensors k, std::vector<double> p, int64_t degree, Tensor state,

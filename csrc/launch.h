@@ -24,20 +24,20 @@ struct FirstStep {
 };
 
 // One set of launchers for each instruction set; cpu/levels.h calls those of the set in use.
-#define ODENET_CPU_LAUNCHERS(LEVEL)                                                                 \
-  namespace cpu::LEVEL {                                                                            \
-  template <class T>                                                                                \
-  void stage(const Stage<T>& args, ParallelFor parallel_for);                                       \
-  template <class T>                                                                                \
-  void error(const Error<T>& args, double* ratio, bool first, ParallelFor parallel_for);            \
-  template <class R>                                                                                \
-  void step_size(const StepSize& args, R* times, ParallelFor parallel_for);                         \
-  template <class R>                                                                                \
+#define ODENET_CPU_LAUNCHERS(LEVEL)                                                                  \
+  namespace cpu::LEVEL {                                                                             \
+  template <class T>                                                                                 \
+  void stage(const Stage<T>& args, ParallelFor parallel_for);                                        \
+  template <class T>                                                                                 \
+  void error(const Error<T>& args, double* ratio, bool first, ParallelFor parallel_for);             \
+  template <class R>                                                                                 \
+  void step_size(const StepSize& args, R* times, ParallelFor parallel_for);                          \
+  template <class R>                                                                                 \
   void first_step(const StepSize& args, const FirstStep& first, R* times, ParallelFor parallel_for); \
-  template <class T>                                                                                \
-  void dense_output(const DenseOutput<T>& args, ParallelFor parallel_for);                          \
-  template <class T>                                                                                \
-  void advance(const Advance<T>& args, ParallelFor parallel_for);                                   \
+  template <class T>                                                                                 \
+  void dense_output(const DenseOutput<T>& args, ParallelFor parallel_for);                           \
+  template <class T>                                                                                 \
+  void advance(const Advance<T>& args, ParallelFor parallel_for);                                    \
   }
 ODENET_CPU_LAUNCHERS(baseline)
 #ifdef ODENET_X86

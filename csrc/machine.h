@@ -11,9 +11,9 @@ namespace odenet {
 enum class Level { baseline, avx2, avx512 };
 
 const char* name_of(Level level);
-std::vector<Level> machine_levels();          // those that were built and that this machine has
-Level level();                                // the one in use: the last of them, unless chosen otherwise
-void choose_level(const std::string& name);   // throws std::invalid_argument where the machine has it not
-int64_t last_level_cache();                   // bytes
+std::vector<Level> machine_levels();         // those that were built and that this machine has
+Level level();                               // the one in use: the last of them, unless chosen otherwise
+void choose_level(const std::string& name);  // throws std::invalid_argument where the machine has it not
+int64_t last_level_cache();                  // bytes
 
 }  // namespace odenet

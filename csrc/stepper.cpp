@@ -37,7 +37,8 @@ Stepper::Stepper(StepperSetup setup) : setup_(std::move(setup)) {
   check(stages_ >= 1 && stages_ <= kMaxStages, "c must have from 1 to 16 nodes");
   check(state_leaves_ >= 1, "columns must hold at least one leaf beside the quadratures");
   check(setup_.dtypes.size() == setup_.columns.size(), "dtypes must hold one entry a leaf");
-  for (const int type : setup_.dtypes) check(type >= 0 && type < kNumDTypes, "dtypes must hold numbers of element types");
+  for (const int type : setup_.dtypes)
+    check(type >= 0 && type < kNumDTypes, "dtypes must hold numbers of element types");
   check(setup_.signs.size() == setup_.columns.size(), "signs must hold one number a leaf");
   check(setup_.rtol.size() == setup_.atol.size() && setup_.rtol.size() <= setup_.columns.size(),
         "rtol and atol must hold one number for each leaf in the norm");

@@ -18,8 +18,8 @@ using Address = std::uintptr_t;
 using Addresses = std::vector<Address>;
 
 struct StepperSetup {
-  std::vector<int> dtypes;       // DType of each leaf; stage times have the real type of the first
-  int32_t device;              // CUDA device, or kCpu
+  std::vector<int> dtypes;  // DType of each leaf; stage times have the real type of the first
+  int32_t device;           // CUDA device, or kCpu
   int64_t rows;
   std::vector<int64_t> columns;  // of each leaf; the last `quadratures` leaves have slopes but no stages
   int quadratures;

@@ -2,8 +2,8 @@
 
 An adaptive method begins a step with the last slope of the one before. Of most that is the slope at (t1, y1), "first same as
 last"; where the published method lacks it, it is a last stage here. Of the two methods of order 2 it lies O(dt^2) beside, which
-keeps their order (as a predictor and corrector without a last evaluation: Hairer, Norsett and Wanner I, III.1) and saves what an
-evaluation costs.
+keeps their order (as a predictor and corrector without a last evaluation: Hairer, Norsett and Wanner I, III.1) and saves an
+evaluation.
 """
 
 from .tableau import ButcherTableau, hermite, quadratic, quartic
@@ -259,7 +259,7 @@ FEHLBERG2 = ButcherTableau(  # Fehlberg 1969, NASA TR R-315, RK1(2), advanced wi
     p_order=2,
 )
 
-# The slope with which the next step begins is f at the Euler step: predicted, evaluated and corrected, in one evaluation a step.
+# The slope with which the next step begins is f at the Euler step: predict, evaluate, correct, with one evaluation a step.
 ADAPTIVE_HEUN = ButcherTableau(  # Heun 1900 with Euler embedded: Hairer, Norsett and Wanner I, II.4
     order=2,
     c=(0.0, 1.0),

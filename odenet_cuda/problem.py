@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .ops import DTYPES
 
+
 class Structure:
     """How the leaves of a state make up what the user sees: one tensor, or a nest of tuples, lists and dicts."""
 

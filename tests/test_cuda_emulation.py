@@ -8,7 +8,7 @@ from compile_native import ROOT, compile_emulation, setup_py
 
 
 def test_cuda_kernels_compute_what_the_cpu_kernels_do(tmp_path: Path):
-    """Leaves of many sizes in one launch, rows, packs and their rests, unaligned buffers, and the step decided in one launch."""
+    """Leaves of many sizes in one launch, rows, packs and their rests, unaligned buffers, the step decided in one launch."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the checkout")
     try:

@@ -7,23 +7,23 @@
 namespace odenet::cpu {
 
 #ifdef ODENET_X86
-#define ODENET_AT_LEVEL(op)                    \
-  template <class... Args>                     \
-  void op(const Args&... args) {               \
-    switch (level()) {                         \
-      case Level::avx512:                      \
-        return avx512::op(args...);            \
-      case Level::avx2:                        \
-        return avx2::op(args...);              \
-      default:                                 \
-        return baseline::op(args...);          \
-    }                                          \
-  }
-#else
 #define ODENET_AT_LEVEL(op)           \
   template <class... Args>            \
   void op(const Args&... args) {      \
-    return baseline::op(args...);     \
+    switch (level()) {                \
+      case Level::avx512:             \
+        return avx512::op(args...);   \
+      case Level::avx2:               \
+        return avx2::op(args...);     \
+      default:                        \
+        return baseline::op(args...); \
+    }                                 \
+  }
+#else
+#define ODENET_AT_LEVEL(op)       \
+  template <class... Args>        \
+  void op(const Args&... args) {  \
+    return baseline::op(args...); \
   }
 #endif
 

@@ -50,7 +50,8 @@ __device__ void sum_parts(const Error<T>& s, unsigned block, unsigned blocks, do
     Weights<T, S> w{};
     if constexpr (S != kAnyStages) w = scaled_weights<T, S>(s.e, s.stages, dt);
     double sum = 0;
-    visit_packs<V>(count, 0, 1, [&](int64_t i, auto width) { sum += static_cast<double>(squares(s, dt, w, at + i, width)); });
+    visit_packs<V>(count, 0, 1,
+                   [&](int64_t i, auto width) { sum += static_cast<double>(squares(s, dt, w, at + i, width)); });
     sum = block_sum(sum);
     if (threadIdx.x == 0) workspace[part] = sum;
   }
@@ -95,8 +96,8 @@ __device__ double* workspace_of_leaf(const Batch<Error<T>>& batch, const Error<T
 }
 
 template <class T, int S, int V>
-__global__ void __launch_bounds__(kThreads) error_kernel(const __grid_constant__ Batch<Error<T>> batch,
-                                                         double* workspace) {
+__global__ void __launch_bounds__(kThreads)
+    error_kernel(const __grid_constant__ Batch<Error<T>> batch, double* workspace) {
   unsigned block, blocks;
   const Error<T>& s = batch.mine(block, blocks);
   sum_parts<T, S, V>(s, block, blocks, workspace_of_leaf(batch, s, workspace));
@@ -222,9 +223,9 @@ const char* error_and_step_size(const Error<T>* leaves, int count, double* works
   return nullptr;
 }
 
-#define ODENET_INSTANCES(T, R)                                                                                 \
-  template int64_t error_workspace(const Error<T>*, int);                                                      \
-  template const char* error(const Error<T>*, int, double*, bool, double*, Stream);                            \
+#define ODENET_INSTANCES(T, R)                                                      \
+  template int64_t error_workspace(const Error<T>*, int);                           \
+  template const char* error(const Error<T>*, int, double*, bool, double*, Stream); \
   template const char* error_and_step_size(const Error<T>*, int, double*, unsigned*, const StepSize&, R*, Stream);
 ODENET_INSTANCES(float, float)
 ODENET_INSTANCES(double, double)

@@ -131,7 +131,8 @@ void test_advance(const char* type, int64_t rows, int shift) {
   std::vector<Advance<T>> args;
   for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
     Leaf<T>&mine = leaves[leaf], &other = copies[leaf];
-    Advance<T> s{other.y0.data(), other.k[0].data(), mine.y1.data(), mine.k[1].data(), accept.data(), rows, mine.columns};
+    Advance<T> s{other.y0.data(), other.k[0].data(), mine.y1.data(), mine.k[1].data(), accept.data(), rows,
+                 mine.columns};
     cpu::baseline::advance(s, one_thread);
     s.y0 = mine.y0.data();
     s.k0 = mine.k[0].data();
