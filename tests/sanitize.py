@@ -1,10 +1,11 @@
 """`make test-sanitize`: the C++ kernels under sanitizers, built into build/sanitize beside the normal build.
 
-address  native/threads.cpp, then tests/test_ops.py and tests/test_stepper.py, under AddressSanitizer and
+address  the CPU kernels in threads (native/threads.cpp) and the CUDA kernels with a block's threads as threads of the machine
+         (native/cuda_kernels.cpp), then tests/test_ops.py and tests/test_stepper.py, under AddressSanitizer and
          UndefinedBehaviorSanitizer
-thread   native/threads.cpp under ThreadSanitizer
+thread   the two programs of native/ under ThreadSanitizer
 
-Each sanitizer must first report the faults that the program commits when it is asked to.
+Each sanitizer must first report the faults that native/threads.cpp commits when it is asked to.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from compile_native import ROOT, compile_threads, setup_py
+from compile_native import ROOT, compile_emulation, compile_threads, setup_py
 
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = ["tests/test_ops.py", "tests/test_stepper.py"]
@@ -58,6 +59,9 @@ def check_native(sanitizer: str) -> None:
         if faulty.returncode == 0 or words not in faulty.stderr:
             fail(f"{sanitizer} did not report the fault {fault!r}, but: {faulty.stderr[-2000:]}")
     run(f"{sanitizer}: native/threads.cpp", [str(program)], env=env)
+    print(f"== {sanitizer}: compiling native/cuda_kernels.cpp", flush=True)
+    program = compile_emulation(FOLDER / f"{sanitizer}-emulation", setup["sanitizer_flags"]())
+    run(f"{sanitizer}: native/cuda_kernels.cpp", [str(program)], env=env)
 
 
 def runtimes() -> str:
