@@ -16,16 +16,25 @@ template <int S, class T>
 __attribute__((noinline)) double sum_of_squares(const Error<T>& args, const Weights<T, S>& w, int64_t begin,
                                                 int64_t end) {
   const Error<T> s = args;  // a local copy: the compiler then knows that nothing written here changes it
-  Accumulate<T> sums[kBlock], start[kBlock], finish[kBlock];
+  [[maybe_unused]] Accumulate<T> sums[kBlock], start[kBlock], finish[kBlock];
   Real<T> squares[kBlock], lanes[kLanes] = {};
   const Real<T> rtol = static_cast<Real<T>>(s.rtol), atol = static_cast<Real<T>>(s.atol);
   double sum = 0;
   for (; begin < end; begin += kBlock) {
     const int count = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
-    sum_block(sums, s.k, w, s.stages, begin, count);
-    const Accumulate<T>*y0 = widened(s.y0 + begin, start, count), *y1 = widened(s.y1 + begin, finish, count);
+    if constexpr (S == kAnyStages) {
+      sum_block(sums, s.k, w, s.stages, begin, count);
+      const Accumulate<T>*y0 = widened(s.y0 + begin, start, count), *y1 = widened(s.y1 + begin, finish, count);
 #pragma GCC ivdep
-    for (int i = 0; i < count; ++i) squares[i] = error_square<T>(y0[i], y1[i], sums[i], rtol, atol);
+      for (int i = 0; i < count; ++i) squares[i] = error_square<T>(y0[i], y1[i], sums[i], rtol, atol);
+    } else {
+      const T *y0 = s.y0 + begin, *y1 = s.y1 + begin, *k[S > 0 ? S : 1];
+      for (int j = 0; j < S; ++j) k[j] = s.k[j] + begin;
+#pragma GCC ivdep
+      for (int i = 0; i < count; ++i) {
+        squares[i] = error_square<T>(y0[i], y1[i], weighted_sum<S>(k, w, S, i), rtol, atol);
+      }
+    }
     int i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += squares[i + lane];

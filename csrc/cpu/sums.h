@@ -1,4 +1,5 @@
-// Weighted sums of slopes over a block of elements, in a buffer that stays in the first cache.
+// Weighted sums of slopes over a block of elements, in a buffer that stays in the first cache: for types that must be
+// converted, and where the number of slopes is known at run time only.
 #pragma once
 
 #include "convert.h"
@@ -8,24 +9,18 @@ namespace odenet::cpu::ODENET_LEVEL {
 
 constexpr int kBlock = 256;  // elements
 
-// sum[i] = sum_j w[j] k[j][begin + i], the slopes read side by side, or one after the other where S is kAnyStages.
-template <int S, class T>
-inline __attribute__((always_inline)) void sum_block(Accumulate<T>* sum, const T* const* k, const Weights<T, S>& w,
-                                                     int stages, int64_t begin, int count) {
-  if constexpr (S != kAnyStages) {
-    const T* slopes[S > 0 ? S : 1];
-    for (int j = 0; j < S; ++j) slopes[j] = k[j] + begin;
+// sum[i] = sum_j w[j] k[j][begin + i], one slope after the other.
+template <class T>
+inline __attribute__((always_inline)) void sum_block(Accumulate<T>* sum, const T* const* k,
+                                                     const Weights<T, kAnyStages>& w, int stages, int64_t begin,
+                                                     int count) {
+  Accumulate<T> buffer[kBlock];
+  for (int i = 0; i < count; ++i) sum[i] = Accumulate<T>{};
+  for (int j = 0; j < stages; ++j) {
+    const Accumulate<T>* slope = widened(k[j] + begin, buffer, count);
+    const Real<T> weight = w.of[j];
 #pragma GCC ivdep
-    for (int i = 0; i < count; ++i) sum[i] = weighted_sum<S>(slopes, w, S, i);
-  } else {
-    Accumulate<T> buffer[kBlock];
-    for (int i = 0; i < count; ++i) sum[i] = Accumulate<T>{};
-    for (int j = 0; j < stages; ++j) {
-      const Accumulate<T>* slope = widened(k[j] + begin, buffer, count);
-      const Real<T> weight = w.of[j];
-#pragma GCC ivdep
-      for (int i = 0; i < count; ++i) sum[i] += weight * slope[i];
-    }
+    for (int i = 0; i < count; ++i) sum[i] += weight * slope[i];
   }
 }
 
