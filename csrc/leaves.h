@@ -44,51 +44,51 @@ using DenseOutputLeaves = RealLeaves<DenseOutput>;
 using AdvanceLeaves = RealLeaves<Advance>;
 using ErrorLeaves = LeavesOf<Error, float, double, Half, BFloat16, Complex<float>, Complex<double>>;
 
-inline void launch(int32_t device, const StageLeaves& leaves) {
+// on_cpu(args) for each leaf, or on_cuda(leaves, count, stream) for each type.
+template <class Leaves, class OnCpu, class OnCuda>
+void launch_each(int32_t device, const Leaves& leaves, const OnCpu& on_cpu, const OnCuda& on_cuda) {
   leaves.each([&](const auto* args, int count) {
     on_device(
         device,
         [&] {
-          for (int i = 0; i < count; ++i) cpu::stage(args[i], parallel_for);
+          for (int i = 0; i < count; ++i) on_cpu(args[i]);
         },
-        [&](cuda::Stream stream) { return cuda::stage(args, count, stream); });
+        [&](cuda::Stream stream) { return on_cuda(args, count, stream); });
   });
+}
+
+inline void launch(int32_t device, const StageLeaves& leaves) {
+  launch_each(
+      device, leaves, [](const auto& args) { cpu::stage(args, parallel_for); },
+      [](const auto* args, int count, cuda::Stream stream) { return cuda::stage(args, count, stream); });
 }
 
 inline void launch(int32_t device, const DenseOutputLeaves& leaves) {
-  leaves.each([&](const auto* args, int count) {
-    on_device(
-        device,
-        [&] {
-          for (int i = 0; i < count; ++i) cpu::dense_output(args[i], parallel_for);
-        },
-        [&](cuda::Stream stream) { return cuda::dense_output(args, count, stream); });
-  });
+  launch_each(
+      device, leaves, [](const auto& args) { cpu::dense_output(args, parallel_for); },
+      [](const auto* args, int count, cuda::Stream stream) { return cuda::dense_output(args, count, stream); });
 }
 
 inline void launch(int32_t device, const AdvanceLeaves& leaves) {
-  leaves.each([&](const auto* args, int count) {
-    on_device(
-        device,
-        [&] {
-          for (int i = 0; i < count; ++i) cpu::advance(args[i], parallel_for);
-        },
-        [&](cuda::Stream stream) { return cuda::advance(args, count, stream); });
-  });
+  launch_each(
+      device, leaves, [](const auto& args) { cpu::advance(args, parallel_for); },
+      [](const auto* args, int count, cuda::Stream stream) { return cuda::advance(args, count, stream); });
 }
 
 // ratio [rows]: the largest over all leaves. workspace: of cuda::error_workspace; not used on the CPU.
 inline void launch(int32_t device, const ErrorLeaves& leaves, double* ratio, double* workspace) {
-  bool first = true;
-  leaves.each([&](const auto* args, int count) {
-    on_device(
-        device,
-        [&] {
-          for (int i = 0; i < count; ++i) cpu::error(args[i], ratio, first && i == 0, parallel_for);
-        },
-        [&](cuda::Stream stream) { return cuda::error(args, count, ratio, first, workspace, stream); });
-    first = false;
-  });
+  bool first = true;  // nothing is in ratio yet
+  launch_each(
+      device, leaves,
+      [&](const auto& args) {
+        cpu::error(args, ratio, first, parallel_for);
+        first = false;
+      },
+      [&](const auto* args, int count, cuda::Stream stream) {
+        const bool start = first;
+        first = false;
+        return cuda::error(args, count, ratio, start, workspace, stream);
+      });
 }
 
 // Numbers of workspace that the largest group of these leaves needs.

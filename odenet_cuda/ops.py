@@ -43,6 +43,13 @@ MAX_STAGES: int = _C.max_stages
 MAX_DEGREE: int = _C.max_degree
 
 
+def readable(x: Tensor) -> Tensor:
+    """x as the kernels read it from its address: contiguous, without a conjugation or negation that is still to be done."""
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    return x if x.is_contiguous() else x.contiguous()
+
+
 def _written(tensors: Sequence[Tensor]) -> None:
     if tensors and not tensors[0].is_inference():  # tensors of inference mode have no version counter
         increment_version(tensors)

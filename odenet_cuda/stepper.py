@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .ops import DTYPES
+from .ops import DTYPES, readable
 from .problem import Problem
 from .tableau import ButcherTableau
 
@@ -114,10 +114,7 @@ class Stepper:
             if slope is None:
                 addresses.append(0)
                 continue
-            if slope.is_neg() or slope.is_conj():  # a view that negates or conjugates when it is read
-                k[leaf] = slope = slope.resolve_conj().resolve_neg()
-            if not slope.is_contiguous():
-                k[leaf] = slope = slope.contiguous()
+            k[leaf] = slope = readable(slope)
             address = slope.data_ptr()
             if copy_own and self._owns(slope):
                 k[leaf] = slope = slope.clone()

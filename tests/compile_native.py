@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++20", "-DNDEBUG", "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
 # The program says itself how large the caches are.
@@ -18,6 +20,16 @@ def setup_py() -> dict[str, Any]:
     """The names that setup.py defines, without building anything."""
     with mock.patch("setuptools.setup"):
         return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def require_compiler() -> None:
+    """Skips the test where there is no checkout or no compiler."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("needs the checkout")
+    try:
+        setup_py()["find_compiler"]()
+    except SystemExit as reason:
+        pytest.skip(str(reason))
 
 
 def compile_threads(folder: Path, flags: list[str], levels: dict[str, list[str]]) -> Path:

@@ -3,18 +3,12 @@
 import subprocess
 from pathlib import Path
 
-import pytest
-from compile_native import ROOT, compile_emulation, setup_py
+from compile_native import compile_emulation, require_compiler
 
 
 def test_cuda_kernels_compute_what_the_cpu_kernels_do(tmp_path: Path):
     """Leaves of many sizes in one launch, rows, packs and their rests, unaligned buffers, the step decided in one launch."""
-    if not (ROOT / "setup.py").exists():
-        pytest.skip("needs the checkout")
-    try:
-        setup_py()["find_compiler"]()
-    except SystemExit as reason:
-        pytest.skip(str(reason))
+    require_compiler()
     program = compile_emulation(tmp_path, ["-O1"])
     finished = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]

@@ -2,20 +2,14 @@
 
 import subprocess
 
-import pytest
-from compile_native import ROOT, compile_threads, setup_py
+from compile_native import compile_threads, require_compiler
 
 OPS = {"stage", "stage, streamed", "error", "first_step", "step_size", "dense_output", "advance"}
 
 
 def test_threads_give_the_bits_of_one_thread(tmp_path):
     """Every op, cut into ranges that run in several threads, gives the bits of one range in one thread."""
-    if not (ROOT / "setup.py").exists():
-        pytest.skip("needs the checkout")
-    try:
-        setup_py()["find_compiler"]()
-    except SystemExit as reason:
-        pytest.skip(str(reason))
+    require_compiler()
     program = compile_threads(tmp_path, ["-O1"], {"baseline": []})
     finished = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]

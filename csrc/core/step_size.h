@@ -211,5 +211,11 @@ ODENET_HD R stage_time(const StepSize& s, int64_t row, int i) {
   return jump ? next_after(round_to<R>(end), -direction) : round_to<R>(end);
 }
 
+// times [stages, rows]: those of one row.
+template <class R>
+ODENET_HD void write_times(const StepSize& s, int64_t row, R* times) {
+  for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, row, i);
+}
+
 }  // namespace ODENET_LEVEL
 }  // namespace odenet

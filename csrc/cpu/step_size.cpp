@@ -6,11 +6,6 @@ namespace {
 
 constexpr int64_t kRowGrain = 1024;
 
-template <class R>
-void write_times(const StepSize& s, int64_t row, R* times) {
-  for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, row, i);
-}
-
 }  // namespace
 
 template <class R>

@@ -1,4 +1,4 @@
-#include "control.h"
+#include "grid.h"
 
 namespace odenet::cuda {
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..ops import DTYPES
+from ..ops import DTYPES, readable
 
 SHORT = (torch.float16, torch.bfloat16)
 _KEPT_BYTES = 1 << 20  # of gradients that wait to be added; where they are more, a pass for each list costs little
@@ -73,10 +73,8 @@ class Accumulator:
             grad = grads[i]
             if grad is None:
                 grad = torch.zeros_like(self.sums[slot])
-            elif grad.layout is not torch.strided:
-                grad = grad.to_dense()
-            elif grad.is_conj() or grad.is_neg() or not grad.is_contiguous():
-                grad = grad.resolve_conj().resolve_neg().contiguous()
+            else:
+                grad = readable(grad if grad.layout is torch.strided else grad.to_dense())
             kept.append(grad)
             addresses.append(grad.data_ptr())
         if self.without:
