@@ -4,8 +4,9 @@
                                    [--dtypes float32 ...] [--sizes 1K 64M ...] [--compile]
 
 Bandwidth is the bytes an op must read and write, divided by its time. "share" is that over the bandwidth of a copy, the
-better of torch's own (memcpy) and one with streaming stores, of a state of the same size by the same threads. "torch" and
-"compile" are how many times longer those take. Every op is compared with the formula in float64 before it is timed.
+better of torch's own (memcpy) and one with streaming stores, of a state of the same size by the same threads; "read" is
+what torch's sum of one state reaches, which stores nothing. "torch" and "compile" are how many times longer those take.
+Every op is compared with the formula in float64 before it is timed.
 """
 
 import argparse
@@ -21,7 +22,16 @@ from torch import Tensor
 from odenet_cuda import formulas, ops
 from odenet_cuda.methods import find_method
 
-SIZES = {"1K": 1 << 10, "16K": 1 << 14, "256K": 1 << 18, "4M": 1 << 22, "64M": 1 << 26, "256M": 1 << 28, "1G": 1 << 30}
+SIZES = {
+    "1K": 1 << 10,
+    "2K": 1 << 11,
+    "16K": 1 << 14,
+    "256K": 1 << 18,
+    "4M": 1 << 22,
+    "64M": 1 << 26,
+    "256M": 1 << 28,
+    "1G": 1 << 30,
+}
 DTYPES = ["float32", "float64", "float16", "bfloat16", "complex64", "complex128"]
 DOPRI5 = find_method("dopri5")
 
@@ -158,12 +168,16 @@ class Timer:
 
 
 def measure(calls: dict[str, Callable[[], Any]], device: str, budget: float) -> dict[str, Samples]:
-    """Each call in turn, in batches long enough for the clock, until the budget of seconds is spent; at least 5 batches."""
+    """Each call in turn, in batches long enough for the clock, until the budget of seconds is spent; at least 5 batches.
+
+    Calls of a millisecond and more go one at a time: repeated, a copy would find part of its source in the last cache,
+    which the op beside it, with several times as many bytes, does not.
+    """
     timer, numbers, samples = Timer(device), {}, {}
     for name, call in calls.items():
         call()
         once = timer.seconds(call, 1)
-        numbers[name] = max(1, min(1000, int(budget / 40 / max(once, 1e-7))))
+        numbers[name] = max(1, min(1000, int(min(budget / 40, 1e-3) / max(once, 1e-7))))
         samples[name] = Samples()
     start, batches = time.perf_counter(), 0
     while batches < 5 or time.perf_counter() - start < budget:
@@ -193,6 +207,7 @@ def bench(name: str, size: int, dtype: torch.dtype, device: str, budget: float, 
         "ours": case.run,
         "memcpy": lambda: target.copy_(source),
         "streamed": lambda: ops.stage([target], [source], [], [], one),
+        "read": lambda: torch.sum(source),
         "torch": lambda: case.plain(*case.arguments),
     }
     if compiled is not None:
@@ -203,7 +218,8 @@ def bench(name: str, size: int, dtype: torch.dtype, device: str, budget: float, 
     copy = 2 * state / min(samples[way].median("s") for way in ("memcpy", "streamed")) / 1e9
     rate = case.passes * state / ours / 1e9
     row = {"": name, "dtype": str(dtype).removeprefix("torch."), "bytes": state, "us": ours * 1e6, "GB/s": rate}
-    row |= {"copy GB/s": copy, "share": rate / copy, "torch": samples["torch"].median("s") / ours}
+    read = state / samples["read"].median("s") / 1e9
+    row |= {"copy GB/s": copy, "share": rate / copy, "read GB/s": read, "torch": samples["torch"].median("s") / ours}
     if compiled is not None:
         row["compile"] = samples["compile"].median("s") / ours
     row["spread"] = (max(samples["ours"].values["s"]) - min(samples["ours"].values["s"])) / ours

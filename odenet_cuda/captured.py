@@ -39,6 +39,17 @@ def captured_tensors(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since:
     return list(found.values()), earlier
 
 
+def refuse_unknown(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, known: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where func's results depend on a tensor, outside of func and its inputs, that is not known."""
+    found, earlier = captured_tensors(outputs, inputs, since)
+    ids = {id(tensor) for tensor in known}
+    if any(id(tensor) not in ids for tensor in found) or (earlier and all(tensor.is_leaf for tensor in known)):
+        raise RuntimeError(
+            "func depends somewhere in the solve on a tensor that it does not depend on at its start, so that tensor would get "
+            "no gradient: name it in adjoint_params, or use gradient='direct'"
+        )
+
+
 def cut_points(captured: Sequence[Tensor]) -> list[Tensor]:
     """The captured results on whose way back lies another captured tensor: their gradient must not flow on to it twice."""
     own = {id(tensor) for tensor in captured} | {id(tensor.grad_fn) for tensor in captured if tensor.grad_fn is not None}

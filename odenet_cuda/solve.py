@@ -11,17 +11,19 @@ from torch.autograd import forward_ad
 from .callbacks import find_callbacks
 from .captured import captured_tensors, earlier_results, sequence_number
 from .gradients import adjoint as adjoint_gradient
+from .gradients import checkpoint as checkpoint_gradient
 from .gradients import direct as direct_gradient
 from .gradients.adjoint_setup import adjoint_setup
 from .integrate import Grid, Options, fixed_grid, integrate, stop_times
 from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_samples, check_state, check_times, check_tolerance
 from .solution import Interpolant, Solution, Stats, failure
+from .solvers.checkpoints import Checkpoints
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import STEP_CONTROLS, SUCCESS, StepControl
 
-GRADIENTS = ("direct", "adjoint")
-ABSENT_GRADIENTS = ("checkpoint", "quadrature")
+GRADIENTS = ("direct", "adjoint", "checkpoint")
+ABSENT_GRADIENTS = ("quadrature",)
 FAILURES = ("raise", "return")
 
 
@@ -52,6 +54,7 @@ def solve(
     norm: Callable | None = None,
     dense: bool = False,
     on_failure: str = "raise",
+    max_checkpoints: int | None = None,
     adjoint_params: Sequence[Tensor] | None = None,
     adjoint_method: str | None = None,
     adjoint_rtol: Any = None,
@@ -70,7 +73,8 @@ def solve(
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
-        does not grow (Chen et al. 2018, arXiv:1806.07366). Both give gradients for y0, t, and every tensor func depends on.
+        does not grow (Chen et al. 2018, arXiv:1806.07366); "checkpoint", as exact as direct, keeps the state of each step
+        alone and makes the steps again. All give gradients for y0, t, and every tensor func depends on.
     step_control: "joint", one step size for the whole state; "per_sample", one for each sample on axis 0 of every leaf.
     controller: "I", "PI", "PID" or (proportional, integral, derivative) coefficients (Soderlind 2003).
     first_step, min_step, max_step: step sizes, positive, in units of t. A step of min_step is accepted whatever its error.
@@ -84,7 +88,9 @@ def solve(
     dense: give a `Solution.interpolant`, at the cost of keeping every step.
     on_failure: "raise" a `SolverError`, or "return" a Solution whose `status` says why and whose `ys` are NaN where the
         solve did not get.
-    adjoint_params: tensors to give gradients to by the adjoint; default: all that func depends on. adjoint_method,
+    max_checkpoints: how many states "checkpoint" may keep; steps between are made again, by the binomial schedule (Griewank
+        and Walther 2000, doi 10.1145/347837.347846). Default: all.
+    adjoint_params: tensors to give gradients to, but not by "direct"; default: all that func depends on. adjoint_method,
         adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward. Options by name as
         above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
         arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
@@ -116,6 +122,7 @@ def solve(
     if gradient in ABSENT_GRADIENTS:
         raise NotImplementedError(f"gradient={gradient!r} is not part of this version of odenet_cuda; there are {GRADIENTS}")
     _one_of("gradient", gradient, GRADIENTS)
+    _check_checkpoints(max_checkpoints, gradient)
     _refuse_transforms()
     structure = check_state(y0)
     times, values = check_times(t)
@@ -142,7 +149,11 @@ def solve(
     grid = None
     if not options.adaptive:
         grid = fixed_grid(options, values, func, y0, times)
-    return _Solve(problem, options, structure, times, dense, grid).run(gradient, backward, adjoint_params, on_failure)
+    checkpoints = None
+    if gradient == "checkpoint":
+        checkpoints = Checkpoints(max_checkpoints, None if grid is None else len(grid[0]) - 1)
+    job = _Solve(problem, options, structure, times, dense, grid)
+    return job.run(gradient, backward, checkpoints, adjoint_params, on_failure)
 
 
 class _Solve:
@@ -159,7 +170,14 @@ class _Solve:
         )
         self.field: Any = problem.field
 
-    def run(self, gradient: str, backward: Any, params: Sequence[Tensor] | None, on_failure: str) -> Solution:
+    def run(
+        self,
+        gradient: str,
+        backward: Any,
+        checkpoints: Checkpoints | None,
+        params: Sequence[Tensor] | None,
+        on_failure: str,
+    ) -> Solution:
         wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and self.problem.leaves[0].numel() > 0
         since = sequence_number() if wanted else 0
         start, captured, closed = self._probe(gradient, params, since) if wanted else (None, [], True)
@@ -167,10 +185,10 @@ class _Solve:
         wanted = wanted and any(tensor.requires_grad for tensor in inputs)
         graphs = wanted and gradient == "direct"
         recorder: Any = None
-        if graphs or self.dense:
-            recorder = Recorder(
-                self.options.tableau, self.problem.t, self.problem.per_sample, graphs, self.dense, self.t.requires_grad
-            )
+        states = checkpoints if wanted else None
+        if graphs or self.dense or states is not None:
+            keep = dict(graphs=graphs, checkpoints=states, dense=self.dense, t_grad=self.t.requires_grad)
+            recorder = self._recorder(**keep)
         trajectory = integrate(
             self.problem,
             self.options,
@@ -192,7 +210,11 @@ class _Solve:
             if params is None and not closed:
                 captured = self._captured_at_end(trajectory, captured, since)
                 stats.nfe = self.field.nfe
-            ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
+            if states is not None:
+                check = "" if params is not None else "first" if closed else "all"
+                ys = checkpoint_gradient.attach(recorder, self.problem, ys, y0, self.t, captured, stats, check)
+            else:
+                ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
             ys = [leaf[None].clone() for leaf in y0]
         return self._solution(ys, trajectory, recorder, stats)
@@ -211,7 +233,7 @@ class _Solve:
         else:
             times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
         t0 = problem.time_views(times.to(problem.device))[0]
-        recorder = Recorder(self.options.tableau, problem.t, problem.per_sample, True, False, self.t.requires_grad)
+        recorder = self._recorder(graphs=True, t_grad=self.t.requires_grad)
         y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
         start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.leaves], y_grad)
         found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
@@ -221,15 +243,21 @@ class _Solve:
         if earlier:
             results = earlier_results(lambda: self.field(start.t, start.y), since)
             known.update((id(tensor), tensor) for tensor in results)
-        if gradient == "adjoint":
+        if gradient != "direct":
             start = Evaluation(start.t, start.y, [slope.detach() for slope in start.k])
         return start, list(known.values()), closed
+
+    def _recorder(self, **keep: Any) -> Recorder:
+        tableau = self.options.tableau
+        return Recorder(
+            tableau, self.problem.t, self.problem.per_sample, carried=self.options.adaptive and not tableau.fsal, **keep
+        )
 
     def _captured_at_end(self, trajectory: Trajectory, captured: list[Tensor], since: int) -> list[Tensor]:
         """captured, and what func depends on at the end but not at the start: it may branch on the time."""
         problem = self.problem
         times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
-        recorder = Recorder(self.options.tableau, problem.t, problem.per_sample, True, False)
+        recorder = self._recorder(graphs=True)
         y = [leaf.detach().clone() for leaf in trajectory.last]
         end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
         return direct_gradient.find_captured(self.field, [end], since, captured, False)
@@ -288,6 +316,15 @@ def _refuse_transforms() -> None:
         raise NotImplementedError("forward-mode derivatives are not part of this version of odenet_cuda; use backward mode")
     if torch._C._functorch.maybe_current_level() is not None:
         raise NotImplementedError("torch.func transforms of a solve are not part of this version of odenet_cuda; use autograd")
+
+
+def _check_checkpoints(limit: Any, gradient: str) -> None:
+    if limit is None:
+        return
+    if gradient != "checkpoint":
+        raise ValueError(f"max_checkpoints needs gradient='checkpoint', got gradient={gradient!r}")
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ValueError(f"max_checkpoints must be a whole number of at least 1, got {limit!r}")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Gradients by y0, t, parameters and captured tensors, direct and by the adjoint, against finite differences."""
+"""Gradients by y0, t, parameters and captured tensors, in every way there is, against finite differences."""
 
 import math
 from itertools import pairwise
@@ -26,8 +26,11 @@ GRADIENTS = {
     "seminorm": {"gradient": "adjoint", "adjoint_options": {"norm": "seminorm"}},
     "direct per sample": {"gradient": "direct", "step_control": "per_sample"},
     "adjoint per sample": {"gradient": "adjoint", "step_control": "per_sample"},
+    "checkpoint": {"gradient": "checkpoint"},
+    "checkpoint per sample": {"gradient": "checkpoint", "step_control": "per_sample"},
+    "three checkpoints": {"gradient": "checkpoint", "max_checkpoints": 3},
 }
-BOTH = ["direct", "adjoint"]
+BOTH = ["direct", "adjoint", "checkpoint"]
 
 Y0 = torch.tensor([[0.3, -0.8], [1.1, 0.4], [-0.5, 0.9]], dtype=torch.float64)
 TIMES = torch.tensor([0.1, 0.35, 0.6, 1.0], dtype=torch.float64)
@@ -172,7 +175,7 @@ def test_adaptive_gradients(method, gradient, sign):
     assert_close(found, REFERENCES[sign])
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "seminorm"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "seminorm", "checkpoint"])
 @pytest.mark.parametrize("method", ["fehlberg2", "adaptive_heun"])
 def test_adaptive_gradients_of_low_order(method, gradient):
     """The methods of order 2, to a tolerance that they can reach."""
@@ -685,7 +688,7 @@ def short(request):
 
 
 @pytest.mark.parametrize("parts", SHORT_PARTS)
-@pytest.mark.parametrize("gradient", [*GRADIENTS, "direct, fixed", "adjoint, fixed"])
+@pytest.mark.parametrize("gradient", [*GRADIENTS, "direct, fixed", "adjoint, fixed", "checkpoint, fixed"])
 def test_gradients_of_16_bits(device, short, gradient, parts):
     """States and parameters of 16 bits have the exact gradients to what their type allows, in their own type."""
     tol, error = SHORT[short]
@@ -715,7 +718,7 @@ def test_many_small_gradients_are_added_in_float32(device, short):
         assert total.dtype == like.dtype and torch.equal(total, torch.ones_like(like))
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "adjoint per sample"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "adjoint per sample", "checkpoint"])
 def test_small_gradients_of_many_steps(device, short, gradient):
     """A parameter of 16 bits whose gradient is the sum of a thousand small parts."""
     rate = torch.zeros(2, dtype=short, device=device, requires_grad=True)

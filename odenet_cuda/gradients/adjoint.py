@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..captured import captured_tensors, cut_points, gradients, sequence_number
+from ..captured import cut_points, gradients, refuse_unknown, sequence_number
 from ..formulas import rms_norm
 from ..integrate import Options, fixed_grid, integrate
 from ..ops import FIELDS
 from ..problem import Field, Problem
 from ..solution import Solution, Stats, failure
 from .accumulator import SHORT, Accumulator
+from .autocast import autocast_state
 from .direct import NO_SECOND_DERIVATIVE, real_product
 
 
@@ -53,7 +54,7 @@ def attach(
     stats: Stats,
 ) -> list[Tensor]:
     """ys, with a gradient for y0, t and params."""
-    return list(_Adjoint.apply(adjoint, problem, tuple(ys), stats, _autocast_state(problem.device), len(y0), t, *y0, *params))
+    return list(_Adjoint.apply(adjoint, problem, tuple(ys), stats, autocast_state(problem.device), len(y0), t, *y0, *params))
 
 
 class _Adjoint(torch.autograd.Function):
@@ -78,16 +79,6 @@ class _Adjoint(torch.autograd.Function):
         if grad_t is not None:
             grad_t = grad_t.to(ctx.t_device)
         return None, None, None, None, None, None, grad_t, *grad_y0, *grad_params
-
-
-def _autocast_state(device: torch.device) -> dict[str, Any]:
-    kind = device.type
-    return {
-        "device_type": kind,
-        "enabled": torch.is_autocast_enabled(kind),
-        "dtype": torch.get_autocast_dtype(kind),
-        "cache_enabled": False,  # stages are written into the same tensors again and again: a cast kept of one is stale
-    }
 
 
 class AugmentedField:
@@ -131,13 +122,7 @@ class AugmentedField:
             self.check = False
             since = sequence_number()
             k = self.field(t, y)
-            found, earlier = captured_tensors(k, [t, *y], since)
-            known = {id(param) for param in self.params}
-            if any(id(tensor) not in known for tensor in found) or (earlier and all(p.is_leaf for p in self.params)):
-                raise RuntimeError(
-                    "func depends at the end of the solve on a tensor that it does not depend on at the start, so the adjoint "
-                    "would give it no gradient: name it in adjoint_params, or use gradient='direct'"
-                )
+            refuse_unknown(k, [t, *y], since, self.params)
             return k
 
     def product(

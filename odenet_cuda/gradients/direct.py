@@ -92,8 +92,7 @@ class _Direct(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         recorder = ctx.recorder
-        a = next((entry.a for entry in recorder.tape if isinstance(entry, Step)), ())
-        walk = BackwardWalk(ctx.problem, recorder.tableau, a, ctx.captured, grad_ys, ctx.needs_input_grad[5])
+        walk = BackwardWalk(ctx.problem, recorder.tableau, ctx.captured, grad_ys, ctx.needs_input_grad[5])
         for entry in reversed(recorder.tape):
             walk.undo(entry)
         grad_y0, grad_t, grad_captured = walk.result()
@@ -111,11 +110,13 @@ class BackwardWalk:
         self,
         problem: Problem,
         tableau: ButcherTableau,
-        a: Sequence[Sequence[float]],
         captured: Sequence[Tensor],
         grad_ys: Sequence[Tensor | None],
         t_grad: bool,
+        keep_graphs: bool = True,
     ):
+        a = tableau.rows
+        self.keep_graphs = keep_graphs
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, list(captured), t_grad
         self.cuts = cut_points(captured)
         self.leaves, self.points = len(problem.leaves), len(a)
@@ -133,8 +134,10 @@ class BackwardWalk:
             [a[i - 1][j] if i > j and j < len(a[i - 1]) else 0.0 for i in range(points, 0, -1)]
             for j in range(points - 1, -1, -1)
         ]
-        self.stepper = Stepper(problem, tableau, [*self.columns, [1.0] * points], zero_base=True)
-        self.stepper.kernels.bind_dt(self.one.data_ptr())
+        # Two, by turns: what a step leaves in the buffers of one is read while the next step writes those of the other.
+        self.steppers = [Stepper(problem, tableau, [*self.columns, [1.0] * points], zero_base=True) for _ in range(2)]
+        for stepper in self.steppers:
+            stepper.new_stages()
 
     def undo(self, entry: Step | Evaluation) -> None:
         if isinstance(entry, Step):
@@ -160,7 +163,7 @@ class BackwardWalk:
         # The first evaluation has no gradient for y0 where none is wanted.
         y = evaluation.y if evaluation.y[0].requires_grad else []
         inputs = [*y, *([evaluation.t] if self.t_grad else []), *self.captured]
-        grads = gradients(outputs, inputs, kappa, self.cuts, True)
+        grads = gradients(outputs, inputs, kappa, self.cuts, self.keep_graphs)
         n = self.leaves
         if not y:
             grads = [None] * n + list(grads)
@@ -177,8 +180,8 @@ class BackwardWalk:
         mu, grad_t = self._vjp(evaluation, kappa)
         self.lam = [lam if m is None else lam + m for lam, m in zip(self.lam, mu, strict=True)]
         self.kappa = None if mask is None else [self._rows(~mask, k) * k for k in self.kappa]
-        if grad_t is not None and evaluation.index is not None:
-            self.grad_t[evaluation.index] += grad_t.sum()
+        if grad_t is not None:
+            self._add_end(evaluation.end, grad_t.reshape(-1).double())
 
     def _rows(self, per_row: Tensor, like: Tensor) -> Tensor:
         """[rows] shaped to multiply a leaf, in its real type."""
@@ -199,8 +202,9 @@ class BackwardWalk:
                 kappa = [self._rows(step.accept, x) * x for x in kappa]
         dt = torch.as_tensor(step.dt, dtype=torch.float64, device=self.one.device).reshape(-1)
         base, lam, into_y0 = self._outputs(step, lam, dt) if step.outputs else (None, lam, None)
-        stepper, kernels = self.stepper, self.stepper.kernels
-        stepper.new_stages()
+        stepper = self.steppers[0]
+        kernels = stepper.kernels
+        self.steppers.reverse()
         kernels.bind_dt(dt.data_ptr())
         if base is not None and points < len(base):
             kappa = base[points] if kappa is None else [x + y for x, y in zip(kappa, base[points], strict=True)]
@@ -281,7 +285,7 @@ class BackwardWalk:
     def _slopes(self, step: Step, weights: Sequence[Any]) -> list[Tensor]:
         """sum_j weights_j k_j; a weight is a number or float64 [rows]."""
         combined = []
-        for leaf, y0 in enumerate(step.y0):
+        for leaf, y0 in enumerate(step.y0 or ()):
             total = torch.zeros_like(y0)
             for weight, of_stage in zip(weights, step.k, strict=False):
                 if of_stage:
@@ -312,7 +316,7 @@ class BackwardWalk:
     def _step_time_gradient(self, step: Step, mu: list[list[Tensor]], stage_t: list[tuple[float, Tensor]]) -> None:
         """A stage lies at t0 + c (t1 - t0), and dt = t1 - t0. mu: from the last point down."""
         by_dt = torch.zeros_like(self.one)
-        for row, of_point in zip(reversed(step.a), mu, strict=True):
+        for row, of_point in zip(reversed(self.tableau.rows), mu, strict=True):
             by_dt = by_dt + self._dot(of_point, self._slopes(step, row))
         if step.accept is not None:
             by_dt = by_dt * step.accept

@@ -65,7 +65,7 @@ class AdaptiveSolver:
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
         table = torch.tensor([times, [float(kind) for kind in kinds]], dtype=torch.float64, device=device)
         self.stepper.bind_state(self.state, table, torch.tensor(problem.t, dtype=torch.float64, device=device))
-        self.recording = recorder is not None
+        self.recording = recorder is not None and recorder.slopes
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
@@ -81,7 +81,7 @@ class AdaptiveSolver:
         while not done:
             if self.callbacks:
                 self._call("callback_step", "time", "dt")
-            views = stepper.views
+            views, times = stepper.views, stepper.times
             evaluations: list[Evaluation | None] = []
             addresses: list[int] = []
             if self.recording:
@@ -93,6 +93,8 @@ class AdaptiveSolver:
                     evaluations.append(evaluation)
                     addresses = stepper.set_slopes(i, evaluation.k, False)
             else:
+                if self.recorder is not None:
+                    times = times.clone()
                 for i in range(1, last + 1):
                     kernels.stage(i, addresses)
                     addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
@@ -114,8 +116,8 @@ class AdaptiveSolver:
             elif steps >= look_at:
                 look_at = steps + max(1, steps // _POLL_SHARE)
                 done = not bool((self.state[FIELDS["status"]] == RUNNING).any())
-            if self.recording:
-                self.recorder.step(host, evaluations, stepper.k, stepper.y0)
+            if self.recorder is not None:
+                self.recorder.step(host, evaluations, stepper.k, stepper.y0, times)
             if self.callbacks:
                 self._called_after(host)
             if outputs and (host is None or (host[FIELDS["output_begin"]] < host[FIELDS["output_end"]]).any()):
@@ -139,7 +141,7 @@ class AdaptiveSolver:
         stepper.times.fill_(problem.t[0])
         if start is None:
             start = self._evaluate_start()
-        if self.recording:
+        if self.recorder is not None:
             self.recorder.start(start, 0)
         k0 = [slope if slope is None else slope.detach() for slope in start.k]
         if not self.swaps:  # they are written when rows move on
@@ -234,7 +236,7 @@ class AdaptiveSolver:
         stepper = self.stepper
         evaluation = self._evaluate_start()
         mask = torch.from_numpy(host[FIELDS["jumped"]] != 0).to(self.problem.device)
-        if self.recording:
+        if self.recorder is not None:
             self.recorder.restart(evaluation, mask if self.problem.per_sample else None)
         k0 = [
             torch.where(self._mask(mask, new), new.detach(), old) for new, old in zip(evaluation.k, stepper.k[0], strict=True)

@@ -67,7 +67,7 @@ class FixedSolver:
             self.problem,
             self.stepper,
             self.stepper.kernels,
-            self.recorder is not None,
+            self.recorder is not None and self.recorder.slopes,
         )
         nodes, t, stages, fsal = self.nodes, problem.t, self.tableau.stages, self.tableau.fsal and not self.perturb
         dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=problem.device)
@@ -90,7 +90,7 @@ class FixedSolver:
             if last_slope is None:
                 first_slope = start or self._evaluate(0, views[0], stepper.y0[: stepper.n])
                 start = None
-                if recording:
+                if self.recorder is not None:
                     self.recorder.start(first_slope, self.moves_with[step])
                 last_slope = first_slope.k
             kernels.bind_slopes(0, stepper.set_slopes(0, last_slope, not recording))
@@ -114,13 +114,13 @@ class FixedSolver:
             if landed is not None:
                 for out, leaf in zip(ys, stepper.y[-1], strict=True):
                     out[landed] = leaf
-            if recording:
-                self._record(step, evaluations, inside if landed is None else [*inside, (landed, 1.0)])
+            if self.recorder is not None:
+                self._record(step, times[step], evaluations, inside if landed is None else [*inside, (landed, 1.0)])
             stepper.swap_ends()
         return Trajectory(ys=ys, last=stepper.y0, state=None)
 
     def _evaluate(self, i: int, t: Tensor, y: list[Tensor]) -> Evaluation:
-        if self.recorder is not None:
+        if self.recorder is not None and self.recorder.slopes:
             return self.recorder.evaluate(self.problem.field, t, y)
         return Evaluation(t, y, self.problem.field(t, y, i))
 
@@ -139,9 +139,10 @@ class FixedSolver:
                 [out[index] for out in ys], y0, flat, [float(w) for w in formulas.interpolant_weights(self.tableau, theta)], dt
             )
 
-    def _record(self, step: int, evaluations: list[Evaluation | None], outputs: list[tuple[int, float]]) -> None:
+    def _record(self, step: int, times: Tensor, evaluations: list[Evaluation | None], outputs: list[tuple[int, float]]) -> None:
         t0, t1 = self.nodes[step : step + 2]
         ends = [None if index is None else (index, None) for index in self.moves_with[step : step + 2]]
         marked: list[Output] = [(index, theta, None) for index, theta in outputs]
-        y0, k = list(self.stepper.y0), list(self.stepper.k)
-        self.recorder.fixed_step(t0, t1, Step(self.rows, evaluations, t1 - t0, None, marked, y0, k, (ends[0], ends[1])))
+        y0, k, column = self.stepper.y0, self.stepper.k, times[:, None]
+        done = Step(column, column[0], t1 - t0, None, marked, (ends[0], ends[1]), y0, k, evaluations)
+        self.recorder.fixed_step(t0, t1, done)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..ops import FIELDS
 from ..solution import DenseStep
 from ..tableau import ButcherTableau
+from .checkpoints import Checkpoints
 
 
 @dataclass
@@ -23,16 +25,17 @@ class Trajectory:
 
 @dataclass(slots=True)
 class Evaluation:
-    """One call of func with its graph: k = f(t, y), y and t leaves of the graph.
+    """One call of func: k = f(t, y); where its graph is kept, y and t are leaves of it. y and k are empty where only what
+    was done is kept, not its values.
 
-    mask: rows it counts for, None for all. index: of the time in the problem's t that t moves with, or None.
+    mask: rows it counts for, None for all. end: what t moves with, see `Step`.
     """
 
     t: Tensor
     y: list[Tensor]
     k: list[Tensor]
     mask: Tensor | None = None
-    index: int | None = None
+    end: "End | None" = None
 
 
 Output = tuple[int, "float | Tensor", "Tensor | None"]
@@ -41,39 +44,60 @@ End = tuple[int, "Tensor | None"]
 
 @dataclass(slots=True)
 class Step:
-    """One step in which a row was accepted: points 1 .. n with rows `a` of the tableau, the last being y1.
+    """One step in which a row was accepted: points 1 .. n with the rows of the tableau, the last being y1.
 
-    evaluations: of points 1 .. n; None where there is none. dt: a number, or float64 [rows] per sample. accept: bool [rows],
-    None for all. outputs: (index, theta, mask) of each output that fell into it; theta a number or float64 [rows], 1 for y1
-    itself; mask bool [rows] or None. y0, k: the state at its start and its slopes, [stages][leaves]. ends: for t0 and for t1,
-    (index of the time in the problem's t that it moves with, mask of the rows for which it does, None for all), or None where
-    it is taken as given.
+    times: [stages, rows], at which func was called; first: [rows], at which it gave the first slope, perhaps in an earlier
+    step. dt: a number, or float64 [rows] per sample. accept: bool [rows], None for all. outputs: (index, theta, mask) of each
+    output that fell into it; theta a number or float64 [rows], 1 for y1 itself; mask bool [rows] or None. ends: for t0 and for
+    t1, (index of the time in the problem's t that it moves with, mask of the rows for which it does, None for all), or None
+    where it is taken as given.
+
+    y0: the state at its start, or None where it is not kept. k: its slopes, [stages][leaves]; without graphs the first alone,
+    and none where func gives it from y0. evaluations: of points 1 .. n, None where there is none; empty without graphs.
     """
 
-    a: tuple[tuple[float, ...], ...]
-    evaluations: Sequence[Evaluation | None]
+    times: Tensor
+    first: Tensor
     dt: float | Tensor
     accept: Tensor | None
     outputs: list[Output]
-    y0: list[Tensor]
-    k: list[list[Tensor]]
     ends: tuple[End | None, End | None]
+    y0: list[Tensor] | None
+    k: list[list[Tensor]]
+    evaluations: Sequence[Evaluation | None] = ()
 
 
 class Recorder:
-    """Keeps evaluations with their graphs, in the order in which they happened, and steps as the interpolant needs them.
+    """Keeps what a gradient or an interpolant needs, in the order in which it happened.
 
-    graphs: keep graphs (a gradient is wanted). dense: keep slopes (an interpolant is wanted). t_grad: times get gradients.
+    graphs: keep evaluations with their graphs. checkpoints: keep the states at the start of steps, as many as it allows, and
+    what was done between. dense: keep slopes (an interpolant is wanted). t_grad: times get gradients. carried: a step begins
+    with the last slope of the step before even where that is not f at its start.
     """
 
     def __init__(
-        self, tableau: ButcherTableau, t: list[float], per_sample: bool, graphs: bool, dense: bool, t_grad: bool = False
+        self,
+        tableau: ButcherTableau,
+        t: list[float],
+        per_sample: bool,
+        *,
+        graphs: bool = False,
+        checkpoints: Checkpoints | None = None,
+        dense: bool = False,
+        t_grad: bool = False,
+        carried: bool = False,
     ):
         self.tableau, self.t, self.per_sample = tableau, t, per_sample
-        self.graphs, self.dense, self.t_grad = graphs, dense, t_grad
+        self.graphs, self.checkpoints, self.dense, self.t_grad, self.carried = graphs, checkpoints, dense, t_grad, carried
+        self.slopes = graphs or dense  # whether the slopes and stages of a step must outlive it
         self.tape: list[Step | Evaluation] = []
         self.dense_steps: list[DenseStep] = []
+        self._first: Any = None
         self._mode = torch.enable_grad() if graphs else torch.no_grad()
+
+    @property
+    def steps(self) -> list[Step]:
+        return [entry for entry in self.tape if isinstance(entry, Step)]
 
     def evaluate(self, func: Callable[..., list[Tensor]], t: Tensor, y: list[Tensor], y_grad: bool = True) -> Evaluation:
         """Calls func. t and y must be the solver's own: they become leaves of the graph. y_grad: y needs a gradient."""
@@ -86,31 +110,50 @@ class Recorder:
             return Evaluation(t, y, func(t, y))
 
     def start(self, evaluation: Evaluation, index: int | None) -> None:
-        if self.graphs:
-            evaluation.index = index
-            self.tape.append(evaluation)
+        """A first slope. index: of the time in the problem's t that its time moves with, or None."""
+        self._first = evaluation.t.detach().reshape(-1).clone()
+        self._keep_evaluation(evaluation, None, None if index is None else (index, None))
 
     def restart(self, evaluation: Evaluation, mask: Tensor | None) -> None:
+        """A first slope for the rows of the mask, beyond a discontinuity."""
+        t = evaluation.t.detach().reshape(-1).clone()  # the solver writes its times again
+        self._first = t if mask is None else torch.where(mask, t, self._first)
+        self._keep_evaluation(evaluation, mask, None)
+
+    def _keep_evaluation(self, evaluation: Evaluation, mask: Tensor | None, end: End | None) -> None:
         if self.graphs:
-            evaluation.mask = mask
+            evaluation.mask, evaluation.end = mask, end
             self.tape.append(evaluation)
+        elif self.checkpoints is not None:
+            self.tape.append(Evaluation(evaluation.t.detach().clone(), [], [], mask, end))
 
     def step(
-        self, host: np.ndarray, evaluations: Sequence[Evaluation | None], slopes: list[list[Tensor]], y0: list[Tensor]
+        self,
+        host: np.ndarray,
+        evaluations: Sequence[Evaluation | None],
+        slopes: list[list[Tensor]],
+        y0: list[Tensor],
+        times: Tensor,
     ) -> None:
         """After an adaptive step, before the move to the next. host: the solver state. slopes: [stages][leaves]."""
         if self.per_sample:
-            self._step_of_rows(host, evaluations, slopes, y0)
+            self._step_of_rows(host, evaluations, slopes, y0, times)
         elif host[_ACCEPT, 0]:
             t0, dt, time = (float(host[i, 0]) for i in (_LAST_TIME, _LAST_DT, _TIME))
             begin, end = int(host[_OUTPUT_BEGIN, 0]), int(host[_OUTPUT_END, 0])
             outputs: list[Output] = [(i, 1.0 if self.t[i] == time else (self.t[i] - t0) / dt, None) for i in range(begin, end)]
             starts = (0, None) if t0 == self.t[0] else None
             lands = (len(self.t) - 1, None) if time == self.t[-1] else None
-            self._keep(t0, time, Step(self.tableau.rows, evaluations, dt, None, outputs, y0, list(slopes), (starts, lands)))
+            self._keep(t0, time, Step(times, self._first, dt, None, outputs, (starts, lands), y0, slopes, evaluations))
+            self._first = times[-1]
 
     def _step_of_rows(
-        self, host: np.ndarray, evaluations: Sequence[Evaluation | None], slopes: list[list[Tensor]], y0: list[Tensor]
+        self,
+        host: np.ndarray,
+        evaluations: Sequence[Evaluation | None],
+        slopes: list[list[Tensor]],
+        y0: list[Tensor],
+        times: Tensor,
     ) -> None:
         accept = host[_ACCEPT] != 0
         if not accept.any():
@@ -127,30 +170,33 @@ class Recorder:
         ends = []
         for index, rows in ((0, accept & (t0 == self.t[0])), (len(self.t) - 1, accept & (time == self.t[-1]))):
             ends.append((index, to_device(rows)) if rows.any() else None)
-        step = Step(
-            self.tableau.rows,
-            evaluations,
-            to_device(dt),
-            to_device(accept),
-            outputs,
-            y0,
-            list(slopes),
-            (ends[0], ends[1]),
-        )
+        rows, ends_of = to_device(accept), (ends[0], ends[1])
+        step = Step(times, self._first, to_device(dt), rows, outputs, ends_of, y0, slopes, evaluations)
         self._keep(to_device(t0), to_device(time), step)
+        self._first = torch.where(rows, times[-1], self._first)
+
+    def fixed_step(self, t0: float, t1: float, step: Step) -> None:
+        """A step of a method on a grid."""
+        step.first = self._first
+        self._keep(t0, t1, step)
+        self._first = step.times[-1]
 
     def _keep(self, t0: float | Tensor, t1: float | Tensor, step: Step) -> None:
-        if self.graphs:
-            self.tape.append(step)
+        assert step.y0 is not None
         if self.dense:
             device, leaves = step.y0[0].device, range(len(step.y0))
             ends = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(-1) for x in (t0, t1)]
             k = [[of_stage[leaf].detach() for of_stage in step.k if of_stage] for leaf in leaves]
             self.dense_steps.append(DenseStep(ends[0], ends[1], [leaf.detach() for leaf in step.y0], k, step.accept))
-
-    def fixed_step(self, t0: float, t1: float, step: Step) -> None:
-        """A step of a method on a grid."""
-        self._keep(t0, t1, step)
+        if self.graphs:
+            step.k = list(step.k)
+            self.tape.append(step)
+        elif self.checkpoints is not None:
+            step.evaluations = ()
+            keep = self.checkpoints.add(step)
+            step.k = [[leaf.detach().clone() for leaf in step.k[0]]] if keep and self.carried else []
+            step.y0 = [leaf.detach().clone() for leaf in step.y0] if keep else None
+            self.tape.append(step)
 
 
 _ACCEPT, _TIME, _LAST_TIME, _LAST_DT, _OUTPUT_BEGIN, _OUTPUT_END = (

@@ -1,0 +1,196 @@
+"""The exact gradient of the discrete solve from the states at the start of its steps: each step is made again on the way back.
+
+The solve keeps no graphs, so forwards it is as fast as without a gradient; backwards func is called once more for every slope.
+Where fewer states are kept than there are steps, those between are made again first (`solvers.checkpoints`). The steps are
+undone by the walk of the direct gradient; both give the same numbers up to rounding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..captured import refuse_unknown, sequence_number
+from ..problem import Field, Problem
+from ..solution import Stats
+from ..solvers.checkpoints import binomial_split
+from ..solvers.trajectory import Evaluation, Recorder, Step
+from ..stepper import Stepper
+from .autocast import autocast_state
+from .direct import NO_SECOND_DERIVATIVE, BackwardWalk
+
+State = tuple[list[Tensor], "list[Tensor] | None"]  # at the start of a step, and its first slope where that is carried
+
+
+def attach(
+    recorder: Recorder,
+    problem: Problem,
+    ys: Sequence[Tensor],
+    y0: Sequence[Tensor],
+    t: Tensor,
+    captured: Sequence[Tensor],
+    stats: Stats,
+    check: str,
+) -> list[Tensor]:
+    """ys, with a gradient for y0, t and the captured tensors. check: as in `Recomputation`."""
+    autocast = autocast_state(problem.device)
+    return list(_Checkpoint.apply(recorder, problem, tuple(ys), stats, (autocast, check), len(y0), t, *y0, *captured))
+
+
+class _Checkpoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, recorder, problem, ys, stats, backward, count, t, *tensors):
+        ctx.recorder, ctx.problem, ctx.stats, ctx.t_device = recorder, problem, stats, t.device
+        ctx.autocast, ctx.check = backward
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[count:])
+        return ys
+
+    @staticmethod
+    def backward(ctx, *grad_ys):
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        recorder, problem, captured, t_grad = ctx.recorder, ctx.problem, ctx.saved_tensors, ctx.needs_input_grad[6]
+        walk = BackwardWalk(problem, recorder.tableau, captured, grad_ys, t_grad, keep_graphs=False)
+        again = Recomputation(problem, recorder, captured, ctx.check, t_grad)
+        with torch.autocast(**ctx.autocast):
+            undo_all(again, walk, recorder.checkpoints.limit)
+        ctx.stats.nfe_backward = again.field.nfe
+        grad_y0, grad_t, grad_captured = walk.result()
+        return None, None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
+
+
+class Recomputation:
+    """Makes the steps of a tape again.
+
+    check: "all" evaluations, the "first", or "" for none, are looked at for tensors that are not among the captured ones.
+    """
+
+    def __init__(self, problem: Problem, recorder: Recorder, captured: Sequence[Tensor], check: str, t_grad: bool):
+        forward: Any = problem.field
+        self.problem, self.tableau, self.carried = problem, recorder.tableau, recorder.carried
+        self.captured, self.check = captured, check
+        self.field = Field(forward.func, forward.structure)
+        self.stepper = Stepper(problem, self.tableau, self.tableau.rows)
+        self.stepper.new_stages()
+        self.recorder = Recorder(self.tableau, problem.t, problem.per_sample, graphs=True, t_grad=t_grad)
+        self.steps: list[Step] = []
+        self.restarts: list[list[Evaluation]] = []  # before each step, first slopes that are not carried
+        waiting: list[Evaluation] = []
+        for entry in recorder.tape:
+            if isinstance(entry, Step):
+                self.steps.append(entry)
+                self.restarts.append(waiting)
+                waiting = []
+            else:
+                waiting.append(entry)
+
+    def advance(self, begin: int, end: int, state: State) -> State:
+        """The state before step `end` from that before step `begin`."""
+        stepper, kernels, field = self.stepper, self.stepper.kernels, self.field
+        y, k = state
+        with torch.no_grad():
+            for step, restarts in zip(self.steps[begin:end], self.restarts[begin:end], strict=True):
+                if not self.carried:
+                    k = field(self.problem.time_views(step.first[None])[0], y)
+                for restart in restarts if self.carried else ():
+                    k = self._replaced(k, field(restart.t, y), restart.mask)
+                views = self._begin(step, y, k)
+                addresses: list[int] = []
+                for i in range(1, len(self.tableau.rows) + 1):
+                    kernels.stage(i, addresses)
+                    addresses = []
+                    if i < (self.tableau.stages if self.carried else len(self.tableau.rows)):
+                        addresses = stepper.set_slopes(i, field(views[i], stepper.y[i]), True)
+                y = [self._rows(step, new, old) for new, old in zip(stepper.y[-1], y, strict=True)]
+                if self.carried and k is not None:
+                    k = [self._rows(step, new, old) for new, old in zip(stepper.k[-1], k, strict=True)]
+        return y, k
+
+    def record(self, index: int, state: State) -> list[Step | Evaluation]:
+        """The entries of the tape that end with step `index`, with their graphs."""
+        step, (y, k), stepper, kernels = self.steps[index], state, self.stepper, self.stepper.kernels
+        y = [leaf.detach() for leaf in y]
+        entries: list[Step | Evaluation] = []
+        if not self.carried:
+            first = self._evaluate(self.problem.time_views(step.first[None])[0], y)
+            first.end = step.ends[0]
+            entries.append(first)
+            k = first.k
+        for restart in self.restarts[index] if self.carried else ():
+            evaluation = self._evaluate(restart.t.detach(), y)
+            evaluation.mask, evaluation.end = restart.mask, restart.end
+            entries.append(evaluation)
+            k = self._replaced(k, evaluation.k, restart.mask)
+        views, points = self._begin(step, y, k), len(self.tableau.rows)
+        evaluations: list[Evaluation | None] = []
+        addresses: list[int] = []
+        for i in range(1, points + 1):
+            if i == self.tableau.stages or (i == points and not step.outputs):
+                stepper.k[i:] = [[] for _ in stepper.k[i:]]
+                evaluations.append(None)
+                break
+            kernels.stage(i, addresses)
+            evaluation = self._evaluate(views[i], stepper.y[i])
+            evaluations.append(evaluation)
+            addresses = stepper.set_slopes(i, evaluation.k, True)
+        done = Step(step.times, step.first, step.dt, step.accept, step.outputs, step.ends, y, list(stepper.k), evaluations)
+        return [*entries, done]
+
+    def _begin(self, step: Step, y: list[Tensor], k: Any) -> list[Tensor]:
+        """Binds the start of a step; gives the times of its stages as func sees them."""
+        stepper, kernels = self.stepper, self.stepper.kernels
+        stepper.y0 = y
+        stepper.bind()
+        self.dt = torch.as_tensor(step.dt, dtype=torch.float64, device=self.problem.device).reshape(-1)
+        kernels.bind_dt(self.dt.data_ptr())
+        kernels.bind_slopes(0, stepper.set_slopes(0, k, True))
+        return self.problem.time_views(step.times)
+
+    def _evaluate(self, t: Tensor, y: list[Tensor]) -> Evaluation:
+        if not self.check:
+            return self.recorder.evaluate(self.field, t, y)
+        if self.check == "first":
+            self.check = ""
+        with torch.enable_grad():
+            since = sequence_number()
+        evaluation = self.recorder.evaluate(self.field, t, y)
+        refuse_unknown(evaluation.k, [t, *y], since, self.captured)
+        return evaluation
+
+    def _replaced(self, old: Any, new: list[Tensor], mask: Tensor | None) -> list[Tensor]:
+        if mask is None:
+            return new
+        return [torch.where(self._shaped(mask, b), b.detach(), a) for a, b in zip(old, new, strict=True)]
+
+    def _rows(self, step: Step, new: Tensor, old: Tensor) -> Tensor:
+        """A copy of new where the step was accepted, else old."""
+        return new.clone() if step.accept is None else torch.where(self._shaped(step.accept, new), new, old)
+
+    def _shaped(self, mask: Tensor, leaf: Tensor) -> Tensor:
+        return mask.reshape(-1, *[1] * (leaf.dim() - 1))
+
+
+def undo_all(again: Recomputation, walk: BackwardWalk, limit: int | None) -> None:
+    """Undoes all steps, last first, with at most `limit` states at a time."""
+    steps, end = again.steps, len(again.steps)
+    held: list[tuple[int, State]] = []
+    for index, step in enumerate(steps):
+        if step.y0 is not None:
+            held.append((index, (step.y0, step.k[0] if step.k else None)))
+    while held:
+        begin, state = held[-1]
+        if end - begin == 1:
+            held.pop()
+            if limit is not None and begin > 0:  # room for others; a second pass makes it again
+                steps[begin].y0, steps[begin].k = None, []
+        elif limit is not None and len(held) < limit:
+            middle = begin + binomial_split(end - begin, limit - len(held) + 1)
+            held.append((middle, again.advance(begin, middle, state)))
+            continue
+        else:
+            state = again.advance(begin, end - 1, state)
+        end -= 1
+        for entry in reversed(again.record(end, state)):
+            walk.undo(entry)
