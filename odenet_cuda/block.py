@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .methods import ADAPTIVE
 from .solution import Stats
 from .solve import solve
+from .transforms import between_graphs
 
 
 class ODEBlock(nn.Module):
@@ -57,17 +59,19 @@ class ODEBlock(nn.Module):
         self.t: Any = t
         if not isinstance(t, nn.Parameter):
             self.t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+        self._numbers = tuple(self.t.detach().tolist())  # torch.compile cannot read them out of a tensor
         if len(self.t) < 2:
             raise ValueError(f"t must hold at least two times, the first that of the input, got {self.t.tolist()}")
         self.method, self.rtol, self.atol = method, rtol, atol
         self.gradient, self.step_control, self.return_all, self.options = gradient, step_control, return_all, options
         self.stats: Stats | None = None
 
+    @between_graphs(lambda self, y0: self.method in ADAPTIVE)
     def forward(self, y0: Any) -> Any:
         solution = solve(
             self.func,
             y0,
-            self.t,
+            self._numbers if torch.compiler.is_compiling() and not isinstance(self.t, nn.Parameter) else self.t,
             method=self.method,
             rtol=self.rtol,
             atol=self.atol,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .methods import ADAPTIVE, find_method
+from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .solvers.adaptive import AdaptiveSolver
 from .solvers.fixed import FixedSolver, uniform_grid
@@ -17,7 +17,6 @@ from .step_control import StepControl
 from .tableau import ButcherTableau
 
 Grid = tuple[list[float], list[int | None]]
-INTERPOLATIONS = ("method", "linear", "cubic")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Options:
     def __post_init__(self) -> None:
         find_method(self.method)
         if self.interp not in INTERPOLATIONS:
-            raise ValueError(f"interp must be one of {INTERPOLATIONS}, got {self.interp!r}")
+            raise ValueError(f"interp must be one of {tuple(INTERPOLATIONS)}, got {self.interp!r}")
         for name in ("first_step", "step_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -57,8 +56,7 @@ class Options:
 
     @property
     def tableau(self) -> ButcherTableau:
-        tableau = find_method(self.method)
-        return {"method": lambda: tableau, "linear": tableau.linear, "cubic": tableau.cubic}[self.interp]()
+        return INTERPOLATIONS[self.interp][self.method]
 
 
 def integrate(

@@ -318,6 +318,13 @@ ADAPTIVE: dict[str, ButcherTableau] = {
 }
 FIXED: dict[str, ButcherTableau] = {"euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN2, "heun3": HEUN3, "rk4": RK4}
 
+# With each interpolant for outputs inside a step, made once: torch.compile does not follow the checks of a tableau.
+INTERPOLATIONS: dict[str, dict[str, ButcherTableau]] = {
+    "method": {**ADAPTIVE, **FIXED},
+    "linear": {name: tableau.linear() for name, tableau in (ADAPTIVE | FIXED).items()},
+    "cubic": {name: tableau.cubic() for name, tableau in (ADAPTIVE | FIXED).items()},
+}
+
 # What torchdiffeq has and this package does not have yet.
 ABSENT = (
     "explicit_adams",

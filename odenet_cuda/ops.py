@@ -39,6 +39,7 @@ NUM_FIELDS: int = _C.num_fields
 STATUS: dict[str, int] = _C.status
 STOPS: dict[str, int] = _C.stops
 DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _C.dtypes.items()}
+REAL: dict[torch.dtype, torch.dtype] = {dtype: dtype.to_real() for dtype in DTYPES}
 MAX_STAGES: int = _C.max_stages
 MAX_DEGREE: int = _C.max_degree
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .ops import DTYPES
+from .ops import DTYPES, REAL
 
 
 class Structure:
@@ -104,6 +104,35 @@ class Field:
         return slope.to(leaf.dtype)  # a field under autocast, say
 
 
+class WithArguments:
+    """func with more arguments after (t, y); its attributes are func's, callbacks among them."""
+
+    def __init__(self, func: Callable, args: Sequence[Any]):
+        self._func, self._args = func, tuple(args)
+
+    def __call__(self, t: Tensor, y: Any) -> Any:
+        return self._func(t, y, *self._args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._func, name)
+
+
+def own_tensors(func: Any) -> tuple[list[Tensor], bool]:
+    """The tensors that func is known to have, its parameters and arguments, and whether it is a Module that has some."""
+    arguments: list[Tensor] = []
+    if isinstance(func, WithArguments):
+        arguments = [x for x in pytree.tree_leaves(func._args) if isinstance(x, Tensor)]
+        func = func._func
+    parameters = list(func.parameters()) if isinstance(func, torch.nn.Module) else []
+    return [*parameters, *arguments], bool(parameters)
+
+
+def with_arguments(func: Any, args: Any) -> Callable:
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args must be a tuple of what func is called with after (t, y), got {type(args).__name__}")
+    return WithArguments(func, args) if args and callable(func) else func
+
+
 @dataclass
 class Problem:
     """An initial value problem over leaves.
@@ -138,7 +167,7 @@ class Problem:
     @property
     def real(self) -> torch.dtype:
         """The real type of the state: that of the times func sees."""
-        return self.leaves[0].dtype.to_real()
+        return REAL[self.leaves[0].dtype]
 
     @property
     def fused_error(self) -> bool:
@@ -180,7 +209,11 @@ def check_samples(structure: Structure) -> None:
 
 def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     """t as a one-dimensional floating tensor and as numbers. Lists of numbers are taken too."""
-    if not isinstance(t, Tensor):
+    values: Any = None
+    if isinstance(t, (tuple, list)) and all(isinstance(x, (int, float)) for x in t):
+        values = [float(x) for x in t]  # torch.compile cannot read numbers out of a tensor
+        t = torch.tensor(values, dtype=torch.float64)
+    elif not isinstance(t, Tensor):
         try:
             t = torch.as_tensor(t, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
@@ -189,7 +222,8 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
         raise TypeError(f"{name} must be a floating tensor, got {t.dtype}")
     if t.dim() != 1 or t.numel() == 0:
         raise ValueError(f"{name} must be one-dimensional with at least one time, got shape {list(t.shape)}")
-    values = t.detach().double().tolist()
+    if values is None:
+        values = t.detach().double().tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{name} must be finite, got {values}")
     steps = [b - a for a, b in pairwise(values)]

@@ -1,7 +1,9 @@
-"""What test_distributed.py runs in two processes: each has half of a batch, and one process with all of it is the reference."""
+"""Cases of test_distributed.py: two processes with half of a batch each, against one process with all of it."""
 
 import copy
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from odenet_cuda import ODEBlock
+from odenet_cuda import ODEBlock, solve
 
 GRADIENTS = ("direct", "checkpoint", "adjoint")
 # A sample's steps do not depend on the rest of its batch, so that only the order of sums differs.
@@ -21,6 +23,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 SOLVED = {"rtol": 1e-6, "atol": 1e-8}  # of a solve at 1e-9
 BATCH = 8
+Distribute = Callable[[nn.Module], nn.Module]
 
 
 class Field(nn.Module):
@@ -58,6 +61,28 @@ def sequential(field: nn.Module, **options) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), ODEBlock(field, **options), nn.Linear(4, 2))
 
 
+def sequential_field(**options) -> nn.Sequential:
+    return sequential(Field(), **options)
+
+
+def shared_field(**options) -> nn.Sequential:
+    """One field in two blocks."""
+    field = Field()
+    blocks = ODEBlock(field, **options), ODEBlock(field, (0.0, 0.5), **options)
+    return nn.Sequential(nn.Linear(3, 4), blocks[0], nn.Tanh(), blocks[1], nn.Linear(4, 2))
+
+
+class Closure(nn.Module):
+    """Solves with a function that calls its field."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.field, self.options = Field(3), options
+
+    def forward(self, x):
+        return solve(lambda t, y: self.field(t, y), x, [0.0, 1.0], **self.options).ys[-1]
+
+
 def whole_batch() -> torch.Tensor:
     return torch.randn(BATCH, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -83,23 +108,22 @@ def train(model: nn.Module, x: torch.Tensor) -> list[dict[str, torch.Tensor | No
     return history
 
 
-def compare(one: nn.Module, distribute, tolerances: dict[str, float], words: str) -> None:
+def compare(one: nn.Module, distribute: Distribute, tolerances: dict[str, float], words: str) -> None:
     """Trains a copy of `one` in all processes, each with its share, and `one` itself with the whole batch."""
     shared = train(distribute(copy.deepcopy(one)), own_share())
     alone = train(one, whole_batch())
     for step, (found, expected) in enumerate(zip(shared, alone, strict=True)):
         assert found.keys() == expected.keys()
         for name, true in expected.items():
-            mine = found[name]
+            mine, where = found[name], f"{words}: {name} in step {step}"
             if "unused" in name:
-                assert mine is None or not mine.any(), f"{words}: {name} in step {step}"
+                assert mine is None or not mine.any(), where
                 continue
-            assert mine is not None and true is not None and true.any(), f"{words}: {name} in step {step}"
-            message = f"{words}: {name} in step {step}"
-            torch.testing.assert_close(mine, true, msg=lambda text, message=message: f"{message}\n{text}", **tolerances)
+            assert mine is not None and true is not None and true.any(), where
+            torch.testing.assert_close(mine, true, msg=lambda text, where=where: f"{where}\n{text}", **tolerances)
 
 
-def compare_all(build, distribute) -> None:
+def compare_all(build: Callable[..., nn.Module], distribute: Distribute) -> None:
     """By every gradient, with steps that do not depend on the batch and with joint ones."""
     for gradient in GRADIENTS:
         for options in (*STEPS, TIGHT):
@@ -109,18 +133,11 @@ def compare_all(build, distribute) -> None:
 
 
 def ddp() -> None:
-    compare_all(lambda **options: sequential(Field(), **options), DistributedDataParallel)
+    compare_all(sequential_field, DistributedDataParallel)
 
 
 def ddp_shared() -> None:
-    """One field in two blocks."""
-
-    def build(**options):
-        field = Field()
-        blocks = ODEBlock(field, **options), ODEBlock(field, (0.0, 0.5), **options)
-        return nn.Sequential(nn.Linear(3, 4), blocks[0], nn.Tanh(), blocks[1], nn.Linear(4, 2))
-
-    compare_all(build, DistributedDataParallel)
+    compare_all(shared_field, DistributedDataParallel)
 
 
 def ddp_unused() -> None:
@@ -133,56 +150,54 @@ def ddp_unused_in_field() -> None:
     compare_all(lambda **options: sequential(PartlyUsedField(), **options), DistributedDataParallel)
 
 
-def shard_model(model: nn.Sequential) -> nn.Module:
-    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+def sharded(*names: str) -> Distribute:
+    """Shards the submodules of these names, each for itself, and then what is left of the model."""
 
+    def shard(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for name in names:
+            fully_shard(model.get_submodule(name), mesh=mesh)
+        return fully_shard(model, mesh=mesh)
 
-def shard_block(model: nn.Sequential) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(model[1], mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def shard_field(model: nn.Sequential) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(model[1].func, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def shard_layer(model: nn.Sequential) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(model[1].func.inner, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return shard
 
 
 def fsdp_model() -> None:
-    compare_all(lambda **options: sequential(Field(), **options), shard_model)
+    compare_all(sequential_field, sharded())
 
 
 def fsdp_block() -> None:
-    compare_all(lambda **options: sequential(Field(), **options), shard_block)
+    compare_all(sequential_field, sharded("1"))
+
+
+def fsdp_shared() -> None:
+    compare_all(shared_field, sharded())
 
 
 def fsdp_field() -> None:
-    """A solve with gradients says that its field must not be sharded; one without gives the right state."""
-    for shard in (shard_field, shard_layer):
+    """A solve with gradients says that its field must not be sharded for itself; one without gives the right state."""
+    for build, name in ((sequential_field, "1.func"), (sequential_field, "1.func.inner"), (Closure, "field")):
         for gradient in GRADIENTS:
             for options in STEPS:
                 torch.manual_seed(0)
-                one = sequential(Field(), gradient=gradient, **options).double()
-                model = shard(copy.deepcopy(one))
+                one = build(gradient=gradient, **options).double()
+                model = sharded(name)(copy.deepcopy(one))
                 with torch.no_grad():
                     torch.testing.assert_close(model(own_share()), one(own_share()), **EXACT)
                 with pytest.raises(RuntimeError, match="fully_shard"):
                     model(own_share())
 
 
-CASES = {case.__name__: case for case in (ddp, ddp_shared, ddp_unused, ddp_unused_in_field, fsdp_model, fsdp_block, fsdp_field)}
+CASES = {
+    case.__name__: case
+    for case in (ddp, ddp_shared, ddp_unused, ddp_unused_in_field, fsdp_model, fsdp_block, fsdp_shared, fsdp_field)
+}
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    for name in sys.argv[1:]:
-        CASES[name]()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for case in sys.argv[1:]:
+        CASES[case]()
         if dist.get_rank() == 0:
-            print("passed", name, flush=True)
+            print("passed", case, flush=True)
+    dist.barrier()  # gloo may abort a process that leaves before the other is done
     dist.destroy_process_group()

@@ -165,7 +165,7 @@ def test_binomial_schedule():
     """All states where there is room; else as many as allowed, the first among them, closer towards the end."""
     assert binomial_schedule(5, 8) == [0, 1, 2, 3, 4]
     kept = binomial_schedule(100, 6)
-    gaps = [b - a for a, b in zip(kept, kept[1:] + [100], strict=True)]
+    gaps = [b - a for a, b in zip(kept, [*kept[1:], 100], strict=True)]
     assert len(kept) == 6 and kept[0] == 0 and gaps[0] > gaps[2] > gaps[-1]
 
 

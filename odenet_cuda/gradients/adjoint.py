@@ -21,7 +21,11 @@ from ..problem import Field, Problem
 from ..solution import Solution, Stats, failure
 from .accumulator import SHORT, Accumulator
 from .autocast import autocast_state
-from .direct import NO_SECOND_DERIVATIVE, real_product
+from .direct import real_product
+
+NO_SECOND_DERIVATIVE = (
+    "gradient='adjoint' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
+)
 
 
 @dataclass

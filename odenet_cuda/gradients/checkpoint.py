@@ -18,7 +18,8 @@ from ..solvers.checkpoints import binomial_split
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .autocast import autocast_state
-from .direct import NO_SECOND_DERIVATIVE, BackwardWalk
+from .direct import BackwardWalk
+from .replay import second_gradients
 
 State = tuple[list[Tensor], "list[Tensor] | None"]  # at the start of a step, and its first slope where that is carried
 
@@ -41,17 +42,21 @@ def attach(
 class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recorder, problem, ys, stats, backward, count, t, *tensors):
-        ctx.recorder, ctx.problem, ctx.stats, ctx.t_device = recorder, problem, stats, t.device
+        ctx.recorder, ctx.problem, ctx.stats, ctx.count, ctx.t_device = recorder, problem, stats, count, t.device
         ctx.autocast, ctx.check = backward
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[count:])
+        ctx.save_for_backward(t, *tensors)
         return ys
 
     @staticmethod
     def backward(ctx, *grad_ys):
+        recorder, problem, count, t_grad = ctx.recorder, ctx.problem, ctx.count, ctx.needs_input_grad[6]
+        t, *tensors = ctx.saved_tensors
+        y0, captured = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
-        recorder, problem, captured, t_grad = ctx.recorder, ctx.problem, ctx.saved_tensors, ctx.needs_input_grad[6]
+            with torch.autocast(**ctx.autocast):
+                found = second_gradients(recorder.tape, recorder.tableau, problem, problem.field, y0, t, captured, grad_ys)
+            return None, None, None, None, None, None, found[count], *found[:count], *found[count + 1 :]
         walk = BackwardWalk(problem, recorder.tableau, captured, grad_ys, t_grad, keep_graphs=False)
         again = Recomputation(problem, recorder, captured, ctx.check, t_grad)
         with torch.autocast(**ctx.autocast):

@@ -22,10 +22,8 @@ from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .accumulator import Accumulator
-
-NO_SECOND_DERIVATIVE = (
-    "this version of odenet_cuda gives first derivatives only: call backward or autograd.grad without create_graph=True"
-)
+from .autocast import autocast_state
+from .replay import second_gradients
 
 
 def attach(
@@ -82,16 +80,21 @@ def real_product(g: Tensor, x: Tensor) -> Tensor:
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recorder, problem, ys, stats, count, t, *tensors):
-        ctx.recorder, ctx.problem, ctx.stats, ctx.count = recorder, problem, stats, count
-        ctx.captured, ctx.t_device = tensors[count:], t.device
+        ctx.recorder, ctx.problem, ctx.count, ctx.t_device = recorder, problem, count, t.device
+        ctx.autocast = autocast_state(problem.device)
+        ctx.captured = tensors[count:]
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(t, *tensors[:count])
         return ys
 
     @staticmethod
     def backward(ctx, *grad_ys):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
         recorder = ctx.recorder
+        if torch.is_grad_enabled():
+            (t, *y0), func = ctx.saved_tensors, ctx.problem.field
+            with torch.autocast(**ctx.autocast):
+                found = second_gradients(recorder.tape, recorder.tableau, ctx.problem, func, y0, t, ctx.captured, grad_ys)
+            return None, None, None, None, None, found[ctx.count], *found[: ctx.count], *found[ctx.count + 1 :]
         walk = BackwardWalk(ctx.problem, recorder.tableau, ctx.captured, grad_ys, ctx.needs_input_grad[5])
         for entry in reversed(recorder.tape):
             walk.undo(entry)

@@ -31,10 +31,39 @@ def stage_times(grid: list[float], tableau: ButcherTableau, real: torch.dtype, p
     c = np.asarray(tableau.c)[None, :]
     times = torch.from_numpy(np.where(c == 1, t1, t0 + c * (t1 - t0))).to(real)
     if perturb:
-        beyond = torch.full_like(times, math.copysign(math.inf, nodes[-1] - nodes[0]))
+        beyond = torch.full_like(times, math.copysign(math.inf, grid[-1] - grid[0]))
         later, earlier = torch.nextafter(times, beyond), torch.nextafter(times, -beyond)
         times = torch.where(torch.from_numpy(c == 0), later, torch.where(torch.from_numpy(c == 1), earlier, times))
     return times
+
+
+def outputs_of_steps(nodes: list[float], t: list[float], direction: float) -> list[list[Output]]:
+    """For each step of the grid the outputs that fall into it; the last may be its end."""
+    outputs: list[list[Output]] = []
+    output = 1
+    for t0, t1 in pairwise(nodes):
+        first = output
+        while output < len(t) and direction * (t1 - t[output]) >= 0:
+            output += 1
+        outputs.append([(i, 1.0 if t[i] == t1 else (t[i] - t0) / (t1 - t0), None) for i in range(first, output)])
+    return outputs
+
+
+def tape_of_grid(
+    problem: Problem, tableau: ButcherTableau, nodes: list[float], moves_with: list[int | None], perturb: bool
+) -> list[Step | Evaluation]:
+    """What a solve on this grid does, without its values."""
+    times = stage_times(nodes, tableau, problem.real, perturb).to(problem.device)
+    fsal = tableau.fsal and not perturb
+    tape: list[Step | Evaluation] = []
+    for step, outputs in enumerate(outputs_of_steps(nodes, problem.t, problem.direction)):
+        ends = [None if index is None else (index, None) for index in moves_with[step : step + 2]]
+        column = times[step][:, None]
+        if step == 0 or not fsal:
+            tape.append(Evaluation(problem.time_views(column)[0], [], [], None, ends[0]))
+        dt = nodes[step + 1] - nodes[step]
+        tape.append(Step(column, column[0], dt, None, outputs, (ends[0], ends[1]), None, []))
+    return tape
 
 
 class FixedSolver:
@@ -75,7 +104,8 @@ class FixedSolver:
         ys = [leaf.new_empty(len(t), *leaf.shape) for leaf in stepper.y0[: stepper.n]]
         for out, leaf in zip(ys, stepper.y0, strict=False):
             out[0] = leaf
-        output, last_step, last_slope = 1, len(nodes) - 2, None
+        outputs = outputs_of_steps(nodes, t, problem.direction)
+        last_step, last_slope = len(nodes) - 2, None
         for step, (t0, t1) in enumerate(pairwise(nodes)):
             kernels.bind_dt(dts.data_ptr() + 8 * step)
             views = times[step].unbind(0)
@@ -83,10 +113,8 @@ class FixedSolver:
                 self.callback(dts.new_tensor(t0), [leaf.clone() for leaf in stepper.y0], dts.new_tensor(abs(t1 - t0)))
             if recording:
                 stepper.new_stages()
-            first = output
-            while output < len(t) and problem.direction * (t1 - t[output]) >= 0:
-                output += 1
-            inside = [(index, (t[index] - t0) / (t1 - t0)) for index in range(first, output) if t[index] != t1]
+            landed = next((index for index, _, _ in outputs[step] if t[index] == t1), None)
+            inside = [(index, float(theta)) for index, theta, _ in outputs[step] if index != landed]
             if last_slope is None:
                 first_slope = start or self._evaluate(0, views[0], stepper.y0[: stepper.n])
                 start = None
@@ -110,12 +138,11 @@ class FixedSolver:
                     addresses = []
             kernels.quadrature(addresses if len(self.rows) < stages else [])
             self._write_outputs(ys, inside, dts[step : step + 1])
-            landed = output - 1 if output > first and t[output - 1] == t1 else None
             if landed is not None:
                 for out, leaf in zip(ys, stepper.y[-1], strict=True):
                     out[landed] = leaf
             if self.recorder is not None:
-                self._record(step, times[step], evaluations, inside if landed is None else [*inside, (landed, 1.0)])
+                self._record(step, times[step], evaluations, outputs[step])
             stepper.swap_ends()
         return Trajectory(ys=ys, last=stepper.y0, state=None)
 
@@ -139,10 +166,9 @@ class FixedSolver:
                 [out[index] for out in ys], y0, flat, [float(w) for w in formulas.interpolant_weights(self.tableau, theta)], dt
             )
 
-    def _record(self, step: int, times: Tensor, evaluations: list[Evaluation | None], outputs: list[tuple[int, float]]) -> None:
+    def _record(self, step: int, times: Tensor, evaluations: list[Evaluation | None], outputs: list[Output]) -> None:
         t0, t1 = self.nodes[step : step + 2]
         ends = [None if index is None else (index, None) for index in self.moves_with[step : step + 2]]
-        marked: list[Output] = [(index, theta, None) for index, theta in outputs]
         y0, k, column = self.stepper.y0, self.stepper.k, times[:, None]
-        done = Step(column, column[0], t1 - t0, None, marked, (ends[0], ends[1]), y0, k, evaluations)
+        done = Step(column, column[0], t1 - t0, None, outputs, (ends[0], ends[1]), y0, k, evaluations)
         self.recorder.fixed_step(t0, t1, done)

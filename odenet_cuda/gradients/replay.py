@@ -1,0 +1,144 @@
+"""Recorded steps once more in plain torch: differentiable as often as func is, forwards and backwards, and open to transforms.
+
+Steps are taken as given; where they end depends on t only at the times of t themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import formulas
+from ..captured import cut_points, gradients
+from ..ops import REAL
+from ..problem import Problem
+from ..solvers.trajectory import End, Evaluation, Step
+from ..tableau import ButcherTableau
+
+Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+
+
+def second_gradients(
+    tape: Sequence[Step | Evaluation],
+    tableau: ButcherTableau,
+    problem: Problem,
+    func: Func,
+    y0: Sequence[Tensor],
+    t: Tensor,
+    captured: Sequence[Tensor],
+    grad_ys: Sequence[Tensor | None],
+) -> Sequence[Tensor | None]:
+    """The gradients by y0, t and the captured tensors with a graph of their own."""
+    with torch.enable_grad():
+        # Other names for y0 and t: what lies behind them is no part of the solve.
+        inputs = [x.view_as(x) if x.requires_grad else x for x in (*y0, t)]
+        ys = replay(tape, tableau, problem, func, inputs[:-1], inputs[-1])
+        used = [(y, grad) for y, grad in zip(ys, grad_ys, strict=True) if grad is not None and y.requires_grad]
+        wanted = [*inputs, *captured]
+        positions = [i for i, x in enumerate(wanted) if x.requires_grad]
+        sources = [wanted[i] for i in positions]
+        cuts = [*(x for x in inputs if x.requires_grad), *cut_points(captured)]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if used and sources:
+            outputs, cotangents = zip(*used, strict=True)
+            for i, grad in zip(positions, gradients(outputs, sources, cotangents, cuts, True, True), strict=True):
+                found[i] = grad
+    return found
+
+
+def replay(
+    tape: Sequence[Step | Evaluation],
+    tableau: ButcherTableau,
+    problem: Problem,
+    func: Func,
+    y0: Sequence[Tensor],
+    t: Tensor,
+) -> list[Tensor]:
+    """The outputs of the solve that left this tape, each leaf [len(t), ...]."""
+    y, k = list(y0), list(y0)  # where the solve has come to, and the slope there
+    ys: list[list[Any]] = [[leaf, *[None] * (len(problem.t) - 1)] for leaf in y]
+    shifts = _Shifts(problem, t)
+    last = max([-1, *[i for i, entry in enumerate(tape) if isinstance(entry, Step)]])
+    for position, entry in enumerate(tape):
+        if isinstance(entry, Evaluation):
+            found = func(shifts.moved(entry.t.detach(), shifts.of(entry.end)), y)
+            k = found if entry.mask is None else [_where(entry.mask, new, old) for new, old in zip(found, k, strict=True)]
+            continue
+        at_t0, at_t1 = shifts.of(entry.ends[0]), shifts.of(entry.ends[1])
+        dt = _add(entry.dt, at_t1 if at_t0 is None else -at_t0 if at_t1 is None else at_t1 - at_t0)
+        views, slopes, point = problem.time_views(entry.times.detach()), [k], y
+        for i, row in enumerate(tableau.rows, 1):
+            point = [_stage(leaf, [of[j] for of in slopes], row, dt) for j, leaf in enumerate(y)]
+            if i < tableau.stages and (i < len(tableau.rows) or entry.outputs or position < last):
+                c = tableau.c[i]
+                shift = _add(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
+                slopes.append(func(shifts.moved(views[i], shift), point))
+        for index, theta, mask in entry.outputs:
+            lands = entry.ends[1] is not None and entry.ends[1][0] == index
+            if lands:
+                values = point
+            else:
+                inside = _add(theta * entry.dt, _add(shifts.of((index, None)), None if at_t0 is None else -at_t0))
+                values = [_dense_output(tableau, leaf, [of[j] for of in slopes], inside / dt, dt) for j, leaf in enumerate(y)]
+            for of_leaf, value in zip(ys, values, strict=True):
+                held = of_leaf[index]
+                of_leaf[index] = value if mask is None or held is None else _where(mask, value, held)
+        if entry.accept is None:
+            y, k = point, slopes[-1]
+        else:
+            y = [_where(entry.accept, new, old) for new, old in zip(point, y, strict=True)]
+            k = [_where(entry.accept, new, old) for new, old in zip(slopes[-1], k, strict=True)]
+    return [torch.stack([y[i] if part is None else part for part in parts]) for i, parts in enumerate(ys)]
+
+
+class _Shifts:
+    """Zeros that move with t: what is added to a recorded time so that it has its derivative."""
+
+    def __init__(self, problem: Problem, t: Tensor):
+        self.problem, self.real = problem, problem.real
+        t = t.to(problem.device, torch.float64)
+        self.zeros = t - t.detach() if t.requires_grad or _has_tangent(t) else None
+
+    def of(self, end: End | None) -> Tensor | None:
+        if end is None or self.zeros is None:
+            return None
+        index, mask = end
+        shift = self.zeros[index]
+        return shift.expand(self.problem.rows) if mask is None else shift * mask
+
+    def moved(self, t: Tensor, shift: Tensor | None) -> Tensor:
+        return t if shift is None else t + shift.reshape(t.shape).to(self.real)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _add(x: Any, y: Any) -> Any:
+    return y if x is None else x if y is None else x + y
+
+
+def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(mask.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+def _per_row(value: Any, leaf: Tensor) -> Any:
+    """A number, or [rows], to multiply a leaf with, in its real type."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(REAL[leaf.dtype])
+    return value.reshape(()) if value.numel() == 1 else value.reshape(-1, *[1] * (leaf.dim() - 1))
+
+
+def _stage(y0: Tensor, k: Sequence[Tensor], a: Sequence[float], dt: Any) -> Tensor:
+    wide = formulas.widened(y0)
+    return formulas.stage(wide, [formulas.widened(x) for x in k], a, _per_row(dt, wide)).to(y0.dtype)
+
+
+def _dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Any, dt: Any) -> Tensor:
+    wide = formulas.widened(y0)
+    k = [formulas.widened(x) for x in k]
+    return formulas.dense_output(tableau, wide, k, _per_row(theta, wide), _per_row(dt, wide)).to(y0.dtype)

@@ -1,0 +1,217 @@
+"""One solve with what surrounds it: which tensors get gradients, what is recorded, failure, and the Solution."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import transforms
+from .callbacks import find_callbacks
+from .captured import captured_tensors, earlier_results, sequence_number
+from .gradients import adjoint as adjoint_gradient
+from .gradients import checkpoint as checkpoint_gradient
+from .gradients import direct as direct_gradient
+from .integrate import Grid, Options, integrate
+from .ops import FIELDS
+from .problem import Field, Problem, Structure, check_state, own_tensors
+from .solution import Interpolant, Solution, Stats, failure
+from .solvers.checkpoints import Checkpoints
+from .solvers.trajectory import Evaluation, Recorder, Trajectory
+from .step_control import SUCCESS
+
+
+class Job:
+    """One solve with what surrounds it: which tensors get gradients, recording, failure, and the Solution."""
+
+    def __init__(self, problem: Problem, options: Options, structure: Structure, t: Tensor, dense: bool, grid: Grid | None):
+        self.problem, self.options, self.structure, self.t, self.dense, self.grid = (
+            problem,
+            options,
+            structure,
+            t,
+            dense,
+            grid,
+        )
+        self.field: Any = problem.field
+
+    def run(
+        self,
+        gradient: str,
+        backward: Any,
+        checkpoints: Checkpoints | None,
+        params: Sequence[Tensor] | None,
+        on_failure: str,
+    ) -> Solution:
+        wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and self.problem.leaves[0].numel() > 0
+        since = sequence_number() if wanted else 0
+        start, captured, closed = self._probe(gradient, params, since) if wanted else (None, [], True)
+        inputs = [*self.structure.leaves, self.t, *captured]
+        wanted = wanted and any(tensor.requires_grad for tensor in inputs)
+        graphs = wanted and gradient == "direct"
+        recorder: Any = None
+        states = checkpoints if wanted else None
+        if graphs or self.dense or states is not None:
+            keep = dict(graphs=graphs, checkpoints=states, dense=self.dense, t_grad=self.t.requires_grad)
+            recorder = self._recorder(**keep)
+        trajectory = integrate(
+            self.problem,
+            self.options,
+            callbacks=find_callbacks(self.field.func, self.structure, self.options.adaptive),
+            recorder=recorder,
+            start=start,
+            grid=self.grid,
+        )
+        stats = self._stats(trajectory)
+        ys = trajectory.ys
+        host = None if trajectory.state is None else trajectory.state.cpu().numpy()
+        error = self._failure(host, trajectory, ys, stats)
+        if error is not None and on_failure == "raise":
+            raise error
+        y0 = self.structure.leaves
+        if graphs:
+            captured = direct_gradient.find_captured(self.field, recorder.tape, since, captured, closed)
+            ys = direct_gradient.attach(recorder, self.problem, ys, y0, self.t, captured, stats)
+        elif wanted:
+            if params is None and not closed:
+                captured = self._captured_at_end(trajectory, captured, since)
+                stats.nfe = self.field.nfe
+            if states is not None:
+                check = "" if params is not None else "first" if closed else "all"
+                ys = checkpoint_gradient.attach(recorder, self.problem, ys, y0, self.t, captured, stats, check)
+            else:
+                ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
+        elif len(self.problem.t) == 1 and torch.is_grad_enabled():
+            ys = [leaf[None].clone() for leaf in y0]
+        return self._solution(ys, trajectory, recorder, stats)
+
+    def run_transformed(self, on_failure: str) -> Solution:
+        """Inside torch.func transforms, forward mode or torch.compile; derivatives are those of the discrete solve."""
+        problem, options, structure = self.problem, self.options, self.structure
+        callbacks = find_callbacks(self.field.func, structure, options.adaptive)
+        if self.dense or callbacks:
+            what = "dense=True is" if self.dense else "callbacks of func are"
+            raise NotImplementedError(f"{what} not served inside torch.func transforms, forward mode and torch.compile")
+        if options.adaptive and transforms.under_vmap():
+            return self._run_mapped(on_failure)
+        if options.adaptive:
+            ys, trajectory, host, nfe = transforms.solve_on_found_steps(problem, options, self.field.func, structure, self.t)
+        else:
+            assert self.grid is not None
+            ys, nfe = transforms.solve_on_grid(problem, options, self.field.func, structure, self.t, self.grid)
+            trajectory, host = Trajectory(ys, [leaf[-1].detach() for leaf in ys], None), None
+        self.field.nfe = nfe
+        stats = self._stats(trajectory)
+        error = self._failure(host, trajectory, ys, stats)
+        if error is not None and on_failure == "raise":
+            raise error
+        return self._solution(ys, trajectory, None, stats)
+
+    def _run_mapped(self, on_failure: str) -> Solution:
+        """An adaptive solve under torch.vmap: the mapped axis is that of the samples under per-sample control."""
+        problem = self.problem
+        if problem.per_sample or problem.norm is not None:
+            what = "step_control='per_sample'" if problem.per_sample else "norm"
+            raise NotImplementedError(
+                f"{what} is not served under torch.vmap over an adaptive solve; give the samples as one batch"
+            )
+        rows = transforms.Rows(self.field.func, self.structure)
+        with rows.outside():
+            structure = check_state(rows.y0)
+            leaves = [leaf.detach().contiguous() for leaf in structure.leaves]
+            mapped = replace(problem, field=Field(rows, structure), leaves=leaves, per_sample=True)
+            solution = Job(mapped, self.options, structure, self.t, False, None).run("direct", None, None, None, on_failure)
+        solution.ys, solution.y_last = rows.mapped(solution.ys, 1), rows.mapped(solution.y_last, 0)
+        return solution
+
+    def _probe(
+        self, gradient: str, params: Sequence[Tensor] | None, since: int
+    ) -> tuple[Evaluation | None, list[Tensor], bool]:
+        """f(t0, y0) with its graph, the tensors outside of func that get gradients, and whether func can have no others."""
+        if params is not None:
+            return None, [param for param in params if param.requires_grad], True
+        problem = self.problem
+        if self.options.perturb:
+            times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
+            times = torch.nextafter(times, torch.full_like(times, problem.direction * math.inf))
+        else:
+            times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
+        t0 = problem.time_views(times.to(problem.device))[0]
+        recorder = self._recorder(graphs=True, t_grad=self.t.requires_grad)
+        y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
+        start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.leaves], y_grad)
+        found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
+        own, is_module = own_tensors(self.field.func)
+        known: dict[int, Tensor] = {id(x): x for x in own if x.requires_grad}
+        closed = is_module and not earlier and all(id(tensor) in known for tensor in found)
+        known.update((id(tensor), tensor) for tensor in found)
+        if earlier:
+            results = earlier_results(lambda: self.field(start.t, start.y), since)
+            known.update((id(tensor), tensor) for tensor in results)
+        if gradient != "direct":
+            start = Evaluation(start.t, start.y, [slope.detach() for slope in start.k])
+        return start, list(known.values()), closed
+
+    def _recorder(self, **keep: Any) -> Recorder:
+        tableau = self.options.tableau
+        return Recorder(
+            tableau, self.problem.t, self.problem.per_sample, carried=self.options.adaptive and not tableau.fsal, **keep
+        )
+
+    def _captured_at_end(self, trajectory: Trajectory, captured: list[Tensor], since: int) -> list[Tensor]:
+        """captured, and what func depends on at the end but not at the start: it may branch on the time."""
+        problem = self.problem
+        times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
+        recorder = self._recorder(graphs=True)
+        y = [leaf.detach().clone() for leaf in trajectory.last]
+        end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
+        return direct_gradient.find_captured(self.field, [end], since, captured, False)
+
+    def _stats(self, trajectory: Trajectory) -> Stats:
+        state = trajectory.state
+        if state is not None:
+            counts = state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]]
+        else:
+            rows = self.problem.rows
+            steps = len(self.grid[0]) - 1 if self.grid is not None and self.problem.leaves[0].numel() else 0
+            counts = torch.full((rows,), steps), torch.zeros(rows, dtype=torch.int64)
+        return Stats(self.field.nfe, *counts, self.problem.per_sample)
+
+    def _failure(self, state: Any, trajectory: Trajectory, ys: list[Tensor], stats: Stats):
+        """The exception of a solver state, a NumPy array; where there is one, outputs that were not reached become NaN."""
+        if state is None:
+            return None
+        if (state[FIELDS["status"]] == SUCCESS).all():
+            return None
+        last = self._solution(ys, trajectory, None, stats)
+        error = failure(state, last, self.options.control.max_num_steps)
+        if error is not None:
+            reached = torch.from_numpy(state[FIELDS["output_end"]]).to(ys[0].device)
+            missing = torch.arange(len(self.problem.t), device=ys[0].device)[:, None] >= reached  # [T, rows]
+            for out in ys:
+                columns = [missing.shape[1], *[1] * (out.dim() - 2)] if out.dim() > 1 else []
+                out.masked_fill_(missing.reshape(-1, *columns), math.nan)
+        return error
+
+    def _solution(self, ys: list[Tensor], trajectory: Trajectory, recorder: Recorder | None, stats: Stats) -> Solution:
+        interpolant = None
+        t = torch.tensor(self.problem.t, dtype=torch.float64, device=self.problem.device)
+        if self.dense and recorder is not None:
+            interpolant = Interpolant(
+                self.options.tableau,
+                recorder.dense_steps,
+                [x.clone() for x in self.problem.leaves],
+                t,
+                self.structure.unflatten,
+            )
+        return Solution(
+            ys=self.structure.unflatten(ys),
+            t=t,
+            stats=stats,
+            y_last=self.structure.unflatten([leaf.detach() for leaf in trajectory.last]),
+            interpolant=interpolant,
+            per_sample=self.problem.per_sample,
+            _state=trajectory.state,
+        )
