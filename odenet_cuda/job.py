@@ -14,6 +14,7 @@ from .captured import captured_tensors, earlier_results, sequence_number
 from .gradients import adjoint as adjoint_gradient
 from .gradients import checkpoint as checkpoint_gradient
 from .gradients import direct as direct_gradient
+from .gradients import quadrature as quadrature_gradient
 from .integrate import Grid, Options, integrate
 from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_state, own_tensors
@@ -53,7 +54,9 @@ class Job:
         graphs = wanted and gradient == "direct"
         recorder: Any = None
         states = checkpoints if wanted else None
-        if graphs or self.dense or states is not None:
+        if wanted and gradient == "quadrature":
+            recorder = quadrature_gradient.Polynomials(self.options.tableau, self.problem, self.options.adaptive, self.dense)
+        elif graphs or self.dense or states is not None:
             keep = dict(graphs=graphs, checkpoints=states, dense=self.dense, t_grad=self.t.requires_grad)
             recorder = self._recorder(**keep)
         trajectory = integrate(
@@ -81,6 +84,8 @@ class Job:
             if states is not None:
                 check = "" if params is not None else "first" if closed else "all"
                 ys = checkpoint_gradient.attach(recorder, self.problem, ys, y0, self.t, captured, stats, check)
+            elif gradient == "quadrature":
+                ys = quadrature_gradient.attach(backward, recorder, self.problem, ys, y0, self.t, captured, stats)
             else:
                 ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():

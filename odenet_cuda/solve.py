@@ -16,8 +16,7 @@ from .solution import Solution
 from .solvers.checkpoints import Checkpoints
 from .step_control import STEP_CONTROLS, StepControl
 
-GRADIENTS = ("direct", "adjoint", "checkpoint")
-ABSENT_GRADIENTS = ("quadrature",)
+GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
 FAILURES = ("raise", "return")
 
 
@@ -71,7 +70,7 @@ def solve(
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
         does not grow (Chen et al. 2018, arXiv:1806.07366); "checkpoint", as exact as direct, keeps the state of each step
-        alone and makes the steps again. All give gradients for y0, t, and every tensor func depends on.
+        alone and makes the steps again; "quadrature", the adjoint on the stored solution. All give gradients for y0, t, and every tensor func depends on.
     step_control: "joint", one step size for the whole state; "per_sample", one for each sample on axis 0 of every leaf.
     controller: "I", "PI", "PID" or (proportional, integral, derivative) coefficients (Soderlind 2003).
     first_step, min_step, max_step: step sizes, positive, in units of t. A step of min_step is accepted whatever its error.
@@ -116,8 +115,6 @@ def solve(
     )
     _one_of("step_control", step_control, STEP_CONTROLS)
     _one_of("on_failure", on_failure, FAILURES)
-    if gradient in ABSENT_GRADIENTS:
-        raise NotImplementedError(f"gradient={gradient!r} is not part of this version of odenet_cuda; there are {GRADIENTS}")
     _one_of("gradient", gradient, GRADIENTS)
     _check_checkpoints(max_checkpoints, gradient)
     structure = check_state(y0)
@@ -146,8 +143,10 @@ def solve(
     if transforms.active():
         return job.run_transformed(on_failure)
     backward = None
-    if gradient == "adjoint":
+    if gradient in ("adjoint", "quadrature"):
         given = (adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)
+        if gradient == "quadrature" and (adjoint_options or {}).get("norm") is not None:
+            raise ValueError("adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards")
         backward = adjoint_setup(func, problem, structure, options, *given, check=adjoint_params is None)
     checkpoints = None
     if gradient == "checkpoint":

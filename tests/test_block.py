@@ -147,7 +147,7 @@ def test_casting():
     torch.testing.assert_close(low.double(), out, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_half_precision(gradient):
     """A block made float16 gives float16, near what it gives in float32, and float16 gradients."""
     block = ODEBlock(Field(), rtol=1e-2, atol=1e-2, gradient=gradient)
@@ -160,7 +160,7 @@ def test_half_precision(gradient):
     assert all(param.grad.dtype == torch.float16 and param.grad.isfinite().all() for param in half.parameters())
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_counts(gradient):
     """nfe_forward and nfe_backward are the calls of func in the last forward and backward pass."""
     block = ODEBlock(Field(), gradient=gradient)
@@ -187,7 +187,7 @@ def test_tuple_states():
     assert [leaf.shape for leaf in block(y0)] == [(3, 2), (3, 2)]
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_times_that_are_learned(gradient):
     """A Parameter for t is a parameter of the layer: d y(t1)/dt1 = -rate y(t1) and the opposite for t0."""
     block = ODEBlock(Decay(), nn.Parameter(torch.tensor([0.0, 0.8], dtype=torch.float64)), gradient=gradient, **TIGHT)
@@ -256,7 +256,7 @@ def test_bad_arguments(make, error, words):
 
 
 @pytest.mark.parametrize("step_control", ["joint", "per_sample"])
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_autocast(gradient, step_control):
     """Under autocast func works in bfloat16 on a float32 state; so does the backward pass of the adjoint."""
     block = ODEBlock(Field(), gradient=gradient, step_control=step_control, rtol=1e-2, atol=1e-2)

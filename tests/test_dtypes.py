@@ -164,7 +164,7 @@ def test_ops_read_the_imaginary_part_of_a_conjugate(device):
 
 
 @pytest.mark.parametrize("options", [{}, {"step_control": "per_sample"}, {"method": "rk4", "step_size": 0.05}], ids=str)
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 def test_func_may_return_lazy_views(device, options, gradient):
     """y' = conj(-i y), which of 1 - i makes exp(-t) (1 - i), and for a real state y' = -y as the part of a conjugate."""
     y0 = torch.tensor([[1 - 1j], [2 - 2j]], dtype=torch.complex128, device=device, requires_grad=gradient is not None)
@@ -235,7 +235,7 @@ STATES = {"float32 first": (torch.float32, torch.complex64, torch.bfloat16), "bf
 
 
 @pytest.mark.parametrize("types", STATES)
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 @pytest.mark.parametrize(("method", "step_control"), SOLVES)
 def test_leaves_of_different_types(device, method, step_control, gradient, types):
     """Every leaf keeps its type, and time has the real type of the first."""
@@ -300,7 +300,7 @@ def test_stops_in_16_bits(device, dtype, sign, step_control):
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 @pytest.mark.parametrize("dtype", SHORT, ids=name)
 def test_perturb_in_16_bits(device, dtype, gradient, sign):
     """With perturb the ends of a step are seen from just inside it: the next number of the type."""

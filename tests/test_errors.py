@@ -181,11 +181,6 @@ ARGUMENTS = {
     "None for atol": ({"atol": None}, TypeError, "atol must be a number or a tensor, got NoneType"),
     "list for atol": ({"atol": [1e-3, 1e-3]}, TypeError, "atol must be a number or a tensor, got list"),
     "gradient": ({"gradient": "backprop"}, ValueError, "gradient must be one of .*direct.*adjoint.*, got 'backprop'"),
-    "absent gradient": (
-        {"gradient": "quadrature"},
-        NotImplementedError,
-        "gradient='quadrature' is not part of this version",
-    ),
     "step_control": ({"step_control": "rows"}, ValueError, "step_control must be one of .*per_sample.*, got 'rows'"),
     "on_failure": ({"on_failure": "ignore"}, ValueError, "on_failure must be one of .*, got 'ignore'"),
     "controller": ({"controller": "PD"}, ValueError, "controller must be 'I', 'PI', 'PID' or three numbers, got 'PD'"),
@@ -337,7 +332,7 @@ def check(error: SolverError, status: str, start: str, y0):
 
 
 @pytest.mark.parametrize("step_control", ["joint", "per_sample"])
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "tsit5", "bosh3"])
 def test_pole(method, gradient, step_control):
     """y' = y**2 from 1 has its pole at t = 1, where no step is small enough; the last state solves the equation."""
@@ -357,7 +352,7 @@ def test_pole(method, gradient, step_control):
     assert 0 < error.dt < 1e-3
 
 
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 def test_too_many_steps(gradient):
     """The limit, the state that was reached, and how to go on."""
     y0 = Y0.clone().requires_grad_(gradient is not None)

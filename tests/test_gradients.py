@@ -28,9 +28,11 @@ GRADIENTS = {
     "adjoint per sample": {"gradient": "adjoint", "step_control": "per_sample"},
     "checkpoint": {"gradient": "checkpoint"},
     "checkpoint per sample": {"gradient": "checkpoint", "step_control": "per_sample"},
+    "quadrature": {"gradient": "quadrature"},
+    "quadrature per sample": {"gradient": "quadrature", "step_control": "per_sample"},
     "three checkpoints": {"gradient": "checkpoint", "max_checkpoints": 3},
 }
-BOTH = ["direct", "adjoint", "checkpoint"]
+BOTH = ["direct", "adjoint", "checkpoint", "quadrature"]
 
 Y0 = torch.tensor([[0.3, -0.8], [1.1, 0.4], [-0.5, 0.9]], dtype=torch.float64)
 TIMES = torch.tensor([0.1, 0.35, 0.6, 1.0], dtype=torch.float64)
@@ -545,12 +547,12 @@ def test_two_losses_add_up(gradient):
     assert_close([sum(grads) for grads in zip(*parts, strict=True)], REFERENCES[1])
 
 
-@pytest.mark.parametrize("gradient", ["adjoint", "seminorm", "adjoint per sample"])
+@pytest.mark.parametrize("gradient", ["adjoint", "seminorm", "adjoint per sample", "quadrature"])
 def test_second_derivatives_are_refused_in_words(gradient):
     """create_graph=True is never answered with a gradient that has no graph."""
     y0, rate = leaves(Y0, RATE)
     ys = solve(lambda t, y: -rate * y, y0, T01, **GRADIENTS[gradient]).ys
-    with pytest.raises(RuntimeError, match="first derivatives only: .* gradient='direct' or 'checkpoint'"):
+    with pytest.raises(RuntimeError, match=r"first derivatives only: .* gradient='direct' or 'checkpoint'"):
         torch.autograd.grad(ys[-1].square().sum(), (y0, rate), create_graph=True)
 
 

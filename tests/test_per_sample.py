@@ -34,7 +34,7 @@ def test_each_row_takes_the_steps_it_takes_alone(method):
     assert accepted.max() > 2 * accepted.min()
 
 
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_a_row_does_not_depend_on_its_batch(method, gradient):
     """The same bits alone, in pairs, in another order, and in the whole batch, recorded or not."""
@@ -47,7 +47,7 @@ def test_a_row_does_not_depend_on_its_batch(method, gradient):
         assert torch.equal(part.stats.num_accepted, whole.stats.num_accepted[rows])
 
 
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_a_row_of_any_type_does_not_depend_on_its_batch(dtype, gradient):
     """The same bits and the same gradients alone and in the whole batch, in every type."""
@@ -199,7 +199,7 @@ def test_a_sample_that_is_not_a_number_is_named():
     assert caught.value.y.shape == (5, 2)
 
 
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 def test_other_samples_finish_beside_a_bad_one(gradient):
     """With on_failure="return" the other rows are what they are without the bad one."""
     y0 = START.clone()
@@ -234,7 +234,7 @@ def test_a_sample_that_blows_up_on_the_way():
 
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_gradients_of_decays(gradient, method):
     """Rates from 0.1 to 20, outputs in between: gradients by y0, the shared and the rows' own rates, and every t."""
     rates = torch.tensor([0.1, 20.0, 3.0], dtype=torch.float64)[:, None]
@@ -263,7 +263,7 @@ def test_direct_and_adjoint_gradients_agree_on_van_der_pol():
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=GRADIENT)
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_gradients_of_several_leaves(gradient):
     """A tuple state, one leaf of rank one."""
     rate = torch.tensor([0.5, 6.0, 2.0], dtype=torch.float64, requires_grad=True)
@@ -281,7 +281,7 @@ def test_gradients_of_several_leaves(gradient):
         torch.testing.assert_close(mine, true, rtol=GRADIENT, atol=GRADIENT)
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_gradient_of_the_good_rows_beside_a_bad_one(gradient):
     """A row that failed leaves the gradients of the others, which do not use it, as they are."""
     y0 = torch.tensor([[1.0], [math.nan], [3.0]], dtype=torch.float64, requires_grad=True)

@@ -225,7 +225,7 @@ def test_one_time_gives_the_initial_state(method):
 
 
 @pytest.mark.parametrize("step_control", ["joint", "per_sample"])
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_empty_batch(gradient, step_control):
     """No samples: an empty result of the right shape, and a gradient of the right shape."""
     y0 = torch.zeros(0, 3, requires_grad=True)
@@ -333,7 +333,7 @@ def test_func_by_numpy():
     torch.testing.assert_close(ys, DECAY * torch.exp(-T3 * T3 / 2)[:, None], rtol=SOLVED, atol=0)
 
 
-@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "checkpoint", "quadrature"])
 def test_gradient_where_func_returns_its_argument(gradient):
     """y' = y written as ``return y``: dy(1)/dy0 is e."""
     y0 = DECAY.clone().requires_grad_()
@@ -690,7 +690,7 @@ def test_interpolant_beside_a_gradient():
     torch.testing.assert_close(grad, torch.full_like(DECAY, math.exp(-1)), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint"])
+@pytest.mark.parametrize("gradient", [None, "direct", "adjoint", "checkpoint", "quadrature"])
 @pytest.mark.parametrize("method", [*ADAPTIVE_METHODS, *FIXED_METHODS])
 def test_stats(method, gradient):
     """nfe is the number of calls; tries are accepted or rejected ones."""

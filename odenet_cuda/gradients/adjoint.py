@@ -233,14 +233,14 @@ def solve_backwards(
         y = [out[i] for out in ys]
         a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         if grad_t is not None:
-            grad_t[i] = _slope_product(field, problem, i, y, [grad[i] for grad in grad_ys])
+            grad_t[i] = slope_product(field, problem, i, y, [grad[i] for grad in grad_ys])
         backward.leaves = [*y, *a, *([] if per_sample else integral)]
         backward.t = [problem.t[i], problem.t[i - 1]]
         grid = None if options.adaptive else fixed_grid(options, backward.t)
         trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid)
         if trajectory.state is not None:
             state = trajectory.state.cpu().numpy()
-            words = failure(state, _last_state(trajectory.last[: 2 * n], problem, stats), options.control.max_num_steps)
+            words = failure(state, last_state(trajectory.last[: 2 * n], problem, stats), options.control.max_num_steps)
             if words is not None:
                 stats.nfe_backward = field.nfe
                 raise words
@@ -249,7 +249,7 @@ def solve_backwards(
         a = trajectory.last[n : 2 * n]
         integral = augmented.integral() if isinstance(augmented, PerSampleField) else trajectory.last[2 * n :]
     if grad_t is not None:
-        grad_t[0] = -_slope_product(field, problem, 0, [out[0] for out in ys], a)
+        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], a)
     stats.nfe_backward = field.nfe
     grad_params = integral if per_sample else [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
@@ -260,7 +260,7 @@ def _as_leaf(x: Tensor) -> Tensor:
     return x.float() if x.dtype in SHORT else x
 
 
-def _slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
+def slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
     """g . f(t_i, y)"""
     times = torch.full((1, problem.rows), problem.t[i], dtype=problem.real, device=problem.device)
     k = field(problem.time_views(times)[0], y)
@@ -296,5 +296,5 @@ def _with_all_parts(callback: Callable) -> Callable:
     return lambda t, leaves, dt: callback(t, (leaves[0].new_zeros(()), *leaves), dt)
 
 
-def _last_state(leaves: list[Tensor], problem: Problem, stats: Stats) -> Solution:
+def last_state(leaves: list[Tensor], problem: Problem, stats: Stats) -> Solution:
     return Solution(ys=None, t=torch.tensor(problem.t), stats=stats, y_last=leaves, per_sample=problem.per_sample)

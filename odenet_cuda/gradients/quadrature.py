@@ -1,0 +1,267 @@
+"""The adjoint on the stored solution: a alone is solved backwards, and the parameters' integral is a Gauss quadrature.
+
+    da/dt = -a^T df/dy(t, y(t))   backwards,   dL/dtheta = sum over its steps of |dt| sum_m w_m a^T df/dtheta(t_m, y(t_m))
+
+y(t) is the interpolant of the forward solve, kept as the polynomial of each step, so y is not solved again and no stage needs a
+product with the parameters. Memory grows with the steps times the state (Kim et al. 2021, arXiv:2103.15341, section on
+quadrature adjoints; Golub and Welsch 1969, doi 10.1090/S0025-5718-69-99647-1 for the nodes).
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import formulas, ops
+from ..captured import cut_points, gradients, refuse_unknown, sequence_number
+from ..integrate import fixed_grid, integrate
+from ..ops import FIELDS
+from ..problem import Field, Problem
+from ..solution import Stats, failure
+from ..solvers.trajectory import Recorder, Step
+from ..tableau import ButcherTableau
+from .accumulator import Accumulator
+from .adjoint import Adjoint, last_state, slope_product
+from .autocast import autocast_state
+
+NO_SECOND_DERIVATIVE = (
+    "gradient='quadrature' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
+)
+
+
+def attach(
+    adjoint: Adjoint,
+    solution: "Polynomials",
+    problem: Problem,
+    ys: Sequence[Tensor],
+    y0: Sequence[Tensor],
+    t: Tensor,
+    params: Sequence[Tensor],
+    stats: Stats,
+) -> list[Tensor]:
+    """ys, with a gradient for y0, t and params."""
+    how = adjoint, solution, stats, autocast_state(problem.device)
+    return list(_Quadrature.apply(how, problem, tuple(ys), len(y0), t, *y0, *params))
+
+
+class _Quadrature(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, how, problem, ys, count, t, *tensors):
+        ctx.how, ctx.problem, ctx.count, ctx.t_device = how, problem, count, t.device
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*ys, *tensors[count:])
+        return ys
+
+    @staticmethod
+    def backward(ctx, *grad_ys):
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        adjoint, solution, stats, autocast = ctx.how
+        ys, params = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        with torch.autocast(**autocast):
+            grad_y0, grad_t, grad_params = solve_backwards(
+                adjoint, solution, ctx.problem, ys, params, grad_ys, ctx.needs_input_grad[4], stats
+            )
+        if grad_t is not None:
+            grad_t = grad_t.to(ctx.t_device)
+        return None, None, None, None, grad_t, *grad_y0, *grad_params
+
+
+@dataclass
+class Piece:
+    """The solution within one step: y(t0 + theta dt) = y0 + dt sum_d theta**(d + 1) q[d]; dt, t0 [rows], q [degree][leaves]."""
+
+    t0: Tensor
+    dt: Tensor
+    y0: list[Tensor]
+    q: list[list[Tensor]]
+    accept: Tensor | None
+
+
+class Polynomials(Recorder):
+    """Keeps the solution as one polynomial a step."""
+
+    def __init__(self, tableau: ButcherTableau, problem: Problem, adaptive: bool, dense: bool):
+        super().__init__(tableau, problem.t, problem.per_sample, dense=dense)
+        self.problem, self.pieces = problem, list[Piece]()
+        self.slopes = dense or not adaptive  # a method on a grid leaves out slopes that nobody asks for
+        self.degree = len(tableau.p[0])
+        self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
+        self.starts: list[float] = []
+        self.stacked: Any = None
+
+    def _keep(self, t0: float | Tensor, t1: float | Tensor, step: Step) -> None:
+        super()._keep(t0, t1, step)
+        assert step.y0 is not None
+        start, end = (torch.as_tensor(t, dtype=torch.float64, device=self.one.device).reshape(-1) for t in (t0, t1))
+        k = [slope.detach() for leaf in range(len(step.y0)) for slope in (of_stage[leaf] for of_stage in step.k)]
+        q = [[torch.empty_like(leaf) for leaf in step.y0] for _ in range(self.degree)]
+        for d, of_power in enumerate(q):
+            ops.stage(of_power, [], k, [row[d] for row in self.tableau.p], self.one)
+        y0 = [leaf.detach().clone() for leaf in step.y0]
+        self.pieces.append(Piece(start, end - start, y0, q, step.accept))
+        if not self.per_sample:
+            self.starts.append(self.problem.direction * float(t0))
+
+    def at(self, t: Tensor) -> list[Tensor]:
+        """y at a time as func sees it."""
+        return self._rows_at(t.reshape(-1).double()) if self.per_sample else self._at(float(t))
+
+    def _at(self, t: float) -> list[Tensor]:
+        index = max(bisect_right(self.starts, self.problem.direction * t) - 1, 0)
+        piece = self.pieces[index]
+        theta = (t - self.problem.direction * self.starts[index]) / float(piece.dt)
+        y = [torch.empty_like(leaf) for leaf in piece.y0]
+        q = [of_power[leaf] for leaf in range(len(y)) for of_power in piece.q]
+        ops.stage(y, piece.y0, q, [theta ** (d + 1) for d in range(self.degree)], piece.dt)
+        return y
+
+    def _rows_at(self, t: Tensor) -> list[Tensor]:
+        """Each row at its own time, from the step in which it then was."""
+        if self.stacked is None:
+            t0, dt = (torch.stack([getattr(piece, name) for piece in self.pieces]) for name in ("t0", "dt"))
+            accept = torch.stack(
+                [torch.ones_like(p.t0, dtype=torch.bool) if p.accept is None else p.accept for p in self.pieces]
+            )
+            leaves = range(len(self.pieces[0].y0))
+            y0 = [torch.stack([piece.y0[leaf] for piece in self.pieces]) for leaf in leaves]
+            q = [[torch.stack([piece.q[d][leaf] for piece in self.pieces]) for leaf in leaves] for d in range(self.degree)]
+            self.stacked = t0, dt, accept, y0, q
+            for piece in self.pieces:
+                piece.y0, piece.q = [], []
+        t0, dt, accept, y0, q = self.stacked
+        theta = (t - t0) / torch.where(accept, dt, 1.0)
+        distance = torch.where(accept, (theta - 0.5).abs(), torch.inf)  # at most 1/2 in the step that holds t
+        which, rows = distance.argmin(0), torch.arange(len(t), device=t.device)
+        theta, dt = theta[which, rows], dt[which, rows]
+        y = []
+        for leaf, start in enumerate(y0):
+            value = formulas.widened(start[which, rows])
+            shape = [-1, *[1] * (value.dim() - 1)]
+            for d in range(self.degree):
+                weight = (dt * theta ** (d + 1)).to(value.dtype.to_real()).reshape(shape)
+                value = value + weight * formulas.widened(q[d][leaf][which, rows])
+            y.append(value.to(start.dtype))
+        return y
+
+
+class AdjointField:
+    """a^T df/dy on the stored solution; the problem's signs turn it round."""
+
+    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], check: bool):
+        self.field, self.solution, self.params, self.check = field, solution, params, check
+        self.cuts = cut_points(params)
+
+    def __call__(self, t: Tensor, a: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
+        k, y = self.evaluate(t)
+        grads = self.product(k, a, y)
+        return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, y, strict=True)]
+
+    def evaluate(self, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        y = [leaf.requires_grad_() for leaf in self.solution.at(t)]
+        with torch.enable_grad():
+            since = sequence_number() if self.check else 0
+            k = self.field(t, y)
+        if self.check:
+            refuse_unknown(k, [t, *y], since, self.params)
+            self.check = False
+        return k, y
+
+    def product(self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        used = [(slope, cotangent) for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
+        if not used or not inputs:
+            return [None] * len(inputs)
+        outputs, cotangents = zip(*used, strict=True)
+        return gradients(outputs, inputs, cotangents, self.cuts, False)
+
+
+class ParameterQuadrature(Recorder):
+    """Adds the integral over each backward step by Gauss's rule, exact for polynomials of twice the method's order less one."""
+
+    def __init__(self, tableau: ButcherTableau, backward: Problem, field: AdjointField, params: Sequence[Tensor]):
+        super().__init__(tableau, backward.t, backward.per_sample)
+        self.problem, self.field, self.params = backward, field, params
+        nodes, weights = np.polynomial.legendre.leggauss(tableau.order // 2 + 1)
+        self.nodes, self.weights = [float(x + 1) / 2 for x in nodes], [float(w) / 2 for w in weights]
+        self.sums = Accumulator(params, len(nodes), backward.device)
+
+    def _keep(self, t0: float | Tensor, t1: float | Tensor, step: Step) -> None:
+        if not self.params:
+            return
+        assert step.y0 is not None
+        problem, rows = self.problem, self.problem.rows
+        start, end = (torch.as_tensor(t, dtype=torch.float64, device=problem.device).reshape(-1) for t in (t0, t1))
+        dt = end - start
+        k = [slope.detach() for leaf in range(len(step.y0)) for slope in (of_stage[leaf] for of_stage in step.k)]
+        for node, share in zip(self.nodes, self.weights, strict=True):
+            a = [torch.empty_like(leaf) for leaf in step.y0]
+            weights = [-float(w) for w in formulas.interpolant_weights(self.tableau, node)]
+            ops.stage(a, [leaf.detach() for leaf in step.y0], k, weights, dt)
+            part = -share * (dt if step.accept is None else dt * step.accept)
+            for leaf in a:
+                leaf.mul_(
+                    part.to(leaf.dtype.to_real()).reshape([rows, *[1] * (leaf.dim() - 1)] if rows > 1 or leaf.dim() else [])
+                )
+            t = problem.time_views((start + node * dt).to(problem.real)[None])[0]
+            slopes, _ = self.field.evaluate(t)
+            self.sums.add(self.field.product(slopes, a, self.params))
+        self.sums.flush()
+
+
+def solve_backwards(
+    adjoint: Adjoint,
+    solution: Polynomials,
+    problem: Problem,
+    ys: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None],
+    t_grad: bool,
+    stats: Stats,
+) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+    """(dL/dy0, dL/dt, dL/dparams)"""
+    grad_ys = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, ys, strict=True)]
+    forward: Any = problem.field
+    field = Field(forward.func, forward.structure)
+    on_solution = AdjointField(field, solution, params, adjoint.check)
+    options, tableau = adjoint.options, adjoint.options.tableau
+    a = [torch.zeros_like(y[0]) for y in ys]
+    backward = Problem(
+        field=on_solution,
+        leaves=a,
+        t=[],
+        direction=-problem.direction,
+        per_sample=problem.per_sample,
+        rtol=adjoint.rtol,
+        atol=adjoint.atol,
+        norm=problem.norm,
+        signs=[-1.0] * len(a),
+    )
+    recorder = ParameterQuadrature(tableau, backward, on_solution, params)
+    recorder.slopes = not options.adaptive
+    grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
+    for i in range(len(problem.t) - 1, 0, -1):
+        if grad_t is not None:
+            grad_t[i] = slope_product(field, problem, i, [out[i] for out in ys], [grad[i] for grad in grad_ys])
+        backward.leaves = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
+        backward.t = recorder.t = [problem.t[i], problem.t[i - 1]]
+        grid = None if options.adaptive else fixed_grid(options, backward.t)
+        trajectory = integrate(backward, options, callbacks=adjoint.callbacks, recorder=recorder, grid=grid)
+        if trajectory.state is not None:
+            state = trajectory.state.cpu().numpy()
+            words = failure(state, last_state(trajectory.last, problem, stats), options.control.max_num_steps)
+            if words is not None:
+                stats.nfe_backward = field.nfe
+                raise words
+            if not problem.per_sample:
+                options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
+        a = trajectory.last
+    if grad_t is not None:
+        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], a)
+    stats.nfe_backward = field.nfe
+    totals = zip(recorder.sums.results(), params, strict=True)
+    grad_params = [torch.zeros_like(param) if total is None else total for total, param in totals]
+    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
