@@ -19,10 +19,12 @@ class ODEBlock(nn.Module):
     func: a Module (or callable) of (t, y) that returns dy/dt in the structure and shape of y.
     t: times, at least two, strictly monotone; the input is the state at t[0]. A tensor or numbers; an nn.Parameter is learned.
     return_all: give the state at every t, each leaf [len(t), *leaf.shape], instead of the state at t[-1].
-    gradient: "adjoint" (memory does not grow with the steps) or "direct" (exact for the discrete solve).
+    gradient: "adjoint" (memory does not grow with the steps), "direct" or "checkpoint" (exact for the discrete solve; the
+        second keeps the states alone), or "quadrature"; see `solve`.
     method, rtol, atol, step_control and all that `solve` takes by name are handed to it.
 
     After a call, `nfe_forward`, and after its backward pass `nfe_backward`, are the calls of func it took; `stats` has more.
+    With ``regularizers=("kinetic",)`` and the like, `regularizers` then holds them by name, to be added to the loss.
     Raises as `solve` does. Source: Chen et al. 2018, arXiv:1806.07366.
 
     >>> import torch
@@ -65,6 +67,7 @@ class ODEBlock(nn.Module):
         self.method, self.rtol, self.atol = method, rtol, atol
         self.gradient, self.step_control, self.return_all, self.options = gradient, step_control, return_all, options
         self.stats: Stats | None = None
+        self.regularizers: dict[str, Tensor] = {}
 
     @between_graphs(lambda self, y0: self.method in ADAPTIVE)
     def forward(self, y0: Any) -> Any:
@@ -79,7 +82,7 @@ class ODEBlock(nn.Module):
             step_control=self.step_control,
             **self.options,
         )
-        self.stats = solution.stats
+        self.stats, self.regularizers = solution.stats, solution.regularizers
         if self.return_all:
             return solution.ys
         return pytree.tree_map(lambda leaf: leaf[-1], solution.ys)
@@ -95,7 +98,7 @@ class ODEBlock(nn.Module):
         return 0 if self.stats is None else self.stats.nfe_backward
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stats": None}  # the last call is no part of a copy
+        return {**self.__dict__, "stats": None, "regularizers": {}}  # the last call is no part of a copy
 
     def extra_repr(self) -> str:
         t = [round(x, 6) for x in self.t.detach().tolist()]

@@ -18,6 +18,12 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def per_row(value: Tensor, leaf: Tensor) -> Tensor:
+    """[rows], shaped to multiply a leaf, in its real type; one row multiplies all of it."""
+    value = value.to(leaf.dtype.to_real())
+    return value.reshape(()) if value.numel() == 1 else value.reshape(-1, *[1] * (leaf.dim() - 1))
+
+
 def stage(y0: Tensor | None, k: Sequence[Tensor], a: Sequence[float], dt: Number) -> Tensor:
     """``y0 + dt * sum_j a[j] k[j]``."""
     terms = [(dt * weight) * slope for weight, slope in zip(a, k, strict=False) if weight != 0]

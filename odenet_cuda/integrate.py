@@ -74,7 +74,7 @@ def integrate(
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
     with torch.no_grad():
-        if len(problem.t) == 1 or all(leaf.numel() == 0 for leaf in problem.leaves):
+        if len(problem.t) == 1 or all(leaf.numel() == 0 for leaf in problem.state_leaves):
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)

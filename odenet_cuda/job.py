@@ -18,6 +18,7 @@ from .gradients import quadrature as quadrature_gradient
 from .integrate import Grid, Options, integrate
 from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_state, own_tensors
+from .regularizers import OF_STEPS, RUNNING, StepCosts
 from .solution import Interpolant, Solution, Stats, failure
 from .solvers.checkpoints import Checkpoints
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
@@ -27,16 +28,24 @@ from .step_control import SUCCESS
 class Job:
     """One solve with what surrounds it: which tensors get gradients, recording, failure, and the Solution."""
 
-    def __init__(self, problem: Problem, options: Options, structure: Structure, t: Tensor, dense: bool, grid: Grid | None):
-        self.problem, self.options, self.structure, self.t, self.dense, self.grid = (
-            problem,
-            options,
-            structure,
-            t,
-            dense,
-            grid,
-        )
+    def __init__(
+        self,
+        problem: Problem,
+        options: Options,
+        structure: Structure,
+        t: Tensor,
+        dense: bool,
+        grid: Grid | None,
+        regularizers: Sequence[str] = (),
+    ):
+        self.problem, self.options, self.structure, self.t, self.dense = problem, options, structure, t, dense
+        self.grid, self.regularizers = grid, regularizers
         self.field: Any = problem.field
+
+    def _step_costs(self) -> StepCosts | None:
+        names = [name for name in self.regularizers if name in OF_STEPS]
+        count = len(self.problem.state_leaves)
+        return StepCosts(names, self.options.tableau, self.problem.per_sample, count) if names else None
 
     def run(
         self,
@@ -53,12 +62,12 @@ class Job:
         wanted = wanted and any(tensor.requires_grad for tensor in inputs)
         graphs = wanted and gradient == "direct"
         recorder: Any = None
-        states = checkpoints if wanted else None
+        states, step_costs = checkpoints if wanted else None, self._step_costs()
         if wanted and gradient == "quadrature":
             recorder = quadrature_gradient.Polynomials(self.options.tableau, self.problem, self.options.adaptive, self.dense)
-        elif graphs or self.dense or states is not None:
-            keep = dict(graphs=graphs, checkpoints=states, dense=self.dense, t_grad=self.t.requires_grad)
-            recorder = self._recorder(**keep)
+        elif graphs or self.dense or states is not None or step_costs is not None:
+            keep: dict[str, Any] = {"checkpoints": states, "dense": self.dense, "step_costs": step_costs}
+            recorder = self._recorder(graphs=graphs, t_grad=self.t.requires_grad, **keep)
         trajectory = integrate(
             self.problem,
             self.options,
@@ -68,9 +77,13 @@ class Job:
             grid=self.grid,
         )
         stats = self._stats(trajectory)
-        ys = trajectory.ys
+        n = len(trajectory.ys)
+        ys = [*trajectory.ys, *trajectory.last[n:]]
+        if step_costs is not None:
+            like = self.problem.leaves[0].new_zeros(self.problem.rows if self.problem.per_sample else (), dtype=torch.float64)
+            ys += [like + total for total in step_costs.totals]
         host = None if trajectory.state is None else trajectory.state.cpu().numpy()
-        error = self._failure(host, trajectory, ys, stats)
+        error = self._failure(host, trajectory, ys[:n], stats)
         if error is not None and on_failure == "raise":
             raise error
         y0 = self.structure.leaves
@@ -89,15 +102,19 @@ class Job:
             else:
                 ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
-            ys = [leaf[None].clone() for leaf in y0]
-        return self._solution(ys, trajectory, recorder, stats)
+            ys[:n] = [leaf[None].clone() for leaf in y0]
+        names = [name for kind in (RUNNING, OF_STEPS) for name in self.regularizers if name in kind]
+        solution = self._solution(ys[:n], trajectory, recorder, stats)
+        found = dict(zip(names, ys[n:], strict=True))
+        solution.regularizers = {name: found[name] for name in self.regularizers}
+        return solution
 
     def run_transformed(self, on_failure: str) -> Solution:
         """Inside torch.func transforms, forward mode or torch.compile; derivatives are those of the discrete solve."""
         problem, options, structure = self.problem, self.options, self.structure
         callbacks = find_callbacks(self.field.func, structure, options.adaptive)
-        if self.dense or callbacks:
-            what = "dense=True is" if self.dense else "callbacks of func are"
+        if self.dense or callbacks or self.regularizers:
+            what = "dense=True is" if self.dense else "callbacks of func are" if callbacks else "regularizers are"
             raise NotImplementedError(f"{what} not served inside torch.func transforms, forward mode and torch.compile")
         if options.adaptive and transforms.under_vmap():
             return self._run_mapped(on_failure)
@@ -146,7 +163,7 @@ class Job:
         t0 = problem.time_views(times.to(problem.device))[0]
         recorder = self._recorder(graphs=True, t_grad=self.t.requires_grad)
         y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
-        start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.leaves], y_grad)
+        start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.state_leaves], y_grad)
         found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
         own, is_module = own_tensors(self.field.func)
         known: dict[int, Tensor] = {id(x): x for x in own if x.requires_grad}
@@ -160,9 +177,10 @@ class Job:
         return start, list(known.values()), closed
 
     def _recorder(self, **keep: Any) -> Recorder:
-        tableau = self.options.tableau
+        tableau, problem = self.options.tableau, self.problem
+        count = len(problem.state_leaves)
         return Recorder(
-            tableau, self.problem.t, self.problem.per_sample, carried=self.options.adaptive and not tableau.fsal, **keep
+            tableau, problem.t, problem.per_sample, count, carried=self.options.adaptive and not tableau.fsal, **keep
         )
 
     def _captured_at_end(self, trajectory: Trajectory, captured: list[Tensor], since: int) -> list[Tensor]:
@@ -170,7 +188,7 @@ class Job:
         problem = self.problem
         times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
         recorder = self._recorder(graphs=True)
-        y = [leaf.detach().clone() for leaf in trajectory.last]
+        y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
         end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
         return direct_gradient.find_captured(self.field, [end], since, captured, False)
 
@@ -207,7 +225,7 @@ class Job:
             interpolant = Interpolant(
                 self.options.tableau,
                 recorder.dense_steps,
-                [x.clone() for x in self.problem.leaves],
+                [x.clone() for x in self.problem.state_leaves],
                 t,
                 self.structure.unflatten,
             )
@@ -215,7 +233,7 @@ class Job:
             ys=self.structure.unflatten(ys),
             t=t,
             stats=stats,
-            y_last=self.structure.unflatten([leaf.detach() for leaf in trajectory.last]),
+            y_last=self.structure.unflatten([leaf.detach() for leaf in trajectory.last[: len(ys)]]),
             interpolant=interpolant,
             per_sample=self.problem.per_sample,
             _state=trajectory.state,

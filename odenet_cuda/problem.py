@@ -67,6 +67,10 @@ class Field:
         self._returns_one_buffer = False
         self._device = structure.leaves[0].get_device()
 
+    def again(self) -> "Field":
+        """The same func, counted anew: for a solve backwards."""
+        return Field(self.func, self.structure)
+
     def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         """The slopes at (t, y), each with the shape, type and device of its leaf. stage: which one of a step; not used here."""
         self.nfe += 1
@@ -155,6 +159,11 @@ class Problem:
     quadratures: int = 0
     quadratures_in_norm: bool = True
     signs: list[float] | None = None
+
+    @property
+    def state_leaves(self) -> list[Tensor]:
+        """Those that func depends on."""
+        return self.leaves[: len(self.leaves) - self.quadratures]
 
     @property
     def rows(self) -> int:

@@ -12,6 +12,7 @@ from .integrate import Options, fixed_grid, stop_times
 from .job import Job
 from .methods import ADAPTIVE
 from .problem import Field, Problem, check_samples, check_state, check_times, check_tolerance, with_arguments
+from .regularizers import RUNNING, CostField, check_regularizers, with_costs
 from .solution import Solution
 from .solvers.checkpoints import Checkpoints
 from .step_control import STEP_CONTROLS, StepControl
@@ -47,6 +48,7 @@ def solve(
     perturb: bool = False,
     interp: str = "method",
     norm: Callable | None = None,
+    regularizers: Sequence[str] = (),
     dense: bool = False,
     on_failure: str = "raise",
     max_checkpoints: int | None = None,
@@ -70,7 +72,8 @@ def solve(
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
         does not grow (Chen et al. 2018, arXiv:1806.07366); "checkpoint", as exact as direct, keeps the state of each step
-        alone and makes the steps again; "quadrature", the adjoint on the stored solution. All give gradients for y0, t, and every tensor func depends on.
+        alone and makes the steps again; "quadrature", the adjoint on the stored solution. All give gradients for y0, t
+        and every tensor func depends on.
     step_control: "joint", one step size for the whole state; "per_sample", one for each sample on axis 0 of every leaf.
     controller: "I", "PI", "PID" or (proportional, integral, derivative) coefficients (Soderlind 2003).
     first_step, min_step, max_step: step sizes, positive, in units of t. A step of min_step is accepted whatever its error.
@@ -81,6 +84,8 @@ def solve(
         returns the times of the grid. perturb: evaluate at the ends of a step just inside it.
     interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).
     norm: of the scaled error, a function of the state; default: the largest of the leaves' root mean squares.
+    regularizers: costs of the trajectory to give as `Solution.regularizers`, with gradients: "kinetic", "jacobian" (Finlay et
+        al. 2020), "error", "stiffness" (Pal et al. 2021; not by the adjoint); see the module `regularizers`.
     dense: give a `Solution.interpolant`, at the cost of keeping every step.
     on_failure: "raise" a `SolverError`, or "return" a Solution whose `status` says why and whose `ys` are NaN where the
         solve did not get.
@@ -125,21 +130,24 @@ def solve(
         check_samples(structure)
         if not options.adaptive:
             raise ValueError(f"step_control='per_sample' needs an adaptive method, got {method!r}, which has no step control")
-    field = Field(func, structure)
+    regularizers = check_regularizers(regularizers, options.tableau, method, gradient)
+    running = [name for name in regularizers if name in RUNNING]
     problem = Problem(
-        field=field,
+        field=CostField(func, structure, running, per_sample) if running else Field(func, structure),
         leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
         t=values,
         direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,
         per_sample=per_sample,
         rtol=check_tolerance("rtol", rtol, structure),
         atol=check_tolerance("atol", atol, structure),
-        norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves)),
+        norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves[: len(structure.leaves)])),
     )
+    if running:
+        problem = with_costs(problem, running)
     grid = None
     if not options.adaptive:
         grid = fixed_grid(options, values, func, y0, times)
-    job = Job(problem, options, structure, times, dense, grid)
+    job = Job(problem, options, structure, times, dense, grid, regularizers)
     if transforms.active():
         return job.run_transformed(on_failure)
     backward = None

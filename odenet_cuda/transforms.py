@@ -100,7 +100,9 @@ def solve_on_found_steps(
 ) -> tuple[list[Tensor], Trajectory, Any, int]:
     """(outputs, trajectory on the plain values, solver state as a NumPy array, calls of func) of an adaptive method."""
     tableau = options.tableau
-    recorder = Recorder(tableau, problem.t, problem.per_sample, checkpoints=Checkpoints(1), carried=not tableau.fsal)
+    recorder = Recorder(
+        tableau, problem.t, problem.per_sample, len(problem.leaves), checkpoints=Checkpoints(1), carried=not tableau.fsal
+    )
     with temporarily_clear_interpreter_stack() as stack:
         finder = Field(Values(func, structure, stack), structure)
         plain = replace(problem, field=finder, leaves=[values(leaf).contiguous() for leaf in structure.leaves])

@@ -67,7 +67,7 @@ class _Adjoint(torch.autograd.Function):
         ctx.adjoint, ctx.problem, ctx.stats, ctx.autocast, ctx.count = adjoint, problem, stats, autocast, count
         ctx.adjoint_options, ctx.t_device = adjoint.user_options, t.device
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*ys, *tensors[count:])
+        ctx.save_for_backward(*ys[:count], *tensors[count:])
         return ys
 
     @staticmethod
@@ -92,8 +92,15 @@ class AugmentedField:
     """
 
     def __init__(
-        self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], quadrature_stages: Sequence[bool], check: bool
+        self,
+        field: Field,
+        params: Sequence[Tensor],
+        like: Sequence[Tensor],
+        costs: Sequence[Tensor],
+        quadrature_stages: Sequence[bool],
+        check: bool,
     ):
+        self.costs = list(costs)  # cotangents of the running costs
         self.field, self.params, self.quadrature_stages = field, list(params), quadrature_stages
         self.leaves, self.cuts = len(like), cut_points(params)
         # Where func does not depend on something.
@@ -107,10 +114,10 @@ class AugmentedField:
         n, with_params = self.leaves, self.quadrature_stages[stage]
         y = state[:n]
         k = self.evaluate(t, y)
-        grads = self.product(k, state[n:], [*y, *self.params] if with_params else y, False)
+        grads = self.product(k, [*state[n:], *self.costs], [*y, *self.params] if with_params else y, False)
         if self.convert:
             grads = [*grads[:n], *(grad if grad is None else _as_leaf(grad) for grad in grads[n:])]
-        slopes: list[Tensor | None] = [slope.detach() for slope in k]
+        slopes: list[Tensor | None] = [slope.detach() for slope in k[:n]]
         slopes.extend(zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False))
         if not with_params:
             slopes.extend(self.none)
@@ -148,8 +155,16 @@ class PerSampleField(AugmentedField):
     then. The slope of the first stage may stem from an earlier step: it is evaluated again.
     """
 
-    def __init__(self, field: Field, params: Sequence[Tensor], like: Sequence[Tensor], b: Sequence[float], check: bool):
-        super().__init__(field, params, like, [False] * len(b), check)
+    def __init__(
+        self,
+        field: Field,
+        params: Sequence[Tensor],
+        like: Sequence[Tensor],
+        costs: Sequence[Tensor],
+        b: Sequence[float],
+        check: bool,
+    ):
+        super().__init__(field, params, like, costs, [False] * len(b), check)
         self.b, self.none = b, []
         self.sums = Accumulator(params, len(b), like[0].device)
         self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
@@ -159,11 +174,11 @@ class PerSampleField(AugmentedField):
         y = [leaf.detach().clone() for leaf in state[:n]]  # kept beyond the call
         k = self.evaluate(t, y)
         keep = stage != 0 and self.b[stage] != 0 and bool(self.params)
-        grads = self.product(k, state[n:], y, keep)
+        grads = self.product(k, [*state[n:], *self.costs], y, keep)
         if keep:
             self.kept[stage] = (k, [leaf.clone() for leaf in state[n:]])
         slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
-        return [*(slope.detach() for slope in k), *slopes]
+        return [*(slope.detach() for slope in k[:n]), *slopes]
 
     def after_step(self, t0: Tensor, y0: Sequence[Tensor], accept: Tensor, dt: Tensor) -> None:
         if not self.params:
@@ -173,7 +188,7 @@ class PerSampleField(AugmentedField):
             self.kept[0] = (self.evaluate(t0, y), list(y0[self.leaves :]))
         for stage, (k, a) in self.kept.items():
             weight = -self.b[stage] * accept * dt
-            cotangents = [weight.to(x.dtype.to_real()).reshape(-1, *[1] * (x.dim() - 1)) * x for x in a]
+            cotangents = [weight.to(x.dtype.to_real()).reshape(-1, *[1] * (x.dim() - 1)) * x for x in (*a, *self.costs)]
             self.sums.add(self.product(k, cotangents, self.params, False))
         self.sums.flush()
         self.kept.clear()
@@ -193,22 +208,24 @@ def solve_backwards(
     stats: Stats,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """(dL/dy0, dL/dt, dL/dparams)"""
-    n = len(ys)
-    grad_ys = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, ys, strict=True)]
+    n = len(problem.state_leaves)
+    outputs = [*ys, *problem.leaves[n:]]
+    grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
+    grad_ys, costs = grads[:n], grads[n:]
     tableau = adjoint.options.tableau
     forward: Any = problem.field
-    field = Field(forward.func, forward.structure)
+    field = forward.again()
     in_norm = not adjoint.seminorm and not problem.per_sample
     per_sample = problem.per_sample
     if per_sample:
-        augmented: AugmentedField = PerSampleField(field, params, problem.leaves, tableau.b, adjoint.check)
+        augmented: AugmentedField = PerSampleField(field, params, problem.state_leaves, costs, tableau.b, adjoint.check)
     else:
         e = tableau.e if in_norm and tableau.e else [0.0] * tableau.stages
         needed = [
             b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
             for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))
         ]
-        augmented = AugmentedField(field, params, problem.leaves, needed, adjoint.check)
+        augmented = AugmentedField(field, params, problem.state_leaves, costs, needed, adjoint.check)
     a = [torch.zeros_like(y[0]) for y in ys]
     integral = [_as_leaf(torch.zeros_like(param)) for param in params]
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
@@ -233,7 +250,8 @@ def solve_backwards(
         y = [out[i] for out in ys]
         a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         if grad_t is not None:
-            grad_t[i] = slope_product(field, problem, i, y, [grad[i] for grad in grad_ys])
+            g = [*(grad[i] for grad in grad_ys), *(costs if i == len(problem.t) - 1 else ())]
+            grad_t[i] = slope_product(field, problem, i, y, g)
         backward.leaves = [*y, *a, *([] if per_sample else integral)]
         backward.t = [problem.t[i], problem.t[i - 1]]
         grid = None if options.adaptive else fixed_grid(options, backward.t)
@@ -249,7 +267,7 @@ def solve_backwards(
         a = trajectory.last[n : 2 * n]
         integral = augmented.integral() if isinstance(augmented, PerSampleField) else trajectory.last[2 * n :]
     if grad_t is not None:
-        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], a)
+        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], [*a, *costs])
     stats.nfe_backward = field.nfe
     grad_params = integral if per_sample else [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
@@ -261,10 +279,10 @@ def _as_leaf(x: Tensor) -> Tensor:
 
 
 def slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
-    """g . f(t_i, y)"""
+    """g . f(t_i, y), and the rates of running costs if g goes on to them"""
     times = torch.full((1, problem.rows), problem.t[i], dtype=problem.real, device=problem.device)
     k = field(problem.time_views(times)[0], y)
-    return torch.stack([real_product(x, slope).sum() for x, slope in zip(g, k, strict=True)]).sum()
+    return torch.stack([real_product(x, slope.detach()).sum() for x, slope in zip(g, k, strict=False)]).sum()
 
 
 def adjoint_norm(adjoint: Adjoint, problem: Problem, n: int) -> Callable[[list[Tensor]], Any] | None:

@@ -55,7 +55,7 @@ def adjoint_setup(
         raise ValueError(f"step_control='per_sample' needs an adaptive adjoint_method, got {backward.method!r}")
     tolerances = []
     for name, value, forward in (("adjoint_rtol", rtol, problem.rtol), ("adjoint_atol", atol, problem.atol)):
-        parts = forward if value is None else check_tolerance(name, value, structure)
+        parts = forward[: len(structure.leaves)] if value is None else check_tolerance(name, value, structure)
         if any(isinstance(part, Tensor) for part in parts):
             raise ValueError(
                 f"{name} must be a number or one for each leaf for the adjoint; give it beside a tensor {name[8:]}"
@@ -77,7 +77,7 @@ def adjoint_setup(
 
 def shown_norm(problem: Problem, seminorm: bool) -> Callable[[tuple], Tensor]:
     """The norm of the backward solve as a function of (t, y, adjoint, *params), as torchdiffeq's autograd node shows it."""
-    n = len(problem.leaves)
+    n = len(problem.state_leaves)
 
     def norm(parts: tuple) -> Tensor:
         t, *leaves = parts

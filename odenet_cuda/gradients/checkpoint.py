@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..captured import refuse_unknown, sequence_number
-from ..problem import Field, Problem
+from ..problem import Problem
 from ..solution import Stats
 from ..solvers.checkpoints import binomial_split
 from ..solvers.trajectory import Evaluation, Recorder, Step
@@ -55,9 +55,9 @@ class _Checkpoint(torch.autograd.Function):
         y0, captured = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():
             with torch.autocast(**ctx.autocast):
-                found = second_gradients(recorder.tape, recorder.tableau, problem, problem.field, y0, t, captured, grad_ys)
+                found = second_gradients(recorder, problem, problem.field, y0, t, captured, grad_ys)
             return None, None, None, None, None, None, found[count], *found[:count], *found[count + 1 :]
-        walk = BackwardWalk(problem, recorder.tableau, captured, grad_ys, t_grad, keep_graphs=False)
+        walk = BackwardWalk(problem, recorder, captured, grad_ys, t_grad, keep_graphs=False)
         again = Recomputation(problem, recorder, captured, ctx.check, t_grad)
         with torch.autocast(**ctx.autocast):
             undo_all(again, walk, recorder.checkpoints.limit)
@@ -76,10 +76,11 @@ class Recomputation:
         forward: Any = problem.field
         self.problem, self.tableau, self.carried = problem, recorder.tableau, recorder.carried
         self.captured, self.check = captured, check
-        self.field = Field(forward.func, forward.structure)
+        self.field, self.n = forward.again(), len(problem.state_leaves)
+        self.step_costs = recorder.step_costs
         self.stepper = Stepper(problem, self.tableau, self.tableau.rows)
         self.stepper.new_stages()
-        self.recorder = Recorder(self.tableau, problem.t, problem.per_sample, graphs=True, t_grad=t_grad)
+        self.recorder = Recorder(self.tableau, problem.t, problem.per_sample, self.n, graphs=True, t_grad=t_grad)
         self.steps: list[Step] = []
         self.restarts: list[list[Evaluation]] = []  # before each step, first slopes that are not carried
         waiting: list[Evaluation] = []
@@ -98,9 +99,9 @@ class Recomputation:
         with torch.no_grad():
             for step, restarts in zip(self.steps[begin:end], self.restarts[begin:end], strict=True):
                 if not self.carried:
-                    k = field(self.problem.time_views(step.first[None])[0], y)
+                    k = field(self.problem.time_views(step.first[None])[0], y[: self.n])
                 for restart in restarts if self.carried else ():
-                    k = self._replaced(k, field(restart.t, y), restart.mask)
+                    k = self._replaced(k, field(restart.t, y[: self.n]), restart.mask)
                 views = self._begin(step, y, k)
                 addresses: list[int] = []
                 for i in range(1, len(self.tableau.rows) + 1):
@@ -108,7 +109,7 @@ class Recomputation:
                     addresses = []
                     if i < (self.tableau.stages if self.carried else len(self.tableau.rows)):
                         addresses = stepper.set_slopes(i, field(views[i], stepper.y[i]), True)
-                y = [self._rows(step, new, old) for new, old in zip(stepper.y[-1], y, strict=True)]
+                y = [*(self._rows(step, new, old) for new, old in zip(stepper.y[-1], y, strict=False)), *y[self.n :]]
                 if self.carried and k is not None:
                     k = [self._rows(step, new, old) for new, old in zip(stepper.k[-1], k, strict=True)]
         return y, k
@@ -119,12 +120,12 @@ class Recomputation:
         y = [leaf.detach() for leaf in y]
         entries: list[Step | Evaluation] = []
         if not self.carried:
-            first = self._evaluate(self.problem.time_views(step.first[None])[0], y)
+            first = self._evaluate(self.problem.time_views(step.first[None])[0], y[: self.n])
             first.end = step.ends[0]
             entries.append(first)
             k = first.k
         for restart in self.restarts[index] if self.carried else ():
-            evaluation = self._evaluate(restart.t.detach(), y)
+            evaluation = self._evaluate(restart.t.detach(), y[: self.n])
             evaluation.mask, evaluation.end = restart.mask, restart.end
             entries.append(evaluation)
             k = self._replaced(k, evaluation.k, restart.mask)
@@ -132,7 +133,7 @@ class Recomputation:
         evaluations: list[Evaluation | None] = []
         addresses: list[int] = []
         for i in range(1, points + 1):
-            if i == self.tableau.stages or (i == points and not step.outputs):
+            if i == self.tableau.stages or (i == points and not step.outputs and self.step_costs is None):
                 stepper.k[i:] = [[] for _ in stepper.k[i:]]
                 evaluations.append(None)
                 break

@@ -9,6 +9,7 @@ end depends on t only at the times of t themselves.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,6 @@ from ..captured import captured_tensors, cut_points, earlier_results, gradients
 from ..problem import Field, Problem
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
-from ..tableau import ButcherTableau
 from .accumulator import Accumulator
 from .autocast import autocast_state
 from .replay import second_gradients
@@ -93,9 +93,9 @@ class _Direct(torch.autograd.Function):
         if torch.is_grad_enabled():
             (t, *y0), func = ctx.saved_tensors, ctx.problem.field
             with torch.autocast(**ctx.autocast):
-                found = second_gradients(recorder.tape, recorder.tableau, ctx.problem, func, y0, t, ctx.captured, grad_ys)
+                found = second_gradients(recorder, ctx.problem, func, y0, t, ctx.captured, grad_ys)
             return None, None, None, None, None, found[ctx.count], *found[: ctx.count], *found[ctx.count + 1 :]
-        walk = BackwardWalk(ctx.problem, recorder.tableau, ctx.captured, grad_ys, ctx.needs_input_grad[5])
+        walk = BackwardWalk(ctx.problem, recorder, ctx.captured, grad_ys, ctx.needs_input_grad[5])
         for entry in reversed(recorder.tape):
             walk.undo(entry)
         grad_y0, grad_t, grad_captured = walk.result()
@@ -112,20 +112,30 @@ class BackwardWalk:
     def __init__(
         self,
         problem: Problem,
-        tableau: ButcherTableau,
+        recorder: Recorder,
         captured: Sequence[Tensor],
-        grad_ys: Sequence[Tensor | None],
+        grad_outputs: Sequence[Tensor | None],
         t_grad: bool,
         keep_graphs: bool = True,
     ):
-        a = tableau.rows
+        tableau, a = recorder.tableau, recorder.tableau.rows
         self.keep_graphs = keep_graphs
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, list(captured), t_grad
         self.cuts = cut_points(captured)
-        self.leaves, self.points = len(problem.leaves), len(a)
-        self.grad_ys = [
-            torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device) if grad is None else grad
-            for grad, leaf in zip(grad_ys, problem.leaves, strict=True)
+        self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
+        self.grad_ys = []
+        for i, leaf in enumerate(problem.leaves):
+            grad = grad_outputs[i]
+            if grad is None or i >= self.n:
+                zeros = torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device)
+                if grad is not None:  # a running cost is an output at the end alone
+                    zeros[-1] = grad
+                grad = zeros
+            self.grad_ys.append(grad)
+        self.step_costs = recorder.step_costs
+        self.grad_costs = [
+            torch.zeros(problem.rows if problem.per_sample else (), device=problem.device) if grad is None else grad
+            for grad in grad_outputs[self.leaves :]
         ]
         self.lam = [torch.zeros_like(leaf) for leaf in problem.leaves]  # dL/dy where the walk has come to
         self.kappa: list[Tensor] | None = None  # dL/dk of the slope there; None: zero
@@ -137,8 +147,9 @@ class BackwardWalk:
             [a[i - 1][j] if i > j and j < len(a[i - 1]) else 0.0 for i in range(points, 0, -1)]
             for j in range(points - 1, -1, -1)
         ]
+        flat = replace(problem, quadratures=0)
         # Two, by turns: what a step leaves in the buffers of one is read while the next step writes those of the other.
-        self.steppers = [Stepper(problem, tableau, [*self.columns, [1.0] * points], zero_base=True) for _ in range(2)]
+        self.steppers = [Stepper(flat, tableau, [*self.columns, [1.0] * points], zero_base=True) for _ in range(2)]
         for stepper in self.steppers:
             stepper.new_stages()
 
@@ -151,7 +162,7 @@ class BackwardWalk:
 
     def result(self) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         grad_y0 = [lam + grad[0] for lam, grad in zip(self.lam, self.grad_ys, strict=True)]
-        return grad_y0, self.grad_t, self.sums.results()
+        return grad_y0[: self.n], self.grad_t, self.sums.results()
 
     # ---- one evaluation of func ---------------------------------------------------------------------------------------
 
@@ -167,12 +178,12 @@ class BackwardWalk:
         y = evaluation.y if evaluation.y[0].requires_grad else []
         inputs = [*y, *([evaluation.t] if self.t_grad else []), *self.captured]
         grads = gradients(outputs, inputs, kappa, self.cuts, self.keep_graphs)
-        n = self.leaves
+        n = self.n
         if not y:
             grads = [None] * n + list(grads)
         if self.captured:
             self.sums.add(grads[n + self.t_grad :])
-        return grads[:n], grads[n] if self.t_grad else None
+        return [*grads[:n], *[None] * (self.leaves - n)], grads[n] if self.t_grad else None
 
     def _undo_evaluation(self, evaluation: Evaluation) -> None:
         """A slope evaluated for itself: at the start, or anew beyond a discontinuity for the rows of its mask."""
@@ -205,6 +216,9 @@ class BackwardWalk:
                 kappa = [self._rows(step.accept, x) * x for x in kappa]
         dt = torch.as_tensor(step.dt, dtype=torch.float64, device=self.one.device).reshape(-1)
         base, lam, into_y0 = self._outputs(step, lam, dt) if step.outputs else (None, lam, None)
+        by_ends: dict[int, list[Tensor]] = {}
+        if self.grad_costs:
+            base, by_ends, costs_by_dt = self._costs(step, base)
         stepper = self.steppers[0]
         kernels = stepper.kernels
         self.steppers.reverse()
@@ -237,6 +251,8 @@ class BackwardWalk:
                 mu.append([lam[i] if grads[i] is None else lam[i] + grads[i] for i in leaves])
             else:
                 mu.append([torch.zeros_like(lam[i]) if grads[i] is None else grads[i] for i in leaves])
+            for leaf, grad in enumerate(by_ends.get(j, ())):
+                mu[-1][leaf] = mu[-1][leaf] + grad
             addresses = stepper.set_slopes(m, mu[-1], False)
         # All mu are in their slots; the row of ones gives dL/dy0.
         kernels.bind_dt(self.one.data_ptr())
@@ -250,6 +266,9 @@ class BackwardWalk:
             torch._foreach_add_(self.kappa, held_kappa)
         if self.t_grad and (step.ends[0] or step.ends[1]):
             self._step_time_gradient(step, mu, stage_t)
+            if self.grad_costs:
+                self._add_end(step.ends[0], -costs_by_dt)
+                self._add_end(step.ends[1], costs_by_dt)
 
     def _outputs(
         self, step: Step, lam: list[Tensor], dt: Tensor
@@ -277,6 +296,17 @@ class BackwardWalk:
                     total += self._rows(factor, g) * g
             torch._foreach_add_(into_y0, inside)
         return base, lam, into_y0
+
+    def _costs(self, step: Step, base: list[list[Tensor]] | None) -> tuple[list[list[Tensor]], dict[int, list[Tensor]], Tensor]:
+        """(base with what the costs of the step add to each kappa_j, what they add to the mu of points, their part by dt)."""
+        by_k, by_ends, by_dt = self.step_costs.gradients(step, self.grad_costs)
+        if base is None:
+            base = [[torch.zeros_like(leaf) for leaf in self.problem.leaves] for _ in by_k]
+        for into, grads in zip(base, by_k, strict=True):
+            for total, grad in zip(into, grads, strict=False):
+                if grad is not None:
+                    total += grad
+        return base, by_ends, by_dt
 
     # ---- derivatives by time --------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ class _Quadrature(torch.autograd.Function):
     def forward(ctx, how, problem, ys, count, t, *tensors):
         ctx.how, ctx.problem, ctx.count, ctx.t_device = how, problem, count, t.device
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*ys, *tensors[count:])
+        ctx.save_for_backward(*ys[:count], *tensors[count:])
         return ys
 
     @staticmethod
@@ -86,7 +86,7 @@ class Polynomials(Recorder):
     """Keeps the solution as one polynomial a step."""
 
     def __init__(self, tableau: ButcherTableau, problem: Problem, adaptive: bool, dense: bool):
-        super().__init__(tableau, problem.t, problem.per_sample, dense=dense)
+        super().__init__(tableau, problem.t, problem.per_sample, len(problem.state_leaves), dense=dense)
         self.problem, self.pieces = problem, list[Piece]()
         self.slopes = dense or not adaptive  # a method on a grid leaves out slopes that nobody asks for
         self.degree = len(tableau.p[0])
@@ -98,11 +98,12 @@ class Polynomials(Recorder):
         super()._keep(t0, t1, step)
         assert step.y0 is not None
         start, end = (torch.as_tensor(t, dtype=torch.float64, device=self.one.device).reshape(-1) for t in (t0, t1))
-        k = [slope.detach() for leaf in range(len(step.y0)) for slope in (of_stage[leaf] for of_stage in step.k)]
-        q = [[torch.empty_like(leaf) for leaf in step.y0] for _ in range(self.degree)]
+        state = step.y0[: self.leaves]
+        k = [of_stage[leaf].detach() for leaf in range(self.leaves) for of_stage in step.k]
+        q = [[torch.empty_like(leaf) for leaf in state] for _ in range(self.degree)]
         for d, of_power in enumerate(q):
             ops.stage(of_power, [], k, [row[d] for row in self.tableau.p], self.one)
-        y0 = [leaf.detach().clone() for leaf in step.y0]
+        y0 = [leaf.detach().clone() for leaf in state]
         self.pieces.append(Piece(start, end - start, y0, q, step.accept))
         if not self.per_sample:
             self.starts.append(self.problem.direction * float(t0))
@@ -152,13 +153,14 @@ class Polynomials(Recorder):
 class AdjointField:
     """a^T df/dy on the stored solution; the problem's signs turn it round."""
 
-    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], check: bool):
+    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], costs: Sequence[Tensor], check: bool):
+        self.costs = costs  # cotangents of the running costs
         self.field, self.solution, self.params, self.check = field, solution, params, check
         self.cuts = cut_points(params)
 
     def __call__(self, t: Tensor, a: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         k, y = self.evaluate(t)
-        grads = self.product(k, a, y)
+        grads = self.product(k, [*a, *self.costs], y)
         return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, y, strict=True)]
 
     def evaluate(self, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -183,7 +185,7 @@ class ParameterQuadrature(Recorder):
     """Adds the integral over each backward step by Gauss's rule, exact for polynomials of twice the method's order less one."""
 
     def __init__(self, tableau: ButcherTableau, backward: Problem, field: AdjointField, params: Sequence[Tensor]):
-        super().__init__(tableau, backward.t, backward.per_sample)
+        super().__init__(tableau, backward.t, backward.per_sample, len(backward.leaves))
         self.problem, self.field, self.params = backward, field, params
         nodes, weights = np.polynomial.legendre.leggauss(tableau.order // 2 + 1)
         self.nodes, self.weights = [float(x + 1) / 2 for x in nodes], [float(w) / 2 for w in weights]
@@ -193,22 +195,19 @@ class ParameterQuadrature(Recorder):
         if not self.params:
             return
         assert step.y0 is not None
-        problem, rows = self.problem, self.problem.rows
+        problem = self.problem
         start, end = (torch.as_tensor(t, dtype=torch.float64, device=problem.device).reshape(-1) for t in (t0, t1))
         dt = end - start
-        k = [slope.detach() for leaf in range(len(step.y0)) for slope in (of_stage[leaf] for of_stage in step.k)]
+        k = [of_stage[leaf].detach() for leaf in range(self.leaves) for of_stage in step.k]
         for node, share in zip(self.nodes, self.weights, strict=True):
             a = [torch.empty_like(leaf) for leaf in step.y0]
             weights = [-float(w) for w in formulas.interpolant_weights(self.tableau, node)]
             ops.stage(a, [leaf.detach() for leaf in step.y0], k, weights, dt)
             part = -share * (dt if step.accept is None else dt * step.accept)
-            for leaf in a:
-                leaf.mul_(
-                    part.to(leaf.dtype.to_real()).reshape([rows, *[1] * (leaf.dim() - 1)] if rows > 1 or leaf.dim() else [])
-                )
+            cotangents = [formulas.per_row(part, x) * x for x in (*a, *self.field.costs)]
             t = problem.time_views((start + node * dt).to(problem.real)[None])[0]
             slopes, _ = self.field.evaluate(t)
-            self.sums.add(self.field.product(slopes, a, self.params))
+            self.sums.add(self.field.product(slopes, cotangents, self.params))
         self.sums.flush()
 
 
@@ -223,12 +222,14 @@ def solve_backwards(
     stats: Stats,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """(dL/dy0, dL/dt, dL/dparams)"""
-    grad_ys = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, ys, strict=True)]
     forward: Any = problem.field
-    field = Field(forward.func, forward.structure)
-    on_solution = AdjointField(field, solution, params, adjoint.check)
+    n = len(problem.state_leaves)
+    outputs = [*ys, *problem.leaves[n:]]
+    grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
+    field, grad_ys, costs = forward.again(), grads[:n], grads[n:]
+    on_solution = AdjointField(field, solution, params, costs, adjoint.check)
     options, tableau = adjoint.options, adjoint.options.tableau
-    a = [torch.zeros_like(y[0]) for y in ys]
+    a = [torch.zeros_like(leaf) for leaf in problem.state_leaves]
     backward = Problem(
         field=on_solution,
         leaves=a,
@@ -245,7 +246,8 @@ def solve_backwards(
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
     for i in range(len(problem.t) - 1, 0, -1):
         if grad_t is not None:
-            grad_t[i] = slope_product(field, problem, i, [out[i] for out in ys], [grad[i] for grad in grad_ys])
+            g = [*(grad[i] for grad in grad_ys), *(costs if i == len(problem.t) - 1 else ())]
+            grad_t[i] = slope_product(field, problem, i, [out[i] for out in ys], g)
         backward.leaves = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         backward.t = recorder.t = [problem.t[i], problem.t[i - 1]]
         grid = None if options.adaptive else fixed_grid(options, backward.t)
@@ -260,7 +262,7 @@ def solve_backwards(
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last
     if grad_t is not None:
-        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], a)
+        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], [*a, *costs])
     stats.nfe_backward = field.nfe
     totals = zip(recorder.sums.results(), params, strict=True)
     grad_params = [torch.zeros_like(param) if total is None else total for total, param in totals]

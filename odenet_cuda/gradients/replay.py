@@ -13,15 +13,14 @@ from .. import formulas
 from ..captured import cut_points, gradients
 from ..ops import REAL
 from ..problem import Problem
-from ..solvers.trajectory import End, Evaluation, Step
+from ..solvers.trajectory import End, Evaluation, Recorder, Step
 from ..tableau import ButcherTableau
 
 Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 
 def second_gradients(
-    tape: Sequence[Step | Evaluation],
-    tableau: ButcherTableau,
+    recorder: Recorder,
     problem: Problem,
     func: Func,
     y0: Sequence[Tensor],
@@ -30,10 +29,12 @@ def second_gradients(
     grad_ys: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:
     """The gradients by y0, t and the captured tensors with a graph of their own."""
+    if recorder.step_costs is not None:
+        raise RuntimeError("regularizers 'error' and 'stiffness' have first derivatives only: solve without create_graph=True")
     with torch.enable_grad():
         # Other names for y0 and t: what lies behind them is no part of the solve.
         inputs = [x.view_as(x) if x.requires_grad else x for x in (*y0, t)]
-        ys = replay(tape, tableau, problem, func, inputs[:-1], inputs[-1])
+        ys = replay(recorder.tape, recorder.tableau, problem, func, inputs[:-1], inputs[-1])
         used = [(y, grad) for y, grad in zip(ys, grad_ys, strict=True) if grad is not None and y.requires_grad]
         wanted = [*inputs, *captured]
         positions = [i for i, x in enumerate(wanted) if x.requires_grad]
@@ -55,14 +56,16 @@ def replay(
     y0: Sequence[Tensor],
     t: Tensor,
 ) -> list[Tensor]:
-    """The outputs of the solve that left this tape, each leaf [len(t), ...]."""
-    y, k = list(y0), list(y0)  # where the solve has come to, and the slope there
+    """The outputs of the solve that left this tape, each leaf [len(t), ...], then its quadratures."""
+    n = len(y0)
+    y = [*y0, *(leaf.detach() for leaf in problem.leaves[n:])]
+    k = y  # where the solve has come to, and the slope there
     ys: list[list[Any]] = [[leaf, *[None] * (len(problem.t) - 1)] for leaf in y]
     shifts = _Shifts(problem, t)
     last = max([-1, *[i for i, entry in enumerate(tape) if isinstance(entry, Step)]])
     for position, entry in enumerate(tape):
         if isinstance(entry, Evaluation):
-            found = func(shifts.moved(entry.t.detach(), shifts.of(entry.end)), y)
+            found = func(shifts.moved(entry.t.detach(), shifts.of(entry.end)), y[:n])
             k = found if entry.mask is None else [_where(entry.mask, new, old) for new, old in zip(found, k, strict=True)]
             continue
         at_t0, at_t1 = shifts.of(entry.ends[0]), shifts.of(entry.ends[1])
@@ -73,7 +76,7 @@ def replay(
             if i < tableau.stages and (i < len(tableau.rows) or entry.outputs or position < last):
                 c = tableau.c[i]
                 shift = _add(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
-                slopes.append(func(shifts.moved(views[i], shift), point))
+                slopes.append(func(shifts.moved(views[i], shift), point[:n]))
         for index, theta, mask in entry.outputs:
             lands = entry.ends[1] is not None and entry.ends[1][0] == index
             if lands:
@@ -89,7 +92,8 @@ def replay(
         else:
             y = [_where(entry.accept, new, old) for new, old in zip(point, y, strict=True)]
             k = [_where(entry.accept, new, old) for new, old in zip(slopes[-1], k, strict=True)]
-    return [torch.stack([y[i] if part is None else part for part in parts]) for i, parts in enumerate(ys)]
+    outputs = [torch.stack([y[i] if part is None else part for part in parts]) for i, parts in enumerate(ys[:n])]
+    return [*outputs, *y[n:]]
 
 
 class _Shifts:

@@ -70,9 +70,10 @@ class Step:
 class Recorder:
     """Keeps what a gradient or an interpolant needs, in the order in which it happened.
 
-    graphs: keep evaluations with their graphs. checkpoints: keep the states at the start of steps, as many as it allows, and
-    what was done between. dense: keep slopes (an interpolant is wanted). t_grad: times get gradients. carried: a step begins
-    with the last slope of the step before even where that is not f at its start.
+    leaves: of the state; those after them are quadratures. graphs: keep evaluations with their graphs. checkpoints: keep the
+    states at the start of steps, as many as it allows, and what was done between. dense: keep slopes (an interpolant is
+    wanted). t_grad: times get gradients. carried: a step begins with the last slope of the step before even where that is not
+    f at its start. step_costs: added up over the steps.
     """
 
     def __init__(
@@ -80,16 +81,19 @@ class Recorder:
         tableau: ButcherTableau,
         t: list[float],
         per_sample: bool,
+        leaves: int,
         *,
         graphs: bool = False,
         checkpoints: Checkpoints | None = None,
         dense: bool = False,
         t_grad: bool = False,
         carried: bool = False,
+        step_costs: Any = None,
     ):
+        self.leaves, self.step_costs = leaves, step_costs
         self.tableau, self.t, self.per_sample = tableau, t, per_sample
         self.graphs, self.checkpoints, self.dense, self.t_grad, self.carried = graphs, checkpoints, dense, t_grad, carried
-        self.slopes = graphs or dense  # whether the slopes and stages of a step must outlive it
+        self.slopes = graphs or dense or step_costs is not None  # whether the slopes and stages of a step must outlive it
         self.tape: list[Step | Evaluation] = []
         self.dense_steps: list[DenseStep] = []
         self._first: Any = None
@@ -184,10 +188,12 @@ class Recorder:
     def _keep(self, t0: float | Tensor, t1: float | Tensor, step: Step) -> None:
         assert step.y0 is not None
         if self.dense:
-            device, leaves = step.y0[0].device, range(len(step.y0))
+            device, leaves = step.y0[0].device, range(self.leaves)
             ends = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(-1) for x in (t0, t1)]
             k = [[of_stage[leaf].detach() for of_stage in step.k if of_stage] for leaf in leaves]
-            self.dense_steps.append(DenseStep(ends[0], ends[1], [leaf.detach() for leaf in step.y0], k, step.accept))
+            self.dense_steps.append(DenseStep(ends[0], ends[1], [step.y0[leaf].detach() for leaf in leaves], k, step.accept))
+        if self.step_costs is not None:
+            self.step_costs.add(step)
         if self.graphs:
             step.k = list(step.k)
             self.tape.append(step)
