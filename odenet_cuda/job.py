@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import noise, transforms
 from .callbacks import find_callbacks
-from .captured import captured_tensors, earlier_results, sequence_number
+from .captured import captured_tensors, earlier_results, refuse_sharded, sequence_number
 from .gradients import adjoint as adjoint_gradient
 from .gradients import checkpoint as checkpoint_gradient
 from .gradients import direct as direct_gradient
@@ -41,6 +41,7 @@ class Job:
         self.problem, self.options, self.structure, self.t, self.dense = problem, options, structure, t, dense
         self.grid, self.regularizers = grid, regularizers
         self.field: Any = problem.field
+        self.noisy: noise.States = ()  # where random generators stood before the first slope, if func draws numbers
 
     def _step_costs(self) -> StepCosts | None:
         names = [name for name in self.regularizers if name in OF_STEPS]
@@ -57,6 +58,8 @@ class Job:
     ) -> Solution:
         wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and self.problem.leaves[0].numel() > 0
         since = sequence_number() if wanted else 0
+        if wanted:
+            refuse_sharded(self.field.func)
         start, captured, closed = self._probe(gradient, params, since) if wanted else (None, [], True)
         inputs = [*self.structure.leaves, self.t, *captured]
         wanted = wanted and any(tensor.requires_grad for tensor in inputs)
@@ -68,8 +71,18 @@ class Job:
         elif graphs or self.dense or states is not None or step_costs is not None:
             keep: dict[str, Any] = {"checkpoints": states, "dense": self.dense, "step_costs": step_costs}
             recorder = self._recorder(graphs=graphs, t_grad=self.t.requires_grad, **keep)
+        solved = self.problem
+        if states is not None and self.noisy:
+            if solved.per_sample:
+                raise NotImplementedError(
+                    "func draws random numbers: gradient='checkpoint' cannot draw those of single samples again, so with "
+                    "step_control='per_sample' use gradient='direct'"
+                )
+            noted = noise.NotedField(self.field, solved.device)
+            noted.drawn.append(self.noisy)
+            recorder.drawn, solved = noted.drawn, replace(solved, field=noted)
         trajectory = integrate(
-            self.problem,
+            solved,
             self.options,
             callbacks=find_callbacks(self.field.func, self.structure, self.options.adaptive),
             recorder=recorder,
@@ -152,8 +165,9 @@ class Job:
         self, gradient: str, params: Sequence[Tensor] | None, since: int
     ) -> tuple[Evaluation | None, list[Tensor], bool]:
         """f(t0, y0) with its graph, the tensors outside of func that get gradients, and whether func can have no others."""
-        if params is not None:
-            return None, [param for param in params if param.requires_grad], True
+        params_wanted = [param for param in params or () if param.requires_grad]
+        if params is not None and gradient != "checkpoint":
+            return None, params_wanted, True
         problem = self.problem
         if self.options.perturb:
             times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
@@ -161,9 +175,14 @@ class Job:
         else:
             times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
         t0 = problem.time_views(times.to(problem.device))[0]
-        recorder = self._recorder(graphs=True, t_grad=self.t.requires_grad)
+        recorder = self._recorder(graphs=params is None, t_grad=self.t.requires_grad)
         y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
+        generators = noise.states(problem.device) if gradient == "checkpoint" else ()
         start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.state_leaves], y_grad)
+        if noise.differ(generators, noise.states(problem.device) if generators else ()):
+            self.noisy = generators
+        if params is not None:
+            return Evaluation(start.t, start.y, [slope.detach() for slope in start.k]), params_wanted, True
         found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
         own, is_module = own_tensors(self.field.func)
         known: dict[int, Tensor] = {id(x): x for x in own if x.requires_grad}

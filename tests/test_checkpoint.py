@@ -73,6 +73,42 @@ def test_one_interval_backwards_in_time(step_control):
     assert_same(Field(), TIMES.flip(0)[::3], 2, rtol=1e-6, atol=1e-6, step_control=step_control)
 
 
+NOISY = {
+    "dopri5": {"min_step": 0.05, "max_step": 0.2, "jump_t": [0.5]},
+    "adaptive_heun": {"min_step": 0.1, "max_step": 0.2, "jump_t": [0.5]},
+    "rejected steps": {"rtol": 1e-1, "atol": 1e-1, "min_step": 0.05, "max_step": 0.4},
+    "rk4": {"method": "rk4", "step_size": 0.1},
+    "rk4, cubic": {"method": "rk4", "step_size": 0.1, "interp": "cubic"},
+}
+
+
+class Noisy(Field):
+    def forward(self, t, y):
+        return nn.functional.dropout(super().forward(t, y), 0.2)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3])
+@pytest.mark.parametrize("case", NOISY)
+def test_dropout_draws_the_same_again(case, limit):
+    """The gradient of the noise that was drawn, and the generator stands where it stood."""
+    options = {"method": case, **NOISY[case]} if case in ADAPTIVE_METHODS else NOISY[case]
+    found = []
+    for gradient in ({"gradient": "direct"}, {"gradient": "checkpoint", "max_checkpoints": limit}):
+        func = Noisy()
+        torch.manual_seed(3)
+        found.append(gradients(func, TIMES, **options, **gradient))
+        found[-1] += (torch.get_rng_state(),)
+    (ys, expected, state), (again, grads, state_again) = found
+    assert torch.equal(ys, again) and torch.equal(state, state_again)
+    for x, y in zip(grads, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_dropout_per_sample_is_refused_in_words():
+    with pytest.raises(NotImplementedError, match="func draws random numbers"):
+        solve(Noisy(), Y0, TIMES, gradient="checkpoint", step_control="per_sample", min_step=0.1)
+
+
 # ---- what it costs ----
 
 

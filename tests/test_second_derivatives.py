@@ -315,6 +315,25 @@ def test_one_solve_differentiated_by_turns(gradient):
     assert_close(again[1], first[1], 0)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("direct", marks=pytest.mark.xfail(strict=True, reason="steps are made again with the changed tensor")),
+        "checkpoint",
+        "two checkpoints",
+    ],
+)
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_captured_tensor_changed_in_place(method, kind):
+    """A captured tensor changed after the solve is noticed, as the steps cannot be made again."""
+    (rate,) = leaves(RATE)
+    ys = solve(lambda t, y: -rate * y, Y0, T01, method=method, **GRADIENTS[kind]).ys
+    with torch.no_grad():
+        rate.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(ys[-1].sum(), rate, create_graph=True)
+
+
 def test_state_without_a_gradient(gradient):
     """Where only a parameter wants a gradient it has a second one."""
     (bias,) = leaves(BIAS)

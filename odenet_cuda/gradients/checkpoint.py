@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import noise
 from ..captured import refuse_unknown, sequence_number
 from ..problem import Problem
 from ..solution import Stats
@@ -59,7 +60,7 @@ class _Checkpoint(torch.autograd.Function):
             return None, None, None, None, None, None, found[count], *found[:count], *found[count + 1 :]
         walk = BackwardWalk(problem, recorder, captured, grad_ys, t_grad, keep_graphs=False)
         again = Recomputation(problem, recorder, captured, ctx.check, t_grad)
-        with torch.autocast(**ctx.autocast):
+        with torch.autocast(**ctx.autocast), again.generators():
             undo_all(again, walk, recorder.checkpoints.limit)
         ctx.stats.nfe_backward = again.field.nfe
         grad_y0, grad_t, grad_captured = walk.result()
@@ -98,11 +99,14 @@ class Recomputation:
         y, k = state
         with torch.no_grad():
             for step, restarts in zip(self.steps[begin:end], self.restarts[begin:end], strict=True):
+                self._draw(step.noise, 0)
                 if not self.carried:
                     k = field(self.problem.time_views(step.first[None])[0], y[: self.n])
                 for restart in restarts if self.carried else ():
+                    self._draw((restart.noise,), 0)
                     k = self._replaced(k, field(restart.t, y[: self.n]), restart.mask)
                 views = self._begin(step, y, k)
+                self._draw(step.noise, 1)
                 addresses: list[int] = []
                 for i in range(1, len(self.tableau.rows) + 1):
                     kernels.stage(i, addresses)
@@ -120,16 +124,19 @@ class Recomputation:
         y = [leaf.detach() for leaf in y]
         entries: list[Step | Evaluation] = []
         if not self.carried:
+            self._draw(step.noise, 0)
             first = self._evaluate(self.problem.time_views(step.first[None])[0], y[: self.n])
             first.end = step.ends[0]
             entries.append(first)
             k = first.k
         for restart in self.restarts[index] if self.carried else ():
+            self._draw((restart.noise,), 0)
             evaluation = self._evaluate(restart.t.detach(), y[: self.n])
             evaluation.mask, evaluation.end = restart.mask, restart.end
             entries.append(evaluation)
             k = self._replaced(k, evaluation.k, restart.mask)
         views, points = self._begin(step, y, k), len(self.tableau.rows)
+        self._draw(step.noise, 1)
         evaluations: list[Evaluation | None] = []
         addresses: list[int] = []
         for i in range(1, points + 1):
@@ -143,6 +150,17 @@ class Recomputation:
             addresses = stepper.set_slopes(i, evaluation.k, True)
         done = Step(step.times, step.first, step.dt, step.accept, step.outputs, step.ends, y, list(stepper.k), evaluations)
         return [*entries, done]
+
+    def generators(self) -> Any:
+        """Random generators stand afterwards where they stood before, if func draws numbers."""
+        device = self.problem.device
+        noisy = any(step.noise is not None for step in self.steps)
+        return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=noisy)
+
+    def _draw(self, saved: Any, which: int) -> None:
+        """From here on func draws what it drew then."""
+        if saved is not None and saved[which] is not None:
+            noise.restore(saved[which], self.problem.device)
 
     def _begin(self, step: Step, y: list[Tensor], k: Any) -> list[Tensor]:
         """Binds the start of a step; gives the times of its stages as func sees them."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import formulas
+from .. import formulas, noise
 from ..captured import cut_points, gradients
 from ..ops import REAL
 from ..problem import Problem
@@ -34,7 +34,10 @@ def second_gradients(
     with torch.enable_grad():
         # Other names for y0 and t: what lies behind them is no part of the solve.
         inputs = [x.view_as(x) if x.requires_grad else x for x in (*y0, t)]
+        generators = noise.states(problem.device)
         ys = replay(recorder.tape, recorder.tableau, problem, func, inputs[:-1], inputs[-1])
+        if noise.differ(generators, noise.states(problem.device)):
+            raise RuntimeError("func draws random numbers, and second derivatives would need it to draw the same again")
         used = [(y, grad) for y, grad in zip(ys, grad_ys, strict=True) if grad is not None and y.requires_grad]
         wanted = [*inputs, *captured]
         positions = [i for i, x in enumerate(wanted) if x.requires_grad]

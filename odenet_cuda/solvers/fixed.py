@@ -104,6 +104,7 @@ class FixedSolver:
         ys = [leaf.new_empty(len(t), *leaf.shape) for leaf in stepper.y0[: stepper.n]]
         for out, leaf in zip(ys, stepper.y0, strict=False):
             out[0] = leaf
+        every_slope = self.recorder is not None and self.recorder.every_slope
         outputs = outputs_of_steps(nodes, t, problem.direction)
         last_step, last_slope = len(nodes) - 2, None
         for step, (t0, t1) in enumerate(pairwise(nodes)):
@@ -128,7 +129,7 @@ class FixedSolver:
             for i in range(1, len(self.rows) + 1):
                 kernels.stage(i, addresses)
                 # The slope at the end of the step serves the next step and outputs inside this one.
-                if i < stages and (i < len(self.rows) or inside or step < last_step or recording):
+                if i < stages and (i < len(self.rows) or inside or step < last_step or every_slope):
                     evaluation = self._evaluate(i, views[i], stepper.y[i])
                     evaluations.append(evaluation)
                     addresses = stepper.set_slopes(i, evaluation.k, not recording)

@@ -28,7 +28,7 @@ class Evaluation:
     """One call of func: k = f(t, y); where its graph is kept, y and t are leaves of it. y and k are empty where only what
     was done is kept, not its values.
 
-    mask: rows it counts for, None for all. end: what t moves with, see `Step`.
+    mask: rows it counts for, None for all. end: what t moves with, see `Step`. noise: where random generators stood before it.
     """
 
     t: Tensor
@@ -36,6 +36,7 @@ class Evaluation:
     k: list[Tensor]
     mask: Tensor | None = None
     end: "End | None" = None
+    noise: Any = None
 
 
 Output = tuple[int, "float | Tensor", "Tensor | None"]
@@ -54,6 +55,7 @@ class Step:
 
     y0: the state at its start, or None where it is not kept. k: its slopes, [stages][leaves]; without graphs the first alone,
     and none where func gives it from y0. evaluations: of points 1 .. n, None where there is none; empty without graphs.
+    noise: where random generators stood before the first slope and before that of point 1, where func draws numbers.
     """
 
     times: Tensor
@@ -65,6 +67,7 @@ class Step:
     y0: list[Tensor] | None
     k: list[list[Tensor]]
     evaluations: Sequence[Evaluation | None] = ()
+    noise: Any = None
 
 
 class Recorder:
@@ -73,7 +76,7 @@ class Recorder:
     leaves: of the state; those after them are quadratures. graphs: keep evaluations with their graphs. checkpoints: keep the
     states at the start of steps, as many as it allows, and what was done between. dense: keep slopes (an interpolant is
     wanted). t_grad: times get gradients. carried: a step begins with the last slope of the step before even where that is not
-    f at its start. step_costs: added up over the steps.
+    f at its start. step_costs: added up over the steps. drawn: a list in which func's calls note their random generators.
     """
 
     def __init__(
@@ -89,11 +92,14 @@ class Recorder:
         t_grad: bool = False,
         carried: bool = False,
         step_costs: Any = None,
+        drawn: list[Any] | None = None,
     ):
+        self.drawn, self._first_noise = drawn, None
         self.leaves, self.step_costs = leaves, step_costs
         self.tableau, self.t, self.per_sample = tableau, t, per_sample
         self.graphs, self.checkpoints, self.dense, self.t_grad, self.carried = graphs, checkpoints, dense, t_grad, carried
         self.slopes = graphs or dense or step_costs is not None  # whether the slopes and stages of a step must outlive it
+        self.every_slope = dense  # whether that at the end of the last step is needed too
         self.tape: list[Step | Evaluation] = []
         self.dense_steps: list[DenseStep] = []
         self._first: Any = None
@@ -129,7 +135,10 @@ class Recorder:
             evaluation.mask, evaluation.end = mask, end
             self.tape.append(evaluation)
         elif self.checkpoints is not None:
-            self.tape.append(Evaluation(evaluation.t.detach().clone(), [], [], mask, end))
+            if self.drawn:
+                self._first_noise = self.drawn[-1]
+                self.drawn.clear()
+            self.tape.append(Evaluation(evaluation.t.detach().clone(), [], [], mask, end, self._first_noise))
 
     def step(
         self,
@@ -140,6 +149,8 @@ class Recorder:
         times: Tensor,
     ) -> None:
         """After an adaptive step, before the move to the next. host: the solver state. slopes: [stages][leaves]."""
+        if self.drawn and not host[_ACCEPT, 0]:
+            self.drawn.clear()
         if self.per_sample:
             self._step_of_rows(host, evaluations, slopes, y0, times)
         elif host[_ACCEPT, 0]:
@@ -199,6 +210,10 @@ class Recorder:
             self.tape.append(step)
         elif self.checkpoints is not None:
             step.evaluations = ()
+            if self.drawn:
+                step.noise = self._first_noise, self.drawn[max(0, len(self.drawn) - self.tableau.stages + 1)]
+                self._first_noise = self.drawn[-1]
+                self.drawn.clear()
             keep = self.checkpoints.add(step)
             step.k = [[leaf.detach().clone() for leaf in step.k[0]]] if keep and self.carried else []
             step.y0 = [leaf.detach().clone() for leaf in step.y0] if keep else None
