@@ -1,5 +1,6 @@
 """Live tensor storage: the bytes of all distinct storages that exist at a time, whatever the allocator keeps aside."""
 
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -43,3 +44,13 @@ def peak_live_storage(call: Callable[[], Any]) -> int:
     with _Watch() as watch:
         call()
     return watch.peak
+
+
+def kept_and_peak_storage(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[int, int]:
+    """Bytes of tensor storage that forward() leaves alive, and the most that is alive while backward(its result) runs."""
+    with _Watch() as watch:
+        result = forward()
+        gc.collect()  # what only cycles hold is not kept
+        watch.peak = kept = watch.now
+        backward(result)
+    return kept, watch.peak

@@ -85,7 +85,8 @@ class ODEBlock(nn.Module):
         self.stats, self.regularizers = solution.stats, solution.regularizers
         if self.return_all:
             return solution.ys
-        return pytree.tree_map(lambda leaf: leaf[-1], solution.ys)
+        # A copy: what comes after may write into it, and hooks on it are kept, unlike on a view.
+        return pytree.tree_map(lambda leaf: leaf[-1].clone(), solution.ys)
 
     @property
     def nfe_forward(self) -> int:

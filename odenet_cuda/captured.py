@@ -1,6 +1,5 @@
 """Which tensors outside of it func depends on: found in the autograd graph of one of its results."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,19 +37,6 @@ def captured_tensors(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since:
         else:
             waiting.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
     return list(found.values()), earlier
-
-
-def refuse_sharded(func: Any) -> None:
-    """Raises RuntimeError for a func whose parameters FSDP2 gathers at each call and lets go after it: they get no gradient."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(func, torch.nn.Module):
-        return
-    for name, module in func.named_modules():
-        if isinstance(module, fsdp.FSDPModule):
-            raise RuntimeError(
-                f"func is sharded by fully_shard{f' in its module {name!r}' if name else ''}: its parameters come and go at every "
-                "call of func. Shard the ODEBlock that holds it, or a module above"
-            )
 
 
 def refuse_unknown(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, known: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import noise, transforms
 from .callbacks import find_callbacks
-from .captured import captured_tensors, earlier_results, refuse_sharded, sequence_number
+from .captured import captured_tensors, earlier_results, sequence_number
 from .gradients import adjoint as adjoint_gradient
 from .gradients import checkpoint as checkpoint_gradient
 from .gradients import direct as direct_gradient
@@ -19,6 +19,7 @@ from .integrate import Grid, Options, integrate
 from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_state, own_tensors
 from .regularizers import OF_STEPS, RUNNING, StepCosts
+from .sharding import is_plain, no_sharded_calls, refuse_sharded
 from .solution import Interpolant, Solution, Stats, failure
 from .solvers.checkpoints import Checkpoints
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
@@ -63,6 +64,11 @@ class Job:
         start, captured, closed = self._probe(gradient, params, since) if wanted else (None, [], True)
         inputs = [*self.structure.leaves, self.t, *captured]
         wanted = wanted and any(tensor.requires_grad for tensor in inputs)
+        if wanted and gradient == "adjoint" and not all(map(is_plain, captured)):
+            raise NotImplementedError(
+                "func has parameters that are made of other tensors, such as DTensor: gradient='adjoint' would add up their "
+                "gradients in its own state; use gradient='direct' or 'checkpoint'"
+            )
         graphs = wanted and gradient == "direct"
         recorder: Any = None
         states, step_costs = checkpoints if wanted else None, self._step_costs()
@@ -178,7 +184,8 @@ class Job:
         recorder = self._recorder(graphs=params is None, t_grad=self.t.requires_grad)
         y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
         generators = noise.states(problem.device) if gradient == "checkpoint" else ()
-        start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.state_leaves], y_grad)
+        with no_sharded_calls():
+            start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.state_leaves], y_grad)
         if noise.differ(generators, noise.states(problem.device) if generators else ()):
             self.noisy = generators
         if params is not None:
@@ -208,7 +215,8 @@ class Job:
         times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
         recorder = self._recorder(graphs=True)
         y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
-        end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
+        with no_sharded_calls():
+            end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
         return direct_gradient.find_captured(self.field, [end], since, captured, False)
 
     def _stats(self, trajectory: Trajectory) -> Stats:

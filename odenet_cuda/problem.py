@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .ops import DTYPES, REAL
+from .sharding import is_plain
 
 
 class Structure:
@@ -195,6 +196,8 @@ def check_state(y0: Any) -> Structure:
     first = structure.leaves[0]
     for i, leaf in enumerate(structure.leaves):
         name = "y0" if structure.single else f"leaf {i} of y0"
+        if not (type(leaf) is Tensor or is_plain(leaf)):
+            raise TypeError(f"{name} must be a plain tensor, got {type(leaf).__name__}")
         if leaf.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name} must be of one of the types {known}, got {leaf.dtype}")
@@ -232,6 +235,8 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     if t.dim() != 1 or t.numel() == 0:
         raise ValueError(f"{name} must be one-dimensional with at least one time, got shape {list(t.shape)}")
     if values is None:
+        if torch._C._functorch.is_batchedtensor(t):
+            raise NotImplementedError(f"{name} must not be mapped by torch.vmap: the steps of a solve follow from numbers")
         values = t.detach().double().tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{name} must be finite, got {values}")

@@ -40,6 +40,11 @@ def active() -> bool:
     return torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _functorch.maybe_current_level() is not None
 
 
+def _compiler_watches() -> bool:
+    """Whether torch.compile would trace the calls made from here: it has given up on this frame, but not on those within."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
 def between_graphs(adaptive: Callable[..., bool]) -> Callable[[Callable], Callable]:
     """For functions that torch.compile must not look into where `adaptive` says so of their arguments."""
 
@@ -49,7 +54,7 @@ def between_graphs(adaptive: Callable[..., bool]) -> Callable[[Callable], Callab
 
         @wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() and adaptive(*args, **kwargs):
+            if (torch.compiler.is_compiling() or _compiler_watches()) and adaptive(*args, **kwargs):
                 return outside(*args, **kwargs)
             return function(*args, **kwargs)
 

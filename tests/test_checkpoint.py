@@ -1,6 +1,7 @@
 """The checkpoint gradient against the direct one, whose numbers it must give, and its schedule against the best there is."""
 
 from functools import lru_cache
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from problems import ADAPTIVE_METHODS, FIXED_METHODS
 from torch import nn
 
 from odenet_cuda import solve
-from odenet_cuda.solvers.checkpoints import Checkpoints, binomial_schedule, binomial_split
+from odenet_cuda.solvers.checkpoints import Checkpoints, best_subset, binomial_schedule, binomial_split, steps_again
 
 ROUNDING = 1e-12
 Y0 = torch.tensor([[0.3, -0.8], [1.1, 0.4], [-0.5, 0.9], [2.0, 0.1]], dtype=torch.float64)
@@ -195,6 +196,19 @@ def by_formula(steps, slots):
 def test_binomial_splits_are_the_best(slots):
     for steps in range(1, 60):
         assert by_formula(steps, slots) == fewest(steps, slots)
+
+
+@pytest.mark.parametrize("steps", [17, 40, 64])
+def test_the_best_of_what_is_held(steps):
+    """Of states evenly spread those are kept with which the fewest steps are made again: every choice is tried."""
+    held, slots = list(range(0, steps, -(-steps // 6))), 6
+
+    def cost(kept):
+        ends = [*kept[1:], steps]
+        return sum(steps_again(end - begin, slots - i) for i, (begin, end) in enumerate(zip(kept, ends, strict=True)))
+
+    choices = [(0, *rest) for count in range(len(held)) for rest in combinations(held[1:], count)]
+    assert cost(sorted(best_subset(held, steps, slots))) == min(map(cost, choices))
 
 
 def test_binomial_schedule():

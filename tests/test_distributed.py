@@ -47,7 +47,11 @@ def test_fsdp():
     run("fsdp_model", "fsdp_block", "fsdp_shared")
 
 
-@pytest.mark.xfail(strict=False, reason="a sharded field is not refused yet")
 def test_fsdp_of_a_field():
-    """A field that is sharded for itself would get wrong gradients: the solve says so."""
-    run("fsdp_field")
+    """A field, or a layer of it, that is sharded for itself would get wrong gradients: the solve says so."""
+    run("fsdp_field", "fsdp_layer")
+
+
+def test_fsdp_of_a_closure():
+    """So it does where func is no module but calls one that is sharded."""
+    run("fsdp_closure")

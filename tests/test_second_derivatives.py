@@ -318,7 +318,7 @@ def test_one_solve_differentiated_by_turns(gradient):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param("direct", marks=pytest.mark.xfail(strict=True, reason="steps are made again with the changed tensor")),
+        "direct",
         "checkpoint",
         "two checkpoints",
     ],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _C
 from ..ops import DTYPES, readable
+from ..sharding import is_plain
 
 SHORT = (torch.float16, torch.bfloat16)
 _KEPT_BYTES = 1 << 20  # of gradients that wait to be added; where they are more, a pass for each list costs little
@@ -18,13 +19,13 @@ class Accumulator:
 
     Up to `slots` lists of gradients wait and are added in one pass of the stage kernel, with weights of one; their values must
     stay until `flush`. A sparse gradient is made dense. Gradients of 16 bits are added up in float32, and those of tensors on
-    another device, one by one.
+    another device or without memory of their own, one by one.
     """
 
     def __init__(self, tensors: Sequence[Tensor], slots: int, device: torch.device):
         self.totals: list[Any] = [None] * len(tensors)
         self.dtypes = [x.dtype for x in tensors]
-        fits = [x.dtype in DTYPES and x.dtype not in SHORT and x.device == device for x in tensors]
+        fits = [x.dtype in DTYPES and x.dtype not in SHORT and x.device == device and is_plain(x) for x in tensors]
         self.fused = [i for i, fit in enumerate(fits) if fit]
         self.others = [i for i, fit in enumerate(fits) if not fit]
         if not self.fused:

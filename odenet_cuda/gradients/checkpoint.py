@@ -15,13 +15,14 @@ from .. import noise
 from ..captured import refuse_unknown, sequence_number
 from ..problem import Problem
 from ..solution import Stats
-from ..solvers.checkpoints import binomial_split
+from ..solvers.checkpoints import best_subset, binomial_split
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .autocast import autocast_state
 from .direct import BackwardWalk
 from .replay import second_gradients
 
+_FEW = 32  # states, of which the best may be looked for; with more the gaps between are short, and the search is not
 State = tuple[list[Tensor], "list[Tensor] | None"]  # at the start of a step, and its first slope where that is carried
 
 
@@ -203,6 +204,12 @@ def undo_all(again: Recomputation, walk: BackwardWalk, limit: int | None) -> Non
     for index, step in enumerate(steps):
         if step.y0 is not None:
             held.append((index, (step.y0, step.k[0] if step.k else None)))
+    if limit is not None and limit <= _FEW and len(held) < end:
+        kept = best_subset([index for index, _ in held], end, limit)
+        for index, _ in held:
+            if index not in kept:
+                steps[index].y0, steps[index].k = None, []
+        held = [(index, state) for index, state in held if index in kept]
     while held:
         begin, state = held[-1]
         if end - begin == 1:

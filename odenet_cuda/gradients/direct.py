@@ -84,14 +84,15 @@ class _Direct(torch.autograd.Function):
         ctx.autocast = autocast_state(problem.device)
         ctx.captured = tensors[count:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *tensors[:count])
+        ctx.save_for_backward(t, *tensors)
         return ys
 
     @staticmethod
     def backward(ctx, *grad_ys):
         recorder = ctx.recorder
         if torch.is_grad_enabled():
-            (t, *y0), func = ctx.saved_tensors, ctx.problem.field
+            (t, *tensors), func = ctx.saved_tensors, ctx.problem.field
+            y0 = tensors[: ctx.count]
             with torch.autocast(**ctx.autocast):
                 found = second_gradients(recorder, ctx.problem, func, y0, t, ctx.captured, grad_ys)
             return None, None, None, None, None, found[ctx.count], *found[: ctx.count], *found[ctx.count + 1 :]

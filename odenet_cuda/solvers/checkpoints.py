@@ -5,6 +5,7 @@ made again (Griewank and Walther 2000, Algorithm 799, doi 10.1145/347837.347846)
 there is no room, then every second, every fourth and so on; the way back goes through the gaps by the binomial schedule.
 """
 
+from functools import cache, lru_cache
 from math import comb
 from typing import Any
 
@@ -29,6 +30,33 @@ def binomial_schedule(steps: int, slots: int) -> list[int]:
     while len(kept) < slots and steps - kept[-1] > 1:
         kept.append(kept[-1] + binomial_split(steps - kept[-1], slots - len(kept) + 1))
     return kept
+
+
+@lru_cache(maxsize=65536)
+def steps_again(steps: int, slots: int) -> int:
+    """How many steps are made again to undo `steps` by the binomial schedule."""
+    if steps <= 1:
+        return 0
+    if slots < 2:
+        return steps * (steps - 1) // 2
+    split = binomial_split(steps, slots)
+    return split + steps_again(steps - split, slots - 1) + steps_again(split, slots)
+
+
+def best_subset(held: list[int], steps: int, slots: int) -> set[int]:
+    """Which of the states that are held to keep, so that the fewest steps are made again: a slot let go serves in the gaps."""
+
+    @cache
+    def best(i: int, place: int) -> tuple[int, tuple[int, ...]]:
+        """Of held[i], which is kept as the place-th, and those after it: (steps made again, the indices kept)."""
+        ways: list[tuple[int, tuple[int, ...]]] = [(steps_again(steps - held[i], slots - place), (held[i],))]
+        if slots - place > 1:
+            for j in range(i + 1, len(held)):
+                rest, kept = best(j, place + 1)
+                ways.append((rest + steps_again(held[j] - held[i], slots - place), (held[i], *kept)))
+        return min(ways)
+
+    return set(best(0, 0)[1]) if held else set()
 
 
 class Checkpoints:
