@@ -37,6 +37,7 @@ bench: $(SETUP)
 	$(BIN)/python benchmarks/bench_ops.py --json build/bench/ops.json
 	$(BIN)/python benchmarks/bench_odeint.py --json build/bench/odeint.json
 	$(BIN)/python benchmarks/work_precision.py --json build/bench/precision.json --png build/bench
+	$(BIN)/python benchmarks/bench_gradients.py --json build/bench/gradients.json
 	$(BIN)/python benchmarks/bench_training.py --json build/bench/training.json
 
 bench-quick: $(SETUP)
@@ -44,6 +45,7 @@ bench-quick: $(SETUP)
 	$(BIN)/python benchmarks/bench_ops.py --quick --json build/bench/ops-quick.json
 	$(BIN)/python benchmarks/bench_odeint.py --quick --json build/bench/odeint-quick.json
 	$(BIN)/python benchmarks/work_precision.py --quick --json build/bench/precision-quick.json --png build/bench/quick
+	$(BIN)/python benchmarks/bench_gradients.py --quick --json build/bench/gradients-quick.json
 	$(BIN)/python benchmarks/bench_training.py --quick --json build/bench/training-quick.json
 
 $(VENV)/installed: $(SOURCES)

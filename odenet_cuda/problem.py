@@ -76,7 +76,11 @@ class Field:
         """The slopes at (t, y), each with the shape, type and device of its leaf. stage: which one of a step; not used here."""
         self.nfe += 1
         structure = self.structure
-        k = structure.flatten(self.func(t, y[0] if structure.single else structure.unflatten(y)))
+        if structure.single:
+            slope = self.func(t, y[0])
+            k = [slope] if isinstance(slope, Tensor) else structure.flatten(slope)
+        else:
+            k = structure.flatten(self.func(t, structure.unflatten(y)))
         for i, leaf in enumerate(y):
             slope = k[i]
             if slope.dtype is not leaf.dtype or slope.shape != leaf.shape or slope.get_device() != self._device:

@@ -93,12 +93,11 @@ class Stepper:
         )
         self._owned: set[int] = set()
 
-    def _owns(self, tensor: Tensor) -> bool:
-        """Whether it lies in a buffer of the solver, or in part of one."""
-        if not self._owned:
-            buffers = [*(leaf for y in (*self.y[1:], self.y0) for leaf in y), self.times]
-            self._owned = {buffer.untyped_storage().data_ptr() for buffer in buffers}
-        return tensor.untyped_storage().data_ptr() in self._owned
+    def _own_storages(self) -> set[int]:
+        """Addresses of the memory that the solver writes again."""
+        buffers = [*(leaf for y in (*self.y[1:], self.y0) for leaf in y), self.times]
+        self._owned = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+        return self._owned
 
     def addresses(self, i: int) -> list[int]:
         return [0 if slope is None else slope.data_ptr() for slope in self.k[i]]
@@ -108,19 +107,21 @@ class Stepper:
 
         copy_own: copy a slope that lies in a buffer of the solver (func returned an argument), which is written again.
         """
-        addresses = []
-        k = list(k)  # what func returned stays as it is: a graph may hang on it
-        for leaf, slope in enumerate(k):
+        addresses: list[int] = []
+        kept: list[Any] = []  # what func returned stays as it is: a graph may hang on it
+        owned = (self._owned or self._own_storages()) if copy_own else ()
+        for slope in k:  # called for every slope: written out, for calls in here cost more than the tests
             if slope is None:
+                kept.append(slope)
                 addresses.append(0)
                 continue
-            k[leaf] = slope = readable(slope)
-            address = slope.data_ptr()
-            if copy_own and self._owns(slope):
-                k[leaf] = slope = slope.clone()
-                address = slope.data_ptr()
-            addresses.append(address)
-        self.k[i] = k
+            if slope.is_conj() or slope.is_neg() or not slope.is_contiguous():
+                slope = readable(slope)
+            if copy_own and slope.untyped_storage().data_ptr() in owned:
+                slope = slope.clone()
+            kept.append(slope)
+            addresses.append(slope.data_ptr())
+        self.k[i] = kept
         return addresses
 
     def swap_accepted(self) -> None:

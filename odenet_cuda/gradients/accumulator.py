@@ -74,8 +74,10 @@ class Accumulator:
             grad = grads[i]
             if grad is None:
                 grad = torch.zeros_like(self.sums[slot])
-            else:
-                grad = readable(grad if grad.layout is torch.strided else grad.to_dense())
+            elif grad.layout is not torch.strided:
+                grad = grad.to_dense()
+            if grad.is_conj() or grad.is_neg() or not grad.is_contiguous():
+                grad = readable(grad)
             kept.append(grad)
             addresses.append(grad.data_ptr())
         if self.without:

@@ -118,7 +118,7 @@ class AugmentedField:
         if self.convert:
             grads = [*grads[:n], *(grad if grad is None else _as_leaf(grad) for grad in grads[n:])]
         slopes: list[Tensor | None] = [slope.detach() for slope in k[:n]]
-        slopes.extend(zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False))
+        slopes += [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
         if not with_params:
             slopes.extend(self.none)
         return slopes
@@ -140,7 +140,7 @@ class AugmentedField:
         self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor], keep_graph: bool
     ) -> Sequence[Tensor | None]:
         """a^T dk/dinputs"""
-        if not all(slope.requires_grad for slope in k):
+        if not all([slope.requires_grad for slope in k]):
             a = [cotangent for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
             k = [slope for slope in k if slope.requires_grad]
             if not k:

@@ -168,7 +168,7 @@ class Recomputation:
         stepper, kernels = self.stepper, self.stepper.kernels
         stepper.y0 = y
         stepper.bind()
-        self.dt = torch.as_tensor(step.dt, dtype=torch.float64, device=self.problem.device).reshape(-1)
+        self.dt = _rows_of(step.dt, self.problem)
         kernels.bind_dt(self.dt.data_ptr())
         kernels.bind_slopes(0, stepper.set_slopes(0, k, True))
         return self.problem.time_views(step.times)
@@ -195,6 +195,11 @@ class Recomputation:
 
     def _shaped(self, mask: Tensor, leaf: Tensor) -> Tensor:
         return mask.reshape(-1, *[1] * (leaf.dim() - 1))
+
+
+def _rows_of(dt: float | Tensor, problem: Problem) -> Tensor:
+    """float64 [rows]"""
+    return dt if isinstance(dt, Tensor) else torch.full((1,), dt, dtype=torch.float64, device=problem.device)
 
 
 def undo_all(again: Recomputation, walk: BackwardWalk, limit: int | None) -> None:

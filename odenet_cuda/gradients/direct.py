@@ -170,7 +170,7 @@ class BackwardWalk:
     def _vjp(self, evaluation: Evaluation, kappa: list[Tensor]) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """(dL/dY, dL/dt) of one evaluation; the captured tensors' gradients are added up on the side."""
         outputs = evaluation.k
-        if not all(k.requires_grad for k in outputs):
+        if not all([k.requires_grad for k in outputs]):
             kappa = [cotangent for k, cotangent in zip(outputs, kappa, strict=True) if k.requires_grad]
             outputs = [k for k in outputs if k.requires_grad]
             if not outputs:
