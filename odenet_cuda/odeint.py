@@ -12,7 +12,7 @@ from .methods import ADAPTIVE, find_method
 from .solution import Interpolant
 from .solve import solve
 
-_COMMON = ("step_control", "on_failure", "gradient")
+_COMMON = ("step_control", "on_failure", "gradient", "max_checkpoints")
 _ADAPTIVE_OPTIONS = (
     *(
         "first_step",
