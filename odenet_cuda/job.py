@@ -69,26 +69,11 @@ class Job:
                 "func has parameters that are made of other tensors, such as DTensor: gradient='adjoint' would add up their "
                 "gradients in its own state; use gradient='direct' or 'checkpoint'"
             )
-        graphs = wanted and gradient == "direct"
-        recorder: Any = None
-        states, step_costs = checkpoints if wanted else None, self._step_costs()
-        if wanted and gradient == "quadrature":
-            recorder = quadrature_gradient.Polynomials(self.options.tableau, self.problem, self.options.adaptive, self.dense)
-        elif graphs or self.dense or states is not None or step_costs is not None:
-            keep: dict[str, Any] = {"checkpoints": states, "dense": self.dense, "step_costs": step_costs}
-            recorder = self._recorder(graphs=graphs, t_grad=self.t.requires_grad, **keep)
-        solved = self.problem
-        if states is not None and self.noisy:
-            if solved.per_sample:
-                raise NotImplementedError(
-                    "func draws random numbers: gradient='checkpoint' cannot draw those of single samples again, so with "
-                    "step_control='per_sample' use gradient='direct'"
-                )
-            noted = noise.NotedField(self.field, solved.device)
-            noted.drawn.append(self.noisy)
-            recorder.drawn, solved = noted.drawn, replace(solved, field=noted)
+        checkpoints = checkpoints if wanted else None
+        step_costs = self._step_costs()
+        recorder = self._recorder_for(gradient if wanted else None, checkpoints, step_costs)
         trajectory = integrate(
-            solved,
+            self._noted(recorder) if checkpoints is not None and self.noisy else self.problem,
             self.options,
             callbacks=find_callbacks(self.field.func, self.structure, self.options.adaptive),
             recorder=recorder,
@@ -97,36 +82,67 @@ class Job:
         )
         stats = self._stats(trajectory)
         n = len(trajectory.ys)
-        ys = [*trajectory.ys, *trajectory.last[n:]]
-        if step_costs is not None:
-            like = self.problem.leaves[0].new_zeros(self.problem.rows if self.problem.per_sample else (), dtype=torch.float64)
-            ys += [like + total for total in step_costs.totals]
+        outputs = [*trajectory.ys, *trajectory.last[n:], *([] if step_costs is None else step_costs.sums(self.problem))]
         host = None if trajectory.state is None else trajectory.state.cpu().numpy()
-        error = self._failure(host, trajectory, ys[:n], stats)
+        error = self._failure(host, trajectory, outputs[:n], stats)
         if error is not None and on_failure == "raise":
             raise error
-        y0 = self.structure.leaves
-        if graphs:
+        if wanted and gradient == "direct":
             captured = direct_gradient.find_captured(self.field, recorder.tape, since, captured, closed)
-            ys = direct_gradient.attach(recorder, self.problem, ys, y0, self.t, captured, stats)
-        elif wanted:
-            if params is None and not closed:
-                captured = self._captured_at_end(trajectory, captured, since)
-                stats.nfe = self.field.nfe
-            if states is not None:
-                check = "" if params is not None else "first" if closed else "all"
-                ys = checkpoint_gradient.attach(recorder, self.problem, ys, y0, self.t, captured, stats, check)
-            elif gradient == "quadrature":
-                ys = quadrature_gradient.attach(backward, recorder, self.problem, ys, y0, self.t, captured, stats)
-            else:
-                ys = adjoint_gradient.attach(backward, self.problem, ys, y0, self.t, captured, stats)
+        elif wanted and params is None and not closed:
+            captured = self._captured_at_end(trajectory, captured, since)
+            stats.nfe = self.field.nfe
+        if wanted:
+            check = "" if params is not None else "first" if closed else "all"
+            outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, check)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
-            ys[:n] = [leaf[None].clone() for leaf in y0]
+            outputs[:n] = [leaf[None].clone() for leaf in self.structure.leaves]
+        solution = self._solution(outputs[:n], trajectory, recorder, stats)
         names = [name for kind in (RUNNING, OF_STEPS) for name in self.regularizers if name in kind]
-        solution = self._solution(ys[:n], trajectory, recorder, stats)
-        found = dict(zip(names, ys[n:], strict=True))
+        found = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: found[name] for name in self.regularizers}
         return solution
+
+    def _recorder_for(self, gradient: str | None, checkpoints: Checkpoints | None, step_costs: StepCosts | None) -> Any:
+        """What the solve must keep, or None. gradient: None where none is wanted."""
+        if gradient == "quadrature":
+            return quadrature_gradient.Polynomials(self.options.tableau, self.problem, self.options.adaptive, self.dense)
+        if gradient != "direct" and not self.dense and checkpoints is None and step_costs is None:
+            return None
+        keep: dict[str, Any] = {"checkpoints": checkpoints, "dense": self.dense, "step_costs": step_costs}
+        return self._recorder(graphs=gradient == "direct", t_grad=self.t.requires_grad, **keep)
+
+    def _noted(self, recorder: Recorder) -> Problem:
+        """The problem with a field that notes where random generators stand, so that func can draw its numbers again."""
+        if self.problem.per_sample:
+            raise NotImplementedError(
+                "func draws random numbers: gradient='checkpoint' cannot draw those of single samples again, so with "
+                "step_control='per_sample' use gradient='direct'"
+            )
+        field = noise.NotedField(self.field, self.problem.device)
+        field.drawn.append(self.noisy)
+        recorder.drawn = field.drawn
+        return replace(self.problem, field=field)
+
+    def _attach(
+        self,
+        gradient: str,
+        backward: Any,
+        recorder: Any,
+        outputs: list[Tensor],
+        captured: Sequence[Tensor],
+        stats: Stats,
+        check: str,
+    ) -> list[Tensor]:
+        """The outputs with a gradient for y0, t and the captured tensors."""
+        common = self.problem, outputs, self.structure.leaves, self.t, captured, stats
+        if gradient == "direct":
+            return direct_gradient.attach(recorder, *common)
+        if gradient == "checkpoint":
+            return checkpoint_gradient.attach(recorder, *common, check)
+        if gradient == "quadrature":
+            return quadrature_gradient.attach(backward, recorder, *common)
+        return adjoint_gradient.attach(backward, *common)
 
     def run_transformed(self, on_failure: str) -> Solution:
         """Inside torch.func transforms, forward mode or torch.compile; derivatives are those of the discrete solve."""

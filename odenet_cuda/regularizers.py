@@ -120,6 +120,11 @@ class StepCosts:
                 counted = cost if step.accept is None else torch.where(step.accept, cost, 0.0)
                 self.totals[i] = self.totals[i] + (counted if self.per_sample else counted[0])
 
+    def sums(self, problem: Problem) -> list[Tensor]:
+        """Over all steps so far, float64, 0-dimensional or [rows]."""
+        zeros = torch.zeros(problem.rows if self.per_sample else (), dtype=torch.float64, device=problem.device)
+        return [zeros + total for total in self.totals]
+
     def gradients(self, step: Step, cotangents: Sequence[Tensor]) -> tuple[list[list[Any]], dict[int, list[Tensor]], Tensor]:
         """By each slope [stages][leaves], by the state at the stages {stage: leaves}, and by dt [rows]."""
         k, ends, dt = self._parts(step)

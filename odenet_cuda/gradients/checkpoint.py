@@ -82,6 +82,9 @@ class Recomputation:
         self.step_costs = recorder.step_costs
         self.stepper = Stepper(problem, self.tableau, self.tableau.rows)
         self.stepper.new_stages()
+        self.start = self.stepper.y0  # where the state at the start of a step is put: nothing is bound anew for a step
+        shape = [problem.rows, *[1] * (problem.leaves[0].dim() - 1)] if problem.per_sample else []
+        self.as_seen: list[int] = shape  # a time as func sees it
         self.recorder = Recorder(self.tableau, problem.t, problem.per_sample, self.n, graphs=True, t_grad=t_grad)
         self.steps: list[Step] = []
         self.restarts: list[list[Evaluation]] = []  # before each step, first slopes that are not carried
@@ -100,13 +103,14 @@ class Recomputation:
         y, k = state
         with torch.no_grad():
             for step, restarts in zip(self.steps[begin:end], self.restarts[begin:end], strict=True):
+                y = self._put(y)
                 self._draw(step.noise, 0)
                 if not self.carried:
-                    k = field(self.problem.time_views(step.first[None])[0], y[: self.n])
+                    k = field(step.first.reshape(self.as_seen), y[: self.n])
                 for restart in restarts if self.carried else ():
                     self._draw((restart.noise,), 0)
                     k = self._replaced(k, field(restart.t, y[: self.n]), restart.mask)
-                views = self._begin(step, y, k)
+                views = self._begin(step, k)
                 self._draw(step.noise, 1)
                 addresses: list[int] = []
                 for i in range(1, len(self.tableau.rows) + 1):
@@ -122,11 +126,11 @@ class Recomputation:
     def record(self, index: int, state: State) -> list[Step | Evaluation]:
         """The entries of the tape that end with step `index`, with their graphs."""
         step, (y, k), stepper, kernels = self.steps[index], state, self.stepper, self.stepper.kernels
-        y = [leaf.detach() for leaf in y]
+        y = self._put(y)
         entries: list[Step | Evaluation] = []
         if not self.carried:
             self._draw(step.noise, 0)
-            first = self._evaluate(self.problem.time_views(step.first[None])[0], y[: self.n])
+            first = self._evaluate(step.first.reshape(self.as_seen), y[: self.n])
             first.end = step.ends[0]
             entries.append(first)
             k = first.k
@@ -136,7 +140,7 @@ class Recomputation:
             evaluation.mask, evaluation.end = restart.mask, restart.end
             entries.append(evaluation)
             k = self._replaced(k, evaluation.k, restart.mask)
-        views, points = self._begin(step, y, k), len(self.tableau.rows)
+        views, points = self._begin(step, k), len(self.tableau.rows)
         self._draw(step.noise, 1)
         evaluations: list[Evaluation | None] = []
         addresses: list[int] = []
@@ -149,7 +153,7 @@ class Recomputation:
             evaluation = self._evaluate(views[i], stepper.y[i])
             evaluations.append(evaluation)
             addresses = stepper.set_slopes(i, evaluation.k, True)
-        done = Step(step.times, step.first, step.dt, step.accept, step.outputs, step.ends, y, list(stepper.k), evaluations)
+        done = Step(step.times, step.first, self.dt, step.accept, step.outputs, step.ends, y, list(stepper.k), evaluations)
         return [*entries, done]
 
     def generators(self) -> Any:
@@ -163,11 +167,16 @@ class Recomputation:
         if saved is not None and saved[which] is not None:
             noise.restore(saved[which], self.problem.device)
 
-    def _begin(self, step: Step, y: list[Tensor], k: Any) -> list[Tensor]:
-        """Binds the start of a step; gives the times of its stages as func sees them."""
+    def _put(self, y: list[Tensor]) -> list[Tensor]:
+        """The solver's own start of the step, with this state in it. Whatever was made from the last one is used up."""
+        with torch.no_grad():
+            for own, leaf in zip(self.start, y, strict=True):
+                own.copy_(leaf)
+        return self.start
+
+    def _begin(self, step: Step, k: Any) -> list[Tensor]:
+        """Binds the size and first slope of a step; gives the times of its stages as func sees them."""
         stepper, kernels = self.stepper, self.stepper.kernels
-        stepper.y0 = y
-        stepper.bind()
         self.dt = _rows_of(step.dt, self.problem)
         kernels.bind_dt(self.dt.data_ptr())
         kernels.bind_slopes(0, stepper.set_slopes(0, k, True))
