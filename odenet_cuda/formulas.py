@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ops import REAL
 from .tableau import ButcherTableau
 
 Number = float | Tensor
@@ -18,9 +19,11 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def per_row(value: Tensor, leaf: Tensor) -> Tensor:
-    """[rows], shaped to multiply a leaf, in its real type; one row multiplies all of it."""
-    value = value.to(leaf.dtype.to_real())
+def per_row(value: Number, leaf: Tensor) -> Number:
+    """A number, or [rows] shaped to multiply a leaf, in its real type; one row multiplies all of it."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(REAL[leaf.dtype])
     return value.reshape(()) if value.numel() == 1 else value.reshape(-1, *[1] * (leaf.dim() - 1))
 
 

@@ -27,6 +27,7 @@ _SMALLEST = 1e-30  # of a mean square whose root is taken: the root has no deriv
 
 
 def check_regularizers(names: Any, tableau: ButcherTableau, method: str, gradient: str) -> tuple[str, ...]:
+    """The names as asked for. Raises ValueError where one is unknown, given twice, or not served by the method or gradient."""
     if isinstance(names, str) or not all(name in REGULARIZERS for name in names) or len(set(names)) < len(names):
         raise ValueError(f"regularizers must name each of {REGULARIZERS} at most once, got {names!r}")
     for name in names:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..captured import cut_points, gradients, refuse_unknown, sequence_number
-from ..formulas import rms_norm
+from ..formulas import per_row, rms_norm
 from ..integrate import Options, fixed_grid, integrate
 from ..ops import FIELDS
 from ..problem import Field, Problem
@@ -188,7 +188,7 @@ class PerSampleField(AugmentedField):
             self.kept[0] = (self.evaluate(t0, y), list(y0[self.leaves :]))
         for stage, (k, a) in self.kept.items():
             weight = -self.b[stage] * accept * dt
-            cotangents = [weight.to(x.dtype.to_real()).reshape(-1, *[1] * (x.dim() - 1)) * x for x in (*a, *self.costs)]
+            cotangents = [per_row(weight, x) * x for x in (*a, *self.costs)]
             self.sums.add(self.product(k, cotangents, self.params, False))
         self.sums.flush()
         self.kept.clear()

@@ -143,9 +143,8 @@ class Polynomials(Recorder):
         y = []
         for leaf, start in enumerate(y0):
             value = formulas.widened(start[which, rows])
-            shape = [-1, *[1] * (value.dim() - 1)]
             for d in range(self.degree):
-                weight = (dt * theta ** (d + 1)).to(value.dtype.to_real()).reshape(shape)
+                weight = formulas.per_row(dt * theta ** (d + 1), value)
                 value = value + weight * formulas.widened(q[d][leaf][which, rows])
             y.append(value.to(start.dtype))
         return y

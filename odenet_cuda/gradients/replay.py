@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import formulas, noise
 from ..captured import cut_points, gradients
-from ..ops import REAL
 from ..problem import Problem
 from ..solvers.trajectory import End, Evaluation, Recorder, Step
 from ..tableau import ButcherTableau
@@ -132,20 +131,12 @@ def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask.reshape(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def _per_row(value: Any, leaf: Tensor) -> Any:
-    """A number, or [rows], to multiply a leaf with, in its real type."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(REAL[leaf.dtype])
-    return value.reshape(()) if value.numel() == 1 else value.reshape(-1, *[1] * (leaf.dim() - 1))
-
-
 def _stage(y0: Tensor, k: Sequence[Tensor], a: Sequence[float], dt: Any) -> Tensor:
     wide = formulas.widened(y0)
-    return formulas.stage(wide, [formulas.widened(x) for x in k], a, _per_row(dt, wide)).to(y0.dtype)
+    return formulas.stage(wide, [formulas.widened(x) for x in k], a, formulas.per_row(dt, wide)).to(y0.dtype)
 
 
 def _dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Any, dt: Any) -> Tensor:
     wide = formulas.widened(y0)
     k = [formulas.widened(x) for x in k]
-    return formulas.dense_output(tableau, wide, k, _per_row(theta, wide), _per_row(dt, wide)).to(y0.dtype)
+    return formulas.dense_output(tableau, wide, k, formulas.per_row(theta, wide), formulas.per_row(dt, wide)).to(y0.dtype)

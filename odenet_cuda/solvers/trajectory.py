@@ -105,10 +105,6 @@ class Recorder:
         self._first: Any = None
         self._mode = torch.enable_grad() if graphs else torch.no_grad()
 
-    @property
-    def steps(self) -> list[Step]:
-        return [entry for entry in self.tape if isinstance(entry, Step)]
-
     def evaluate(self, func: Callable[..., list[Tensor]], t: Tensor, y: list[Tensor], y_grad: bool = True) -> Evaluation:
         """Calls func. t and y must be the solver's own: they become leaves of the graph. y_grad: y needs a gradient."""
         if self.graphs and y_grad:
