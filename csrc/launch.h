@@ -13,10 +13,6 @@
 
 namespace odenet {
 
-// Splits [begin, end) into ranges of at least `grain` and runs `body` on each, perhaps in several threads.
-using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
-
 struct FirstStep {
   const double* norms;  // [3, rows]: |y0|, |f0|, |f1 - f0|, scaled by the tolerance
   double size;          // > 0: the first step given by the user

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "library.h"
 #include "stepper.h"
 
 namespace py = pybind11;
@@ -114,6 +115,80 @@ void add_stepper(py::module_& m) {
       .def("swap_ends", &Stepper::swap_ends);
 }
 
+// A compiled field and the arguments of its solves; addresses come as numbers.
+void add_library(py::module_& m) {
+  using Numbers = std::vector<double>;
+  py::class_<Library>(m, "Library")
+      .def(py::init<const std::string&>())
+      .def_property_readonly("lanes", &Library::lanes)
+      .def_property_readonly("tile_bytes", &Library::tile_bytes)
+      .def_property_readonly("record_bytes", &Library::record_bytes)
+      .def(
+          "run", [](const Library& library, const Call& call) { return library.run(call.in); },
+          py::call_guard<py::gil_scoped_release>());
+  py::class_<Call>(m, "Call")
+      .def(py::init([](Address y0, Address arguments, Addresses constants, Numbers rtol, Numbers atol, Address state,
+                       Address stops, int64_t num_stops, Address t, int64_t num_outputs, int64_t rows,
+                       Numbers controller, double first_step, Address ys, Address y_last, int64_t batch) {
+             auto call = std::make_unique<Call>();
+             SolveCall& in = call->in;
+             in.y0 = reinterpret_cast<const void*>(y0);
+             in.arguments = reinterpret_cast<const void*>(arguments);
+             for (const Address constant : constants) {
+               call->constants.push_back(reinterpret_cast<const void*>(constant));
+             }
+             in.constants = call->constants.data();
+             call->rtol = std::move(rtol);
+             call->atol = std::move(atol);
+             in.rtol = call->rtol.data();
+             in.atol = call->atol.data();
+             in.step.state = reinterpret_cast<double*>(state);
+             in.step.stops = reinterpret_cast<const double*>(stops);
+             in.step.num_stops = num_stops;
+             in.step.t = reinterpret_cast<const double*>(t);
+             in.step.num_outputs = num_outputs;
+             in.step.rows = rows;
+             if (controller.size() != kControllerSize) throw std::invalid_argument("controller has a wrong size");
+             memcpy(&in.step.controller, controller.data(), sizeof(Controller));
+             in.first_step = first_step;
+             in.ys = reinterpret_cast<void*>(ys);
+             in.y_last = reinterpret_cast<void*>(y_last);
+             in.batch = batch;
+             in.chunk = 1;
+             return call;
+           }),
+           py::kw_only(), py::arg("y0"), py::arg("arguments"), py::arg("constants"), py::arg("rtol"), py::arg("atol"),
+           py::arg("state"), py::arg("stops"), py::arg("num_stops"), py::arg("t"), py::arg("num_outputs"),
+           py::arg("rows"), py::arg("controller"), py::arg("first_step"), py::arg("ys"), py::arg("y_last"),
+           py::arg("batch"))
+      .def("bind_tiles", [](Call& call, Address tiles, Address sums) {
+        call.in.tiles = reinterpret_cast<void*>(tiles);
+        call.in.sums = reinterpret_cast<double*>(sums);
+      })
+      .def("bind_nodes", [](Call& call, Address nodes, int64_t num_nodes) {
+        call.in.nodes = reinterpret_cast<const double*>(nodes);
+        call.in.num_nodes = num_nodes;
+      })
+      .def("bind_tape", [](Call& call, Address tape, Address count, int64_t capacity) {
+        call.in.tape = reinterpret_cast<void*>(tape);
+        call.in.tape_count = reinterpret_cast<int64_t*>(count);
+        call.in.capacity = capacity;
+      })
+      .def("bind_gradients", [](Call& call, Address ys, Address y0, Address arguments, Address constants, int64_t size,
+                                int64_t chunk) {
+        call.in.grad_ys = reinterpret_cast<const void*>(ys);
+        call.in.grad_y0 = reinterpret_cast<void*>(y0);
+        call.in.grad_arguments = reinterpret_cast<void*>(arguments);
+        call.in.grad_constants = reinterpret_cast<void*>(constants);
+        call.in.grad_size = size;
+        call.in.chunk = chunk;
+      })
+      .def("plan", [](Call& call, int64_t begun, int64_t max_steps) {
+        call.in.begun = begun;
+        call.in.max_steps = max_steps;
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -122,4 +197,5 @@ PYBIND11_MODULE(_C, m) {
   add_build(m);
   add_machine(m);
   add_stepper(m);
+  add_library(m);
 }

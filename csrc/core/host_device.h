@@ -25,6 +25,10 @@ namespace odenet {
 
 inline namespace ODENET_LEVEL {}
 
+// Splits [begin, end) into ranges of at least `grain` and runs `body` on each, perhaps in several threads.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
+
 constexpr int kMaxStages = 16;  // slopes in one linear combination (dopri8 has 14)
 constexpr int kMaxDegree = 8;   // degree of an interpolant in theta
 

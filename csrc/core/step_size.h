@@ -1,10 +1,11 @@
 // Error ratio -> accept the step? the next dt? where does it end? and the first step of a solve.
-// Pure scalar functions on the solver state of one row.
+// Pure functions on the solver state of one row, or of a pack of rows: D is double or a pack of doubles.
 //
 // Controller: dt_next = dt * clamp(safety * r0^b0 * r1^b1 * r2^b2), r = 1 / error_ratio of the last three
 // accepted steps (Soderlind 2003, doi 10.1145/641876.641877); b1 = b2 = 0 is the classical I controller.
 #pragma once
 
+#include "pack.h"
 #include "types.h"
 
 namespace odenet {
@@ -60,161 +61,226 @@ struct StepSize {
 
 namespace ODENET_LEVEL {
 
-ODENET_HD double clamp_step(const Controller& q, double size) {
-  const double lower = size > q.min_step ? size : q.min_step;
-  return lower < q.max_step ? lower : q.max_step;
+ODENET_HD bool finite(double x) {
+  return is_finite(x);
+}
+template <class D>
+ODENET_HD MaskOf<D> finite(const D& x) {
+  return x - x == D(0);
 }
 
-// Ends the row: it is held where it is, with steps of size 0.
-ODENET_HD void end_row(const StepSize& s, int64_t row, Status status) {
-  s.field(kStatus, row) = status;
-  s.field(kDt, row) = 0;
-  s.field(kStepEnd, row) = s.field(kTime, row);
+// The solver state of a row, or of several, side by side. Not in memory: what its place among stops and outputs means.
+template <class D>
+struct Row {
+  D field[kNumFields];
+  D stop, stop_kind;  // the next stop
+  D next_output;      // time of output `output_end`; infinite after the last
+
+  ODENET_HD D& operator[](int name) { return field[name]; }
+  ODENET_HD const D& operator[](int name) const { return field[name]; }
+  ODENET_HD MaskOf<D> running() const { return field[kStatus] == D(kRunning); }
+};
+
+template <class D>
+ODENET_HD void set(const MaskOf<D>& which, D& place, const D& value) {
+  place = select(which, value, place);
+}
+
+template <class D>
+ODENET_HD void find_stop(const StepSize& s, Row<D>& r) {
+  r.stop = gather(s.stops, r[kNextStop]);
+  r.stop_kind = gather(s.stops + s.num_stops, r[kNextStop]);
+}
+
+template <class D>
+ODENET_HD void find_output(const StepSize& s, Row<D>& r) {
+  const D count = D(static_cast<double>(s.num_outputs));
+  const MaskOf<D> left = r[kOutputEnd] < count;
+  const D time = gather(s.t, select(left, r[kOutputEnd], count - D(1.0)));
+  r.next_output = select(left, time, D(s.controller.direction * HUGE_VAL));
+}
+
+ODENET_HD Row<double> load_row(const StepSize& s, int64_t row) {
+  Row<double> r;
+  for (int name = 0; name < kNumFields; ++name) r[name] = s.field(name, row);
+  find_stop(s, r);
+  find_output(s, r);
+  return r;
+}
+ODENET_HD void store_row(const StepSize& s, int64_t row, const Row<double>& r) {
+  for (int name = 0; name < kNumFields; ++name) s.field(name, row) = r[name];
+}
+
+template <class D>
+ODENET_HD D clamp_step(const Controller& q, const D& size) {
+  const D lower = select(size > D(q.min_step), size, D(q.min_step));
+  return select(lower < D(q.max_step), lower, D(q.max_step));
+}
+
+// Ends rows: they are held where they are, with steps of size 0.
+template <class D>
+ODENET_HD void end_rows(Row<D>& r, const MaskOf<D>& which, Status status) {
+  set(which, r[kStatus], D(status));
+  set(which, r[kDt], D(0));
+  set(which, r[kStepEnd], r[kTime]);
 }
 
 // Chooses the step to try: `size`, or what is left to the next stop if that is not more. A remainder smaller than
 // a billionth of the step is taken along, so that rounding never leaves a sliver.
-ODENET_HD void plan_step(const StepSize& s, int64_t row, double size) {
-  const double time = s.field(kTime, row);
-  const double direction = s.controller.direction;
-  const double stop = s.stops[static_cast<int64_t>(s.field(kNextStop, row))];
-  const double left = direction * (stop - time);
-  s.field(kProposal, row) = size;
-  if (size * (1 + 1e-9) >= left) {
-    s.field(kDt, row) = stop - time;
-    s.field(kStepEnd, row) = stop;
-    return;
+template <class D>
+ODENET_HD void plan_step(const Controller& q, Row<D>& r, const MaskOf<D>& which, const D& size) {
+  const D left = D(q.direction) * (r.stop - r[kTime]);
+  const D end = r[kTime] + D(q.direction) * size;
+  const MaskOf<D> lands = size * D(1 + 1e-9) >= left;
+  const MaskOf<D> stuck = which & !lands & !(D(q.direction) * (end - r[kTime]) > D(0));
+  set(which, r[kProposal], size);
+  set(which, r[kDt], select(lands, r.stop - r[kTime], D(q.direction) * size));
+  set(which, r[kStepEnd], select(lands, r.stop, end));
+  if (any(stuck)) {
+    const MaskOf<D> small = finite(r[kErrorRatio]);
+    end_rows(r, stuck & small, kUnderflow);
+    end_rows(r, stuck & !small, kNonFinite);
   }
-  const double end = time + direction * size;
-  if (!(direction * (end - time) > 0)) {
-    end_row(s, row, is_finite(s.field(kErrorRatio, row)) ? kUnderflow : kNonFinite);
-    return;
-  }
-  s.field(kDt, row) = direction * size;
-  s.field(kStepEnd, row) = end;
 }
 
-ODENET_HD double step_factor(const StepSize& s, int64_t row, double ratio, bool accept) {
-  const Controller& q = s.controller;
-  if (!is_finite(ratio)) return q.dfactor;
-  if (ratio == 0) return q.ifactor;
-  double factor, floor = q.dfactor;
-  if (accept) {
-    factor = q.safety * pow(1 / ratio, q.b0);
-    if (q.b1 != 0) factor *= pow(s.field(kInverse1, row), q.b1);
-    if (q.b2 != 0) factor *= pow(s.field(kInverse2, row), q.b2);
-    if (ratio < 1) floor = q.accept_floor;
-  } else {
-    factor = q.safety * pow(1 / ratio, 1 / q.order);
+// F: the type in which powers are taken.
+template <class F, class D>
+ODENET_HD D step_factor(const Controller& q, const Row<D>& r, const D& ratio, const MaskOf<D>& accept) {
+  using P = With<D, F>;
+  const P inverse = convert<F>(D(1) / ratio);
+  P factor = P(F(q.safety)) * pow(inverse, P(F(q.b0)));
+  if (q.b1 != 0) factor = factor * pow(convert<F>(r[kInverse1]), P(F(q.b1)));
+  if (q.b2 != 0) factor = factor * pow(convert<F>(r[kInverse2]), P(F(q.b2)));
+  D result = convert<double>(factor);
+  const double least = 1 / q.order;
+  if ((q.b0 != least || q.b1 != 0 || q.b2 != 0) && any(r.running() & !accept)) {
+    const P after_rejection = P(F(q.safety)) * pow(inverse, P(F(least)));
+    result = select(accept, result, convert<double>(after_rejection));
   }
-  if (!(factor > floor)) factor = floor;
-  return factor < q.ifactor ? factor : q.ifactor;
+  const D floor = select(accept & (ratio < D(1)), D(q.accept_floor), D(q.dfactor));
+  result = select(result > floor, result, floor);
+  result = select(result < D(q.ifactor), result, D(q.ifactor));
+  result = select(ratio == D(0), D(q.ifactor), result);
+  return select(finite(ratio), result, D(q.dfactor));
 }
 
-// After `error`: accepts or rejects the step of one row and plans the next.
-ODENET_HD void step_size_row(const StepSize& s, int64_t row) {
+// After `error`: accepts or rejects steps and plans the next.
+template <class F, class D>
+ODENET_HD void control_step(const StepSize& s, Row<D>& r) {
   const Controller& q = s.controller;
-  s.field(kJumped, row) = 0;
-  s.field(kOutputBegin, row) = s.field(kOutputEnd, row);
-  if (!s.running(row)) {
-    s.field(kAccept, row) = 0;
-    return;
-  }
-  const double dt = s.field(kDt, row);
-  const double size = q.direction * dt;
-  const double ratio = s.field(kErrorRatio, row);
+  r[kJumped] = D(0);
+  r[kOutputBegin] = r[kOutputEnd];
+  const MaskOf<D> running = r.running();
+  const D dt = r[kDt], size = D(q.direction) * dt, ratio = r[kErrorRatio];
   // Landing may have stretched a step of min_step by a sliver: what was asked for counts too.
-  const bool smallest = size <= q.min_step || (q.min_step > 0 && s.field(kProposal, row) <= q.min_step);
-  const bool accept = ratio <= 1 || (smallest && is_finite(ratio));
-  s.field(kAccept, row) = accept;
-  s.field(kLastTime, row) = s.field(kTime, row);
-  s.field(kLastDt, row) = dt;
-  const double next = clamp_step(q, size * step_factor(s, row, ratio, accept));
-  s.field(kStepsSinceOutput, row) += 1;
-  if (accept) {
-    s.field(kNumAccepted, row) += 1;
-    s.field(kInverse2, row) = s.field(kInverse1, row);
-    s.field(kInverse1, row) = ratio > 1e-10 ? 1 / ratio : 1e10;
-    const double time = s.field(kStepEnd, row);
-    s.field(kTime, row) = time;
-    int64_t output = static_cast<int64_t>(s.field(kOutputEnd, row));
-    while (output < s.num_outputs && q.direction * (time - s.t[output]) >= 0) ++output;
-    if (output != static_cast<int64_t>(s.field(kOutputEnd, row))) s.field(kStepsSinceOutput, row) = 0;
-    s.field(kOutputEnd, row) = static_cast<double>(output);
-    const int64_t stop = static_cast<int64_t>(s.field(kNextStop, row));
-    if (time == s.stops[stop]) {
-      const int kind = static_cast<int>(s.stops[s.num_stops + stop]);
-      if (kind == kStopEnd) {
-        end_row(s, row, kSuccess);
-        return;
-      }
-      s.field(kJumped, row) = kind == kStopJump;
-      s.field(kNextStop, row) = static_cast<double>(stop + 1);
-    }
-  } else {
-    s.field(kNumRejected, row) += 1;
-    if (smallest) {  // not finite, and no smaller step is allowed
-      end_row(s, row, kNonFinite);
-      return;
-    }
+  MaskOf<D> smallest = size <= D(q.min_step);
+  if (q.min_step > 0) smallest = smallest | (r[kProposal] <= D(q.min_step));
+  const MaskOf<D> accept = running & ((ratio <= D(1)) | (smallest & finite(ratio)));
+  const MaskOf<D> reject = running & !accept;
+  r[kAccept] = select(accept, D(1), D(0));
+  set(running, r[kLastTime], r[kTime]);
+  set(running, r[kLastDt], dt);
+  const D next = clamp_step(q, size * step_factor<F>(q, r, ratio, accept));
+  r[kStepsSinceOutput] = r[kStepsSinceOutput] + select(running, D(1), D(0));
+  r[kNumAccepted] = r[kNumAccepted] + r[kAccept];
+  r[kNumRejected] = r[kNumRejected] + select(reject, D(1), D(0));
+  set(accept, r[kInverse2], r[kInverse1]);
+  set(accept, r[kInverse1], select(ratio > D(1e-10), D(1) / ratio, D(1e10)));
+  set(accept, r[kTime], r[kStepEnd]);
+  MaskOf<D> output = accept & (D(q.direction) * (r[kTime] - r.next_output) >= D(0));
+  if (any(output)) {
+    set(output, r[kStepsSinceOutput], D(0));
+    do {
+      r[kOutputEnd] = r[kOutputEnd] + select(output, D(1), D(0));
+      find_output(s, r);
+      output = accept & (D(q.direction) * (r[kTime] - r.next_output) >= D(0));
+    } while (any(output));
   }
-  if (s.field(kStepsSinceOutput, row) >= q.max_num_steps) {
-    end_row(s, row, kMaxSteps);
-    return;
+  const MaskOf<D> lands = accept & (r[kTime] == r.stop);
+  if (any(lands)) {
+    const MaskOf<D> ends = lands & (r.stop_kind == D(kStopEnd));
+    set(lands & (r.stop_kind == D(kStopJump)), r[kJumped], D(1));
+    end_rows(r, ends, kSuccess);
+    r[kNextStop] = r[kNextStop] + select(lands & !ends, D(1), D(0));
+    find_stop(s, r);
   }
-  plan_step(s, row, next);
+  if (any(reject & smallest)) end_rows(r, reject & smallest, kNonFinite);  // and no smaller step is allowed
+  const MaskOf<D> many = r.running() & (r[kStepsSinceOutput] >= D(q.max_num_steps));
+  if (any(many)) end_rows(r, many, kMaxSteps);
+  plan_step(q, r, r.running(), next);
 }
 
 // The first step (Hairer, Norsett and Wanner I, II.4). Phase 0 turns d0 = |y0|, d1 = |f0| (norms scaled by the
 // tolerance) into a small explicit Euler step, whose end the caller evaluates; phase 1 turns d2 = |f1 - f0| into the
 // step to try. A given first step, size > 0, replaces both.
-ODENET_HD void first_step_row(const StepSize& s, int64_t row, const double* norms, double size, int phase) {
+template <class D>
+ODENET_HD void plan_first_step(const StepSize& s, Row<D>& r, const D& d0, const D& d1, const D& d2, double given, int phase) {
   const Controller& q = s.controller;
-  const double d0 = norms[row], d1 = norms[s.rows + row];
-  if (!s.running(row)) return;
-  if (d0 != d0 || d1 != d1) {
-    end_row(s, row, kNonFinite);
+  const MaskOf<D> undefined = r.running() & ((d0 != d0) | (d1 != d1));
+  if (any(undefined)) end_rows(r, undefined, kNonFinite);
+  const MaskOf<D> running = r.running();
+  if (given > 0) {
+    plan_step(q, r, running, clamp_step(q, D(given)));
     return;
   }
-  if (size <= 0) {
-    double h0 = (d0 < 1e-5 || d1 < 1e-5) ? 1e-6 : 0.01 * d0 / d1;
-    const double left = q.direction * (s.stops[static_cast<int64_t>(s.field(kNextStop, row))] - s.field(kTime, row));
-    if (!(h0 > 0)) h0 = 1e-6;  // |f0| overflows
-    if (h0 > left) h0 = left;
-    if (phase == 0) {
-      s.field(kDt, row) = q.direction * h0;
-      s.field(kStepEnd, row) = s.field(kTime, row) + q.direction * h0;
-      return;
-    }
-    const double d2 = norms[2 * s.rows + row] / h0;
-    const double largest = d1 > d2 ? d1 : d2;
-    const double h1 = largest <= 1e-15 ? (h0 * 1e-3 > 1e-6 ? h0 * 1e-3 : 1e-6) : pow(0.01 / largest, 1 / q.order);
-    size = 100 * h0 < h1 ? 100 * h0 : h1;
-    if (!(size > 0)) size = h0;  // d2 is not finite: start from the small step
+  D h0 = select((d0 < D(1e-5)) | (d1 < D(1e-5)), D(1e-6), D(0.01) * d0 / d1);
+  const D left = D(q.direction) * (r.stop - r[kTime]);
+  set(!(h0 > D(0)), h0, D(1e-6));  // |f0| overflows
+  set(h0 > left, h0, left);
+  if (phase == 0) {
+    set(running, r[kDt], D(q.direction) * h0);
+    set(running, r[kStepEnd], r[kTime] + D(q.direction) * h0);
+    return;
   }
-  plan_step(s, row, clamp_step(q, size));
+  const D change = d2 / h0;
+  const D largest = select(d1 > change, d1, change);
+  const D least = select(h0 * D(1e-3) > D(1e-6), h0 * D(1e-3), D(1e-6));
+  const D h1 = select(largest <= D(1e-15), least, pow(D(0.01) / largest, D(1 / q.order)));
+  D size = select(D(100) * h0 < h1, D(100) * h0, h1);
+  set(!(size > D(0)), size, h0);  // d2 is not finite: start from the small step
+  plan_step(q, r, running, clamp_step(q, size));
 }
 
-// The time at which stage i of the planned step is evaluated, in the state's real type. Beside a discontinuity of f
-// the stage on it is moved to the side on which the step lies.
-template <class R>
-ODENET_HD R stage_time(const StepSize& s, int64_t row, int i) {
-  const double time = s.field(kTime, row), direction = s.controller.direction;
-  if (s.c[i] == 0) {
-    return s.field(kJumped, row) != 0 ? next_after(round_to<R>(time), direction) : round_to<R>(time);
+template <class P>
+ODENET_HD P next_after_lanes(P x, double towards) {
+  for (int i = 0; i < Lanes<P>::width; ++i) set_lane(x, i, next_after(Number<P>(lane(x, i)), towards));
+  return x;
+}
+
+// The time at which the stage with node c of the planned step is evaluated, in the state's real type. Beside a
+// discontinuity of f the stage on it is moved to the side on which the step lies.
+template <class R, class D>
+ODENET_HD With<D, R> stage_time(const StepSize& s, const Row<D>& r, double c) {
+  using P = With<D, R>;
+  if (c == 0) {
+    const P time = convert<R>(r[kTime]);
+    const MaskOf<P> moved = r[kJumped] != D(0);
+    return any(moved) ? select(moved, next_after_lanes(time, s.controller.direction), time) : time;
   }
-  if (s.c[i] != 1) return round_to<R>(time + s.c[i] * s.field(kDt, row));
-  const double end = s.field(kStepEnd, row);
-  const int64_t stop = static_cast<int64_t>(s.field(kNextStop, row));
-  const bool jump =
-      s.running(row) && end == s.stops[stop] && static_cast<int>(s.stops[s.num_stops + stop]) == kStopJump;
-  return jump ? next_after(round_to<R>(end), -direction) : round_to<R>(end);
+  if (c != 1) return convert<R>(r[kTime] + D(c) * r[kDt]);
+  const P end = convert<R>(r[kStepEnd]);
+  const MaskOf<P> jump = r.running() & (r[kStepEnd] == r.stop) & (r.stop_kind == D(kStopJump));
+  return any(jump) ? select(jump, next_after_lanes(end, -s.controller.direction), end) : end;
+}
+
+// Rows of the stepper, whose state is in memory.
+ODENET_HD void step_size_row(const StepSize& s, int64_t row) {
+  Row<double> r = load_row(s, row);
+  control_step<double>(s, r);
+  store_row(s, row, r);
+}
+
+ODENET_HD void first_step_row(const StepSize& s, int64_t row, const double* norms, double size, int phase) {
+  Row<double> r = load_row(s, row);
+  plan_first_step(s, r, norms[row], norms[s.rows + row], norms[2 * s.rows + row], size, phase);
+  store_row(s, row, r);
 }
 
 // times [stages, rows]: those of one row.
 template <class R>
 ODENET_HD void write_times(const StepSize& s, int64_t row, R* times) {
-  for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, row, i);
+  const Row<double> r = load_row(s, row);
+  for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, r, s.c[i]);
 }
 
 }  // namespace ODENET_LEVEL

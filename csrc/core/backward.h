@@ -1,0 +1,180 @@
+// Gradients of a solve.
+//
+// reverse_tile: of the discrete solve, from the record of its steps. With Y_i the stages, k_i their slopes, L the loss:
+//
+//   dL/dk_i = dt (b_i dL/dy1 + sum_{j>i} a_ji m_j) + that of outputs inside the step,   m_i = (df/dy)^T dL/dk_i at Y_i
+//   dL/dy0  = dL/dy1 + sum_i m_i + that of outputs
+//
+// The last slope serves the next step as its first, so its gradient is handed on from there.
+//
+// Adjoint: the adjoint equation da/dt = -a^T df/dy beside the state (Chen et al. 2018, arXiv:1806.07366), to be solved
+// backwards by solve.h; its error norm leaves the parameters out (Kidger et al. 2021, arXiv:2009.09457).
+#pragma once
+
+#include "solve.h"
+
+namespace odenet {
+namespace ODENET_LEVEL {
+
+template <class M>
+struct Adjoint : M {
+  static constexpr int state = 2 * M::state, leaves = 2 * M::leaves, taps = M::taps_of_product;
+  static constexpr int leaf_end(int i) {
+    return i < M::leaves ? M::leaf_end(i) : M::state + M::leaf_end(i - M::leaves);
+  }
+  template <class P>
+  ODENET_HD static void field(const SolveCall& in, const P& t, const P* y, const P* arguments, P* dy, P* taps_of_stage) {
+    M::slope_and_product(in, t, y, arguments, y + M::state, dy, dy + M::state, taps_of_stage);
+    for (int n = M::state; n < state; ++n) dy[n] = -dy[n];
+  }
+};
+
+// What a tile keeps on the way back.
+template <class M, class P>
+struct Reverse {
+  P y[M::state];      // dL/dy1
+  P slope[M::state];  // dL/dk of the last slope, from the step after
+  P arguments[M::arguments + 1], arguments_grad[M::arguments + 1];
+  With<P, double> output;  // the last output not yet taken in
+};
+
+// The next max_steps records of a tile, backwards. Returns how many are left.
+template <class M, class P>
+ODENET_HD int64_t reverse_tile(const SolveCall& in, int64_t tile) {
+  using T = Number<P>;
+  using D = With<P, double>;
+  constexpr int N = M::state, S = M::stages;
+  const StepSize& s = in.step;
+  const T* grad_ys = static_cast<const T*>(in.grad_ys);
+  Reverse<M, P>& g = static_cast<Reverse<M, P>*>(in.tiles)[tile];
+  T* sums = constant_sums<T>(in, tile);
+  const P none(T(0));
+  if (in.begun == 0) {
+    for (int n = 0; n < N; ++n) g.y[n] = g.slope[n] = none;
+    for (int n = 0; n <= M::arguments; ++n) g.arguments_grad[n] = none;
+    g.output = D(double(s.num_outputs - 1));
+    if constexpr (M::arguments > 0) load_lanes(g.arguments, in.arguments, M::arguments, tile, in.batch);
+  }
+  const int64_t count = in.tape_count[tile] - in.begun;
+  const int64_t stop = count > in.max_steps ? count - in.max_steps : 0;
+  P weights[S];
+  for (int i = 0; i < S; ++i) weights[i] = P(T(1));
+  P y[S][N], k[S][N], dk[S][N], taps[S][M::taps_of_product + 1];
+  for (int64_t place = count - 1; place >= stop; --place) {
+    const Record<M, P>& record = static_cast<const Record<M, P>*>(in.tape)[tile * in.capacity + place];
+    const MaskOf<D> accept = record.dt != D(0.0);
+    const MaskOf<P> counts = accept;
+    const P dt = convert<T>(record.dt);
+    const auto time_of = [&](double c) { return c == 1 ? record.last : convert<T>(record.time + D(c) * record.dt); };
+    // The stages again; the last slope has no part in them.
+    for (int n = 0; n < N; ++n) {
+      y[0][n] = record.y[n];
+      k[0][n] = record.slope[n];
+      dk[S - 1][n] = select(counts, g.slope[n], none);
+      for (int i = 0; i < S - 1; ++i) dk[i][n] = none;
+    }
+    unrolled<S - 1>([&](auto before) {
+      constexpr int i = before + 1;
+      for (int n = 0; n < N; ++n) {
+        y[i][n] = y[0][n] + dt * weigh<i>(k, n, [](auto j) { return M::a(i, j); });
+      }
+      if constexpr (i < S - 1) M::field(in, time_of(M::c(i)), y[i], g.arguments, k[i], taps[i]);
+    });
+    P start[N];  // dL/dy0 so far
+    for (int n = 0; n < N; ++n) start[n] = none;
+    // Outputs of this step.
+    const auto output_time = [&] { return gather(s.t, select(g.output > D(0.0), g.output, D(0.0))); };
+    const auto inside = [&](const D& time) {
+      return accept & (g.output > D(0.0)) & (D(s.controller.direction) * (time - record.time) > D(0.0));
+    };
+    D time = output_time();
+    for (MaskOf<D> here = inside(time); any(here); here = inside(time)) {
+      const MaskOf<P> landed = here & (time == record.end);
+      const P theta = convert<T>((time - record.time) / select(accept, record.dt, D(1.0)));
+      P b[S];
+      unrolled<S>([&](auto j) {
+        P sum = none;
+        unrolled<M::degree>([&](auto d) { sum = (sum + P(T(M::p(j, M::degree - 1 - d)))) * theta; });
+        b[j] = select(landed, none, sum * dt);
+      });
+      for (int n = 0; n < N; ++n) {
+        P grad = none;
+        for (int i = 0; i < Lanes<P>::width; ++i) {
+          if (!lane(here, i)) continue;
+          const int64_t row = static_cast<int64_t>(lane(g.output, i)) * in.batch + sample_of<P>(tile, i, in.batch);
+          const bool valid = tile * Lanes<P>::width + i < in.batch;
+          set_lane(grad, i, valid ? grad_ys[row * N + n] : T(0));
+        }
+        g.y[n] = g.y[n] + select(landed, grad, none);
+        start[n] = start[n] + select(landed, none, grad);
+        for (int j = 0; j < S; ++j) dk[j][n] = dk[j][n] + b[j] * grad;
+      }
+      g.output = g.output - select(here, D(1.0), D(0.0));
+      time = output_time();
+    }
+    // The stages backwards.
+    P product[N];
+    const auto stage = [&](auto i) {
+      M::product(in, time_of(M::c(i)), y[i], g.arguments, dk[i], product, taps[i]);
+    };
+    if constexpr (M::fsal) {
+      stage(std::integral_constant<int, S - 1>{});
+      for (int n = 0; n < N; ++n) g.y[n] = g.y[n] + select(counts, product[n], none);
+    }
+    for (int n = 0; n < N; ++n) {
+      const P scaled = dt * g.y[n];
+      unrolled<S>([&](auto j) {
+        if constexpr (M::b(j) != 0) dk[j][n] = dk[j][n] + scaled * T(M::b(j));
+      });
+    }
+    constexpr int last = M::fsal ? S - 2 : S - 1;
+    unrolled<last>([&](auto above) {
+      constexpr int i = last - above;
+      stage(std::integral_constant<int, i>{});
+      for (int n = 0; n < N; ++n) {
+        start[n] = start[n] + product[n];
+        const P scaled = dt * product[n];
+        unrolled<i>([&](auto j) {
+          if constexpr (M::a(i, j) != 0) dk[j][n] = dk[j][n] + scaled * T(M::a(i, j));
+        });
+      }
+    });
+    M::template accumulate<S - 1>(taps + 1, weights, sums, g.arguments_grad);
+    const MaskOf<P> fresh = counts & MaskOf<P>(record.fresh != D(0.0));
+    if (any(fresh)) {
+      for (int n = 0; n < N; ++n) k[0][n] = select(fresh, dk[0][n], none);
+      M::product(in, record.first, y[0], g.arguments, k[0], product, taps[0]);
+      for (int n = 0; n < N; ++n) start[n] = start[n] + select(fresh, product[n], none);
+      M::template accumulate<1>(taps, weights, sums, g.arguments_grad);
+    }
+    for (int n = 0; n < N; ++n) {
+      g.slope[n] = select(counts, select(fresh, none, dk[0][n]), g.slope[n]);
+      g.y[n] = g.y[n] + select(counts, start[n], none);
+    }
+  }
+  if (stop == 0) {
+    P grad[N];
+    load_lanes(grad, in.grad_ys, N, tile, in.batch);
+    for (int n = 0; n < N; ++n) grad[n] = grad[n] + g.y[n];
+    store_lanes(in.grad_y0, grad, N, tile, in.batch);
+    if constexpr (M::arguments > 0) store_lanes(in.grad_arguments, g.arguments_grad, M::arguments, tile, in.batch);
+  }
+  return stop;
+}
+
+#if !defined(__CUDACC__)
+
+template <class M, class P>
+int64_t reverse(const SolveCall& in, ParallelFor parallel_for) {
+  int64_t left = 0;
+  for_chunks<P>(in, parallel_for, [&](int64_t tile) {
+    const int64_t steps = reverse_tile<M, P>(in, tile);
+    if (steps > 0) __atomic_fetch_add(&left, steps, __ATOMIC_RELAXED);
+  });
+  return left;
+}
+
+#endif
+
+}  // namespace ODENET_LEVEL
+}  // namespace odenet

@@ -1,0 +1,315 @@
+// The whole solve: adaptive steps, each sample with its own step size or all with one, or steps on a grid.
+#pragma once
+
+#include "tile.h"
+
+namespace odenet {
+
+enum Control : int { kPerSample, kJoint, kGrid };
+
+namespace ODENET_LEVEL {
+
+// Where the tile adds to the gradients of the constants.
+template <class T>
+ODENET_HD T* constant_sums(const SolveCall& in, int64_t tile) {
+  return static_cast<T*>(in.grad_constants) + tile / in.chunk * in.grad_size;
+}
+
+// Adds what a step over dt of a solve backwards, lane by lane, brings to the gradients of constants and arguments.
+template <class M, class P>
+ODENET_HD void add_taps(const SolveCall& in, Tile<M, P>& x, int64_t tile, const P& dt) {
+  P weights[M::stages];
+  unrolled<M::stages>([&](auto j) { weights[j] = -dt * Number<P>(M::b(j)); });
+  M::template accumulate<M::stages>(x.taps, weights, constant_sums<Number<P>>(in, tile), x.arguments_grad);
+}
+
+// One tile under per-sample control: up to max_steps steps. Returns how many of its rows still run.
+template <class M, class P>
+ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
+  using T = Number<P>;
+  using D = With<P, double>;
+  const StepSize& s = in.step;
+  Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[tile];
+  Tile<M, P> x;
+  Row<D> r;
+  D fresh = D(1.0);
+  P first = P(T(s.t[0]));
+  if (in.begun == 0) {
+    begin_tile(in, x, tile);
+    r = first_row<D>(s);
+    const auto norms = [&](D& d0, D& d1, D& d2) {
+      d0 = d1 = d2 = D(0.0);
+      for (int leaf = 0; leaf < M::leaves; ++leaf) {
+        P q0, q1, q2;
+        start_squares<M>(in, x, leaf, q0, q1, q2);
+        const auto fold = [&](D& d, const P& q) {
+          d = maximum(convert<double>(sqrt(q * T(1 / leaf_size<M>(leaf)))), d);
+        };
+        fold(d0, q0), fold(d1, q1), fold(d2, q2);
+      }
+    };
+    D d0, d1, d2;
+    norms(d0, d1, d2);
+    if (!(in.first_step > 0)) {
+      plan_first_step(s, r, d0, d1, d2, 0.0, 0);
+      euler(in, x, convert<T>(r[kStepEnd]), convert<T>(r[kDt]));
+      norms(d0, d1, d2);
+    }
+    plan_first_step(s, r, d0, d1, d2, in.first_step, 1);
+    if (in.tape_count != nullptr) in.tape_count[tile] = 0;
+  } else {
+    x = kept.tile;
+    r = kept.row;
+    fresh = kept.fresh;
+    first = kept.first;
+  }
+  for (int64_t step = 0; step < in.max_steps && any(r.running()); ++step) {
+    const D time = r[kTime];
+    const P dt = convert<T>(r[kDt]);
+    const P last = stage_time<T>(s, r, 1.0);
+    try_step(in, x, dt, [&](double c) { return c == 1 ? last : convert<T>(time + D(c) * r[kDt]); });
+    r[kErrorRatio] = convert<double>(error_ratio(in, x, dt));
+    control_step<T>(s, r);
+    const MaskOf<D> accept = r[kAccept] != D(0.0);
+    if (any(r[kOutputBegin] < r[kOutputEnd])) {
+      write_outputs(in, x, tile, r[kOutputBegin], r[kOutputEnd], r[kLastTime], r[kLastDt], r[kTime]);
+    }
+    if (in.tape_count != nullptr && any(accept)) {
+      Record<M, P>* record = next_record<M, P>(in, tile);
+      if (record != nullptr) {
+        write_record(*record, x, first, last, time, select(accept, r[kLastDt], D(0.0)), r[kTime], fresh);
+      }
+    }
+    if constexpr (M::taps > 0) add_taps(in, x, tile, select(MaskOf<P>(accept), dt, P(T(0))));
+    accept_step(x, accept);
+    fresh = select(accept, r[kJumped], fresh);
+    const MaskOf<D> jumped = r[kJumped] != D(0.0);
+    if (any(jumped)) {
+      Tile<M, P> after = x;
+      first = select(MaskOf<P>(jumped), stage_time<T>(s, r, 0.0), first);
+      M::field(in, first, x.y, x.arguments, after.k[0], after.taps[0]);
+      for (int n = 0; n < M::state; ++n) x.k[0][n] = select(MaskOf<P>(jumped), after.k[0][n], x.k[0][n]);
+      for (int n = 0; n < M::taps; ++n) x.taps[0][n] = select(MaskOf<P>(jumped), after.taps[0][n], x.taps[0][n]);
+    }
+  }
+  kept.tile = x;
+  kept.row = r;
+  kept.fresh = fresh;
+  kept.first = first;
+  store_lanes(in.y_last, x.y, M::state, tile, in.batch);
+  int64_t running = 0;
+  for (int i = 0; i < Lanes<P>::width; ++i) {
+    const int64_t row = tile * Lanes<P>::width + i;
+    if (row >= in.batch) break;
+    for (int name = 0; name < kNumFields; ++name) s.state[name * in.batch + row] = lane(r[name], i);
+    running += lane(r.running(), i);
+  }
+  return running;
+}
+
+// A step of joint control, for one tile: what was accepted before is taken over, then the next step is tried.
+template <class M, class P>
+struct JointStep {
+  const SolveCall& in;
+  Row<double> r;          // of the step to try
+  bool accepted = false;  // the step before
+  Row<double> before;     // and its row
+  double last = 0;        // its time of the stages at its end
+  double first = 0;       // the time of its first slope, if that was
+  double fresh = 1;       // evaluated for it
+
+  ODENET_HD void finish(Tile<M, P>& x, int64_t tile) const {
+    using T = Number<P>;
+    using D = With<P, double>;
+    if (!accepted) return;
+    const Row<double>& b = before;
+    if (b[kOutputBegin] < b[kOutputEnd]) {
+      write_outputs<M, P, D>(in, x, tile, b[kOutputBegin], b[kOutputEnd], b[kLastTime], b[kLastDt], b[kTime]);
+    }
+    if (in.tape_count != nullptr) {
+      Record<M, P>* record = next_record<M, P>(in, tile);
+      if (record != nullptr) {
+        write_record<M, P, D>(*record, x, T(first), T(last), b[kLastTime], b[kLastDt], b[kTime], fresh);
+      }
+    }
+    if constexpr (M::taps > 0) add_taps(in, x, tile, P(T(b[kLastDt])));
+    accept_step(x, MaskOf<P>(true));
+    if (b[kJumped] != 0) {
+      M::field(in, P(stage_time<T>(in.step, b, 0.0)), x.y, x.arguments, x.k[0], x.taps[0]);
+    }
+  }
+
+  ODENET_HD void attempt(Tile<M, P>& x, int64_t tile) const {
+    using T = Number<P>;
+    const P dt = P(T(r[kDt]));
+    try_step(in, x, dt, [&](double c) { return P(stage_time<T>(in.step, r, c)); });
+    for (int leaf = 0; leaf < M::leaves; ++leaf) {
+      in.sums[tile * 3 * M::leaves + leaf] = sum_lanes(error_squares<M>(in, x, dt, leaf), tile, in.batch);
+    }
+  }
+};
+
+// max over leaves of the root mean square, from the sums of all tiles; which: of the three.
+template <class M>
+ODENET_HD double joint_norm(const SolveCall& in, int64_t tiles, int which) {
+  double norm = 0;
+  for (int leaf = 0; leaf < M::leaves; ++leaf) {
+    double sum = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) sum += in.sums[(tile * 3 + which) * M::leaves + leaf];
+    norm = error_fold(norm, sum, static_cast<int64_t>(leaf_size<M>(leaf)) * in.batch, leaf == 0);
+  }
+  return norm;
+}
+
+// All tiles under joint control. for_tiles(body): body(x, tile) for every tile, perhaps in several threads.
+template <class M, class P, class ForTiles>
+ODENET_HD int64_t solve_joint(const SolveCall& in, int64_t tiles, const ForTiles& for_tiles) {
+  using T = Number<P>;
+  const StepSize& s = in.step;
+  JointStep<M, P> step{in};
+  if (in.begun == 0) {
+    step.r = first_row<double>(s);
+    const auto norms = [&](Tile<M, P>& x, int64_t tile) {
+      for (int leaf = 0; leaf < M::leaves; ++leaf) {
+        P d[3];
+        start_squares<M>(in, x, leaf, d[0], d[1], d[2]);
+        for (int i = 0; i < 3; ++i) in.sums[(tile * 3 + i) * M::leaves + leaf] = sum_lanes(d[i], tile, in.batch);
+      }
+    };
+    for_tiles([&](Tile<M, P>& x, int64_t tile) {
+      begin_tile(in, x, tile);
+      norms(x, tile);
+      if (in.tape_count != nullptr) in.tape_count[tile] = 0;
+    });
+    const double d0 = joint_norm<M>(in, tiles, 0), d1 = joint_norm<M>(in, tiles, 1);
+    if (!(in.first_step > 0)) {
+      plan_first_step(s, step.r, d0, d1, 0.0, 0.0, 0);
+      for_tiles([&](Tile<M, P>& x, int64_t tile) {
+        euler(in, x, P(T(step.r[kStepEnd])), P(T(step.r[kDt])));
+        norms(x, tile);
+      });
+    }
+    plan_first_step(s, step.r, d0, d1, joint_norm<M>(in, tiles, 2), in.first_step, 1);
+    step.first = s.t[0];
+  } else {
+    const Kept<M, P>& kept = *static_cast<const Kept<M, P>*>(in.tiles);
+    step.r = load_row(s, 0);
+    step.fresh = lane(kept.fresh, 0);
+    step.first = lane(kept.first, 0);
+  }
+  const auto next = [&] {
+    if (!step.accepted) return;
+    step.fresh = step.before[kJumped];
+    if (step.fresh != 0) step.first = stage_time<T>(s, step.before, 0.0);
+  };
+  for (int64_t i = 0; i < in.max_steps && step.r.running(); ++i) {
+    for_tiles([&](Tile<M, P>& x, int64_t tile) {
+      step.finish(x, tile);
+      step.attempt(x, tile);
+    });
+    next();
+    step.last = stage_time<T>(s, step.r, 1.0);
+    step.r[kErrorRatio] = joint_norm<M>(in, tiles, 0);
+    control_step<double>(s, step.r);
+    step.accepted = step.r[kAccept] != 0;
+    step.before = step.r;
+  }
+  for_tiles([&](Tile<M, P>& x, int64_t tile) {
+    step.finish(x, tile);
+    store_lanes(in.y_last, x.y, M::state, tile, in.batch);
+  });
+  next();
+  Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
+  kept.fresh = With<P, double>(step.fresh);
+  kept.first = P(T(step.first));
+  store_row(s, 0, step.r);
+  return step.r.running();
+}
+
+// One tile on the grid `nodes`: up to max_steps steps. Returns how many are left.
+template <class M, class P>
+ODENET_HD int64_t solve_grid(const SolveCall& in, int64_t tile) {
+  using T = Number<P>;
+  using D = With<P, double>;
+  const StepSize& s = in.step;
+  const double direction = s.controller.direction;
+  Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[tile];
+  Tile<M, P> x;
+  if (in.begun == 0) {
+    begin_tile(in, x, tile);
+    if (in.tape_count != nullptr) in.tape_count[tile] = 0;
+  } else {
+    x = kept.tile;
+  }
+  int64_t output = 1;
+  int64_t step = in.begun;
+  while (output < s.num_outputs && direction * (in.nodes[step] - s.t[output]) >= 0) ++output;
+  for (; step < in.num_nodes - 1 && step < in.begun + in.max_steps; ++step) {
+    const double time = in.nodes[step], end = in.nodes[step + 1], dt = end - time;
+    const bool fresh = step == 0 || !M::fsal;
+    if (fresh && step > 0) M::field(in, P(T(time)), x.y, x.arguments, x.k[0], x.taps[0]);
+    try_step(in, x, P(T(dt)), [&](double c) { return P(T(c == 1 ? end : time + c * dt)); });
+    const int64_t first = output;
+    while (output < s.num_outputs && direction * (end - s.t[output]) >= 0) ++output;
+    if (first < output) {
+      write_outputs<M, P, D>(in, x, tile, D(double(first)), D(double(output)), D(time), D(dt), D(end));
+    }
+    if (in.tape_count != nullptr) {
+      Record<M, P>* record = next_record<M, P>(in, tile);
+      if (record != nullptr) {
+        write_record<M, P, D>(*record, x, P(T(time)), P(T(end)), D(time), D(dt), D(end), D(double(fresh)));
+      }
+    }
+    accept_step(x, MaskOf<P>(true));
+  }
+  kept.tile = x;
+  store_lanes(in.y_last, x.y, M::state, tile, in.batch);
+  return in.num_nodes - 1 - step;
+}
+
+#if !defined(__CUDACC__)
+
+// body(tile) for all tiles, in the threads that parallel_for has; a chunk of tiles is one thread's.
+template <class P, class Body>
+void for_chunks(const SolveCall& in, ParallelFor parallel_for, const Body& body) {
+  constexpr int width = Lanes<P>::width;
+  const int64_t tiles = (in.batch + width - 1) / width;
+  if (tiles == 1) return body(int64_t{0});
+  auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin * in.chunk; tile < end * in.chunk && tile < tiles; ++tile) body(tile);
+  };
+  parallel_for(
+      0, (tiles + in.chunk - 1) / in.chunk, 1,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(range)*>(context))(begin, end); }, &range);
+}
+
+// All of it on the CPU. Returns how much is left: rows, or steps.
+template <class M, class P, int control>
+int64_t solve(const SolveCall& in, ParallelFor parallel_for) {
+  constexpr int width = Lanes<P>::width;
+  const int64_t tiles = (in.batch + width - 1) / width;
+  Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
+  if constexpr (control == kJoint) {
+    if (tiles > 1) {
+      return solve_joint<M, P>(in, tiles, [&](const auto& body) {
+        for_chunks<P>(in, parallel_for, [&](int64_t tile) { body(kept[tile].tile, tile); });
+      });
+    }
+    Tile<M, P> x = kept->tile;
+    const int64_t left = solve_joint<M, P>(in, 1, [&](const auto& body) { body(x, 0); });
+    kept->tile = x;
+    return left;
+  } else {
+    int64_t left = 0;
+    for_chunks<P>(in, parallel_for, [&](int64_t tile) {
+      const int64_t rows = control == kGrid ? solve_grid<M, P>(in, tile) : solve_tile<M, P>(in, tile);
+      if (rows > 0) __atomic_fetch_add(&left, rows, __ATOMIC_RELAXED);
+    });
+    return left;
+  }
+}
+
+#endif
+
+}  // namespace ODENET_LEVEL
+}  // namespace odenet

@@ -1,0 +1,291 @@
+// A tile: as many samples as a pack has lanes, which go through all steps together. What a step does to one.
+//
+// M: the tableau and the equation, written by the emitter (odenet_cuda/compiled/emit.py), with
+//   T, state, arguments, stages, degree, leaves, fsal, taps; a(i, j), b(j), c(i), e(j), p(j, d), leaf_end(i): constants,
+//   field(in, t, y, arguments, dy, taps): the slope of a pack of samples,
+//   product(in, t, y, arguments, g, dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants
+//   and arguments are made.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "dense_output.h"
+#include "error.h"
+#include "step_size.h"
+
+namespace odenet {
+
+// One solve, as the host hands it over. Numbers of the state's type come as void*.
+struct SolveCall {
+  const void* y0;                // [batch, state]
+  const void* arguments;         // [batch, arguments]
+  const void* const* constants;  // what the field depends on besides: weights, each an array
+  const double* rtol;            // [leaves]
+  const double* atol;
+  StepSize step;  // state: [kNumFields, rows], read at the start if resumed, written at the end
+  double first_step;
+  void* ys;               // [num_outputs, batch, state]; the first is y0
+  void* y_last;           // [batch, state]
+  const double* nodes;    // [num_nodes]: the grid of a method without step control
+  void* tiles;            // [tiles] what a tile keeps between calls, see tile_bytes
+  void* tape;             // [tiles, capacity] records of accepted steps, or null
+  int64_t* tape_count;    // [tiles] steps that the tape should hold
+  double* sums;           // [tiles, 3 leaves] of joint control
+  // Gradients, of a solve backwards.
+  const void* grad_ys;   // [num_outputs, batch, state]
+  void* grad_y0;         // [batch, state]
+  void* grad_arguments;  // [batch, arguments]
+  void* grad_constants;  // [chunks, grad_size]: each chunk of tiles adds to its own
+  int64_t chunk;         // tiles of a chunk
+  int64_t grad_size;
+  int64_t batch, num_nodes, capacity;
+  int64_t max_steps;  // steps to try in this call
+  int64_t begun;      // steps tried before; 0: the solve begins
+};
+
+namespace ODENET_LEVEL {
+
+template <int... I, class Body>
+ODENET_HD void unrolled(std::integer_sequence<int, I...>, const Body& body) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+// body(integral_constant 0), ..., body(integral_constant count - 1)
+template <int count, class Body>
+ODENET_HD void unrolled(const Body& body) {
+  unrolled(std::make_integer_sequence<int, count>{}, body);
+}
+
+template <class M, class P>
+struct Tile {
+  P y[M::state];   // at the start of the step
+  P y1[M::state];  // at its end
+  P k[M::stages][M::state];
+  P arguments[M::arguments + 1];
+  P arguments_grad[M::arguments + 1];
+  P taps[M::taps > 0 ? M::stages : 1][M::taps + 1];  // beside each slope, where the solve integrates those too
+};
+
+// What a tile keeps between calls.
+template <class M, class P>
+struct Kept {
+  Tile<M, P> tile;
+  Row<With<P, double>> row;  // under per-sample control
+  With<P, double> fresh;     // 1: the first slope of the next step was evaluated, not taken over from the last step
+  P first;                   // at this time
+};
+
+// One accepted step, lane by lane.
+template <class M, class P>
+struct Record {
+  P y[M::state];
+  P slope[M::state];
+  P first, last;             // times of its first stage, and of those at its end
+  With<P, double> time, dt;  // dt: 0 where the lane did not accept
+  With<P, double> end;
+  With<P, double> fresh;  // as in Kept
+};
+
+// A lane beyond the batch repeats the last sample.
+template <class P>
+ODENET_HD int64_t sample_of(int64_t tile, int i, int64_t batch) {
+  const int64_t sample = tile * Lanes<P>::width + i;
+  return sample < batch ? sample : batch - 1;
+}
+template <class P>
+ODENET_HD void load_lanes(P* to, const void* from, int columns, int64_t tile, int64_t batch) {
+  const Number<P>* p = static_cast<const Number<P>*>(from);
+  for (int i = 0; i < Lanes<P>::width; ++i) {
+    const int64_t sample = sample_of<P>(tile, i, batch);
+    for (int n = 0; n < columns; ++n) set_lane(to[n], i, p[sample * columns + n]);
+  }
+}
+template <class P>
+ODENET_HD void store_lanes(void* to, const P* from, int columns, int64_t tile, int64_t batch) {
+  Number<P>* p = static_cast<Number<P>*>(to);
+  for (int i = 0; i < Lanes<P>::width; ++i) {
+    const int64_t sample = tile * Lanes<P>::width + i;
+    if (sample >= batch) return;
+    for (int n = 0; n < columns; ++n) p[sample * columns + n] = lane(from[n], i);
+  }
+}
+
+// sum_j weight(j) k[j][n] of the first `count` slopes; constants that are 0 cost nothing.
+template <int count, class P, int N, class Weight>
+ODENET_HD P weigh(const P (*k)[N], int n, Weight) {
+  P sum(Number<P>(0));
+  unrolled<count>([&](auto j) {
+    constexpr double w = Weight{}(j);
+    if constexpr (w != 0) sum = sum + k[j][n] * Number<P>(w);
+  });
+  return sum;
+}
+
+// The stages of one step: time_of(c) is the time of a node.
+template <class M, class P, class TimeOf>
+ODENET_HD void try_step(const SolveCall& in, Tile<M, P>& x, const P& dt, const TimeOf& time_of) {
+  unrolled<M::stages - 1>([&](auto before) {
+    constexpr int i = before + 1;
+    constexpr bool end = M::fsal && i == M::stages - 1;
+    P between[end ? 1 : M::state];
+    P* y = end ? x.y1 : between;
+    for (int n = 0; n < M::state; ++n) {
+      y[n] = x.y[n] + dt * weigh<i>(x.k, n, [](auto j) { return M::a(i, j); });
+    }
+    M::field(in, time_of(M::c(i)), y, x.arguments, x.k[i], x.taps[M::taps > 0 ? i : 0]);
+  });
+  if constexpr (!M::fsal) {
+    for (int n = 0; n < M::state; ++n) {
+      x.y1[n] = x.y[n] + dt * weigh<M::stages>(x.k, n, [](auto j) { return M::b(j); });
+    }
+  }
+}
+
+// The sum of the squares of the scaled error in one leaf, lane by lane.
+template <class M, class P>
+ODENET_HD P error_squares(const SolveCall& in, const Tile<M, P>& x, const P& dt, int leaf) {
+  using T = Number<P>;
+  const T rtol = T(in.rtol[leaf]), atol = T(in.atol[leaf]);
+  P sum(T(0));
+  for (int n = leaf == 0 ? 0 : M::leaf_end(leaf - 1); n < M::leaf_end(leaf); ++n) {
+    const P error = dt * weigh<M::stages>(x.k, n, [](auto j) { return M::e(j); });
+    const P size = maximum(abs(x.y[n]), abs(x.y1[n]));
+    const P scaled = error / (P(atol) + size * rtol);
+    sum = sum + scaled * scaled + (size - size);
+  }
+  return sum;
+}
+
+template <class M>
+ODENET_HD double leaf_size(int leaf) {
+  return M::leaf_end(leaf) - (leaf == 0 ? 0 : M::leaf_end(leaf - 1));
+}
+
+// The error ratio of each lane.
+template <class M, class P>
+ODENET_HD P error_ratio(const SolveCall& in, const Tile<M, P>& x, const P& dt) {
+  P ratio(Number<P>(0));
+  for (int leaf = 0; leaf < M::leaves; ++leaf) {
+    const P norm = sqrt(error_squares<M>(in, x, dt, leaf) * Number<P>(1 / leaf_size<M>(leaf)));
+    ratio = leaf == 0 ? norm : maximum(norm, ratio);
+  }
+  return ratio;
+}
+
+// The outputs [begin, end) of each lane, which fall into the step from `time` over dt that ended at `reached`.
+template <class M, class P, class D = With<P, double>>
+ODENET_HD void write_outputs(const SolveCall& in, const Tile<M, P>& x, int64_t tile, D begin, const D& end,
+                             const D& time, const D& dt, const D& reached) {
+  using T = Number<P>;
+  T* ys = static_cast<T*>(in.ys);
+  MaskOf<D> left = begin < end;
+  while (any(left)) {
+    const D output = gather(in.step.t, select(left, begin, D(0.0)));
+    const P theta = convert<T>((output - time) / dt);
+    const MaskOf<P> landed = output == reached;
+    P weights[M::stages];
+    unrolled<M::stages>([&](auto j) {
+      P b(T(0));
+      unrolled<M::degree>([&](auto d) { b = (b + P(T(M::p(j, M::degree - 1 - d)))) * theta; });
+      weights[j] = b * convert<T>(dt);
+    });
+    for (int n = 0; n < M::state; ++n) {
+      P sum = x.y[n];
+      for (int j = 0; j < M::stages; ++j) sum = sum + weights[j] * x.k[j][n];
+      sum = select(landed, x.y1[n], sum);
+      for (int i = 0; i < Lanes<P>::width; ++i) {
+        const int64_t sample = tile * Lanes<P>::width + i;
+        if (sample < in.batch && lane(left, i)) {
+          ys[(static_cast<int64_t>(lane(begin, i)) * in.batch + sample) * M::state + n] = lane(sum, i);
+        }
+      }
+    }
+    begin = begin + select(left, D(1.0), D(0.0));
+    left = begin < end;
+  }
+}
+
+// Where the tape holds the next record of a tile, or null. Counts it in any case.
+template <class M, class P>
+ODENET_HD Record<M, P>* next_record(const SolveCall& in, int64_t tile) {
+  const int64_t place = in.tape_count[tile]++;
+  if (in.tape == nullptr || place >= in.capacity) return nullptr;
+  return static_cast<Record<M, P>*>(in.tape) + tile * in.capacity + place;
+}
+
+template <class M, class P, class D = With<P, double>>
+ODENET_HD void write_record(Record<M, P>& record, const Tile<M, P>& x, const P& first, const P& last, const D& time,
+                            const D& dt, const D& end, const D& fresh) {
+  for (int n = 0; n < M::state; ++n) {
+    record.y[n] = x.y[n];
+    record.slope[n] = x.k[0][n];
+  }
+  record.first = first;
+  record.last = last;
+  record.time = time;
+  record.dt = dt;
+  record.end = end;
+  record.fresh = fresh;
+}
+
+template <class M, class P>
+ODENET_HD void accept_step(Tile<M, P>& x, const MaskOf<P>& accept) {
+  for (int n = 0; n < M::state; ++n) {
+    x.y[n] = select(accept, x.y1[n], x.y[n]);
+    x.k[0][n] = select(accept, x.k[M::stages - 1][n], x.k[0][n]);
+  }
+  for (int n = 0; n < M::taps; ++n) x.taps[0][n] = select(accept, x.taps[M::stages - 1][n], x.taps[0][n]);
+}
+
+template <class D>
+ODENET_HD Row<D> first_row(const StepSize& s) {
+  Row<D> r;
+  for (int name = 0; name < kNumFields; ++name) r[name] = D(0.0);
+  r[kTime] = r[kStepEnd] = r[kLastTime] = D(s.t[0]);
+  r[kInverse1] = r[kInverse2] = r[kOutputBegin] = r[kOutputEnd] = D(1.0);
+  find_stop(s, r);
+  find_output(s, r);
+  return r;
+}
+
+// The sum over the valid lanes of a tile.
+template <class P>
+ODENET_HD double sum_lanes(const P& x, int64_t tile, int64_t batch) {
+  double sum = 0;
+  for (int i = 0; i < Lanes<P>::width && tile * Lanes<P>::width + i < batch; ++i) sum += lane(x, i);
+  return sum;
+}
+
+// Norms of the start, lane by lane, as squares of leaf `leaf`: of y0, f0, and of f1 - f0, where f1 lies in k[1].
+template <class M, class P>
+ODENET_HD void start_squares(const SolveCall& in, const Tile<M, P>& x, int leaf, P& d0, P& d1, P& d2) {
+  using T = Number<P>;
+  d0 = d1 = d2 = P(T(0));
+  for (int n = leaf == 0 ? 0 : M::leaf_end(leaf - 1); n < M::leaf_end(leaf); ++n) {
+    const P scale = P(T(in.atol[leaf])) + abs(x.y[n]) * T(in.rtol[leaf]);
+    const P y = x.y[n] / scale, f = x.k[0][n] / scale, change = (x.k[1][n] - x.k[0][n]) / scale;
+    d0 = d0 + y * y;
+    d1 = d1 + f * f;
+    d2 = d2 + change * change;
+  }
+}
+
+template <class M, class P>
+ODENET_HD void begin_tile(const SolveCall& in, Tile<M, P>& x, int64_t tile) {
+  load_lanes(x.y, in.y0, M::state, tile, in.batch);
+  for (int n = 0; n <= M::arguments; ++n) x.arguments[n] = x.arguments_grad[n] = P(Number<P>(0));
+  if constexpr (M::arguments > 0) load_lanes(x.arguments, in.arguments, M::arguments, tile, in.batch);
+  store_lanes(in.ys, x.y, M::state, tile, in.batch);
+  M::field(in, P(Number<P>(in.step.t[0])), x.y, x.arguments, x.k[0], x.taps[0]);
+  for (int n = 0; n < M::state; ++n) x.k[1][n] = x.k[0][n];
+}
+
+// The slope after an explicit Euler step, into k[1].
+template <class M, class P>
+ODENET_HD void euler(const SolveCall& in, Tile<M, P>& x, const P& time, const P& dt) {
+  for (int n = 0; n < M::state; ++n) x.y1[n] = x.y[n] + dt * x.k[0][n];
+  M::field(in, time, x.y1, x.arguments, x.k[1], x.taps[M::taps > 0]);
+}
+
+}  // namespace ODENET_LEVEL
+}  // namespace odenet
