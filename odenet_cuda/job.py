@@ -11,6 +11,9 @@ from torch import Tensor
 from . import noise, transforms
 from .callbacks import find_callbacks
 from .captured import captured_tensors, earlier_results, sequence_number
+from .compiled.engine import Engine, evaluations
+from .compiled.field import Sources
+from .compiled.field import attach as attach_compiled
 from .gradients import adjoint as adjoint_gradient
 from .gradients import checkpoint as checkpoint_gradient
 from .gradients import direct as direct_gradient
@@ -102,6 +105,29 @@ class Job:
         found = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: found[name] for name in self.regularizers}
         return solution
+
+    def run_compiled(self, engine: Engine, gradient: str, backward: Any, args: Sequence[Any], on_failure: str) -> Solution:
+        """The solve by a compiled field."""
+        problem, options = self.problem, self.options
+        sources = Sources(engine, self.structure, args, lambda: self._again(on_failure))
+        wanted = torch.is_grad_enabled() and sources.wanted
+        trajectory = engine.solve(keep=wanted and gradient != "adjoint")
+        self.field.nfe = evaluations(options, trajectory.state, self.grid, problem)
+        stats = self._stats(trajectory)
+        host = None if trajectory.state is None else trajectory.state.numpy()
+        outputs = trajectory.ys
+        error = self._failure(host, trajectory, outputs, stats)
+        if error is not None and on_failure == "raise":
+            raise error
+        if wanted:
+            outputs = attach_compiled(engine, gradient, backward, outputs, stats, sources)
+        return self._solution(outputs, trajectory, None, stats)
+
+    def _again(self, on_failure: str) -> list[Tensor]:
+        """The outputs once more by the stepper, with a gradient that has one itself."""
+        problem = replace(self.problem, field=self.problem.field.again())
+        job = Job(problem, self.options, self.structure, self.t, False, self.grid)
+        return self.structure.flatten(job.run("direct", None, None, None, on_failure).ys)
 
     def _recorder_for(self, gradient: str | None, checkpoints: Checkpoints | None, step_costs: StepCosts | None) -> Any:
         """What the solve must keep, or None. gradient: None where none is wanted."""

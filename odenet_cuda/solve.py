@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import transforms
+from .compiled.field import compiled_field, prepare
 from .gradients.adjoint_setup import adjoint_setup
 from .integrate import Options, fixed_grid, stop_times
 from .job import Job
@@ -124,6 +125,7 @@ def solve(
     _check_checkpoints(max_checkpoints, gradient)
     structure = check_state(y0)
     func = with_arguments(func, args)
+    compiled, field_args = compiled_field(func)
     times, values = check_times(t)
     per_sample = step_control == "per_sample"
     if per_sample:
@@ -156,6 +158,22 @@ def solve(
         if gradient == "quadrature" and (adjoint_options or {}).get("norm") is not None:
             raise ValueError("adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards")
         backward = adjoint_setup(func, problem, structure, options, *given, check=adjoint_params is None)
+    if compiled is not None:
+        needs = [
+            name
+            for name, needed in (
+                ("dense=True", dense),
+                ("regularizers", bool(regularizers)),
+                ("gradient='quadrature'", gradient == "quadrature"),
+                ("max_checkpoints", max_checkpoints is not None),
+                ("adjoint_params", adjoint_params is not None),
+                ("a norm or callbacks of the adjoint", gradient == "adjoint" and (backward.norm or backward.callbacks)),
+            )
+            if needed
+        ]
+        engine = prepare(compiled, field_args, problem, options, structure, times, grid, needs)
+        if engine is not None:
+            return job.run_compiled(engine, gradient, backward, field_args, on_failure)
     checkpoints = None
     if gradient == "checkpoint":
         checkpoints = Checkpoints(max_checkpoints, None if grid is None else len(grid[0]) - 1)

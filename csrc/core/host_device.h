@@ -11,6 +11,8 @@
 #define ODENET_HD inline __attribute__((always_inline))
 #endif
 
+#define ODENET_EXPORT __attribute__((visibility("default")))
+
 // The instruction set that a file is compiled for. The functions of core/ lie in a namespace of that name, so that the
 // linker never takes one compiled for a newer machine for another of the same name.
 #ifndef ODENET_LEVEL

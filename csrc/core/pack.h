@@ -49,6 +49,10 @@ ODENET_HD bool all(bool mask) {
   return mask;
 }
 
+ODENET_HD bool negate(bool mask) {
+  return !mask;
+}
+
 // The number of one lane.
 template <class T>
 ODENET_HD T lane(const T& x, int) {
@@ -264,6 +268,10 @@ ODENET_HD Mask<T, W> operator!(const Mask<T, W>& x) {
   ODENET_UNROLL
   for (int h = 0; h < r.vectors; ++h) r.v[h] = ~x.v[h];
   return r;
+}
+template <class T, int W>
+ODENET_HD Mask<T, W> negate(const Mask<T, W>& x) {
+  return !x;
 }
 template <class T, int W>
 ODENET_HD bool any(const Mask<T, W>& x) {

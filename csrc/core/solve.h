@@ -17,10 +17,20 @@ ODENET_HD T* constant_sums(const SolveCall& in, int64_t tile) {
 
 // Adds what a step over dt of a solve backwards, lane by lane, brings to the gradients of constants and arguments.
 template <class M, class P>
-ODENET_HD void add_taps(const SolveCall& in, Tile<M, P>& x, int64_t tile, const P& dt) {
+ODENET_HD void add_taps(const SolveCall& in, Tile<M, P>& x, int64_t tile, P dt) {
+  for (int i = Lanes<P>::width - 1; tile * Lanes<P>::width + i >= in.batch; --i) set_lane(dt, i, Number<P>(0));
   P weights[M::stages];
   unrolled<M::stages>([&](auto j) { weights[j] = -dt * Number<P>(M::b(j)); });
   M::template accumulate<M::stages>(x.taps, weights, constant_sums<Number<P>>(in, tile), x.arguments_grad);
+}
+
+// Writes where the tile has got to.
+template <class M, class P>
+ODENET_HD void end_tile(const SolveCall& in, const Tile<M, P>& x, int64_t tile) {
+  store_lanes(in.y_last, x.y, M::state, tile, in.batch);
+  if constexpr (M::taps > 0 && M::arguments > 0) {
+    store_lanes(in.grad_arguments, x.arguments_grad, M::arguments, tile, in.batch);
+  }
 }
 
 // One tile under per-sample control: up to max_steps steps. Returns how many of its rows still run.
@@ -96,7 +106,7 @@ ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
   kept.row = r;
   kept.fresh = fresh;
   kept.first = first;
-  store_lanes(in.y_last, x.y, M::state, tile, in.batch);
+  end_tile(in, x, tile);
   int64_t running = 0;
   for (int i = 0; i < Lanes<P>::width; ++i) {
     const int64_t row = tile * Lanes<P>::width + i;
@@ -216,7 +226,7 @@ ODENET_HD int64_t solve_joint(const SolveCall& in, int64_t tiles, const ForTiles
   }
   for_tiles([&](Tile<M, P>& x, int64_t tile) {
     step.finish(x, tile);
-    store_lanes(in.y_last, x.y, M::state, tile, in.batch);
+    end_tile(in, x, tile);
   });
   next();
   Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
@@ -260,10 +270,11 @@ ODENET_HD int64_t solve_grid(const SolveCall& in, int64_t tile) {
         write_record<M, P, D>(*record, x, P(T(time)), P(T(end)), D(time), D(dt), D(end), D(double(fresh)));
       }
     }
+    if constexpr (M::taps > 0) add_taps(in, x, tile, P(T(dt)));
     accept_step(x, MaskOf<P>(true));
   }
   kept.tile = x;
-  store_lanes(in.y_last, x.y, M::state, tile, in.batch);
+  end_tile(in, x, tile);
   return in.num_nodes - 1 - step;
 }
 

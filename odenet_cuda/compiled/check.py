@@ -1,0 +1,125 @@
+"""The program of a field, run by NumPy in float64 beside the field itself: what was misread is refused before it is compiled."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..problem import Structure
+from .program import Linear, Pointwise, Program, Reduce, Refs, split
+from .trace import BATCHES, Unreadable, sample_rows
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+_NAMES: dict[str, Any] = {
+    "P": lambda x: x,
+    "T": float,
+    "select": np.where,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "negate": np.logical_not,
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+    "atan2": np.arctan2,
+    "asinh": np.arcsinh,
+    "acosh": np.arccosh,
+    "atanh": np.arctanh,
+    "pow": np.power,
+    "erf": lambda x: torch.erf(torch.as_tensor(x)).numpy(),
+    "erfc": lambda x: torch.erfc(torch.as_tensor(x)).numpy(),
+    **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan")},
+    **{name: getattr(np, name) for name in ("sinh", "cosh", "tanh", "sqrt", "abs", "floor", "ceil")},
+}
+
+
+def run_program(program: Program, inputs: dict[str, np.ndarray], constants: list[np.ndarray]) -> list[np.ndarray]:
+    """The buffers after a run on a batch: each [batch, size]. inputs: t, y, arguments, g, by name, [batch, size]."""
+    batch = len(inputs["y"])
+    waiting = iter(constants)
+    memory: list[Any] = []
+    for buffer in program.buffers:
+        if buffer.kind == "input":
+            memory.append(inputs[buffer.name])
+        elif buffer.kind == "constant":
+            memory.append(np.broadcast_to(next(waiting), (batch, buffer.size)))
+        elif buffer.kind == "literal":
+            memory.append(np.broadcast_to(np.array(buffer.values), (batch, len(buffer.values))))
+        else:
+            memory.append(np.empty((batch, buffer.size), bool if buffer.mask else float))
+
+    def read(refs: Refs) -> np.ndarray:
+        buffers, places = split(refs)
+        if refs.size == 0:
+            return np.zeros((batch, 0))
+        out = np.empty((batch, *refs.shape), bool if memory[int(buffers.flat[0])].dtype == bool else float)
+        for buffer in np.unique(buffers):
+            out[:, buffers == buffer] = memory[int(buffer)][:, places[buffers == buffer]]
+        return out
+
+    for s in program.statements:
+        if isinstance(s, Pointwise):
+            operands = {f"x{i}": read(refs) for i, refs in enumerate(s.operands)}
+            memory[s.out][:] = eval(s.text.format(*operands), {**_NAMES, **operands})
+        elif isinstance(s, Reduce):
+            memory[s.out][:] = read(s.operand).max(-1) if s.largest else read(s.operand).sum(-1)
+        elif isinstance(s, Linear):
+            places = s.offset + s.row * np.arange(s.rows)[:, None] + s.column * np.arange(s.columns)
+            memory[s.out][:] = read(s.x) @ memory[s.weight][0][places].T + (0 if s.bias is None else read(s.bias))
+    program_read = read
+    return [program_read(refs) for refs in (program.slopes, program.products, program.argument_products)]
+
+
+def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor, args: Sequence[Any]) -> None:
+    """Raises Unreadable where slopes or products of the program are not those of func, at a state near the one given."""
+    batch = 1 if plan.whole else BATCHES[0] - 2
+    generator = torch.Generator().manual_seed(0)
+
+    def near(x: Tensor) -> Tensor:
+        rows = x.detach() if plan.whole else sample_rows(x, batch)
+        return rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.dtype)
+
+    t = t + 0.25
+    leaves = [near(leaf).requires_grad_() for leaf in structure.leaves]
+    samples = [near(args[i]).requires_grad_() for i in plan.batched]
+    g = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.dtype) for leaf in leaves]
+    given = list(args)
+    for i, place in enumerate(plan.batched):
+        given[place] = samples[i]
+    with torch.enable_grad():
+        slopes = structure.flatten(func(t, structure.unflatten(leaves), *given))
+        used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
+        grads: Sequence[Any] = [None] * (len(leaves) + len(samples))
+        if used:
+            grads = torch.autograd.grad([x for x, _ in used], [*leaves, *samples], [p for _, p in used], allow_unused=True)
+    found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip([*leaves, *samples], grads, strict=True)]
+
+    def flat(parts: Sequence[Tensor]) -> np.ndarray:
+        rows = [part.detach().double().reshape(batch, -1) for part in parts]
+        return torch.cat(rows, 1).numpy() if rows else np.zeros((batch, 0))
+
+    inputs = {"t": np.full((batch, 1), float(t)), "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
+    from .plan import _apply
+
+    values: dict[Any, Any] = {
+        node: plan.recording.constant(node) for node in plan.recording.graphs[0].nodes if node.op == "get_attr"
+    }
+    with torch.no_grad():
+        arrays = [
+            torch.as_strided(x := (values[n] if n in values else _apply(n, values)), [size], [1], x.storage_offset())
+            for n, size in zip(
+                plan.program.constants, [b.size for b in plan.program.buffers if b.kind == "constant"], strict=True
+            )
+        ]
+    with np.errstate(all="ignore"):
+        results = run_program(plan.program, inputs, [a.detach().numpy().astype(bool if a.dtype == torch.bool else float) for a in arrays])
+    wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) :])]
+    tolerance = 1e-9 if plan.dtype == torch.float64 else 1e-3
+    for what, got, expected in zip(("slopes", "products", "products"), results, wanted, strict=True):
+        scale = 1 + np.abs(expected).max(initial=0)
+        difference = np.abs(got - expected).max(initial=0) / scale
+        if not (difference <= tolerance or (np.isnan(got) == np.isnan(expected)).all() and np.isnan(expected).any()):
+            raise Unreadable(f"func was misread: its {what} differ by {difference:.1e}")

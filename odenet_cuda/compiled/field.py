@@ -1,0 +1,255 @@
+"""compile(field): a field whose solves run as one kernel call each, and how a solve of one is served."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import transforms
+from ..callbacks import find_callbacks
+from ..integrate import Grid, Options
+from ..methods import find_method
+from ..problem import Problem, Structure, WithArguments
+from ..tableau import ButcherTableau
+from .build import NoCompiler
+from .emit import SOLVES, Target
+from .engine import Engine
+from .plan import Plan
+from .trace import Unreadable
+
+_SERVED = (torch.float32, torch.float64)
+_warned = False
+
+
+class CompiledField(nn.Module):
+    """What `compile` gives: the field itself when called, and a program of it wherever it is solved.
+
+    Numbers that func reads from Python, and its branches, are read once for every kind of state; `reset` forgets them.
+    """
+
+    def __init__(self, func: Callable[..., Any]):
+        super().__init__()
+        self.func = func
+        self._plans: dict[Any, Plan | Unreadable] = {}
+        self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
+        self._latest: Plan | None = None
+
+    def forward(self, t: Tensor, y: Any, *args: Any) -> Any:
+        return self.func(t, y, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "func":
+                raise
+            return getattr(super().__getattr__("func") if "func" in self._modules else self.__dict__["func"], name)
+
+    def reset(self) -> None:
+        """Forgets what was read: after numbers or branches of func have changed."""
+        self._plans.clear()
+        self._latest = None
+
+    def explain(self) -> str:
+        """How the last solve was served, and why not by the compiled field where it was not."""
+        if self._latest is None and not self._why:
+            return "not solved yet"
+        return "compiled" if not self._why else "served by the stepper: " + "; ".join(self._why)
+
+    def source(self, method: str = "dopri5", solve: str = "per_sample", *, cuda: bool = False, lanes: str = "pack") -> str:
+        """The C++ text of the field read last, with one method. solve: one of "per_sample", "joint", "grid", and for gradients
+        "adjoint_per_sample", "adjoint_joint", "adjoint_grid", "reverse". Raises RuntimeError before the first solve."""
+        if solve not in SOLVES:
+            raise ValueError(f"solve must be one of {SOLVES}, got {solve!r}")
+        if self._latest is None:
+            raise RuntimeError("the field has not been read yet: solve with it once; " + self.explain())
+        dtype = "float" if self._latest.dtype == torch.float32 else "double"
+        return self._latest.source(find_method(method), Target(dtype, lanes, solve, cuda))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}, "_latest": None, "_why": []}  # libraries stay behind; the cache has them
+
+    # How a solve asks
+
+    def plan(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
+        """Raises Unreadable."""
+        key = self._key(structure, args, per_sample)
+        if key not in self._plans:
+            self._plans[key] = self._read(structure, args, per_sample)
+        found = self._plans[key]
+        if isinstance(found, Unreadable):
+            raise found
+        self._latest = found
+        return found
+
+    def _key(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
+        leaves = tuple((leaf.dtype, leaf.shape[1:], leaf.dim()) for leaf in structure.leaves)
+        rows = structure.leaves[0].shape[0] if structure.leaves[0].dim() else -1
+        given = tuple((x.dtype, x.shape[1:], x.dim() and x.shape[0] == rows, x.requires_grad) if isinstance(x, Tensor) else x for x in args)
+        func = self.func
+        modules = list(func.modules()) if isinstance(func, nn.Module) else []
+        training = tuple(module.training for module in modules)
+        frozen = tuple(p.requires_grad for p in func.parameters()) if modules else ()
+        return structure.spec, leaves, given, per_sample, training, frozen, rows if structure.leaves[0].dim() < 2 else 0
+
+    def _read(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> "Plan | Unreadable":
+        leaves = structure.leaves
+        rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
+        failure = Unreadable("the leaves of y0 have no common axis of samples")
+        if len(rows) == 1 and None not in rows:
+            try:
+                return Plan(self.func, structure, args, whole=False)
+            except Unreadable as error:
+                failure = error
+        if per_sample:
+            return failure
+        try:
+            return Plan(self.func, structure, args, whole=True)
+        except Unreadable as error:
+            small = all(leaf.dim() < 2 for leaf in leaves)
+            return error if small else failure
+
+
+def compile(func: Callable[..., Any]) -> CompiledField:
+    """A field that is compiled to C++ when it is first solved: the whole solve, and its backward, then run in one call each.
+
+    func: ``func(t, y)`` or ``func(t, y, *args)``, a Module or a function, made of linear layers, matrix products with
+        parameters, pointwise functions, concatenations, slices, sums, softmax and layer norms over features, and derivatives
+        of these by `torch.autograd.grad`. Arguments given to `solve(args=...)` with one entry a sample are read as such.
+
+    The result is a Module that can be used wherever func is. Training never compiles anew; another shape, type, method or
+    control does, once, and the cache on disk keeps it. A solve that cannot be served so, because func cannot be read, the
+    state is not float32 or float64 on the CPU, or an option needs the stepper, is served by the stepper:
+    ``field.explain()`` says why. ``field.source()`` shows the text.
+
+    Beside the stepper: results agree to rounding, gradient="direct" is computed as "checkpoint" is, and the error norm of
+    gradient="adjoint" leaves the parameters out.
+
+    Raises TypeError if func is not callable.
+
+    >>> import torch, odenet_cuda
+    >>> field = odenet_cuda.compile(lambda t, y: -y)
+    >>> float(odenet_cuda.odeint(field, torch.ones(1, 1), torch.tensor([0.0, 1.0]))[-1].round(decimals=4))
+    0.3678999900817871
+    >>> field.explain()
+    'compiled'
+    """
+    if not callable(func):
+        raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
+    return func if isinstance(func, CompiledField) else CompiledField(func)
+
+
+def compiled_field(func: Any) -> tuple[CompiledField | None, tuple]:
+    """The compiled field that func is, if it is one, and its arguments."""
+    args: tuple = ()
+    if isinstance(func, WithArguments):
+        func, args = func._func, func._args
+    return (func, args) if isinstance(func, CompiledField) else (None, args)
+
+
+def prepare(
+    field: CompiledField,
+    args: Sequence[Any],
+    problem: Problem,
+    options: Options,
+    structure: Structure,
+    t: Tensor,
+    grid: Grid | None,
+    needs: Sequence[str],
+) -> Engine | None:
+    """The engine of this solve, or None where the stepper must serve it; `field.explain` then says why. needs: what the solve
+    was asked for that only the stepper has."""
+    global _warned
+    field._why = []
+    if len(problem.t) == 1 or any(leaf.numel() == 0 for leaf in structure.leaves):
+        field._why = ["there is nothing to solve"]
+        return None
+    why = [f"{name} needs it" for name in needs]
+    if problem.device.type != "cpu":
+        why.append(f"the state is on {problem.device}; compiled solves run on the CPU")
+    kinds = {leaf.dtype for leaf in structure.leaves}
+    if len(kinds) > 1 or not kinds <= set(_SERVED):
+        why.append("the state is not all float32 or all float64")
+    if problem.norm is not None or any(isinstance(tol, Tensor) for tol in (*problem.rtol, *problem.atol)):
+        why.append("a norm of the user, or tolerances that are tensors")
+    if options.perturb:
+        why.append("perturb=True needs it")
+    if torch.is_autocast_enabled("cpu"):
+        why.append("autocast is on")
+    if torch.is_grad_enabled() and t.requires_grad:
+        why.append("a gradient for t needs it")
+    if find_callbacks(field.func, structure, options.adaptive):
+        why.append("callbacks of func need it")
+    if not why:
+        try:
+            plan = field.plan(structure, args, problem.per_sample)
+            engine = Engine(plan, problem, options, args, grid)
+            plan.library(options.tableau, engine.target(engine.control))
+            return engine
+        except Unreadable as error:
+            why.append(str(error))
+        except NoCompiler as error:
+            why.append(str(error))
+            if not _warned:
+                _warned = True
+                warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=3)
+    field._why = why
+    return None
+
+
+def attach(engine: Engine, gradient: str, backward: Any, ys: list[Tensor], stats: Any, sources: "Sources") -> list[Tensor]:
+    """ys with a gradient for y0, arguments and what func depends on."""
+    tensors = [*sources.y0, *sources.arguments, *sources.constants]
+    return list(_Compiled.apply(engine, (gradient, backward, stats, sources), tuple(ys), len(sources.y0), *tensors))
+
+
+class Sources:
+    """The tensors that get gradients. again(y0, arguments): the same solve by the stepper, differentiable."""
+
+    def __init__(self, engine: Engine, structure: Structure, args: Sequence[Any], again: Callable[..., list[Tensor]]):
+        self.y0 = list(structure.leaves)
+        self.arguments = [args[i] for i in engine.plan.batched]
+        self.constants = [place(args) for place in engine.plan.wanted]
+        self.again = again
+
+    @property
+    def wanted(self) -> bool:
+        return any(x.requires_grad for x in (*self.y0, *self.arguments, *self.constants))
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, engine, how, ys, count, *tensors):
+        ctx.engine, ctx.how, ctx.count = engine, how, count
+        ctx.save_for_backward(*tensors)
+        return ys
+
+    @staticmethod
+    def backward(ctx, *grad_ys):
+        gradient, backward, stats, sources = ctx.how
+        tensors = ctx.saved_tensors  # says so where one was changed since
+        engine = ctx.engine
+        if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
+            if gradient == "adjoint":
+                raise RuntimeError(
+                    "gradient='adjoint' has no second derivative; use gradient='direct' or 'checkpoint', which have"
+                )
+            ys = sources.again()
+            wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+            grads = torch.autograd.grad(ys, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
+            found: list[Any] = [None] * len(tensors)
+            for i, grad in zip(wanted, grads, strict=True):
+                found[i] = grad
+            return None, None, None, None, *found
+        with torch.no_grad():
+            gys = list(grad_ys)
+            parts = engine.adjoint(backward, gys) if gradient == "adjoint" else engine.reverse(gys)
+        stats.nfe_backward = engine.nfe_backward
+        flat = [part for group in parts for part in group]
+        shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
+        return None, None, None, None, *shaped
+
+
+__all__ = ["CompiledField", "ButcherTableau", "attach", "compile", "compiled_field", "prepare", "transforms"]

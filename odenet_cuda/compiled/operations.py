@@ -1,0 +1,268 @@
+"""Operations that are not pointwise: those that move numbers about, sums, and matrix products."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from .lower import Lowering, Sample, Summed, Value, where
+from .program import Refs
+from .trace import Unreadable
+
+Operation = Callable[[Lowering, fx.Node, fx.Node], Value]
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(*names: str) -> Callable[[Operation], Operation]:
+    def add(function: Operation) -> Operation:
+        for name in names:
+            OPERATIONS[name] = function
+        return function
+
+    return add
+
+
+def _source(low: Lowering, node: fx.Node, place: int = 0) -> Sample:
+    return low.sample(node.args[place], low.twin[node].args[place], node)
+
+
+def _axis(value: Sample, axis: Any, node: fx.Node, extra: int = 0) -> int:
+    axis = int(axis) % (value.refs.ndim + extra)
+    if extra == 0 and axis == value.batch:
+        raise Unreadable(f"{where(node)} takes samples apart")
+    return axis
+
+
+def _rearranged(low: Lowering, node: fx.Node, value: Sample, refs: Refs) -> Sample:
+    shape, batch = low.shapes(node)
+    if list(refs.shape) != shape:
+        raise Unreadable(f"{where(node)} is not read")
+    return Sample(refs, batch, value.mask)
+
+
+@operation("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "_to_copy", "to")
+def _same(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    if node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+        if value.mask and node.meta["val"].dtype.is_floating_point:
+            return low._number_of(value)
+        raise Unreadable(f"{where(node)} changes the type to {node.meta['val'].dtype}")
+    return value
+
+
+@operation("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
+def _view(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    return _rearranged(low, node, value, value.refs.reshape(low.shapes(node)[0]))
+
+
+@operation("expand")
+def _expand(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    return _rearranged(low, node, value, np.broadcast_to(value.refs, low.shapes(node)[0]))
+
+
+@operation("repeat")
+def _repeat(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value, counts = _source(low, node), list(node.args[1])  # type: ignore[call-overload]
+    refs = value.refs.reshape((1,) * (len(counts) - value.refs.ndim) + value.refs.shape)
+    shape, batch = low.shapes(node)
+    if batch is not None and refs.shape[batch] != shape[batch]:
+        raise Unreadable(f"{where(node)} repeats samples")
+    if batch is not None:
+        counts[batch] = 1
+    return _rearranged(low, node, value, np.tile(refs, counts))
+
+
+@operation("permute")
+def _permute(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    return _rearranged(low, node, value, value.refs.transpose([int(axis) for axis in node.args[1]]))  # type: ignore[union-attr]
+
+
+@operation("transpose")
+def _transpose(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    return _rearranged(low, node, value, value.refs.swapaxes(int(node.args[1]), int(node.args[2])))  # type: ignore[arg-type]
+
+
+@operation("t")
+def _t(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    return _rearranged(low, node, value, value.refs.T)
+
+
+@operation("select")
+def _select(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    axis = _axis(value, node.args[1], node)
+    return _rearranged(low, node, value, value.refs.take(int(node.args[2]), axis))  # type: ignore[arg-type]
+
+
+def _range(node: fx.Node, first: int, size: int) -> slice:
+    start, end, step = (*node.args[first:], *[None] * 3)[:3]
+    return slice(*slice(start, min(int(end), size) if end is not None else None, step).indices(size))  # type: ignore[arg-type]
+
+
+@operation("slice")
+def _slice(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    axis = int(node.args[1]) % value.refs.ndim if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    if axis == value.batch:
+        if low.shapes(node)[0] != list(value.refs.shape) or _range(node, 2, 1 << 40) != slice(0, 1 << 40, 1):
+            raise Unreadable(f"{where(node)} takes samples apart")
+        return value
+    index: list[Any] = [slice(None)] * value.refs.ndim
+    index[axis] = _range(node, 2, value.refs.shape[axis])
+    return _rearranged(low, node, value, value.refs[tuple(index)])
+
+
+@operation("slice_scatter", "select_scatter")
+def _scatter(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value, source = _source(low, node), _source(low, node, 1)
+    axis = _axis(value, node.args[2] if len(node.args) > 2 else 0, node)
+    index: list[Any] = [slice(None)] * value.refs.ndim
+    of_slice = "slice" in str(node.target)
+    index[axis] = _range(node, 3, value.refs.shape[axis]) if of_slice else int(node.args[3])  # type: ignore[arg-type]
+    refs = np.broadcast_to(value.refs, low.shapes(node)[0]).copy()
+    refs[tuple(index)] = source.refs
+    return _rearranged(low, node, value, refs)
+
+
+@operation("cat")
+def _cat(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    parts = [low.sample(x, x, node) for x in node.args[0]]  # type: ignore[union-attr]
+    shape, batch = low.shapes(node)
+    axis = (int(node.args[1]) if len(node.args) > 1 else 0) % len(shape)  # type: ignore[arg-type]
+    if axis == batch:
+        raise Unreadable(f"{where(node)} puts samples together")
+    refs = [part.refs for part in parts if part.refs.ndim == len(shape)]  # torch lets an empty tensor pass
+    return Sample(np.concatenate(refs, axis), batch, parts[0].mask)
+
+
+@operation("flip")
+def _flip(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    axes = [_axis(value, axis, node) for axis in node.args[1]]  # type: ignore[union-attr]
+    return _rearranged(low, node, value, np.flip(value.refs, axes))
+
+
+@operation("roll")
+def _roll(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    if len(node.args) < 3:
+        raise Unreadable(f"{where(node)} rolls through the samples")
+    axes = [_axis(value, axis, node) for axis in node.args[2]]  # type: ignore[union-attr]
+    return _rearranged(low, node, value, np.roll(value.refs, tuple(node.args[1]), tuple(axes)))  # type: ignore[arg-type]
+
+
+@operation("constant_pad_nd")
+def _pad(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    pads = list(node.args[1])  # type: ignore[call-overload]
+    number = float(node.args[2]) if len(node.args) > 2 else 0.0  # type: ignore[arg-type]
+    refs = value.refs
+    for i in range(0, len(pads), 2):
+        axis = refs.ndim - 1 - i // 2
+        if (pads[i] or pads[i + 1]) and axis == value.batch:
+            raise Unreadable(f"{where(node)} adds samples")
+        lengths = [list(refs.shape), list(refs.shape)]
+        for j in (0, 1):
+            lengths[j][axis] = max(pads[i + j], 0)
+        ends = [np.full(length, low.program.literal(number), np.int64) for length in lengths]
+        inner: list[Any] = [slice(None)] * refs.ndim
+        inner[axis] = slice(max(-pads[i], 0), refs.shape[axis] - max(-pads[i + 1], 0))
+        refs = np.concatenate([ends[0], refs[tuple(inner)], ends[1]], axis)
+    return _rearranged(low, node, value, refs)
+
+
+def _split_axes(value: Sample, axes: Any) -> tuple[Refs, list[int]]:
+    """[kept..., reduced] and the reduced axes."""
+    rank = value.refs.ndim
+    reduced = sorted(int(axis) % rank for axis in axes) if axes else list(range(rank))
+    kept = [axis for axis in range(rank) if axis not in reduced]
+    count = int(np.prod([value.refs.shape[axis] for axis in kept]))
+    return value.refs.transpose([*kept, *reduced]).reshape(count, -1), reduced
+
+
+@operation("sum", "mean")
+def _sum(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = low._number_of(_source(low, node))
+    refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
+    mean = "mean" in str(node.target)
+    if value.batch in reduced:
+        if mean:
+            raise Unreadable(f"{where(node)} is a mean over samples")
+        return low.add_sum(node, low.reduce(refs, False)[None], None)
+    total = low.reduce(refs, False)
+    if mean:
+        total = low.statement("{0} * {1}", [total, np.full(len(total), low.program.literal(1 / refs.shape[1]), np.int64)])
+    shape, batch = low.shapes(node)
+    return Sample(total.reshape(shape), batch)
+
+
+@operation("amax", "amin")
+def _extreme(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
+    if value.batch in reduced:
+        raise Unreadable(f"{where(node)} mixes samples")
+    shape, batch = low.shapes(node)
+    if "amin" in str(node.target):
+        refs = low.statement("-{0}", [refs.reshape(-1)]).reshape(refs.shape)
+        refs = low.statement("-{0}", [low.reduce(refs, True)])
+        return Sample(refs.reshape(shape), batch)
+    return Sample(low.reduce(refs, True).reshape(shape), batch)
+
+
+@operation("prod")
+def _product(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    refs, reduced = _split_axes(value, [node.args[1]] if len(node.args) > 1 else None)
+    if value.batch in reduced:
+        raise Unreadable(f"{where(node)} mixes samples")
+    result = refs[:, 0]
+    for i in range(1, refs.shape[1]):
+        result = low.statement("{0} * {1}", [result, refs[:, i]])
+    shape, batch = low.shapes(node)
+    return Sample(result.reshape(shape), batch)
+
+
+@operation("mm", "addmm")
+def _mm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    first = 1 if "addmm" in str(node.target) else 0
+    if node.kwargs:
+        raise Unreadable(f"{where(node)} with beta or alpha is not read")
+    a, b = _source(low, node, first), _source(low, node, first + 1)
+    shape, batch = low.shapes(node)
+    if a.batch == 1 and b.batch == 0 and not first:
+        return low.add_sum(node, a.refs.T, b.refs)
+    if (a.batch, b.batch) not in ((0, None), (None, 1), (None, None)):
+        raise Unreadable(f"{where(node)} mixes samples")
+    bias = np.broadcast_to(_source(low, node).refs, shape) if first else None
+    if b.batch is None and not (a.batch is None and low.is_constant(a.refs)):  # x [k, in], weight [in, out]
+        rows = [low.matrix(node, x, b.refs.T, None if bias is None else bias[i]) for i, x in enumerate(a.refs)]
+        return Sample(np.stack(rows), batch)
+    columns = [low.matrix(node, x, a.refs, None if bias is None else bias[:, i]) for i, x in enumerate(b.refs.T)]
+    return Sample(np.stack(columns, 1), batch)
+
+
+@operation("bmm")
+def _bmm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    a, b = _source(low, node), _source(low, node, 1)
+    if {a.batch, b.batch} - {0, None}:
+        raise Unreadable(f"{where(node)} mixes samples")
+    shape, batch = low.shapes(node)
+    count = shape[0]
+    left, right = (np.broadcast_to(x.refs, (count, *x.refs.shape[1:])) for x in (a, b))
+    out = [
+        np.stack([low.matrix(node, right[i, :, column], left[i], None) for column in range(right.shape[2])], 1)
+        if b.batch == 0 and a.batch is None
+        else np.stack([low.matrix(node, left[i, row], right[i].T, None) for row in range(left.shape[1])])
+        for i in range(count)
+    ]
+    return Sample(np.stack(out), batch)
+
+
+__all__ = ["OPERATIONS", "Summed"]
