@@ -1,6 +1,8 @@
 // Matrix products of a tile: those of a linear layer, and those of its weights' gradient. [feature][lane] throughout.
 #pragma once
 
+#include <utility>
+
 #include "pack.h"
 
 namespace odenet {
@@ -36,53 +38,90 @@ ODENET_HD void linear(const Number<P>* w, const P* x, P* y) {
   if constexpr (whole < rows) linear_rows<rows - whole, columns, row, column>(w + whole * row, x, y + whole);
 }
 
+#if !defined(__CUDACC__)
+
+// pairs[i]: the sums of two neighbours each, those of x first.
+template <class V, int... I>
+ODENET_HD V add_neighbours(const V& x, const V& y, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, (2 * I)...) + __builtin_shufflevector(x, y, (2 * I + 1)...);
+#else
+  using Index = decltype(x < y);
+  return __builtin_shuffle(x, y, Index{2 * I...}) + __builtin_shuffle(x, y, Index{2 * I + 1 ...});
+#endif
+}
+
+// As many vectors as one has lanes -> the sum of each, in one vector.
+template <class T>
+ODENET_HD Vector<T> sum_each(Vector<T>* x) {
+  constexpr int lanes = kVectorBytes / int(sizeof(T));
+  ODENET_UNROLL
+  for (int count = lanes / 2; count > 0; count /= 2) {
+    ODENET_UNROLL
+    for (int i = 0; i < count; ++i) {
+      x[i] = add_neighbours(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, lanes>{});
+    }
+  }
+  return x[0];
+}
+
+#endif
+
 // The sum over the lanes, always in the same order.
 template <class P>
 ODENET_HD Number<P> sum_of_lanes(const P& x) {
-  if constexpr (Lanes<P>::width == 1) {
-    return x;
-  } else {
-    Number<P> numbers[Lanes<P>::width];
-    memcpy(numbers, &x, sizeof(x));
-    ODENET_UNROLL
-    for (int half = Lanes<P>::width / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) numbers[i] += numbers[i + half];
-    }
-    return numbers[0];
-  }
+  Number<P> sum(0);
+  for (int i = 0; i < Lanes<P>::width; ++i) sum += lane(x, i);
+  return sum;
 }
 
 // sums[r * columns + c] += sum over steps s and lanes of weight[s] a[s][r] b[s][c]; a and b begin at those places of taps.
 template <int rows, int columns, int steps, int a, int b, class P, int N>
 ODENET_HD void outer_sums(const P (*taps)[N], const P* weight, Number<P>* sums) {
-  constexpr int high = rows < 4 ? rows : 4, wide = columns < 2 ? columns : 2;
-  const auto block = [&](auto height, auto width, int r, int c) {
-    P sum[height][width];
-    for (int i = 0; i < height; ++i) {
-      for (int j = 0; j < width; ++j) sum[i][j] = P(Number<P>(0));
-    }
-    ODENET_UNROLL
-    for (int s = 0; s < steps; ++s) {
-      ODENET_UNROLL
-      for (int i = 0; i < height; ++i) {
-        const P value = weight[s] * taps[s][a + r + i];
-        ODENET_UNROLL
-        for (int j = 0; j < width; ++j) sum[i][j] = sum[i][j] + value * taps[s][b + c + j];
+  using T = Number<P>;
+  if constexpr (Lanes<P>::width == 1) {
+    for (int r = 0; r < rows; ++r) {
+      for (int s = 0; s < steps; ++s) {
+        const P value = weight[s] * taps[s][a + r];
+        for (int c = 0; c < columns; ++c) sums[r * columns + c] += value * taps[s][b + c];
       }
     }
-    ODENET_UNROLL
-    for (int i = 0; i < height; ++i) {
-      ODENET_UNROLL
-      for (int j = 0; j < width; ++j) sums[(r + i) * columns + c + j] += sum_of_lanes(sum[i][j]);
+  } else {
+#if !defined(__CUDACC__)
+    // Blocks of as many results as a vector has lanes, so that one reduction gives them all.
+    constexpr int lanes = P::of_vector, high = rows < 4 && lanes > 4 ? (rows < 2 ? 1 : 2) : lanes < 4 ? lanes : 4;
+    constexpr int wide = lanes / high;
+    P left[steps][high];
+    for (int r = 0; r < rows; r += high) {
+      for (int s = 0; s < steps; ++s) {
+        for (int i = 0; i < high; ++i) left[s][i] = weight[s] * taps[s][a + (r + i < rows ? r + i : rows - 1)];
+      }
+      for (int c = 0; c < columns; c += wide) {
+        Vector<T> sum[lanes];
+        int place[wide];
+        ODENET_UNROLL
+        for (int j = 0; j < wide; ++j) place[j] = b + (c + j < columns ? c + j : columns - 1);
+        ODENET_UNROLL
+        for (int i = 0; i < lanes; ++i) sum[i] = Vector<T>{};
+        for (int s = 0; s < steps; ++s) {
+          ODENET_UNROLL
+          for (int h = 0; h < P::vectors; ++h) {
+            ODENET_UNROLL
+            for (int j = 0; j < wide; ++j) {
+              const Vector<T> right = taps[s][place[j]].v[h];
+              ODENET_UNROLL
+              for (int i = 0; i < high; ++i) sum[i * wide + j] += left[s][i].v[h] * right;
+            }
+          }
+        }
+        const Vector<T> total = sum_each<T>(sum);
+        for (int i = 0; i < high && r + i < rows; ++i) {
+          for (int j = 0; j < wide && c + j < columns; ++j) sums[(r + i) * columns + c + j] += total[i * wide + j];
+        }
+      }
     }
-  };
-  constexpr int rest_high = rows % high, rest_wide = columns % wide;
-  const auto line = [&](auto height, int r) {
-    for (int c = 0; c + wide <= columns; c += wide) block(height, std::integral_constant<int, wide>{}, r, c);
-    if constexpr (rest_wide > 0) block(height, std::integral_constant<int, rest_wide>{}, r, columns - rest_wide);
-  };
-  for (int r = 0; r + high <= rows; r += high) line(std::integral_constant<int, high>{}, r);
-  if constexpr (rest_high > 0) line(std::integral_constant<int, rest_high>{}, rows - rest_high);
+#endif
+  }
 }
 
 // sums[r] += sum over steps and lanes of weight[s] a[s][r]

@@ -21,7 +21,17 @@ from pathlib import Path
 
 from .. import _C
 
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-DNDEBUG", "-w")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-DNDEBUG",
+    "-w",
+)
 LEVEL_FLAGS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Structure
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
-from .trace import BATCHES, Unreadable, sample_rows
+from .trace import BATCHES, Unreadable, sample_rows, value_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -102,24 +102,21 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
         return torch.cat(rows, 1).numpy() if rows else np.zeros((batch, 0))
 
     inputs = {"t": np.full((batch, 1), float(t)), "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
-    from .plan import _apply
-
-    values: dict[Any, Any] = {
-        node: plan.recording.constant(node) for node in plan.recording.graphs[0].nodes if node.op == "get_attr"
-    }
+    seen = {node: plan.recording.constant(node) for node in plan.recording.graphs[0].nodes if node.op == "get_attr"}
+    sizes = [buffer.size for buffer in plan.program.buffers if buffer.kind == "constant"]
     with torch.no_grad():
         arrays = [
-            torch.as_strided(x := (values[n] if n in values else _apply(n, values)), [size], [1], x.storage_offset())
-            for n, size in zip(
-                plan.program.constants, [b.size for b in plan.program.buffers if b.kind == "constant"], strict=True
-            )
+            torch.as_strided(x := value_of(node, seen), [size], [1], x.storage_offset())
+            for node, size in zip(plan.program.constants, sizes, strict=True)
         ]
     with np.errstate(all="ignore"):
-        results = run_program(plan.program, inputs, [a.detach().numpy().astype(bool if a.dtype == torch.bool else float) for a in arrays])
+        results = run_program(
+            plan.program, inputs, [a.detach().numpy().astype(bool if a.dtype == torch.bool else float) for a in arrays]
+        )
     wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) :])]
     tolerance = 1e-9 if plan.dtype == torch.float64 else 1e-3
     for what, got, expected in zip(("slopes", "products", "products"), results, wanted, strict=True):
         scale = 1 + np.abs(expected).max(initial=0)
         difference = np.abs(got - expected).max(initial=0) / scale
-        if not (difference <= tolerance or (np.isnan(got) == np.isnan(expected)).all() and np.isnan(expected).any()):
+        if not (difference <= tolerance or ((np.isnan(got) == np.isnan(expected)).all() and np.isnan(expected).any())):
             raise Unreadable(f"func was misread: its {what} differ by {difference:.1e}")

@@ -46,7 +46,9 @@ class FunctionText:
         for buffer in self._constants(needed, results):
             place = [b for b in range(len(program.buffers)) if program.buffers[b].kind == "constant"].index(buffer)
             kind = "bool" if program.buffers[buffer].mask else "T"
-            self.lines.append(f"const {kind}* {program.buffers[buffer].name} = static_cast<const {kind}*>(in.constants[{place}]);")
+            self.lines.append(
+                f"const {kind}* {program.buffers[buffer].name} = static_cast<const {kind}*>(in.constants[{place}]);"
+            )
         self._emit(needed, {int(b) for _, refs in results for b in np.unique(split(refs)[0])})
         for name, refs in results:
             self._copy(name, refs)

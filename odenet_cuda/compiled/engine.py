@@ -33,8 +33,7 @@ class Engine:
         self.tableau: ButcherTableau = options.tableau
         self.batch = 1 if plan.whole else problem.leaves[0].shape[0]
         self.state = sum(plan.leaf_sizes)
-        self.values = plan.constants(args)
-        self.arrays = plan.arrays(self.values)
+        self.constants = plan.constants(args)
         self.arguments = _rows([args[i].detach() for i in plan.batched], self.batch, problem.leaves[0])
         self.control = "grid" if not options.adaptive else "per_sample" if problem.per_sample else "joint"
         self.tape: Tensor | None = None
@@ -90,7 +89,7 @@ class Engine:
         call = _C.Call(
             y0=y0.data_ptr(),
             arguments=self.arguments.data_ptr(),
-            constants=[x.data_ptr() for x in self.arrays],
+            constants=self.constants.addresses,
             rtol=list(problem.rtol),
             atol=list(problem.atol),
             state=state.data_ptr(),
@@ -158,7 +157,7 @@ class Engine:
 
     def _gradients(self, y: Tensor, constants: Tensor, arguments: Tensor) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         parts = arguments.split(self.plan.argument_sizes, -1) if self.plan.batched else ()
-        return self._leaves(y), list(parts), self.plan.gradients(constants.sum(0), self.values)
+        return self._leaves(y), list(parts), self.plan.gradients(constants.sum(0), self.constants)
 
     def reverse(self, grad_ys: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         """Gradients for y0, arguments and wanted constants: of the discrete solve, by its tape."""
@@ -174,7 +173,7 @@ class Engine:
         call = _C.Call(
             y0=self.y0.data_ptr(),
             arguments=self.arguments.data_ptr(),
-            constants=[x.data_ptr() for x in self.arrays],
+            constants=self.constants.addresses,
             rtol=[],
             atol=[],
             state=0,
@@ -245,7 +244,8 @@ def evaluations(options: Options, state: Tensor | None, grid: Grid | None, probl
     """Calls of func that such a solve takes."""
     tableau = options.tableau
     if state is not None:
-        tries = int((state[FIELDS["num_accepted"]] + state[FIELDS["num_rejected"]]).max())
+        host = state.numpy()
+        tries = int((host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]).max())
         return tries * (tableau.stages - 1) + (1 if options.first_step else 2) + len(options.jump_t)
     assert grid is not None
     count, points, last = 0, len(tableau.rows), len(grid[0]) - 2

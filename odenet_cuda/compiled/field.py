@@ -85,14 +85,20 @@ class CompiledField(nn.Module):
         return found
 
     def _key(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
-        leaves = tuple((leaf.dtype, leaf.shape[1:], leaf.dim()) for leaf in structure.leaves)
+        """What a reading depends on: shapes and types, and of func its modules, whether they train, and what is frozen."""
         rows = structure.leaves[0].shape[0] if structure.leaves[0].dim() else -1
-        given = tuple((x.dtype, x.shape[1:], x.dim() and x.shape[0] == rows, x.requires_grad) if isinstance(x, Tensor) else x for x in args)
-        func = self.func
-        modules = list(func.modules()) if isinstance(func, nn.Module) else []
-        training = tuple(module.training for module in modules)
-        frozen = tuple(p.requires_grad for p in func.parameters()) if modules else ()
-        return structure.spec, leaves, given, per_sample, training, frozen, rows if structure.leaves[0].dim() < 2 else 0
+        leaves = tuple([(leaf.dtype, leaf.shape[1:], leaf.dim()) for leaf in structure.leaves])
+        given = tuple(
+            [
+                (x.dtype, x.shape[1:], x.dim() > 0 and x.shape[0] == rows, x.requires_grad) if isinstance(x, Tensor) else x
+                for x in args
+            ]
+        )
+        found: list[Any] = []
+        if isinstance(self.func, nn.Module):
+            _describe(self.func, found)
+        small = rows if structure.leaves[0].dim() < 2 else 0
+        return structure.spec, leaves, given, per_sample, small, tuple(found)
 
     def _read(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> "Plan | Unreadable":
         leaves = structure.leaves
@@ -110,6 +116,14 @@ class CompiledField(nn.Module):
         except Unreadable as error:
             small = all(leaf.dim() < 2 for leaf in leaves)
             return error if small else failure
+
+
+def _describe(module: nn.Module, found: list[Any]) -> None:
+    found += [id(module), module.training]
+    found += [x is not None and x.requires_grad for x in module._parameters.values()]
+    for child in module._modules.values():
+        if child is not None:
+            _describe(child, found)
 
 
 def compile(func: Callable[..., Any]) -> CompiledField:
@@ -252,4 +266,4 @@ class _Compiled(torch.autograd.Function):
         return None, None, None, None, *shaped
 
 
-__all__ = ["CompiledField", "ButcherTableau", "attach", "compile", "compiled_field", "prepare", "transforms"]
+__all__ = ["ButcherTableau", "CompiledField", "attach", "compile", "compiled_field", "prepare", "transforms"]

@@ -40,7 +40,20 @@ class Summed:
 
 Value = Sample | Uniform | Summed
 
-_LINEAR = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "expand", "add", "sub", "neg"}
+_LINEAR = {
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "permute",
+    "transpose",
+    "t",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "add",
+    "sub",
+    "neg",
+}
 _LINEAR |= {"mul", "div", "sum", "slice", "select", "clone", "alias", "detach", "mm", "cat", "slice_scatter", "select_scatter"}
 _CREATE = {"full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"}
 _SAME = {"clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive"}
@@ -95,7 +108,9 @@ class Lowering:
 
     def run(self) -> None:
         first, second = (list(graph.nodes) for graph in self.recording.graphs)
-        if len(first) != len(second) or any(a.target != b.target for a, b in zip(first, second, strict=True) if a.op == "call_function"):
+        if len(first) != len(second) or any(
+            a.target != b.target for a, b in zip(first, second, strict=True) if a.op == "call_function"
+        ):
             raise Unreadable("func does other operations for another number of samples")
         self.twin = dict(zip(first, second, strict=True))
         places = {"y": 0, "arguments": 0, "g": 0}
@@ -195,7 +210,9 @@ class Lowering:
                 return self._as_sample(x, 0)
             raise Unreadable(f"{where(node)} of a sum over samples")
         if isinstance(x, (bool, int, float)):
-            return Sample(np.array(self.program.literal(float(self.number(x, twin, node))), np.int64), None, isinstance(x, bool))
+            return Sample(
+                np.array(self.program.literal(float(self.number(x, twin, node))), np.int64), None, isinstance(x, bool)
+            )
         raise Unreadable(f"{where(node)} has an operand {type(x).__name__}")
 
     def pointwise(self, node: fx.Node, text: str, operands: list[Sample], mask: bool = False) -> Sample:
@@ -265,7 +282,9 @@ class Lowering:
                 raise Unreadable(f"{where(node)} with rounding is not read")
             operands = [self.sample(x, y, node) for x, y in zip(node.args, twin.args, strict=True)]
             if any(x.mask for x in operands[name == "where" :]) and name not in OF_MASKS:
-                operands = [operands[0], *map(self._number_of, operands[1:])] if name == "where" else [*map(self._number_of, operands)]
+                operands = (
+                    [operands[0], *map(self._number_of, operands[1:])] if name == "where" else [*map(self._number_of, operands)]
+                )
             return self.pointwise(node, TEXTS.get(name) or MASKS[name], operands, name in MASKS)
         raise Unreadable(f"{where(node)} is not read")
 

@@ -1,13 +1,12 @@
 """A plan: a field read for one kind of state, with the libraries of its solves and what torch does before and after them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from .. import _C
 from ..problem import Structure
@@ -15,9 +14,9 @@ from ..tableau import ButcherTableau
 from .build import load
 from .check import check_program
 from .emit import Target, emit, tap_layout
-from .lower import Lowering, Uniform
+from .lower import Lowering
 from .program import Linear, Program
-from .trace import Recording, Unreadable, record, sample_rows
+from .trace import Recording, Unreadable, record, value_of
 
 LARGEST = 1024  # numbers of a sample in one value
 _MOST_BYTES = 3 << 20  # of a tile's values on the stack of one thread
@@ -46,15 +45,16 @@ class Plan:
         self._check_size()
         check_program(self, func, structure, t, args)
         self._find_constants(func, args)
-        self.libraries: dict[Any, _C.Library] = {}
+        self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
         self.steps: dict[Any, int] = {}  # how many the last solve of a kind took
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)
-        self._after = self._nodes_after()
 
     def _record(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any]) -> Recording:
         rows = 0 if self.whole else structure.leaves[0].shape[0]
-        able = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole]
+        able = [
+            i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole
+        ]
         choices = [list(c) for n in range(len(able) + 1) for c in combinations(able, n)]
         choices.sort(key=lambda c: (len(c) not in (0, len(able)), len(c)))
         failure = Unreadable("")
@@ -73,7 +73,8 @@ class Plan:
         if numbers * 128 > _MOST_BYTES:
             raise Unreadable(f"a sample has {numbers} numbers on the way, too many for a thread's stack")
         self.operations = sum(
-            s.rows * s.columns if isinstance(s, Linear) else self.program.buffers[s.out].size * 4 for s in self.program.statements
+            s.rows * s.columns if isinstance(s, Linear) else self.program.buffers[s.out].size * 4
+            for s in self.program.statements
         )
 
     # Constants
@@ -86,45 +87,20 @@ class Plan:
             if node.op == "get_attr":
                 self.places[node] = _place(self.recording.constant(node), func, args)
         self.wanted = [_place(tensor, func, args) for tensor in self.recording.wanted]
-        needed = set(self.program.constants)
-        for node in reversed(list(graph.nodes)):
-            if node in needed:
-                needed |= set(node.all_input_nodes)
-        self._before = [node for node in graph.nodes if node in needed and node.op == "call_function"]
-
-    def constants(self, args: Sequence[Any]) -> dict[fx.Node, Any]:
-        """Every uniform value that the kernels read, and those on the way to it."""
-        values: dict[fx.Node, Any] = {node: place(args) for node, place in self.places.items()}
+        seen: dict[fx.Node, Any] = {node: self.recording.constant(node) for node in self.places}
+        self.views: list[View | None] = []
         with torch.no_grad():
-            for node in self._before:
-                values[node] = _apply(node, values)
-        return values
+            for node in self.program.constants:
+                self.views.append(_view(node, value_of(node, seen), seen))
 
-    def arrays(self, values: dict[fx.Node, Any]) -> list[Tensor]:
-        """The constants as the kernels read them: laid out as when they were recorded."""
-        arrays = []
-        for node in self.program.constants:
-            seen, value = node.meta["val"], values[node].detach()
-            if value.stride() != seen.stride() or value.dtype != seen.dtype:
-                laid_out = torch.empty_strided(seen.shape, seen.stride(), dtype=seen.dtype)
-                value = laid_out.copy_(value)
-            arrays.append(value)
-        return arrays
+    def constants(self, args: Sequence[Any]) -> "Constants":
+        return Constants(self, args)
 
     # Gradients
 
-    def _nodes_after(self) -> list[fx.Node]:
-        needed = {node for node in self.lowering.gradients if node is not None}
-        order = []
-        for node in reversed(list(self.recording.graphs[0].nodes)):
-            if node in needed and node.op == "call_function" and node not in self.lowering.summed:
-                order.append(node)
-                needed |= set(node.all_input_nodes)
-        return order[::-1]
-
-    def gradients(self, sums: Tensor, values: dict[fx.Node, Any]) -> list[Tensor | None]:
+    def gradients(self, sums: Tensor, constants: "Constants") -> list[Tensor | None]:
         """The gradients of the wanted constants, from the sums of the kernel [grad_size]."""
-        values = dict(values)
+        values = dict(constants.values)
         _, layout, _ = self.sums_at
         shapes = self.lowering.sum_shapes
         for node, index in self.lowering.summed.items():
@@ -134,10 +110,7 @@ class Plan:
                 part = part.view(s.a.shape[1], s.b.shape[1])
                 part = part.t() if node in self.lowering.transposed else part
             values[node] = part.reshape(shapes[node])
-        for node in self._after:
-            if node not in values:
-                values[node] = _apply(node, values)
-        return [None if node is None else values[node] for node in self.lowering.gradients]
+        return [None if node is None else value_of(node, values) for node in self.lowering.gradients]
 
     # Libraries
 
@@ -145,20 +118,60 @@ class Plan:
         return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target)
 
     def library(self, tableau: ButcherTableau, target: Target) -> _C.Library:
-        key = (tableau, target)
+        key = (id(tableau), target)
         if key not in self.libraries:
-            self.libraries[key] = load(self.source(tableau, target))
-        return self.libraries[key]
+            self.libraries[key] = tableau, load(self.source(tableau, target))
+        return self.libraries[key][1]
 
 
-def _apply(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    def known(x: fx.Node) -> Any:
-        if x not in values:
-            values[x] = _apply(x, values)
-        return values[x]
+@dataclass
+class View:
+    """A constant that is a view of a tensor of func: it is read where that lies."""
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    base: fx.Node
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # from the first number of the base, in bytes
+
+
+class Constants:
+    """The uniform values of one solve, as the kernels read them: addresses. Keeps alive what they point to."""
+
+    def __init__(self, plan: Plan, args: Sequence[Any]):
+        self.values: dict[fx.Node, Any] = {node: place(args) for node, place in plan.places.items()}
+        self.addresses: list[int] = []
+        self._kept: list[Tensor] = []
+        for node, view in zip(plan.program.constants, plan.views, strict=True):
+            if view is not None:
+                base = self.values[view.base]
+                if base.stride() == view.stride and base.shape == view.shape and base.dtype == plan.dtype:
+                    self.addresses.append(base.data_ptr() + view.offset)
+                    continue
+            self._copy(node)
+
+    def _copy(self, node: fx.Node) -> None:
+        seen = node.meta["val"]
+        with torch.no_grad():
+            value = value_of(node, self.values).detach()
+        if value.shape != seen.shape:
+            raise ValueError(f"a tensor of func must keep its shape, {list(seen.shape)}, got {list(value.shape)}; call reset()")
+        if value.stride() != seen.stride() or value.dtype != seen.dtype:
+            value = torch.empty_strided(seen.shape, seen.stride(), dtype=seen.dtype).copy_(value)
+        self._kept.append(value)
+        self.addresses.append(value.data_ptr())
+
+
+def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any]) -> View | None:
+    for base in _sources(node):
+        tensor = seen[base]
+        same = tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and tensor.dtype == value.dtype
+        if same and value.stride() == node.meta["val"].stride():
+            return View(base, tensor.shape, tensor.stride(), value.data_ptr() - tensor.data_ptr())
+    return None
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    return [node] if node.op == "get_attr" else [base for x in node.all_input_nodes for base in _sources(x)]
 
 
 def _place(tensor: Tensor, func: Any, args: Sequence[Any]) -> Callable[[Sequence[Any]], Tensor]:
@@ -188,9 +201,11 @@ def _place(tensor: Tensor, func: Any, args: Sequence[Any]) -> Callable[[Sequence
             return lambda args, cell=cell: cell.cell_contents
         if isinstance(value, nn.Module):
             found = _place(tensor, value, ())
-            if found((), ) is tensor:
+            if (
+                found(
+                    (),
+                )
+                is tensor
+            ):
                 return found
     return lambda args: tensor
-
-
-__all__ = ["Plan", "Uniform", "np", "pytree", "sample_rows"]

@@ -118,3 +118,11 @@ def _trace(
     table = {**core_aten_decompositions(), **get_decompositions(_DECOMPOSED)}
     inputs = [*leaves, *samples, *cotangents]
     return make_fx(field, decomposition_table=table, record_stack_traces=True)(t, *inputs)
+
+
+def value_of(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The value of a node of the graph, from those of others."""
+    if node not in values:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: value_of(x, values))
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[node]
