@@ -16,7 +16,7 @@ from torch import fx
 
 from .pointwise import MASKS, OF_MASKS, TEXTS, packet, power
 from .program import SHIFT, Linear, Pointwise, Program, Reduce, Refs, Sum, split
-from .trace import BATCHES, Recording, Unreadable
+from .trace import BATCHES, Recording, Unreadable, value_of
 
 
 @dataclass
@@ -170,6 +170,17 @@ class Lowering:
             if isinstance(kind, Sample):
                 raise Unreadable(f"{where(value)}: the gradient of a tensor of func was not read")
             self.gradients.append(value if isinstance(kind, Summed) else None)  # what does not depend on g is 0
+        self._keep_needed_sums()
+
+    def _keep_needed_sums(self) -> None:
+        """A field may add up over the samples for the shape alone, or for its own derivative."""
+        needed = {node for node in self.gradients if node is not None}
+        for node in reversed(list(self.recording.graphs[0].nodes)):
+            if node in needed and node not in self.summed:
+                needed |= set(node.all_input_nodes)
+        kept = [node for node in self.summed if node in needed]
+        self.program.sums = [self.program.sums[self.summed[node]] for node in kept]
+        self.summed = {node: index for index, node in enumerate(kept)}
 
     def _sizes(self, of: int) -> list[int]:
         nodes = [node for node in self.recording.graphs[0].nodes if node.op == "placeholder"]
@@ -237,6 +248,13 @@ class Lowering:
         """Whether any of these numbers depends on the incoming gradient."""
         return any(int(buffer) in self.tainted for buffer in np.unique(split(refs)[0]))
 
+    def numbers(self, node: Any) -> np.ndarray:
+        """A uniform value that is known now, such as an index."""
+        if not isinstance(self.values[node], Uniform):
+            raise Unreadable(f"{where(node)} is computed from the state")
+        known = {n: self.recording.constant(n) for n in self.recording.graphs[0].nodes if n.op == "get_attr"}
+        return value_of(node, known).detach().numpy()
+
     def is_constant(self, refs: Refs) -> bool:
         return self.program.buffers[int(split(refs)[0].flat[0])].kind == "constant"
 
@@ -244,7 +262,8 @@ class Lowering:
         """The same numbers side by side in one buffer."""
         buffers, places = split(refs)
         ordered = (buffers == buffers[0]).all() and (np.diff(places) == 1).all() if len(refs) > 1 else True
-        if ordered and self.program.buffers[int(buffers[0])].kind in ("local", "input"):
+        first = self.program.buffers[int(buffers[0])]
+        if ordered and first.kind in ("local", "input") and first.name != "t":
             return refs
         return self.statement("{0}", [refs])
 
@@ -252,16 +271,22 @@ class Lowering:
 
     def _call(self, node: fx.Node) -> Value:
         name = packet(node.target)
+        if name.endswith("_") and not name.startswith("_"):
+            return self._in_place(node, name[:-1])
         inputs = [self.values[x] for x in node.all_input_nodes]
         shape, batch = self.shapes(node) if hasattr(node.meta.get("val"), "shape") else ([], None)
+        of_shape = name in _CREATE and ("_like" in name or name.startswith("new_"))
+        if name in _CREATE and (batch is not None or (of_shape and not isinstance(inputs[0], Uniform))):
+            return self._created(node, name, shape, batch)
         if any(isinstance(value, Summed) for value in inputs):
             return self._after_sum(node, name, inputs)
-        if name in _CREATE and batch is not None:
-            return self._created(node, name, shape, batch)
         if not any(isinstance(value, Sample) for value in inputs) and not (name == "expand" and batch is not None):
             if batch is not None:
                 raise Unreadable(f"{where(node)} depends on the number of samples")
             return Uniform(node)
+        return self._operation(node, name)
+
+    def _operation(self, node: fx.Node, name: str) -> Value:
         from .operations import OPERATIONS
 
         if name in OPERATIONS:
@@ -288,6 +313,21 @@ class Lowering:
             return self.pointwise(node, TEXTS.get(name) or MASKS[name], operands, name in MASKS)
         raise Unreadable(f"{where(node)} is not read")
 
+    def _in_place(self, node: fx.Node, name: str) -> Value:
+        """An operation that writes into its first operand, which no other value may be a view of; `check` would see it."""
+        place = node.args[0]
+        assert isinstance(place, fx.Node)
+        if not isinstance(self.values[place], Sample):
+            raise Unreadable(f"{where(node)} writes into a tensor of func")
+        if name == "copy":
+            shape, batch = self.shapes(node)
+            source = self.sample(node.args[1], self.twin[node].args[1], node)
+            result: Value = Sample(np.broadcast_to(source.refs, shape), batch, source.mask)
+        else:
+            result = self._operation(node, name)
+        self.values[place] = result
+        return result
+
     def _number_of(self, value: Sample) -> Sample:
         """A comparison as 1 and 0."""
         if not value.mask:
@@ -311,7 +351,7 @@ class Lowering:
             raise Unreadable(f"{where(node)} of a sum over samples")
         return Summed(node)
 
-    def _created(self, node: fx.Node, name: str, shape: list[int], batch: int) -> Sample:
+    def _created(self, node: fx.Node, name: str, shape: list[int], batch: int | None) -> Sample:
         if "full" in name:
             place = 2 if name == "new_full" else 1
             value, twin = node.args[place], self.twin[node].args[place]
@@ -319,7 +359,8 @@ class Lowering:
                 raise Unreadable(f"{where(node)} with a computed number is not read")
         else:
             value = twin = 1.0 if "ones" in name else 0.0
-        return Sample(np.full(shape, self.program.literal(float(self.number(value, twin, node))), np.int64), batch)
+        mask = str(node.meta["val"].dtype) == "torch.bool"
+        return Sample(np.full(shape, self.program.literal(float(self.number(value, twin, node))), np.int64), batch, mask)
 
     def _power(self, node: fx.Node, twin: fx.Node) -> Sample:
         x, exponent = (self.sample(a, b, node) for a, b in zip(node.args, twin.args, strict=True))

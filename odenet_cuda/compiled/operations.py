@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from .lower import Lowering, Sample, Summed, Value, where
+from .lower import Lowering, Sample, Value, where
 from .program import Refs
 from .trace import Unreadable
 
@@ -202,6 +202,102 @@ def _sum(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
     return Sample(total.reshape(shape), batch)
 
 
+def _moments(low: Lowering, node: fx.Node, value: Sample) -> tuple[Refs, Refs]:
+    """Mean and variance over the axes of node."""
+    arguments = dict(zip(("dim", "correction", "keepdim"), node.args[1:], strict=False)) | node.kwargs
+    refs, reduced = _split_axes(value, arguments.get("dim"))
+    if value.batch in reduced:
+        raise Unreadable(f"{where(node)} mixes samples")
+    count = refs.shape[1]
+    correction = arguments.get("correction", 1)
+    left = count - (1 if correction is None or correction is True else int(correction))  # type: ignore[call-overload]
+    if left <= 0:
+        raise Unreadable(f"{where(node)} has no number left to divide by")
+
+    def scaled(x: Refs, factor: float) -> Refs:
+        return low.statement("{0} * {1}", [x, np.full(len(x), low.program.literal(factor), np.int64)])
+
+    mean = scaled(low.reduce(refs, False), 1 / count)
+    squares = low.statement("({0} - {1}) * ({0} - {1})", [refs.reshape(-1), np.repeat(mean, count)])
+    return mean, scaled(low.reduce(squares.reshape(refs.shape), False), 1 / left)
+
+
+@operation("var")
+def _var(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    shape, batch = low.shapes(node)
+    return Sample(_moments(low, node, _source(low, node))[1].reshape(shape), batch)
+
+
+@operation("linalg_vector_norm")
+def _norm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    order = float(node.args[1]) if len(node.args) > 1 else 2.0  # type: ignore[arg-type]
+    if order not in (1.0, 2.0):
+        raise Unreadable(f"{where(node)} of order {order} is not read")
+    refs, reduced = _split_axes(value, node.args[2] if len(node.args) > 2 else None)
+    if value.batch in reduced:
+        raise Unreadable(f"{where(node)} mixes samples")
+    parts = low.statement("{0} * {0}" if order == 2 else "abs({0})", [refs.reshape(-1)]).reshape(refs.shape)
+    total = low.reduce(parts, False)
+    shape, batch = low.shapes(node)
+    return Sample((low.statement("sqrt({0})", [total]) if order == 2 else total).reshape(shape), batch)
+
+
+@operation("cumsum", "cumprod")
+def _cumulative(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    axis = _axis(value, node.args[1], node)
+    text = "{0} + {1}" if "cumsum" in str(node.target) else "{0} * {1}"
+    moved = np.moveaxis(value.refs, axis, 0)
+    rows = [moved[0].reshape(-1)]
+    for row in moved[1:]:
+        rows.append(low.statement(text, [rows[-1], row.reshape(-1)]))
+    return _rearranged(low, node, value, np.moveaxis(np.stack(rows).reshape(moved.shape), 0, axis))
+
+
+@operation("index_select")
+def _index_select(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    axis = _axis(value, node.args[1], node)
+    return _rearranged(low, node, value, value.refs.take(low.numbers(node.args[2]), axis))
+
+
+def _places(low: Lowering, node: fx.Node, value: Sample) -> tuple[Any, ...]:
+    places = list(node.args[1]) + [None] * (value.refs.ndim - len(node.args[1]))  # type: ignore[arg-type, call-overload]
+    if value.batch is not None and places[value.batch] is not None:
+        raise Unreadable(f"{where(node)} takes samples apart")
+    return tuple(slice(None) if place is None else low.numbers(place) for place in places)
+
+
+@operation("index")
+def _index(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value = _source(low, node)
+    return _rearranged(low, node, value, value.refs[_places(low, node, value)])
+
+
+@operation("index_put", "_unsafe_index_put", "_index_put_impl")
+def _index_put(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value, source = _source(low, node), _source(low, node, 2)
+    accumulate = bool(node.args[3]) if len(node.args) > 3 else False
+    refs = np.broadcast_to(value.refs, low.shapes(node)[0]).reshape(-1).copy()
+    targets = np.arange(refs.size).reshape(low.shapes(node)[0])[_places(low, node, value)]
+    for target, new in zip(targets.reshape(-1), np.broadcast_to(source.refs, targets.shape).reshape(-1), strict=True):
+        refs[target] = low.statement("{0} + {1}", [refs[[target]], np.array([new])])[0] if accumulate else new
+    return _rearranged(low, node, value, refs.reshape(low.shapes(node)[0]))
+
+
+@operation("index_add")
+def _index_add(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    value, source = _source(low, node), _source(low, node, 3)
+    axis = _axis(value, node.args[1], node)
+    refs = np.moveaxis(np.broadcast_to(value.refs, low.shapes(node)[0]).copy(), axis, 0)
+    parts = np.moveaxis(source.refs, axis, 0)
+    for place, part in zip(low.numbers(node.args[2]), parts, strict=True):
+        total = low.statement("{0} + {1}", [refs[place].reshape(-1), part.reshape(-1)])
+        refs[place] = total.reshape(refs[place].shape)
+    return _rearranged(low, node, value, np.moveaxis(refs, 0, axis))
+
+
 @operation("amax", "amin")
 def _extreme(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
     value = _source(low, node)
@@ -264,5 +360,3 @@ def _bmm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
     ]
     return Sample(np.stack(out), batch)
 
-
-__all__ = ["OPERATIONS", "Summed"]
