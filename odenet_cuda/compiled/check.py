@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Structure
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
-from .trace import BATCHES, Unreadable, sample_rows, value_of
+from .trace import BATCHES, Unreadable, sample_rows, unchanged_buffers, value_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -89,7 +89,7 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
     given = list(args)
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]
-    with torch.enable_grad():
+    with torch.enable_grad(), unchanged_buffers(func):
         slopes = structure.flatten(func(t, structure.unflatten(leaves), *given))
         used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
         grads: Sequence[Any] = [None] * (len(leaves) + len(samples))

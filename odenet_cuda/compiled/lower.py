@@ -8,11 +8,12 @@
 An operation that would mix samples is refused.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 
 from .pointwise import MASKS, OF_MASKS, TEXTS, packet, power
 from .program import SHIFT, Linear, Pointwise, Program, Reduce, Refs, Sum, split
@@ -74,6 +75,7 @@ class Lowering:
         self.tainted: set[int] = set()  # buffers that depend on the incoming gradient
         self.summed: dict[fx.Node, int] = {}  # node -> index among the program's sums
         self.constants: dict[fx.Node, int] = {}  # node -> buffer
+        self.tuples: dict[fx.Node, list[Sample]] = {}  # operations with several results
         self.transposed: set[fx.Node] = set()  # sums that the kernel gives transposed
         self.sum_shapes: dict[fx.Node, list[int]] = {}
         program = self.program
@@ -88,7 +90,10 @@ class Lowering:
 
     def shapes(self, node: fx.Node) -> tuple[list[int], int | None]:
         """The shape of one sample, and the axis of the batch in it."""
-        first, second = (list(n.meta["val"].shape) for n in (node, self.twin[node]))
+        return self.shape_of(node.meta["val"], self.twin[node].meta["val"], node)
+
+    def shape_of(self, value: Tensor, twin: Tensor, node: fx.Node) -> tuple[list[int], int | None]:
+        first, second = list(value.shape), list(twin.shape)
         batch = None
         for axis, (a, b) in enumerate(zip(first, second, strict=True)):
             if a == b:
@@ -154,7 +159,7 @@ class Lowering:
                     continue
                 found = self.values[value]
                 if not isinstance(found, Sample):
-                    found = self._as_sample(value, 0)
+                    found = self._as_sample(value)
                 parts.append(np.broadcast_to(found.refs, self._shape_of(value, found)).reshape(-1))
             return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
@@ -193,9 +198,13 @@ class Lowering:
 
     # Values
 
-    def _as_sample(self, node: fx.Node, rank: int) -> Sample:
+    def _as_sample(self, node: fx.Node) -> Sample:
         """A uniform value as addresses of a constant."""
         value = node.meta["val"]
+        filled = {"scalar_tensor": 0, "full": 1}.get(packet(node.target))
+        if filled is not None and isinstance(node.args[filled], (int, float)) and self.shapes(node)[1] is None:
+            refs = np.full(tuple(value.shape), self.program.literal(float(node.args[filled])), np.int64)  # type: ignore[arg-type]
+            return Sample(refs, None, str(value.dtype) == "torch.bool")
         if value.dtype.is_complex or not (value.dtype.is_floating_point or str(value.dtype) in ("torch.bool", "torch.int64")):
             raise Unreadable(f"{where(node)} has numbers of type {value.dtype}")
         if self.shapes(node)[1] is not None:
@@ -218,7 +227,7 @@ class Lowering:
             if isinstance(value, Sample):
                 return value
             if isinstance(value, Uniform):
-                return self._as_sample(x, 0)
+                return self._as_sample(x)
             raise Unreadable(f"{where(node)} of a sum over samples")
         if isinstance(x, (bool, int, float)):
             return Sample(
@@ -271,10 +280,15 @@ class Lowering:
 
     def _call(self, node: fx.Node) -> Value:
         name = packet(node.target)
+        if node.target is operator.getitem:
+            parts = self.tuples.get(node.args[0])  # type: ignore[arg-type]
+            if parts is None:
+                return Uniform(node)
+            return parts[int(node.args[1])]  # type: ignore[arg-type]
         if name.endswith("_") and not name.startswith("_"):
             return self._in_place(node, name[:-1])
         inputs = [self.values[x] for x in node.all_input_nodes]
-        shape, batch = self.shapes(node) if hasattr(node.meta.get("val"), "shape") else ([], None)
+        shape, batch = self.shapes(node) if isinstance(node.meta.get("val"), Tensor) else ([], None)
         of_shape = name in _CREATE and ("_like" in name or name.startswith("new_"))
         if name in _CREATE and (batch is not None or (of_shape and not isinstance(inputs[0], Uniform))):
             return self._created(node, name, shape, batch)

@@ -228,6 +228,17 @@ def _var(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
     return Sample(_moments(low, node, _source(low, node))[1].reshape(shape), batch)
 
 
+@operation("var_mean")
+def _var_mean(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+    mean, variance = _moments(low, node, _source(low, node))
+    results = []
+    for refs, seen, other in zip((variance, mean), node.meta["val"], twin.meta["val"], strict=True):
+        shape, batch = low.shape_of(seen, other, node)
+        results.append(Sample(refs.reshape(shape), batch))
+    low.tuples[node] = results
+    return results[0]
+
+
 @operation("linalg_vector_norm")
 def _norm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
     value = _source(low, node)
@@ -359,4 +370,3 @@ def _bmm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
         for i in range(count)
     ]
     return Sample(np.stack(out), batch)
-

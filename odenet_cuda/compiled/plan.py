@@ -91,7 +91,7 @@ class Plan:
         self.views: list[View | None] = []
         with torch.no_grad():
             for node in self.program.constants:
-                self.views.append(_view(node, value_of(node, seen), seen))
+                self.views.append(_view(node, value_of(node, seen), seen, self.dtype))
 
     def constants(self, args: Sequence[Any]) -> "Constants":
         return Constants(self, args)
@@ -131,6 +131,7 @@ class View:
     base: fx.Node
     shape: torch.Size
     stride: tuple[int, ...]
+    dtype: torch.dtype
     offset: int  # from the first number of the base, in bytes
 
 
@@ -144,29 +145,32 @@ class Constants:
         for node, view in zip(plan.program.constants, plan.views, strict=True):
             if view is not None:
                 base = self.values[view.base]
-                if base.stride() == view.stride and base.shape == view.shape and base.dtype == plan.dtype:
+                if base.stride() == view.stride and base.shape == view.shape and base.dtype == view.dtype:
                     self.addresses.append(base.data_ptr() + view.offset)
                     continue
-            self._copy(node)
+            self._copy(plan, node)
 
-    def _copy(self, node: fx.Node) -> None:
+    def _copy(self, plan: Plan, node: fx.Node) -> None:
         seen = node.meta["val"]
         with torch.no_grad():
             value = value_of(node, self.values).detach()
         if value.shape != seen.shape:
             raise ValueError(f"a tensor of func must keep its shape, {list(seen.shape)}, got {list(value.shape)}; call reset()")
-        if value.stride() != seen.stride() or value.dtype != seen.dtype:
-            value = torch.empty_strided(seen.shape, seen.stride(), dtype=seen.dtype).copy_(value)
+        dtype = torch.bool if seen.dtype == torch.bool else plan.dtype
+        if value.stride() != seen.stride() or value.dtype != dtype:
+            value = torch.empty_strided(seen.shape, seen.stride(), dtype=dtype).copy_(value)
         self._kept.append(value)
         self.addresses.append(value.data_ptr())
 
 
-def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any]) -> View | None:
+def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any], dtype: torch.dtype) -> View | None:
+    if value.dtype not in (dtype, torch.bool):
+        return None
     for base in _sources(node):
         tensor = seen[base]
         same = tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and tensor.dtype == value.dtype
         if same and value.stride() == node.meta["val"].stride():
-            return View(base, tensor.shape, tensor.stride(), value.data_ptr() - tensor.data_ptr())
+            return View(base, tensor.shape, tensor.stride(), tensor.dtype, value.data_ptr() - tensor.data_ptr())
     return None
 
 
@@ -201,11 +205,6 @@ def _place(tensor: Tensor, func: Any, args: Sequence[Any]) -> Callable[[Sequence
             return lambda args, cell=cell: cell.cell_contents
         if isinstance(value, nn.Module):
             found = _place(tensor, value, ())
-            if (
-                found(
-                    (),
-                )
-                is tensor
-            ):
+            if found(()) is tensor:
                 return found
     return lambda args: tensor

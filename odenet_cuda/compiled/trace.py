@@ -5,12 +5,13 @@ differentiates inside itself would then get wrong gradients. The graph is record
 depends on the batch is known from one that does not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -57,7 +58,7 @@ class Recording:
 def record(func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], batched: list[int], whole: bool) -> Recording:
     """whole: the state has no axis of samples, it is one sample. Raises Unreadable, in words."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(func):
             batches = (0,) if whole else BATCHES
             wanted = _wanted(_trace(func, structure, t, args, batched, batches[0], None))
             modules = [_trace(func, structure, t, args, batched, batch, wanted) for batch in batches]
@@ -68,6 +69,19 @@ def record(func: Callable, structure: Structure, t: Tensor, args: Sequence[Any],
         raise Unreadable(f"func could not be recorded: {type(error).__name__}: {words[0]}") from error
     modules = [modules[0], modules[-1]]
     return Recording([module.graph for module in modules], modules, len(structure.leaves), batched, wanted, whole)
+
+
+@contextmanager
+def unchanged_buffers(func: Any) -> Iterator[None]:
+    """What the field writes into its buffers while it is read is undone."""
+    buffers = list(func.buffers()) if isinstance(func, nn.Module) else []
+    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, version, value in before:
+            if buffer._version != version:
+                buffer.copy_(value)
 
 
 def sample_rows(x: Tensor, batch: int) -> Tensor:
