@@ -1,14 +1,16 @@
-"""``python -m odenet_cuda``: what to paste into a bug report."""
+"""``python -m odenet_cuda``: what to paste into a bug report. With ``clear-cache``: removes all compiled fields from the cache."""
 
 import os
 import platform
 import shutil
 import subprocess
+import sys
 
 import numpy
 import torch
 
 from . import _C, __version__
+from .compiled.build import cache_folder, clear_cache
 
 
 def _first_line(*command: str) -> str:
@@ -41,6 +43,15 @@ def report() -> dict[str, str]:
     }
 
 
+def main(arguments: list[str]) -> None:
+    if arguments == ["clear-cache"]:
+        print(f"removed {clear_cache()} compiled fields from {cache_folder()}")
+    elif arguments:
+        raise SystemExit(f"python -m odenet_cuda [clear-cache]: got {' '.join(arguments)}")
+    else:
+        for name, value in report().items():
+            print(f"{name + ':':22}{value}")
+
+
 if __name__ == "__main__":
-    for name, value in report().items():
-        print(f"{name + ':':22}{value}")
+    main(sys.argv[1:])

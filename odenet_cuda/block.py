@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .compiled.field import CompiledField
+from .compiled.field import compile as compile_field
 from .methods import ADAPTIVE
 from .solution import Stats
 from .solve import solve
@@ -21,6 +23,8 @@ class ODEBlock(nn.Module):
     return_all: give the state at every t, each leaf [len(t), *leaf.shape], instead of the state at t[-1].
     gradient: "adjoint" (memory does not grow with the steps), "direct" or "checkpoint" (exact for the discrete solve; the
         second keeps the states alone), or "quadrature"; see `solve`.
+    compile: "auto" solves by a compiled field where func can be read (see `odenet_cuda.compile`), and by the stepper where not;
+        `explain` says which and why. False: always by the stepper.
     method, rtol, atol, step_control and all that `solve` takes by name are handed to it.
 
     After a call, `nfe_forward`, and after its backward pass `nfe_backward`, are the calls of func it took; `stats` has more.
@@ -51,6 +55,7 @@ class ODEBlock(nn.Module):
         gradient: str = "adjoint",
         step_control: str = "joint",
         return_all: bool = False,
+        compile: str | bool = False,
         **options: Any,
     ):
         super().__init__()
@@ -66,13 +71,17 @@ class ODEBlock(nn.Module):
             raise ValueError(f"t must hold at least two times, the first that of the input, got {self.t.tolist()}")
         self.method, self.rtol, self.atol = method, rtol, atol
         self.gradient, self.step_control, self.return_all, self.options = gradient, step_control, return_all, options
+        if compile not in ("auto", False):
+            raise ValueError(f"compile must be 'auto' or False, got {compile!r}")
+        # In a tuple: func stays the block's own Module, with its own names in the state dict.
+        self._compiled = (compile_field(func),) if compile == "auto" else ()
         self.stats: Stats | None = None
         self.regularizers: dict[str, Tensor] = {}
 
     @between_graphs(lambda self, y0: self.method in ADAPTIVE)
     def forward(self, y0: Any) -> Any:
         solution = solve(
-            self.func,
+            self._compiled[0] if self._compiled else self.func,
             y0,
             self._numbers if torch.compiler.is_compiling() and not isinstance(self.t, nn.Parameter) else self.t,
             method=self.method,
@@ -87,6 +96,11 @@ class ODEBlock(nn.Module):
             return solution.ys
         # A copy: what comes after may write into it, and hooks on it are kept, unlike on a view.
         return pytree.tree_map(lambda leaf: leaf[-1].clone(), solution.ys)
+
+    def explain(self) -> str:
+        """How the last call was solved: "compiled", or by the stepper and why."""
+        field = self._compiled[0] if self._compiled else self.func
+        return field.explain() if isinstance(field, CompiledField) else "served by the stepper: compile is False"
 
     @property
     def nfe_forward(self) -> int:

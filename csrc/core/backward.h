@@ -60,6 +60,7 @@ ODENET_HD int64_t reverse_tile(const SolveCall& in, int64_t tile) {
   P weights[S];
   for (int i = 0; i < S; ++i) weights[i] = P(T(1));
   P y[S][N], k[S][N], dk[S][N], taps[S][M::taps_of_product + 1];
+  P kept[M::kept > 0 ? S : 1][M::kept + 1];  // of each stage, what the way back needs of the way there
   for (int64_t place = count - 1; place >= stop; --place) {
     const Record<M, P>& record = static_cast<const Record<M, P>*>(in.tape)[tile * in.capacity + place];
     const MaskOf<D> accept = record.dt != D(0.0);
@@ -78,7 +79,11 @@ ODENET_HD int64_t reverse_tile(const SolveCall& in, int64_t tile) {
       for (int n = 0; n < N; ++n) {
         y[i][n] = y[0][n] + dt * weigh<i>(k, n, [](auto j) { return M::a(i, j); });
       }
-      if constexpr (i < S - 1) M::field(in, time_of(M::c(i)), y[i], g.arguments, k[i], taps[i]);
+      if constexpr (i < S - 1 && M::kept > 0) {
+        M::field_and_keep(in, time_of(M::c(i)), y[i], g.arguments, k[i], kept[i]);
+      } else if constexpr (i < S - 1) {
+        M::field(in, time_of(M::c(i)), y[i], g.arguments, k[i], taps[i]);
+      }
     });
     P start[N];  // dL/dy0 so far
     for (int n = 0; n < N; ++n) start[n] = none;
@@ -115,7 +120,11 @@ ODENET_HD int64_t reverse_tile(const SolveCall& in, int64_t tile) {
     // The stages backwards.
     P product[N];
     const auto stage = [&](auto i) {
-      M::product(in, time_of(M::c(i)), y[i], g.arguments, dk[i], product, taps[i]);
+      if constexpr (i < S - 1 && M::kept > 0) {
+        M::product_of_kept(in, time_of(M::c(i)), y[i], g.arguments, dk[i], kept[i], product, taps[i]);
+      } else {
+        M::product(in, time_of(M::c(i)), y[i], g.arguments, dk[i], product, taps[i]);
+      }
     };
     if constexpr (M::fsal) {
       stage(std::integral_constant<int, S - 1>{});

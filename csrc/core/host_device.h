@@ -5,10 +5,13 @@
 #include <cstdint>
 #include <cstring>
 
+// ODENET_HD: a function for both machines, inlined. ODENET_CALLED: one that is not, for it is large.
 #if defined(__CUDACC__)
 #define ODENET_HD __host__ __device__ __forceinline__
+#define ODENET_CALLED __host__ __device__ __noinline__
 #else
 #define ODENET_HD inline __attribute__((always_inline))
+#define ODENET_CALLED __attribute__((noinline))
 #endif
 
 #define ODENET_EXPORT __attribute__((visibility("default")))

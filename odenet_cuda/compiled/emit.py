@@ -12,6 +12,7 @@ from ..tableau import ButcherTableau
 from .program import Linear, Pointwise, Program, Reduce, Refs, Statement, split
 
 UNROLLED = 8  # loops of at most so many turns are written out
+INLINED = 48  # a function of fewer operations is inlined into the stages, where its numbers stay in registers
 
 SOLVES = ("per_sample", "joint", "grid", "adjoint_per_sample", "adjoint_joint", "adjoint_grid", "reverse")
 
@@ -35,44 +36,73 @@ def number(x: float) -> str:
     return f"T({x!r})"
 
 
+def operands_of(statement: Statement) -> list[Refs]:
+    if isinstance(statement, Pointwise):
+        return statement.operands
+    if isinstance(statement, Reduce):
+        return [statement.operand]
+    return [statement.x] if statement.bias is None else [statement.x, statement.bias]
+
+
+def buffers_of(parts: list[Refs]) -> set[int]:
+    return {int(buffer) for refs in parts for buffer in np.unique(split(refs)[0])}
+
+
+def needed_for(program: Program, results: list[Refs], stop: set[int]) -> tuple[list[Statement], set[int]]:
+    """The statements that compute the results from inputs and the buffers `stop`; and all buffers that are read."""
+    wanted = buffers_of(results)
+    needed = []
+    for statement in reversed(program.statements):
+        if statement.out in wanted and statement.out not in stop:
+            needed.append(statement)
+            wanted |= buffers_of(operands_of(statement))
+    return needed[::-1], wanted
+
+
+def kept_buffers(program: Program, tainted: set[int]) -> tuple[dict[int, int], int]:
+    """What the way back needs of the way there: buffers that do not depend on the incoming gradient, with their places."""
+    taps, _, _ = tap_layout(program)
+    stop = {b for b, buffer in enumerate(program.buffers) if buffer.kind == "local" and not buffer.mask} - tainted
+    _, used = needed_for(program, [program.products, taps], stop)
+    places, size = {}, 0
+    for b in sorted(used & stop):
+        places[b] = size
+        size += program.buffers[b].size
+    return places, size
+
+
 class FunctionText:
     """The body of one function that computes the results at some addresses."""
 
-    def __init__(self, program: Program, results: list[tuple[str, Refs]]):
-        """results: name of an array to write, and the addresses of what goes there."""
-        self.program = program
+    def __init__(
+        self, program: Program, results: list[tuple[str, Refs]], kept: dict[int, int] | None = None, given: bool = False
+    ):
+        """results: name of an array to write, and the addresses of what goes there. kept: the places of buffers that outlive
+        the function, in the array `kept`; given: they have been computed before."""
+        self.program, self.kept = program, kept or {}
         self.lines: list[str] = []
-        needed = self._needed([refs for _, refs in results])
+        stop = set(self.kept) if given else set()
+        wanted = [refs for _, refs in results]
+        if not given:
+            wanted += [program.addresses(buffer) for buffer in self.kept]
+        needed, used = needed_for(program, wanted, stop)
+        size = sum(program.buffers[statement.out].size if isinstance(statement, Pointwise) else INLINED for statement in needed)
+        self.linkage = "ODENET_HD" if size < INLINED else "ODENET_CALLED"
+        self.lines += [f"const P* {program.buffers[b].name} = kept + {self.kept[b]};" for b in sorted(used & stop)]
         for buffer in self._constants(needed, results):
             place = [b for b in range(len(program.buffers)) if program.buffers[b].kind == "constant"].index(buffer)
             kind = "bool" if program.buffers[buffer].mask else "T"
             self.lines.append(
                 f"const {kind}* {program.buffers[buffer].name} = static_cast<const {kind}*>(in.constants[{place}]);"
             )
-        self._emit(needed, {int(b) for _, refs in results for b in np.unique(split(refs)[0])})
+        self._emit(needed, buffers_of([refs for _, refs in results]) | set(self.kept))
         for name, refs in results:
             self._copy(name, refs)
 
-    def _operands(self, statement: Statement) -> list[Refs]:
-        if isinstance(statement, Pointwise):
-            return statement.operands
-        if isinstance(statement, Reduce):
-            return [statement.operand]
-        return [statement.x] if statement.bias is None else [statement.x, statement.bias]
-
-    def _needed(self, results: list[Refs]) -> list[Statement]:
-        wanted = {int(b) for refs in results for b in np.unique(split(refs)[0])}
-        needed = []
-        for statement in reversed(self.program.statements):
-            if statement.out in wanted:
-                needed.append(statement)
-                wanted |= {int(b) for refs in self._operands(statement) for b in np.unique(split(refs)[0])}
-        return needed[::-1]
-
     def _constants(self, needed: list[Statement], results: list[tuple[str, Refs]]) -> list[int]:
         found = {statement.weight for statement in needed if isinstance(statement, Linear)}
-        refs = [r for statement in needed for r in self._operands(statement)] + [r for _, r in results]
-        found |= {int(b) for r in refs for b in np.unique(split(r)[0]) if self.program.buffers[int(b)].kind == "constant"}
+        refs = [r for statement in needed for r in operands_of(statement)] + [r for _, r in results]
+        found |= {b for b in buffers_of(refs) if self.program.buffers[b].kind == "constant"}
         return sorted(found)
 
     # Operands
@@ -129,7 +159,7 @@ class FunctionText:
     def _emit(self, statements: list[Statement], results: set[int]) -> None:
         readers: dict[int, list[Statement]] = {}
         for statement in statements:
-            for refs in self._operands(statement):
+            for refs in operands_of(statement):
                 for buffer in np.unique(split(refs)[0]):
                     readers.setdefault(int(buffer), []).append(statement)
         group: list[Pointwise] = []
@@ -165,6 +195,9 @@ class FunctionText:
 
     def _declare(self, buffer: int) -> None:
         b = self.program.buffers[buffer]
+        if buffer in self.kept:
+            self.lines.append(f"P* {b.name} = kept + {self.kept[buffer]};")
+            return
         self.lines.append(f"{'MaskOf<P>' if b.mask else 'P'} {b.name}[{b.size}];")
 
     def _write_group(self, group: list[Pointwise], readers: dict[int, list[Statement]], results: set[int]) -> None:
@@ -316,8 +349,15 @@ def _method(tableau: ButcherTableau) -> str:
     )
 
 
-def emit(program: Program, tableau: ButcherTableau, leaf_sizes: list[int], title: str, target: Target) -> str:
-    """The text of one library."""
+def emit(
+    program: Program,
+    tableau: ButcherTableau,
+    leaf_sizes: list[int],
+    title: str,
+    target: Target,
+    kept: tuple[dict[int, int], int],
+) -> str:
+    """The text of one library. kept: see `kept_buffers`; empty: the way back computes the field again."""
     backward = target.solve not in ("per_sample", "joint", "grid")
     state, arguments = sum(leaf_sizes), len(program.argument_products)
     taps, _, _ = tap_layout(program)
@@ -325,23 +365,26 @@ def emit(program: Program, tableau: ButcherTableau, leaf_sizes: list[int], title
     leaf_end = "".join(f"    if ({condition}) return {int(value)};\n" for condition, value in ends)
     head = "const SolveCall& in, const P& t, const P* y, const P* arguments"
     unused = "(void)in, (void)t, (void)y, (void)arguments;"
-    functions = [("field", f"{head}, P* dy, P*", [("dy", program.slopes)], unused)]
-    if backward:
-        gradient = [("gy", program.products), ("taps", taps)]
-        functions += [
-            ("product", f"{head}, const P* g, P* gy, P* taps", gradient, f"{unused} (void)g, (void)taps;"),
-            (
-                "slope_and_product",
-                f"{head}, const P* g, P* dy, P* gy, P* taps",
-                [("dy", program.slopes), *gradient],
-                f"{unused} (void)g, (void)taps;",
-            ),
-        ]
+    slope, gradient = [("dy", program.slopes)], [("gy", program.products), ("taps", taps)]
+    functions = [("field", f"{head}, P* dy, P*", unused, FunctionText(program, slope))]
+    with_g = f"{unused} (void)g, (void)taps;"
+    if target.solve == "reverse":
+        text = FunctionText(program, gradient)
+        functions.append(("product", f"{head}, const P* g, P* gy, P* taps", with_g, text))
+        places = kept[0]
+        text = FunctionText(program, slope, places)
+        functions.append(("field_and_keep", f"{head}, P* dy, P* kept", f"{unused} (void)kept;", text))
+        text = FunctionText(program, gradient, places, given=True)
+        functions.append(
+            ("product_of_kept", f"{head}, const P* g, const P* kept, P* gy, P* taps", f"{with_g} (void)kept;", text)
+        )
+    elif backward:
+        text = FunctionText(program, [*slope, *gradient])
+        functions.append(("slope_and_product", f"{head}, const P* g, P* dy, P* gy, P* taps", with_g, text))
     bodies = "".join(
-        f"\n  template <class P>\n  ODENET_HD static void {name}({given}) {{\n    using T = Number<P>;\n    {marks}\n"
-        f"{FunctionText(program, results).text}\n  }}\n"
-        for name, given, results, marks in functions
-        if not (name == "slope_and_product" and target.solve == "reverse")
+        f"\n  template <class P>\n  {text.linkage} static void {name}({given}) {{\n    using T = Number<P>;\n    {marks}\n"
+        f"{text.text}\n  }}\n"
+        for name, given, marks, text in functions
     )
     if backward:
         bodies += (
@@ -355,7 +398,7 @@ def emit(program: Program, tableau: ButcherTableau, leaf_sizes: list[int], title
         "namespace odenet {\nnamespace ODENET_LEVEL {\n\n"
         "struct Equation {\n"
         f"  static constexpr int state = {state}, arguments = {arguments}, leaves = {len(leaf_sizes)}, taps = 0;\n"
-        f"  static constexpr int taps_of_product = {len(taps)};\n"
+        f"  static constexpr int taps_of_product = {len(taps)}, kept = {kept[1]};\n"
         f"  ODENET_HD static constexpr int leaf_end(int i) {{\n{leaf_end}    return 0;\n  }}\n"
         f"{_method(tableau)}{bodies}}};\n\n"
         "}  // namespace ODENET_LEVEL\n}  // namespace odenet\n\n" + _entry(target)

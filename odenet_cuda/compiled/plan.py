@@ -13,7 +13,7 @@ from ..problem import Structure
 from ..tableau import ButcherTableau
 from .build import load
 from .check import check_program
-from .emit import Target, emit, tap_layout
+from .emit import Target, emit, kept_buffers, tap_layout
 from .lower import Lowering
 from .program import Linear, Program
 from .trace import Recording, Unreadable, record, value_of
@@ -115,7 +115,10 @@ class Plan:
     # Libraries
 
     def source(self, tableau: ButcherTableau, target: Target) -> str:
-        return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target)
+        kept = kept_buffers(self.program, self.lowering.tainted)
+        if kept[1] * tableau.stages * 128 > _MOST_BYTES:
+            kept = {}, 0
+        return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target, kept)
 
     def library(self, tableau: ButcherTableau, target: Target) -> _C.Library:
         key = (id(tableau), target)
