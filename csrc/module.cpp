@@ -161,28 +161,31 @@ void add_library(py::module_& m) {
            py::arg("state"), py::arg("stops"), py::arg("num_stops"), py::arg("t"), py::arg("num_outputs"),
            py::arg("rows"), py::arg("controller"), py::arg("first_step"), py::arg("ys"), py::arg("y_last"),
            py::arg("batch"))
-      .def("bind_tiles", [](Call& call, Address tiles, Address sums) {
-        call.in.tiles = reinterpret_cast<void*>(tiles);
-        call.in.sums = reinterpret_cast<double*>(sums);
-      })
-      .def("bind_nodes", [](Call& call, Address nodes, int64_t num_nodes) {
-        call.in.nodes = reinterpret_cast<const double*>(nodes);
-        call.in.num_nodes = num_nodes;
-      })
-      .def("bind_tape", [](Call& call, Address tape, Address count, int64_t capacity) {
-        call.in.tape = reinterpret_cast<void*>(tape);
-        call.in.tape_count = reinterpret_cast<int64_t*>(count);
-        call.in.capacity = capacity;
-      })
-      .def("bind_gradients", [](Call& call, Address ys, Address y0, Address arguments, Address constants, int64_t size,
-                                int64_t chunk) {
-        call.in.grad_ys = reinterpret_cast<const void*>(ys);
-        call.in.grad_y0 = reinterpret_cast<void*>(y0);
-        call.in.grad_arguments = reinterpret_cast<void*>(arguments);
-        call.in.grad_constants = reinterpret_cast<void*>(constants);
-        call.in.grad_size = size;
-        call.in.chunk = chunk;
-      })
+      .def("bind_tiles",
+           [](Call& call, Address tiles, Address sums) {
+             call.in.tiles = reinterpret_cast<void*>(tiles);
+             call.in.sums = reinterpret_cast<double*>(sums);
+           })
+      .def("bind_nodes",
+           [](Call& call, Address nodes, int64_t num_nodes) {
+             call.in.nodes = reinterpret_cast<const double*>(nodes);
+             call.in.num_nodes = num_nodes;
+           })
+      .def("bind_tape",
+           [](Call& call, Address tape, Address count, int64_t capacity) {
+             call.in.tape = reinterpret_cast<void*>(tape);
+             call.in.tape_count = reinterpret_cast<int64_t*>(count);
+             call.in.capacity = capacity;
+           })
+      .def("bind_gradients",
+           [](Call& call, Address ys, Address y0, Address arguments, Address constants, int64_t size, int64_t chunk) {
+             call.in.grad_ys = reinterpret_cast<const void*>(ys);
+             call.in.grad_y0 = reinterpret_cast<void*>(y0);
+             call.in.grad_arguments = reinterpret_cast<void*>(arguments);
+             call.in.grad_constants = reinterpret_cast<void*>(constants);
+             call.in.grad_size = size;
+             call.in.chunk = chunk;
+           })
       .def("plan", [](Call& call, int64_t begun, int64_t max_steps) {
         call.in.begun = begun;
         call.in.max_steps = max_steps;

@@ -1,4 +1,4 @@
-"""``python -m odenet_cuda``: what to paste into a bug report. With ``clear-cache``: removes all compiled fields from the cache."""
+"""``python -m odenet_cuda``: what to paste into a bug report; with ``clear-cache``: empties the cache of compiled fields."""
 
 import os
 import platform

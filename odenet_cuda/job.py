@@ -125,7 +125,7 @@ class Job:
 
     def _again(self, on_failure: str) -> list[Tensor]:
         """The outputs once more by the stepper, with a gradient that has one itself."""
-        problem = replace(self.problem, field=self.problem.field.again())
+        problem = replace(self.problem, field=self.field.again())
         job = Job(problem, self.options, self.structure, self.t, False, self.grid)
         return self.structure.flatten(job.run("direct", None, None, None, on_failure).ys)
 

@@ -159,18 +159,15 @@ def solve(
             raise ValueError("adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards")
         backward = adjoint_setup(func, problem, structure, options, *given, check=adjoint_params is None)
     if compiled is not None:
-        needs = [
-            name
-            for name, needed in (
-                ("dense=True", dense),
-                ("regularizers", bool(regularizers)),
-                ("gradient='quadrature'", gradient == "quadrature"),
-                ("max_checkpoints", max_checkpoints is not None),
-                ("adjoint_params", adjoint_params is not None),
-                ("a norm or callbacks of the adjoint", gradient == "adjoint" and (backward.norm or backward.callbacks)),
-            )
-            if needed
-        ]
+        needs = {
+            "dense=True": dense,
+            "regularizers": bool(regularizers),
+            "gradient='quadrature'": gradient == "quadrature",
+            "max_checkpoints": max_checkpoints is not None,
+            "adjoint_params": adjoint_params is not None,
+            "a norm of the adjoint": backward is not None and backward.norm is not None,
+            "a callback of the adjoint": backward is not None and bool(backward.callbacks),
+        }
         engine = prepare(compiled, field_args, problem, options, structure, times, grid, needs)
         if engine is not None:
             return job.run_compiled(engine, gradient, backward, field_args, on_failure)

@@ -23,7 +23,8 @@ struct Adjoint : M {
     return i < M::leaves ? M::leaf_end(i) : M::state + M::leaf_end(i - M::leaves);
   }
   template <class P>
-  ODENET_HD static void field(const SolveCall& in, const P& t, const P* y, const P* arguments, P* dy, P* taps_of_stage) {
+  ODENET_HD static void field(const SolveCall& in, const P& t, const P* y, const P* arguments, P* dy,
+                              P* taps_of_stage) {
     M::slope_and_product(in, t, y, arguments, y + M::state, dy, dy + M::state, taps_of_stage);
     for (int n = M::state; n < state; ++n) dy[n] = -dy[n];
   }

@@ -8,7 +8,8 @@
 namespace odenet {
 namespace ODENET_LEVEL {
 
-// Rows of one pass: as many accumulators as the machine has registers for, so that an activation is loaded once for all.
+// Rows of one pass: as many accumulators as the machine has registers for, so that an activation is loaded once for
+// all.
 #if defined(__AVX512F__)
 constexpr int kRowsOfPass = 8;
 #else
@@ -75,7 +76,8 @@ ODENET_HD Number<P> sum_of_lanes(const P& x) {
   return sum;
 }
 
-// sums[r * columns + c] += sum over steps s and lanes of weight[s] a[s][r] b[s][c]; a and b begin at those places of taps.
+// sums[r * columns + c] += sum over steps s and lanes of weight[s] a[s][r] b[s][c]; a and b begin at those places of
+// taps.
 template <int rows, int columns, int steps, int a, int b, class P, int N>
 ODENET_HD void outer_sums(const P (*taps)[N], const P* weight, Number<P>* sums) {
   using T = Number<P>;

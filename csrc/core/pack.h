@@ -6,12 +6,6 @@
 
 #include "host_device.h"
 
-#if !defined(__CUDACC__) && defined(__x86_64__) && defined(__GLIBC_PREREQ)
-#if __GLIBC_PREREQ(2, 35)
-#define ODENET_LIBMVEC  // glibc's vector functions: 4 ulp
-#endif
-#endif
-
 #if defined(__CUDACC__)
 #define ODENET_UNROLL _Pragma("unroll")
 #else
@@ -65,53 +59,6 @@ ODENET_HD void set_lane(T& x, int, T value) {
 template <class To, class T>
 ODENET_HD To convert(const T& x) {
   return static_cast<To>(x);
-}
-
-#define ODENET_SCALAR_FUNCTION(name)             \
-  ODENET_HD float name(float x) { return ::name##f(x); } \
-  ODENET_HD double name(double x) { return ::name(x); }
-ODENET_SCALAR_FUNCTION(exp)
-ODENET_SCALAR_FUNCTION(exp2)
-ODENET_SCALAR_FUNCTION(expm1)
-ODENET_SCALAR_FUNCTION(log)
-ODENET_SCALAR_FUNCTION(log2)
-ODENET_SCALAR_FUNCTION(log10)
-ODENET_SCALAR_FUNCTION(log1p)
-ODENET_SCALAR_FUNCTION(sin)
-ODENET_SCALAR_FUNCTION(cos)
-ODENET_SCALAR_FUNCTION(tan)
-ODENET_SCALAR_FUNCTION(asin)
-ODENET_SCALAR_FUNCTION(acos)
-ODENET_SCALAR_FUNCTION(atan)
-ODENET_SCALAR_FUNCTION(sinh)
-ODENET_SCALAR_FUNCTION(cosh)
-ODENET_SCALAR_FUNCTION(tanh)
-ODENET_SCALAR_FUNCTION(asinh)
-ODENET_SCALAR_FUNCTION(acosh)
-ODENET_SCALAR_FUNCTION(atanh)
-ODENET_SCALAR_FUNCTION(erf)
-ODENET_SCALAR_FUNCTION(erfc)
-ODENET_SCALAR_FUNCTION(floor)
-ODENET_SCALAR_FUNCTION(ceil)
-ODENET_SCALAR_FUNCTION(sqrt)
-#undef ODENET_SCALAR_FUNCTION
-ODENET_HD float abs(float x) {
-  return ::fabsf(x);
-}
-ODENET_HD double abs(double x) {
-  return ::fabs(x);
-}
-ODENET_HD float pow(float x, float y) {
-  return ::powf(x, y);
-}
-ODENET_HD double pow(double x, double y) {
-  return ::pow(x, y);
-}
-ODENET_HD float atan2(float y, float x) {
-  return ::atan2f(y, x);
-}
-ODENET_HD double atan2(double y, double x) {
-  return ::atan2(y, x);
 }
 
 #if !defined(__CUDACC__)
@@ -188,27 +135,27 @@ struct Lanes<Pack<T, W>> {
   static constexpr int width = W;
 };
 
-#define ODENET_PACK_OPERATOR(op)                                            \
-  template <class T, int W>                                                 \
+#define ODENET_PACK_OPERATOR(op)                                               \
+  template <class T, int W>                                                    \
   ODENET_HD Pack<T, W> operator op(const Pack<T, W>& x, const Pack<T, W>& y) { \
-    Pack<T, W> r;                                                           \
-    ODENET_UNROLL                                                           \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];          \
-    return r;                                                               \
-  }                                                                         \
-  template <class T, int W>                                                 \
-  ODENET_HD Pack<T, W> operator op(const Pack<T, W>& x, T y) {              \
-    Pack<T, W> r;                                                           \
-    ODENET_UNROLL                                                           \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y;               \
-    return r;                                                               \
-  }                                                                         \
-  template <class T, int W>                                                 \
-  ODENET_HD Pack<T, W> operator op(T x, const Pack<T, W>& y) {              \
-    Pack<T, W> r;                                                           \
-    ODENET_UNROLL                                                           \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x op y.v[h];               \
-    return r;                                                               \
+    Pack<T, W> r;                                                              \
+    ODENET_UNROLL                                                              \
+    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];             \
+    return r;                                                                  \
+  }                                                                            \
+  template <class T, int W>                                                    \
+  ODENET_HD Pack<T, W> operator op(const Pack<T, W>& x, T y) {                 \
+    Pack<T, W> r;                                                              \
+    ODENET_UNROLL                                                              \
+    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y;                  \
+    return r;                                                                  \
+  }                                                                            \
+  template <class T, int W>                                                    \
+  ODENET_HD Pack<T, W> operator op(T x, const Pack<T, W>& y) {                 \
+    Pack<T, W> r;                                                              \
+    ODENET_UNROLL                                                              \
+    for (int h = 0; h < r.vectors; ++h) r.v[h] = x op y.v[h];                  \
+    return r;                                                                  \
   }
 ODENET_PACK_OPERATOR(+)
 ODENET_PACK_OPERATOR(-)
@@ -227,21 +174,21 @@ ODENET_HD Pack<T, W>& operator+=(Pack<T, W>& x, const Pack<T, W>& y) {
   return x = x + y;
 }
 
-#define ODENET_PACK_COMPARISON(op)                                          \
-  template <class T, int W>                                                 \
+#define ODENET_PACK_COMPARISON(op)                                             \
+  template <class T, int W>                                                    \
   ODENET_HD Mask<T, W> operator op(const Pack<T, W>& x, const Pack<T, W>& y) { \
-    Mask<T, W> r;                                                           \
-    ODENET_UNROLL                                                           \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];          \
-    return r;                                                               \
-  }                                                                         \
-  template <class T, int W>                                                 \
-  ODENET_HD Mask<T, W> operator op(const Pack<T, W>& x, T y) {              \
-    return x op Pack<T, W>(y);                                              \
-  }                                                                         \
-  template <class T, int W>                                                 \
-  ODENET_HD Mask<T, W> operator op(T x, const Pack<T, W>& y) {              \
-    return Pack<T, W>(x) op y;                                              \
+    Mask<T, W> r;                                                              \
+    ODENET_UNROLL                                                              \
+    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];             \
+    return r;                                                                  \
+  }                                                                            \
+  template <class T, int W>                                                    \
+  ODENET_HD Mask<T, W> operator op(const Pack<T, W>& x, T y) {                 \
+    return x op Pack<T, W>(y);                                                 \
+  }                                                                            \
+  template <class T, int W>                                                    \
+  ODENET_HD Mask<T, W> operator op(T x, const Pack<T, W>& y) {                 \
+    return Pack<T, W>(x) op y;                                                 \
   }
 ODENET_PACK_COMPARISON(<)
 ODENET_PACK_COMPARISON(<=)
@@ -251,13 +198,13 @@ ODENET_PACK_COMPARISON(==)
 ODENET_PACK_COMPARISON(!=)
 #undef ODENET_PACK_COMPARISON
 
-#define ODENET_MASK_OPERATOR(op)                                            \
-  template <class T, int W>                                                 \
+#define ODENET_MASK_OPERATOR(op)                                               \
+  template <class T, int W>                                                    \
   ODENET_HD Mask<T, W> operator op(const Mask<T, W>& x, const Mask<T, W>& y) { \
-    Mask<T, W> r;                                                           \
-    ODENET_UNROLL                                                           \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];          \
-    return r;                                                               \
+    Mask<T, W> r;                                                              \
+    ODENET_UNROLL                                                              \
+    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];             \
+    return r;                                                                  \
   }
 ODENET_MASK_OPERATOR(&)
 ODENET_MASK_OPERATOR(|)
@@ -328,130 +275,7 @@ ODENET_HD Pack<To, W> convert(const Pack<T, W>& x) {
   }
 }
 
-// Functions of one pack: by glibc's vector library, or lane by lane.
-#if defined(ODENET_LIBMVEC)
-#if defined(__AVX512F__)
-#define ODENET_MVEC(name, arguments) _ZGVeN16##arguments##_##name##f
-#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVeN8##arguments##_##name
-#elif defined(__AVX2__)
-#define ODENET_MVEC(name, arguments) _ZGVdN8##arguments##_##name##f
-#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVdN4##arguments##_##name
-#else
-#define ODENET_MVEC(name, arguments) _ZGVbN4##arguments##_##name##f
-#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVbN2##arguments##_##name
-#endif
-#define ODENET_VECTOR_FUNCTION(name)                                        \
-  extern "C" Vector<float> ODENET_MVEC(name, v)(Vector<float>);             \
-  extern "C" Vector<double> ODENET_MVEC_DOUBLE(name, v)(Vector<double>);    \
-  template <class T, int W>                                                 \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {                          \
-    Pack<T, W> r;                                                           \
-    ODENET_UNROLL                                                           \
-    for (int h = 0; h < r.vectors; ++h) {                                   \
-      if constexpr (sizeof(T) == 4) {                                       \
-        r.v[h] = ODENET_MVEC(name, v)(x.v[h]);                              \
-      } else {                                                              \
-        r.v[h] = ODENET_MVEC_DOUBLE(name, v)(x.v[h]);                       \
-      }                                                                     \
-    }                                                                       \
-    return r;                                                               \
-  }
-#define ODENET_VECTOR_FUNCTION_2(name)                                                    \
-  extern "C" Vector<float> ODENET_MVEC(name, vv)(Vector<float>, Vector<float>);           \
-  extern "C" Vector<double> ODENET_MVEC_DOUBLE(name, vv)(Vector<double>, Vector<double>); \
-  template <class T, int W>                                                               \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) {                   \
-    Pack<T, W> r;                                                                         \
-    ODENET_UNROLL                                                                         \
-    for (int h = 0; h < r.vectors; ++h) {                                                 \
-      if constexpr (sizeof(T) == 4) {                                                     \
-        r.v[h] = ODENET_MVEC(name, vv)(x.v[h], y.v[h]);                                   \
-      } else {                                                                            \
-        r.v[h] = ODENET_MVEC_DOUBLE(name, vv)(x.v[h], y.v[h]);                            \
-      }                                                                                   \
-    }                                                                                     \
-    return r;                                                                             \
-  }
-#endif
-
-#define ODENET_LANE_FUNCTION(name)                                                 \
-  template <class T, int W>                                                        \
-  ODENET_HD Pack<T, W> name(Pack<T, W> x) {                                        \
-    for (int i = 0; i < W; ++i) set_lane(x, i, T(name(T(lane(x, i)))));            \
-    return x;                                                                      \
-  }
-#define ODENET_LANE_FUNCTION_2(name)                                                       \
-  template <class T, int W>                                                                \
-  ODENET_HD Pack<T, W> name(Pack<T, W> x, const Pack<T, W>& y) {                           \
-    for (int i = 0; i < W; ++i) set_lane(x, i, T(name(T(lane(x, i)), T(lane(y, i)))));     \
-    return x;                                                                              \
-  }
-#if !defined(ODENET_LIBMVEC)
-#define ODENET_VECTOR_FUNCTION ODENET_LANE_FUNCTION
-#define ODENET_VECTOR_FUNCTION_2 ODENET_LANE_FUNCTION_2
-#endif
-ODENET_VECTOR_FUNCTION(exp)
-ODENET_VECTOR_FUNCTION(exp2)
-ODENET_VECTOR_FUNCTION(expm1)
-ODENET_VECTOR_FUNCTION(log)
-ODENET_VECTOR_FUNCTION(log2)
-ODENET_VECTOR_FUNCTION(log10)
-ODENET_VECTOR_FUNCTION(log1p)
-ODENET_VECTOR_FUNCTION(sin)
-ODENET_VECTOR_FUNCTION(cos)
-ODENET_VECTOR_FUNCTION(tan)
-ODENET_VECTOR_FUNCTION(asin)
-ODENET_VECTOR_FUNCTION(acos)
-ODENET_VECTOR_FUNCTION(atan)
-ODENET_VECTOR_FUNCTION(sinh)
-ODENET_VECTOR_FUNCTION(cosh)
-ODENET_VECTOR_FUNCTION(tanh)
-ODENET_VECTOR_FUNCTION(asinh)
-ODENET_VECTOR_FUNCTION(acosh)
-ODENET_VECTOR_FUNCTION(atanh)
-ODENET_VECTOR_FUNCTION(erf)
-ODENET_VECTOR_FUNCTION(erfc)
-ODENET_VECTOR_FUNCTION_2(pow)
-ODENET_VECTOR_FUNCTION_2(atan2)
-ODENET_LANE_FUNCTION(floor)
-ODENET_LANE_FUNCTION(ceil)
-
-template <class T, int W>
-ODENET_HD Pack<T, W> sqrt(const Pack<T, W>& x) {
-  T numbers[W];
-  Pack<T, W> r;
-  memcpy(numbers, x.v, sizeof(numbers));
-  for (int i = 0; i < W; ++i) numbers[i] = sqrt(numbers[i]);
-  memcpy(r.v, numbers, sizeof(numbers));
-  return r;
-}
-template <class T, int W>
-ODENET_HD Pack<T, W> abs(const Pack<T, W>& x) {
-  Pack<T, W> r;
-  using V = typename Mask<T, W>::V;
-  const V sign = V{} + (typename Mask<T, W>::Integer{1} << (8 * sizeof(T) - 1));
-  ODENET_UNROLL
-  for (int h = 0; h < r.vectors; ++h) r.v[h] = (Vector<T>)((V)x.v[h] & ~sign);
-  return r;
-}
-
 #endif  // !defined(__CUDACC__)
-
-// A number for all lanes.
-template <class P>
-ODENET_HD P broadcast(Number<P> value) {
-  return P(value);
-}
-
-// x where both compare, and not a number where either is: as torch's maximum and minimum.
-template <class P>
-ODENET_HD P maximum(const P& x, const P& y) {
-  return select((x >= y) | (x != x), x, y);
-}
-template <class P>
-ODENET_HD P minimum(const P& x, const P& y) {
-  return select((x <= y) | (x != x), x, y);
-}
 
 // p[index], lane by lane; index: whole numbers.
 template <class D>

@@ -5,7 +5,7 @@
 // accepted steps (Soderlind 2003, doi 10.1145/641876.641877); b1 = b2 = 0 is the classical I controller.
 #pragma once
 
-#include "pack.h"
+#include "functions.h"
 #include "types.h"
 
 namespace odenet {
@@ -214,7 +214,8 @@ ODENET_HD void control_step(const StepSize& s, Row<D>& r) {
 // tolerance) into a small explicit Euler step, whose end the caller evaluates; phase 1 turns d2 = |f1 - f0| into the
 // step to try. A given first step, size > 0, replaces both.
 template <class D>
-ODENET_HD void plan_first_step(const StepSize& s, Row<D>& r, const D& d0, const D& d1, const D& d2, double given, int phase) {
+ODENET_HD void plan_first_step(const StepSize& s, Row<D>& r, const D& d0, const D& d1, const D& d2, double given,
+                               int phase) {
   const Controller& q = s.controller;
   const MaskOf<D> undefined = r.running() & ((d0 != d0) | (d1 != d1));
   if (any(undefined)) end_rows(r, undefined, kNonFinite);

@@ -1,10 +1,9 @@
 // A tile: as many samples as a pack has lanes, which go through all steps together. What a step does to one.
 //
 // M: the tableau and the equation, written by the emitter (odenet_cuda/compiled/emit.py), with
-//   T, state, arguments, stages, degree, leaves, fsal, taps; a(i, j), b(j), c(i), e(j), p(j, d), leaf_end(i): constants,
-//   field(in, t, y, arguments, dy, taps): the slope of a pack of samples,
-//   product(in, t, y, arguments, g, dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants
-//   and arguments are made.
+//   T, state, arguments, stages, degree, leaves, fsal, taps; a(i, j), b(j), c(i), e(j), p(j, d), leaf_end(i):
+//   constants, field(in, t, y, arguments, dy, taps): the slope of a pack of samples, product(in, t, y, arguments, g,
+//   dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants and arguments are made.
 #pragma once
 
 #include <type_traits>
@@ -25,13 +24,13 @@ struct SolveCall {
   const double* atol;
   StepSize step;  // state: [kNumFields, rows], read at the start if resumed, written at the end
   double first_step;
-  void* ys;               // [num_outputs, batch, state]; the first is y0
-  void* y_last;           // [batch, state]
-  const double* nodes;    // [num_nodes]: the grid of a method without step control
-  void* tiles;            // [tiles] what a tile keeps between calls, see tile_bytes
-  void* tape;             // [tiles, capacity] records of accepted steps, or null
-  int64_t* tape_count;    // [tiles] steps that the tape should hold
-  double* sums;           // [tiles, 3 leaves] of joint control
+  void* ys;             // [num_outputs, batch, state]; the first is y0
+  void* y_last;         // [batch, state]
+  const double* nodes;  // [num_nodes]: the grid of a method without step control
+  void* tiles;          // [tiles] what a tile keeps between calls, see tile_bytes
+  void* tape;           // [tiles, capacity] records of accepted steps, or null
+  int64_t* tape_count;  // [tiles] steps that the tape should hold
+  double* sums;         // [tiles, 3 leaves] of joint control
   // Gradients, of a solve backwards.
   const void* grad_ys;   // [num_outputs, batch, state]
   void* grad_y0;         // [batch, state]

@@ -1,4 +1,4 @@
-"""The program of a field, run by NumPy in float64 beside the field itself: what was misread is refused before it is compiled."""
+"""The program of a field, run by NumPy in float64 beside the field itself: what was misread is refused, not compiled."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import transforms
 from ..callbacks import find_callbacks
 from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
-from ..tableau import ButcherTableau
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
@@ -171,16 +169,16 @@ def prepare(
     structure: Structure,
     t: Tensor,
     grid: Grid | None,
-    needs: Sequence[str],
+    needs: dict[str, bool],
 ) -> Engine | None:
-    """The engine of this solve, or None where the stepper must serve it; `field.explain` then says why. needs: what the solve
-    was asked for that only the stepper has."""
+    """The engine of this solve, or None where the stepper must serve it; `field.explain` then says why. needs: what only the
+    stepper has, and whether the solve was asked for it."""
     global _warned
     field._why = []
     if len(problem.t) == 1 or any(leaf.numel() == 0 for leaf in structure.leaves):
         field._why = ["there is nothing to solve"]
         return None
-    why = [f"{name} needs it" for name in needs]
+    why = [f"{name} needs it" for name, needed in needs.items() if needed]
     if problem.device.type != "cpu":
         why.append(f"the state is on {problem.device}; compiled solves run on the CPU")
     kinds = {leaf.dtype for leaf in structure.leaves}
@@ -264,6 +262,3 @@ class _Compiled(torch.autograd.Function):
         flat = [part for group in parts for part in group]
         shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
         return None, None, None, None, *shaped
-
-
-__all__ = ["ButcherTableau", "CompiledField", "attach", "compile", "compiled_field", "prepare", "transforms"]

@@ -22,7 +22,7 @@ from .trace import BATCHES, Recording, Unreadable, value_of
 
 @dataclass
 class Sample:
-    """addresses in the traced shape, but for the axis `batch`, which has the entries of one sample; None: 0-dimensional time."""
+    """Addresses in the traced shape, but for the axis `batch`, which has the entries of one sample; None: no such axis."""
 
     refs: Refs
     batch: int | None
@@ -146,7 +146,7 @@ class Lowering:
         self.values[node] = Sample(refs.reshape(shape), batch)
 
     def _results(self, node: fx.Node) -> None:
-        outputs = list(node.args[0])
+        outputs: list[Any] = list(node.args[0])  # type: ignore[arg-type]
         n, m = self.recording.leaves, len(self.recording.batched)
         program = self.program
         state = len(program.addresses(self.y))
@@ -191,7 +191,8 @@ class Lowering:
         nodes = [node for node in self.recording.graphs[0].nodes if node.op == "placeholder"]
         names = self._input_names()
         wanted = "y" if of == 0 else "arguments"
-        return [int(self.values[x].refs.size) for x, name in zip(nodes, names, strict=True) if name == wanted]
+        parts: list[Any] = [self.values[x] for x, name in zip(nodes, names, strict=True) if name == wanted]
+        return [part.refs.size for part in parts]
 
     def _shape_of(self, node: fx.Node, value: Sample) -> tuple[int, ...]:
         return tuple(self.shapes(node)[0])
@@ -424,11 +425,11 @@ class Lowering:
             x = self.packed(x)
         else:
             x = self.statement("{0}", [x])
-        out = self.program.new("local", rows)
-        linear = Linear(out, rows, columns, int(buffers.flat[0]), int(places[0, 0]), row, column, x, bias)
+        result = self.program.new("local", rows)
+        linear = Linear(result, rows, columns, int(buffers.flat[0]), int(places[0, 0]), row, column, x, bias)
         self.program.statements.append(linear)
-        self._taint(out, [x] if bias is None else [x, bias])
-        return self.program.addresses(out)
+        self._taint(result, [x] if bias is None else [x, bias])
+        return self.program.addresses(result)
 
     def reduce(self, operand: Refs, largest: bool) -> Refs:
         """[n, m] -> [n]"""

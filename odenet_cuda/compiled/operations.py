@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import fx
 
 from .lower import Lowering, Sample, Value, where
 from .program import Refs
 from .trace import Unreadable
 
-Operation = Callable[[Lowering, fx.Node, fx.Node], Value]
+Operation = Callable[[Lowering, Any, Any], Value]  # the node, and that of the other recording
 OPERATIONS: dict[str, Operation] = {}
 
 
@@ -23,18 +22,18 @@ def operation(*names: str) -> Callable[[Operation], Operation]:
     return add
 
 
-def _source(low: Lowering, node: fx.Node, place: int = 0) -> Sample:
+def _source(low: Lowering, node: Any, place: int = 0) -> Sample:
     return low.sample(node.args[place], low.twin[node].args[place], node)
 
 
-def _axis(value: Sample, axis: Any, node: fx.Node, extra: int = 0) -> int:
+def _axis(value: Sample, axis: Any, node: Any, extra: int = 0) -> int:
     axis = int(axis) % (value.refs.ndim + extra)
     if extra == 0 and axis == value.batch:
         raise Unreadable(f"{where(node)} takes samples apart")
     return axis
 
 
-def _rearranged(low: Lowering, node: fx.Node, value: Sample, refs: Refs) -> Sample:
+def _rearranged(low: Lowering, node: Any, value: Sample, refs: Refs) -> Sample:
     shape, batch = low.shapes(node)
     if list(refs.shape) != shape:
         raise Unreadable(f"{where(node)} is not read")
@@ -42,9 +41,9 @@ def _rearranged(low: Lowering, node: fx.Node, value: Sample, refs: Refs) -> Samp
 
 
 @operation("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "_to_copy", "to")
-def _same(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _same(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
-    if node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+    if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
         if value.mask and node.meta["val"].dtype.is_floating_point:
             return low._number_of(value)
         raise Unreadable(f"{where(node)} changes the type to {node.meta['val'].dtype}")
@@ -52,20 +51,20 @@ def _same(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
-def _view(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _view(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, value.refs.reshape(low.shapes(node)[0]))
 
 
 @operation("expand")
-def _expand(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _expand(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, np.broadcast_to(value.refs, low.shapes(node)[0]))
 
 
 @operation("repeat")
-def _repeat(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
-    value, counts = _source(low, node), list(node.args[1])  # type: ignore[call-overload]
+def _repeat(low: Lowering, node: Any, twin: Any) -> Value:
+    value, counts = _source(low, node), list(node.args[1])
     refs = value.refs.reshape((1,) * (len(counts) - value.refs.ndim) + value.refs.shape)
     shape, batch = low.shapes(node)
     if batch is not None and refs.shape[batch] != shape[batch]:
@@ -76,39 +75,39 @@ def _repeat(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("permute")
-def _permute(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _permute(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
-    return _rearranged(low, node, value, value.refs.transpose([int(axis) for axis in node.args[1]]))  # type: ignore[union-attr]
+    return _rearranged(low, node, value, value.refs.transpose([int(axis) for axis in node.args[1]]))
 
 
 @operation("transpose")
-def _transpose(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _transpose(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
-    return _rearranged(low, node, value, value.refs.swapaxes(int(node.args[1]), int(node.args[2])))  # type: ignore[arg-type]
+    return _rearranged(low, node, value, value.refs.swapaxes(int(node.args[1]), int(node.args[2])))
 
 
 @operation("t")
-def _t(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _t(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, value.refs.T)
 
 
 @operation("select")
-def _select(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _select(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axis = _axis(value, node.args[1], node)
-    return _rearranged(low, node, value, value.refs.take(int(node.args[2]), axis))  # type: ignore[arg-type]
+    return _rearranged(low, node, value, value.refs.take(int(node.args[2]), axis))
 
 
-def _range(node: fx.Node, first: int, size: int) -> slice:
+def _range(node: Any, first: int, size: int) -> slice:
     start, end, step = (*node.args[first:], *[None] * 3)[:3]
-    return slice(*slice(start, min(int(end), size) if end is not None else None, step).indices(size))  # type: ignore[arg-type]
+    return slice(*slice(start, min(int(end), size) if end is not None else None, step).indices(size))
 
 
 @operation("slice")
-def _slice(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _slice(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
-    axis = int(node.args[1]) % value.refs.ndim if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    axis = int(node.args[1]) % value.refs.ndim if len(node.args) > 1 else 0
     if axis == value.batch:
         if low.shapes(node)[0] != list(value.refs.shape) or _range(node, 2, 1 << 40) != slice(0, 1 << 40, 1):
             raise Unreadable(f"{where(node)} takes samples apart")
@@ -119,22 +118,22 @@ def _slice(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("slice_scatter", "select_scatter")
-def _scatter(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _scatter(low: Lowering, node: Any, twin: Any) -> Value:
     value, source = _source(low, node), _source(low, node, 1)
     axis = _axis(value, node.args[2] if len(node.args) > 2 else 0, node)
     index: list[Any] = [slice(None)] * value.refs.ndim
     of_slice = "slice" in str(node.target)
-    index[axis] = _range(node, 3, value.refs.shape[axis]) if of_slice else int(node.args[3])  # type: ignore[arg-type]
+    index[axis] = _range(node, 3, value.refs.shape[axis]) if of_slice else int(node.args[3])
     refs = np.broadcast_to(value.refs, low.shapes(node)[0]).copy()
     refs[tuple(index)] = source.refs
     return _rearranged(low, node, value, refs)
 
 
 @operation("cat")
-def _cat(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
-    parts = [low.sample(x, x, node) for x in node.args[0]]  # type: ignore[union-attr]
+def _cat(low: Lowering, node: Any, twin: Any) -> Value:
+    parts = [low.sample(x, x, node) for x in node.args[0]]
     shape, batch = low.shapes(node)
-    axis = (int(node.args[1]) if len(node.args) > 1 else 0) % len(shape)  # type: ignore[arg-type]
+    axis = (int(node.args[1]) if len(node.args) > 1 else 0) % len(shape)
     if axis == batch:
         raise Unreadable(f"{where(node)} puts samples together")
     refs = [part.refs for part in parts if part.refs.ndim == len(shape)]  # torch lets an empty tensor pass
@@ -142,26 +141,26 @@ def _cat(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("flip")
-def _flip(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _flip(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
-    axes = [_axis(value, axis, node) for axis in node.args[1]]  # type: ignore[union-attr]
-    return _rearranged(low, node, value, np.flip(value.refs, axes))
+    axes = [_axis(value, axis, node) for axis in node.args[1]]
+    return _rearranged(low, node, value, np.flip(value.refs, tuple(axes)))
 
 
 @operation("roll")
-def _roll(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _roll(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     if len(node.args) < 3:
         raise Unreadable(f"{where(node)} rolls through the samples")
-    axes = [_axis(value, axis, node) for axis in node.args[2]]  # type: ignore[union-attr]
-    return _rearranged(low, node, value, np.roll(value.refs, tuple(node.args[1]), tuple(axes)))  # type: ignore[arg-type]
+    axes = [_axis(value, axis, node) for axis in node.args[2]]
+    return _rearranged(low, node, value, np.roll(value.refs, tuple(node.args[1]), tuple(axes)))
 
 
 @operation("constant_pad_nd")
-def _pad(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _pad(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
-    pads = list(node.args[1])  # type: ignore[call-overload]
-    number = float(node.args[2]) if len(node.args) > 2 else 0.0  # type: ignore[arg-type]
+    pads = list(node.args[1])
+    number = float(node.args[2]) if len(node.args) > 2 else 0.0
     refs = value.refs
     for i in range(0, len(pads), 2):
         axis = refs.ndim - 1 - i // 2
@@ -187,7 +186,7 @@ def _split_axes(value: Sample, axes: Any) -> tuple[Refs, list[int]]:
 
 
 @operation("sum", "mean")
-def _sum(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _sum(low: Lowering, node: Any, twin: Any) -> Value:
     value = low._number_of(_source(low, node))
     refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
     mean = "mean" in str(node.target)
@@ -202,7 +201,7 @@ def _sum(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
     return Sample(total.reshape(shape), batch)
 
 
-def _moments(low: Lowering, node: fx.Node, value: Sample) -> tuple[Refs, Refs]:
+def _moments(low: Lowering, node: Any, value: Sample) -> tuple[Refs, Refs]:
     """Mean and variance over the axes of node."""
     arguments = dict(zip(("dim", "correction", "keepdim"), node.args[1:], strict=False)) | node.kwargs
     refs, reduced = _split_axes(value, arguments.get("dim"))
@@ -210,7 +209,7 @@ def _moments(low: Lowering, node: fx.Node, value: Sample) -> tuple[Refs, Refs]:
         raise Unreadable(f"{where(node)} mixes samples")
     count = refs.shape[1]
     correction = arguments.get("correction", 1)
-    left = count - (1 if correction is None or correction is True else int(correction))  # type: ignore[call-overload]
+    left = count - (1 if correction is None or correction is True else int(correction))
     if left <= 0:
         raise Unreadable(f"{where(node)} has no number left to divide by")
 
@@ -223,13 +222,13 @@ def _moments(low: Lowering, node: fx.Node, value: Sample) -> tuple[Refs, Refs]:
 
 
 @operation("var")
-def _var(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _var(low: Lowering, node: Any, twin: Any) -> Value:
     shape, batch = low.shapes(node)
     return Sample(_moments(low, node, _source(low, node))[1].reshape(shape), batch)
 
 
 @operation("var_mean")
-def _var_mean(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _var_mean(low: Lowering, node: Any, twin: Any) -> Value:
     mean, variance = _moments(low, node, _source(low, node))
     results = []
     for refs, seen, other in zip((variance, mean), node.meta["val"], twin.meta["val"], strict=True):
@@ -240,9 +239,9 @@ def _var_mean(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("linalg_vector_norm")
-def _norm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _norm(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
-    order = float(node.args[1]) if len(node.args) > 1 else 2.0  # type: ignore[arg-type]
+    order = float(node.args[1]) if len(node.args) > 1 else 2.0
     if order not in (1.0, 2.0):
         raise Unreadable(f"{where(node)} of order {order} is not read")
     refs, reduced = _split_axes(value, node.args[2] if len(node.args) > 2 else None)
@@ -255,7 +254,7 @@ def _norm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("cumsum", "cumprod")
-def _cumulative(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _cumulative(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axis = _axis(value, node.args[1], node)
     text = "{0} + {1}" if "cumsum" in str(node.target) else "{0} * {1}"
@@ -267,27 +266,27 @@ def _cumulative(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("index_select")
-def _index_select(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _index_select(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axis = _axis(value, node.args[1], node)
     return _rearranged(low, node, value, value.refs.take(low.numbers(node.args[2]), axis))
 
 
-def _places(low: Lowering, node: fx.Node, value: Sample) -> tuple[Any, ...]:
-    places = list(node.args[1]) + [None] * (value.refs.ndim - len(node.args[1]))  # type: ignore[arg-type, call-overload]
+def _places(low: Lowering, node: Any, value: Sample) -> tuple[Any, ...]:
+    places = list(node.args[1]) + [None] * (value.refs.ndim - len(node.args[1]))
     if value.batch is not None and places[value.batch] is not None:
         raise Unreadable(f"{where(node)} takes samples apart")
     return tuple(slice(None) if place is None else low.numbers(place) for place in places)
 
 
 @operation("index")
-def _index(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _index(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, value.refs[_places(low, node, value)])
 
 
 @operation("index_put", "_unsafe_index_put", "_index_put_impl")
-def _index_put(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _index_put(low: Lowering, node: Any, twin: Any) -> Value:
     value, source = _source(low, node), _source(low, node, 2)
     accumulate = bool(node.args[3]) if len(node.args) > 3 else False
     refs = np.broadcast_to(value.refs, low.shapes(node)[0]).reshape(-1).copy()
@@ -298,7 +297,7 @@ def _index_put(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("index_add")
-def _index_add(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _index_add(low: Lowering, node: Any, twin: Any) -> Value:
     value, source = _source(low, node), _source(low, node, 3)
     axis = _axis(value, node.args[1], node)
     refs = np.moveaxis(np.broadcast_to(value.refs, low.shapes(node)[0]).copy(), axis, 0)
@@ -310,7 +309,7 @@ def _index_add(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("amax", "amin")
-def _extreme(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _extreme(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
     if value.batch in reduced:
@@ -324,7 +323,7 @@ def _extreme(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("prod")
-def _product(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _product(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
     refs, reduced = _split_axes(value, [node.args[1]] if len(node.args) > 1 else None)
     if value.batch in reduced:
@@ -337,7 +336,7 @@ def _product(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("mm", "addmm")
-def _mm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _mm(low: Lowering, node: Any, twin: Any) -> Value:
     first = 1 if "addmm" in str(node.target) else 0
     if node.kwargs:
         raise Unreadable(f"{where(node)} with beta or alpha is not read")
@@ -356,7 +355,7 @@ def _mm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
 
 
 @operation("bmm")
-def _bmm(low: Lowering, node: fx.Node, twin: fx.Node) -> Value:
+def _bmm(low: Lowering, node: Any, twin: Any) -> Value:
     a, b = _source(low, node), _source(low, node, 1)
     if {a.batch, b.batch} - {0, None}:
         raise Unreadable(f"{where(node)} mixes samples")

@@ -81,7 +81,7 @@ class Plan:
 
     def _find_constants(self, func: Callable, args: Sequence[Any]) -> None:
         """How each tensor of func is found again at every call: by its place, for it may be replaced."""
-        self.places: dict[fx.Node, Callable[[Sequence[Any]], Tensor]] = {}
+        self.places: dict[fx.Node, Place] = {}
         graph = self.recording.graphs[0]
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -181,33 +181,50 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return [node] if node.op == "get_attr" else [base for x in node.all_input_nodes for base in _sources(x)]
 
 
-def _place(tensor: Tensor, func: Any, args: Sequence[Any]) -> Callable[[Sequence[Any]], Tensor]:
+Place = Callable[[Sequence[Any]], Tensor]  # of the arguments of a solve
+
+
+def _place(tensor: Tensor, func: Any, args: Sequence[Any]) -> Place:
+    """Where func has this tensor: among the arguments, in a module, an attribute, a global name or a closure."""
     for i, x in enumerate(args):
         if x is tensor:
-            return lambda args, i=i: args[i]
-    modules = list(func.modules()) if isinstance(func, nn.Module) else []
-    owners: list[dict[str, Any]] = []
-    for module in modules:
-        owners += [module._parameters, module._buffers, module.__dict__]
+            return _argument(i)
     function = getattr(func, "__func__", func)
-    for name in ("__globals__",):
-        owners.append(getattr(function, name, {}))
-    if not modules:
-        owners.append(getattr(func, "__dict__", {}))
-        owners.append(getattr(getattr(func, "__self__", None), "__dict__", {}))
+    owners: list[dict[str, Any]] = [getattr(function, "__globals__", {})]
+    if isinstance(func, nn.Module):
+        for module in func.modules():
+            owners += [module._parameters, module._buffers, module.__dict__]  # type: ignore[list-item]
+    else:
+        owners += [getattr(func, "__dict__", {}), getattr(getattr(func, "__self__", None), "__dict__", {})]
     for owner in owners:
         for name, value in owner.items():
             if value is tensor:
-                return lambda args, owner=owner, name=name: owner[name]
+                return _entry(owner, name)
     for cell in getattr(function, "__closure__", None) or ():
         try:
             value = cell.cell_contents
         except ValueError:  # an empty cell
             continue
         if value is tensor:
-            return lambda args, cell=cell: cell.cell_contents
+            return _content(cell)
         if isinstance(value, nn.Module):
             found = _place(tensor, value, ())
             if found(()) is tensor:
                 return found
+    return _itself(tensor)
+
+
+def _argument(i: int) -> Place:
+    return lambda args: args[i]
+
+
+def _entry(owner: dict[str, Any], name: str) -> Place:
+    return lambda args: owner[name]
+
+
+def _content(cell: Any) -> Place:
+    return lambda args: cell.cell_contents
+
+
+def _itself(tensor: Tensor) -> Place:
     return lambda args: tensor

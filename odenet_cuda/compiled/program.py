@@ -95,12 +95,10 @@ class Program:
 
     def literal(self, value: float) -> int:
         """The address of a number."""
-        for index, buffer in enumerate(self.buffers):
-            if buffer.kind == "literal":
-                break
-        else:
+        index = next((i for i, buffer in enumerate(self.buffers) if buffer.kind == "literal"), None)
+        if index is None:
             index = self.new("literal", 0)
-            buffer = self.buffers[index]
+        buffer = self.buffers[index]
         key = [repr(x) for x in buffer.values]
         if repr(value) not in key:
             buffer.values.append(value)

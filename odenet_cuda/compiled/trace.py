@@ -128,7 +128,7 @@ def _trace(
                 used = [(slope, g) for slope, g in zip(slopes, inputs[n + m :], strict=True) if slope.requires_grad]
                 grads = torch.autograd.grad([x for x, _ in used], sources, [g for _, g in used], allow_unused=True)
             else:
-                grads = (None,) * len(sources)
+                grads = (None,) * len(sources)  # type: ignore[assignment]
         return [*(slope.detach() for slope in slopes), *grads]
 
     table = {**core_aten_decompositions(), **get_decompositions(_DECOMPOSED)}
