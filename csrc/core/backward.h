@@ -19,7 +19,7 @@ namespace ODENET_LEVEL {
 template <class M>
 struct Adjoint : M {
   static constexpr int state = 2 * M::state, leaves = 2 * M::leaves, taps = M::taps_of_product;
-  static constexpr int leaf_end(int i) {
+  ODENET_HD static constexpr int leaf_end(int i) {
     return i < M::leaves ? M::leaf_end(i) : M::state + M::leaf_end(i - M::leaves);
   }
   template <class P>
@@ -128,7 +128,7 @@ ODENET_HD int64_t reverse_tile(const SolveCall& in, int64_t tile) {
       }
     };
     if constexpr (M::fsal) {
-      stage(std::integral_constant<int, S - 1>{});
+      stage(Index<S - 1>{});
       for (int n = 0; n < N; ++n) g.y[n] = g.y[n] + select(counts, product[n], none);
     }
     for (int n = 0; n < N; ++n) {
@@ -140,7 +140,7 @@ ODENET_HD int64_t reverse_tile(const SolveCall& in, int64_t tile) {
     constexpr int last = M::fsal ? S - 2 : S - 1;
     unrolled<last>([&](auto above) {
       constexpr int i = last - above;
-      stage(std::integral_constant<int, i>{});
+      stage(Index<i>{});
       for (int n = 0; n < N; ++n) {
         start[n] = start[n] + product[n];
         const P scaled = dt * product[n];

@@ -45,11 +45,17 @@ struct SolveCall {
 
 namespace ODENET_LEVEL {
 
+// A number known at compile time, as an argument.
+template <int value>
+struct Index {
+  ODENET_HD constexpr operator int() const { return value; }
+};
+
 template <int... I, class Body>
 ODENET_HD void unrolled(std::integer_sequence<int, I...>, const Body& body) {
-  (body(std::integral_constant<int, I>{}), ...);
+  (body(Index<I>{}), ...);
 }
-// body(integral_constant 0), ..., body(integral_constant count - 1)
+// body(Index<0>), ..., body(Index<count - 1>)
 template <int count, class Body>
 ODENET_HD void unrolled(const Body& body) {
   unrolled(std::make_integer_sequence<int, count>{}, body);

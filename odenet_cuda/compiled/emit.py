@@ -148,7 +148,7 @@ def emit(
         f"  static constexpr int taps_of_product = {len(taps)}, kept = {kept[1]};\n"
         f"  ODENET_HD static constexpr int leaf_end(int i) {{\n{leaf_end}    return 0;\n  }}\n"
         f"{_method(tableau)}{bodies}}};\n\n"
-        "}  // namespace ODENET_LEVEL\n}  // namespace odenet\n\n" + _entry(target)
+        "}  // namespace ODENET_LEVEL\n\n" + _entry(target) + "\n}  // namespace odenet\n"
     )
 
 
@@ -160,7 +160,7 @@ def _entry(target: Target) -> str:
     if target.cuda:
         call = {"reverse": "reverse_tile", "grid": "solve_grid"}.get(target.solve, "solve_tile")
         return (
-            f"using namespace odenet;\n\n// A thread a sample. left: rows, or steps, that are not done.\n"
+            f"// A thread a sample. left: rows, or steps, that are not done.\n"
             f'extern "C" __global__ void odenet_kernel(SolveCall in, unsigned long long* left) {{\n'
             f"  const int64_t sample = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;\n"
             f"  if (sample >= in.batch) return;\n"
@@ -169,7 +169,6 @@ def _entry(target: Target) -> str:
         )
     run = f"reverse<Equation, {pack}>" if target.solve == "reverse" else f"solve<{equation}, {pack}, {control}>"
     return (
-        "using namespace odenet;\n\n"
         'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
         f"  sizes[0] = Lanes<{pack}>::width;\n  sizes[1] = sizeof({kept});\n"
         f"  sizes[2] = sizeof(Record<Equation, {pack}>);\n}}\n"
