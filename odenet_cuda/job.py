@@ -275,7 +275,8 @@ class Job:
         """The exception of a solver state, a NumPy array; where there is one, outputs that were not reached become NaN."""
         if state is None:
             return None
-        if (state[FIELDS["status"]] == SUCCESS).all():
+        status = state[FIELDS["status"]]
+        if status[0] == SUCCESS if len(status) == 1 else (status == SUCCESS).all():
             return None
         last = self._solution(ys, trajectory, None, stats)
         error = failure(state, last, self.options.control.max_num_steps)
@@ -289,7 +290,9 @@ class Job:
 
     def _solution(self, ys: list[Tensor], trajectory: Trajectory, recorder: Recorder | None, stats: Stats) -> Solution:
         interpolant = None
-        t = torch.tensor(self.problem.t, dtype=torch.float64, device=self.problem.device)
+        t = self.t.detach()
+        if t.dtype != torch.float64 or t.device != self.problem.device:
+            t = torch.tensor(self.problem.t, dtype=torch.float64, device=self.problem.device)
         if self.dense and recorder is not None:
             interpolant = Interpolant(
                 self.options.tableau,

@@ -245,7 +245,8 @@ def evaluations(options: Options, state: Tensor | None, grid: Grid | None, probl
     tableau = options.tableau
     if state is not None:
         host = state.numpy()
-        tries = int((host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]).max())
+        tried = host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]
+        tries = int(tried[0] if len(tried) == 1 else tried.max())
         return tries * (tableau.stages - 1) + (1 if options.first_step else 2) + len(options.jump_t)
     assert grid is not None
     count, points, last = 0, len(tableau.rows), len(grid[0]) - 2
