@@ -12,7 +12,6 @@ from . import noise, transforms
 from .callbacks import find_callbacks
 from .captured import captured_tensors, earlier_results, sequence_number
 from .compiled.engine import Engine, evaluations
-from .compiled.field import Sources
 from .compiled.field import attach as attach_compiled
 from .gradients import adjoint as adjoint_gradient
 from .gradients import checkpoint as checkpoint_gradient
@@ -106,11 +105,10 @@ class Job:
         solution.regularizers = {name: found[name] for name in self.regularizers}
         return solution
 
-    def run_compiled(self, engine: Engine, gradient: str, backward: Any, args: Sequence[Any], on_failure: str) -> Solution:
+    def run_compiled(self, engine: Engine, gradient: str, backward: Any, on_failure: str) -> Solution:
         """The solve by a compiled field."""
         problem, options = self.problem, self.options
-        sources = Sources(engine, self.structure, args, lambda: self._again(on_failure))
-        wanted = torch.is_grad_enabled() and sources.wanted
+        wanted = engine.sources.wanted
         trajectory = engine.solve(keep=wanted and gradient != "adjoint")
         self.field.nfe = evaluations(options, trajectory.state, self.grid, problem)
         stats = self._stats(trajectory)
@@ -120,7 +118,7 @@ class Job:
         if error is not None and on_failure == "raise":
             raise error
         if wanted:
-            outputs = attach_compiled(engine, gradient, backward, outputs, stats, sources)
+            outputs = attach_compiled(engine, gradient, backward, outputs, stats, lambda: self._again(on_failure))
         return self._solution(outputs, trajectory, None, stats)
 
     def _again(self, on_failure: str) -> list[Tensor]:

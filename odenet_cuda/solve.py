@@ -168,9 +168,9 @@ def solve(
             "a norm of the adjoint": backward is not None and backward.norm is not None,
             "a callback of the adjoint": backward is not None and bool(backward.callbacks),
         }
-        engine = prepare(compiled, field_args, problem, options, structure, times, grid, needs)
+        engine = prepare(compiled, field_args, problem, options, structure, times, grid, gradient, backward, needs)
         if engine is not None:
-            return job.run_compiled(engine, gradient, backward, field_args, on_failure)
+            return job.run_compiled(engine, gradient, backward, on_failure)
     checkpoints = None
     if gradient == "checkpoint":
         checkpoints = Checkpoints(max_checkpoints, None if grid is None else len(grid[0]) - 1)

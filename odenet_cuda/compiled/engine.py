@@ -37,10 +37,23 @@ class Engine:
         self.arguments = _rows([args[i].detach() for i in plan.batched], self.batch, problem.leaves[0])
         self.control = "grid" if not options.adaptive else "per_sample" if problem.per_sample else "joint"
         self.tape: Tensor | None = None
+        self.sources: Any = None
 
     def target(self, solve: str) -> Target:
         one = self.batch == 1 and not self.problem.per_sample
         return Target("float" if self.plan.dtype == torch.float32 else "double", "one" if one else "pack", solve)
+
+    def build(self, gradient: str, backward: Any) -> None:
+        """Compiles what the solve and its backward pass need, side by side. Raises NoCompiler."""
+        wanted = [(self.tableau, self.target(self.control))]
+        if self.sources.wanted and gradient == "adjoint":
+            wanted.append((backward.options.tableau, self.target(self.adjoint_control(backward.options))))
+        elif self.sources.wanted:
+            wanted.append((self.tableau, self.target("reverse")))
+        self.plan.build(wanted)
+
+    def adjoint_control(self, options: Options) -> str:
+        return "adjoint_" + ("grid" if not options.adaptive else "per_sample" if self.problem.per_sample else "joint")
 
     # Forwards
 
@@ -201,7 +214,7 @@ class Engine:
         """The same by the adjoint equation, solved from each output back to the one before. backward: gradients.Adjoint."""
         problem, options = self.problem, backward.options
         grads = _rows(grad_ys, self.batch, self.y0, len(problem.t))
-        solve = "adjoint_" + ("grid" if not options.adaptive else "per_sample" if problem.per_sample else "joint")
+        solve = self.adjoint_control(options)
         constants, arguments, chunk = self._sums(self.plan.library(options.tableau, self.target(solve)).lanes)
         total, of_interval = torch.zeros_like(arguments), arguments
         a, n = grads[-1], self.state

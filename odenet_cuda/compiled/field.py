@@ -169,6 +169,8 @@ def prepare(
     structure: Structure,
     t: Tensor,
     grid: Grid | None,
+    gradient: str,
+    backward: Any,
     needs: dict[str, bool],
 ) -> Engine | None:
     """The engine of this solve, or None where the stepper must serve it; `field.explain` then says why. needs: what only the
@@ -196,9 +198,9 @@ def prepare(
         why.append("callbacks of func need it")
     if not why:
         try:
-            plan = field.plan(structure, args, problem.per_sample)
-            engine = Engine(plan, problem, options, args, grid)
-            plan.library(options.tableau, engine.target(engine.control))
+            engine = Engine(field.plan(structure, args, problem.per_sample), problem, options, args, grid)
+            engine.sources = Sources(engine, structure, args)
+            engine.build(gradient, backward)
             return engine
         except Unreadable as error:
             why.append(str(error))
@@ -211,36 +213,35 @@ def prepare(
     return None
 
 
-def attach(engine: Engine, gradient: str, backward: Any, ys: list[Tensor], stats: Any, sources: "Sources") -> list[Tensor]:
-    """ys with a gradient for y0, arguments and what func depends on."""
-    tensors = [*sources.y0, *sources.arguments, *sources.constants]
-    return list(_Compiled.apply(engine, (gradient, backward, stats, sources), tuple(ys), len(sources.y0), *tensors))
-
-
 class Sources:
-    """The tensors that get gradients. again(y0, arguments): the same solve by the stepper, differentiable."""
+    """The tensors that get gradients: the leaves of y0, the arguments with one entry a sample, and constants of func."""
 
-    def __init__(self, engine: Engine, structure: Structure, args: Sequence[Any], again: Callable[..., list[Tensor]]):
-        self.y0 = list(structure.leaves)
-        self.arguments = [args[i] for i in engine.plan.batched]
-        self.constants = [place(args) for place in engine.plan.wanted]
-        self.again = again
+    def __init__(self, engine: Engine, structure: Structure, args: Sequence[Any]):
+        plan = engine.plan
+        self.all: list[Tensor] = []
+        if torch.is_grad_enabled():
+            self.all = [*structure.leaves, *(args[i] for i in plan.batched), *(place(args) for place in plan.wanted)]
+        self.wanted = any([x.requires_grad for x in self.all])
 
-    @property
-    def wanted(self) -> bool:
-        return any(x.requires_grad for x in (*self.y0, *self.arguments, *self.constants))
+
+def attach(
+    engine: Engine, gradient: str, backward: Any, ys: list[Tensor], stats: Any, again: Callable[[], list[Tensor]]
+) -> list[Tensor]:
+    """ys with a gradient for y0, arguments and what func depends on. again(): the outputs once more by the stepper, with a
+    gradient that has one itself."""
+    return list(_Compiled.apply(engine, (gradient, backward, stats, again), tuple(ys), *engine.sources.all))
 
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, engine, how, ys, count, *tensors):
-        ctx.engine, ctx.how, ctx.count = engine, how, count
+    def forward(ctx, engine, how, ys, *tensors):
+        ctx.engine, ctx.how = engine, how
         ctx.save_for_backward(*tensors)
         return ys
 
     @staticmethod
     def backward(ctx, *grad_ys):
-        gradient, backward, stats, sources = ctx.how
+        gradient, backward, stats, again = ctx.how
         tensors = ctx.saved_tensors  # says so where one was changed since
         engine = ctx.engine
         if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
@@ -248,17 +249,17 @@ class _Compiled(torch.autograd.Function):
                 raise RuntimeError(
                     "gradient='adjoint' has no second derivative; use gradient='direct' or 'checkpoint', which have"
                 )
-            ys = sources.again()
+            ys = again()
             wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
             grads = torch.autograd.grad(ys, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
             found: list[Any] = [None] * len(tensors)
             for i, grad in zip(wanted, grads, strict=True):
                 found[i] = grad
-            return None, None, None, None, *found
+            return None, None, None, *found
         with torch.no_grad():
             gys = list(grad_ys)
             parts = engine.adjoint(backward, gys) if gradient == "adjoint" else engine.reverse(gys)
         stats.nfe_backward = engine.nfe_backward
         flat = [part for group in parts for part in group]
         shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
-        return None, None, None, None, *shaped
+        return None, None, None, *shaped

@@ -1,6 +1,7 @@
 """A plan: a field read for one kind of state, with the libraries of its solves and what torch does before and after them."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -119,6 +120,16 @@ class Plan:
         if kept[1] * tableau.stages * 128 > _MOST_BYTES:
             kept = {}, 0
         return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target, kept)
+
+    def build(self, wanted: list[tuple[ButcherTableau, Target]]) -> None:
+        """Compiles these, those that are missing side by side. Raises NoCompiler."""
+        missing = [pair for pair in wanted if (id(pair[0]), pair[1]) not in self.libraries]
+        if len(missing) < 2:
+            for pair in missing:
+                self.library(*pair)
+            return
+        with ThreadPoolExecutor(len(missing)) as pool:
+            list(pool.map(lambda pair: self.library(*pair), missing))
 
     def library(self, tableau: ButcherTableau, target: Target) -> _C.Library:
         key = (id(tableau), target)
