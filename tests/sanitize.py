@@ -1,8 +1,8 @@
 """`make test-sanitize`: the C++ kernels under sanitizers, built into build/sanitize beside the normal build.
 
 address  the CPU kernels in threads (native/threads.cpp) and the CUDA kernels with a block's threads as threads of the machine
-         (native/cuda_kernels.cpp), then tests/test_ops.py and tests/test_stepper.py, under AddressSanitizer and
-         UndefinedBehaviorSanitizer
+         (native/cuda_kernels.cpp), then tests/test_ops.py, tests/test_stepper.py, and compiled fields (tests/test_compiled.py),
+         under AddressSanitizer and UndefinedBehaviorSanitizer
 thread   the two programs of native/ under ThreadSanitizer
 
 Each sanitizer must first report the faults that native/threads.cpp commits when it is asked to.
@@ -20,7 +20,7 @@ from pathlib import Path
 from compile_native import ROOT, compile_emulation, compile_threads, setup_py
 
 FOLDER = ROOT / "build" / "sanitize"
-TESTS = ["tests/test_ops.py", "tests/test_stepper.py"]
+TESTS = ["tests/test_ops.py", "tests/test_stepper.py", "tests/test_compiled.py"]
 FAULTS = {
     "address": {"overrun": "heap-buffer-overflow", "misaligned": "misaligned address"},
     "thread": {"race": "data race"},
@@ -84,6 +84,7 @@ def check_tests() -> None:
     build = [sys.executable, "setup.py", "build", "--build-lib", str(library), "--build-temp", str(FOLDER / "temp")]
     run("address: building the extension", build, cwd=ROOT, stdout=subprocess.DEVNULL)
     env = {**os.environ, **OPTIONS, "PYTHONPATH": str(library), "LD_PRELOAD": preload}
+    env |= {"ODENET_CACHE": str(FOLDER / "fields"), "ODENET_CXXFLAGS": " ".join(setup_py()["sanitizer_flags"]())}
     # From a folder where no other odenet_cuda lies.
     where = "from odenet_cuda import _C; print(_C.__file__)"
     found = subprocess.run([sys.executable, "-c", where], cwd=FOLDER, env=env, capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
 The cache lies in ``$ODENET_CACHE``, else in ``$XDG_CACHE_HOME`` or ``~/.cache`` under ``odenet_cuda``. It is private to the
 user, holds at most ``$ODENET_CACHE_SIZE`` bytes (default 512 MB; the libraries used longest ago go first) and is removed by
-``python -m odenet_cuda clear-cache``. A library comes into it whole, by renaming, so a process that is killed leaves no half.
+``python -m odenet_cuda clear-cache``. ``$ODENET_CXXFLAGS`` is added to the compiler's flags. A library comes into it whole, by renaming, so a process that is killed leaves no half.
 """
 
 import fcntl
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -103,7 +104,8 @@ def load(text: str) -> _C.Library:
     """The library of this text, from this process, the cache, or the compiler. Raises NoCompiler."""
     compiler, version = find_compiler()
     level = _C.cpu_level()
-    flags = (*FLAGS, f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level])
+    given = shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))
+    flags = (*FLAGS, f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
     key = hashlib.sha256("\0".join([text, version, platform.machine(), _headers(), *flags]).encode()).hexdigest()[:40]
     if key not in _loaded:
         folder = cache_folder()
