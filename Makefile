@@ -39,6 +39,7 @@ bench: $(SETUP)
 	$(BIN)/python benchmarks/work_precision.py --json build/bench/precision.json --png build/bench
 	$(BIN)/python benchmarks/bench_gradients.py --json build/bench/gradients.json
 	$(BIN)/python benchmarks/bench_training.py --json build/bench/training.json
+	$(BIN)/python benchmarks/bench_compiled.py --json build/bench/compiled.json
 
 bench-quick: $(SETUP)
 	mkdir -p build/bench
@@ -47,6 +48,7 @@ bench-quick: $(SETUP)
 	$(BIN)/python benchmarks/work_precision.py --quick --json build/bench/precision-quick.json --png build/bench/quick
 	$(BIN)/python benchmarks/bench_gradients.py --quick --json build/bench/gradients-quick.json
 	$(BIN)/python benchmarks/bench_training.py --quick --json build/bench/training-quick.json
+	$(BIN)/python benchmarks/bench_compiled.py --quick --json build/bench/compiled-quick.json
 
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

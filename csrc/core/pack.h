@@ -222,13 +222,21 @@ ODENET_HD Mask<T, W> negate(const Mask<T, W>& x) {
 }
 template <class T, int W>
 ODENET_HD bool any(const Mask<T, W>& x) {
-  typename Mask<T, W>::V all = x.v[0];
+  typename Mask<T, W>::V some = x.v[0];
   ODENET_UNROLL
-  for (int h = 1; h < x.vectors; ++h) all |= x.v[h];
+  for (int h = 1; h < x.vectors; ++h) some |= x.v[h];
+#if defined(__AVX512F__) && !defined(__clang__)
+  using Words = Vector<long long>;
+  return __builtin_ia32_ptestmq512((Words)some, (Words)some, static_cast<unsigned char>(-1)) != 0;
+#elif defined(__AVX2__) && !defined(__clang__)
+  using Words = Vector<long long>;
+  return __builtin_ia32_ptestz256((Words)some, (Words)some) == 0;
+#else
   int64_t words[kVectorBytes / 8], found = 0;
-  memcpy(words, &all, sizeof(words));
+  memcpy(words, &some, sizeof(words));
   for (int i = 0; i < kVectorBytes / 8; ++i) found |= words[i];
   return found != 0;
+#endif
 }
 template <class T, int W>
 ODENET_HD bool all(const Mask<T, W>& x) {

@@ -33,6 +33,16 @@ ODENET_HD void end_tile(const SolveCall& in, const Tile<M, P>& x, int64_t tile) 
   }
 }
 
+// Whether a row of the tile has not ended yet, by the solver state.
+template <class P>
+ODENET_HD bool tile_runs(const SolveCall& in, int64_t tile) {
+  bool some = false;
+  for (int i = 0; i < Lanes<P>::width && tile * Lanes<P>::width + i < in.batch; ++i) {
+    some |= static_cast<int>(in.step.state[kStatus * in.batch + tile * Lanes<P>::width + i]) == kRunning;
+  }
+  return some;
+}
+
 // One tile under per-sample control: up to max_steps steps. Returns how many of its rows still run.
 template <class M, class P>
 ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
@@ -40,6 +50,7 @@ ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
   using D = With<P, double>;
   const StepSize& s = in.step;
   Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[tile];
+  if (in.begun != 0 && !tile_runs<P>(in, tile)) return 0;
   Tile<M, P> x;
   Row<D> r;
   D fresh = D(1.0);
@@ -102,10 +113,6 @@ ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
       for (int n = 0; n < M::taps; ++n) x.taps[0][n] = select(MaskOf<P>(jumped), after.taps[0][n], x.taps[0][n]);
     }
   }
-  kept.tile = x;
-  kept.row = r;
-  kept.fresh = fresh;
-  kept.first = first;
   end_tile(in, x, tile);
   int64_t running = 0;
   for (int i = 0; i < Lanes<P>::width; ++i) {
@@ -113,6 +120,12 @@ ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
     if (row >= in.batch) break;
     for (int name = 0; name < kNumFields; ++name) s.state[name * in.batch + row] = lane(r[name], i);
     running += lane(r.running(), i);
+  }
+  if (running > 0) {  // else the memory is never touched
+    kept.tile = x;
+    kept.row = r;
+    kept.fresh = fresh;
+    kept.first = first;
   }
   return running;
 }
