@@ -6,7 +6,8 @@ Every solver is held against a reference in float64 first: `error` is the larges
 `forward` and `training` (forward and backward, gradients of the mean square of the end for y0 and parameters) are medians of
 interleaved runs; `/ ours` is a solver's time over that of the compiled field with the same control. `control` says whether
 the batch has one step size or each sample its own, `gradient` how it was made. Norms are root mean squares of what is under
-control, scaled by atol + rtol max(|y0|, |y1|); diffrax scales alike. The compiled adjoint leaves the parameters out of its norm.
+control, scaled by atol + rtol max(|y0|, |y1|); diffrax scales alike. The compiled adjoint leaves the parameters out of it.
+Calls of less than five milliseconds are timed several in a row, so that none is timed with what another left in the caches.
 
 "by hand" is by_hand.cpp, compiled with the same compiler and flags. Lorenz's solution cannot be predicted to t = 100, so the
 errors of `lorenz-one` are those at t = 10. `peak` is the share of the arithmetic that torch's matrix product reaches here.
@@ -276,26 +277,24 @@ def error(found: Result, expected: Result) -> float:
     return float(max(pairs))
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def seconds(call: Callable[[], Any], number: int = 1) -> float:
     begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - begin) / number
 
 
 def bench(case: Case, library: ctypes.CDLL, runs: int, budget: float) -> list[dict[str, Any]]:
     expected, gradients = reference(case)
     solvers = solvers_of(case, library)
     rows: list[dict[str, Any]] = []
-    timings = {"forward": {}, "training": {}}  # type: dict[str, dict[Solver, Samples]]
+    timings: dict[str, dict[Solver, Samples]] = {"forward": {}, "training": {}}
     for solver in solvers:
-        row: dict[str, Any] = {
-            "": solver.label,
-            "control": solver.control,
-            "gradient": solver.gradient if case.gradients else "",
-        }
+        gradient = solver.gradient if case.gradients else ""
+        row: dict[str, Any] = {"": solver.label, "control": solver.control, "gradient": gradient}
         if case.check_end is not None:
             end, case.end = case.end, case.check_end
-            checked = [s for s in solvers_of(replace(case), library) if s.label == solver.label][0]
+            checked = next(s for s in solvers_of(replace(case), library) if s.label == solver.label)
             row["error"] = error(checked.tensors(checked.forward()), expected)
             case.end = end
         else:
@@ -304,18 +303,19 @@ def bench(case: Case, library: ctypes.CDLL, runs: int, budget: float) -> list[di
             row["error of gradients"] = error(solver.tensors(solver.training()), gradients)
         rows.append(row)
     for kind, samples in timings.items():
-        calls = {s: s.forward if kind == "forward" else s.training for s in solvers}
-        calls = {
-            s: call for s, call in calls.items() if call is not None and not (kind == "forward" and s.gradient == "adjoint")
-        }
-        for solver in calls:
-            samples[solver] = Samples()
+        calls: dict[Solver, Callable[[], Any]] = {}
+        for solver in solvers:
+            call = solver.training if kind == "training" else None if solver.gradient == "adjoint" else solver.forward
+            if call is not None:
+                calls[solver], samples[solver] = call, Samples()
+                call()
+        numbers = {solver: max(1, min(20, int(5e-3 / seconds(call)))) for solver, call in calls.items()}
         begin, run = time.perf_counter(), 0
         while run < 3 or (run < runs and time.perf_counter() - begin < budget):
             for solver, call in calls.items():
                 if run >= 1 and samples[solver].values and samples[solver].median("s") > budget / 4:
                     continue  # some take many seconds: once is enough
-                samples[solver].add(s=seconds(call))
+                samples[solver].add(s=seconds(call, numbers[solver]))
             run += 1
     for solver, row in zip(solvers, rows, strict=True):
         row["nfe"] = solver.steps

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 @dataclass
 class Case:
-    """dy/dt = field(t, y, *args) from 0 to end, by dopri5. per_row(t, y, parameters, *args) is the field of one sample in JAX, with
-    parameters in the order of the field's; by_hand: the function of by_hand.cpp that solves it."""
+    """dy/dt = field(t, y, *args) from 0 to end, by dopri5. per_row(t, y, parameters, *args) is the field of one sample in JAX,
+    with parameters in the order of the field's; by_hand: the function of by_hand.cpp that solves it."""
 
     name: str
     field: Any
@@ -64,7 +65,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: list[int], scale: float, cubed: bool = False, timed: bool = False):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.cubed, self.timed = cubed, timed
         with torch.no_grad():
             for layer in self.layers:
@@ -94,6 +95,27 @@ def mlp_row(cubed: bool, timed: bool) -> Callable[..., Any]:
         return y
 
     return row
+
+
+def fitted_spiral() -> MLP:
+    """A net 2-50-2 of y^3 that is close to the spiral dy/dt = A y^3 of torchdiffeq's example, as it is after training."""
+    net = MLP([2, 50, 2], 0.15, cubed=True)
+    first, last = net.layers
+    y = 4 * torch.rand(4000, 2) - 2
+    with torch.no_grad():
+        first.bias.uniform_(-1, 1)
+        hidden = torch.cat([torch.tanh(first(y**3)), torch.ones_like(y[:, :1])], 1).double()
+        wanted = (y**3).double() @ torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=torch.float64)
+        ridge = 1e-3 * torch.eye(51, dtype=torch.float64)
+        found = torch.linalg.solve(hidden.T @ hidden + ridge, hidden.T @ wanted).float()
+        last.weight.copy_(found[:-1].T)
+        last.bias.copy_(found[-1])
+    return net
+
+
+def on_circle(batch: int) -> Tensor:
+    angle = 6.2832 * torch.rand(batch)
+    return torch.stack([angle.cos(), angle.sin()], 1) * (1.2 + 0.3 * torch.rand(batch, 1))
 
 
 class Flow(nn.Module):
@@ -126,9 +148,7 @@ def cases(quick: bool) -> list[Case]:
     one = torch.ones(3, dtype=torch.float64)
     near = torch.ones(many, 3, dtype=torch.float64) + 0.1 * torch.randn(many, 3, dtype=torch.float64)
     hunted = 1 + torch.rand(many, 4)
-    spiral = MLP([2, 50, 2], 0.1, cubed=True)
-    with torch.no_grad():  # turns as torchdiffeq's example does, so that a solve takes some 37 steps
-        spiral.layers[0].weight.mul_(8), spiral.layers[1].weight.mul_(4)  # type: ignore[union-attr, operator]
+    spiral = fitted_spiral()
     wide = MLP([65, 128, 128, 64], 2.5, timed=True)
     spiral_row, wide_row = mlp_row(True, False), mlp_row(False, True)
     return [
@@ -136,10 +156,11 @@ def cases(quick: bool) -> list[Case]:
              by_hand="lorenz_one", gradients=False, peers=("torchdiffeq", "scipy", "diffrax"), check_end=10.0),
         Case("lotka-volterra", lotka_volterra, torch.ones(many, 2) + 0.1 * torch.rand(many, 2), 10.0, 1e-6, 1e-6,
              lotka_volterra_row, args=(hunted,), by_hand="lotka_volterra_float", gradients=False),
-        Case("lorenz-many, float32", lorenz, near.float(), 1.0, 1e-6, 1e-6, lorenz_row, by_hand="lorenz_float", gradients=False),
+        Case("lorenz-many, float32", lorenz, near.float(), 1.0, 1e-6, 1e-6, lorenz_row,
+             by_hand="lorenz_float", gradients=False),
         Case("lorenz-many, float64", lorenz, near, 1.0, 1e-6, 1e-6, lorenz_row, by_hand="lorenz_double", gradients=False),
-        Case("spiral, batch 20", spiral, 0.8 * torch.randn(20, 2), 25.0, 1e-3, 1e-4, spiral_row),
-        Case("spiral, batch 1,024", spiral, 0.8 * torch.randn(1024, 2), 25.0, 1e-3, 1e-4, spiral_row),
+        Case("spiral, batch 20", spiral, on_circle(20), 25.0, 1e-3, 1e-4, spiral_row),
+        Case("spiral, batch 1,024", spiral, on_circle(1024), 25.0, 1e-3, 1e-4, spiral_row),
         Case("mlp, batch 256", wide, torch.randn(256, 64), 1.0, 1e-4, 1e-4, wide_row),
         Case("flow, batch 512", Flow(64), torch.randn(512, 3), 1.0, 1e-5, 1e-5, flow_row),
     ]  # fmt: skip
