@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Structure
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
-from .trace import BATCHES, Unreadable, sample_rows, unchanged_buffers, value_of
+from .trace import BATCHES, Unreadable, sample_rows, unchanged_buffers
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -103,12 +103,7 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
 
     inputs = {"t": np.full((batch, 1), float(t)), "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
     seen = {node: plan.recording.constant(node) for node in plan.recording.graphs[0].nodes if node.op == "get_attr"}
-    sizes = [buffer.size for buffer in plan.program.buffers if buffer.kind == "constant"]
-    with torch.no_grad():
-        arrays = [
-            torch.as_strided(x := value_of(node, seen), [size], [1], x.storage_offset())
-            for node, size in zip(plan.program.constants, sizes, strict=True)
-        ]
+    arrays = [plan.array(node, seen).numpy() for node in plan.program.constants]
     with np.errstate(all="ignore"):
         results = run_program(
             plan.program, inputs, [a.detach().numpy().astype(bool if a.dtype == torch.bool else float) for a in arrays]

@@ -94,6 +94,13 @@ class Plan:
             for node in self.program.constants:
                 self.views.append(_view(node, value_of(node, seen), seen, self.dtype))
 
+    def array(self, node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
+        """A constant as the program addresses it: its storage from its first number on."""
+        with torch.no_grad():
+            value = value_of(node, values).detach()
+        size = self.program.buffers[self.lowering.constants[node]].size
+        return torch.as_strided(value, [size], [1], value.storage_offset())
+
     def constants(self, args: Sequence[Any]) -> "Constants":
         return Constants(self, args)
 
