@@ -2,7 +2,8 @@
 
 The cache lies in ``$ODENET_CACHE``, else in ``$XDG_CACHE_HOME`` or ``~/.cache`` under ``odenet_cuda``. It is private to the
 user, holds at most ``$ODENET_CACHE_SIZE`` bytes (default 512 MB; the libraries used longest ago go first) and is removed by
-``python -m odenet_cuda clear-cache``. ``$ODENET_CXXFLAGS`` is added to the compiler's flags. A library comes into it whole, by renaming, so a process that is killed leaves no half.
+``python -m odenet_cuda clear-cache``. A library comes into it whole, by renaming, so a process that is killed leaves no half.
+``$ODENET_CXXFLAGS`` is added to the compiler's flags.
 """
 
 import fcntl

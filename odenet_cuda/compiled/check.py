@@ -105,9 +105,7 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
     seen = {node: plan.recording.constant(node) for node in plan.recording.graphs[0].nodes if node.op == "get_attr"}
     arrays = [plan.array(node, seen).numpy() for node in plan.program.constants]
     with np.errstate(all="ignore"):
-        results = run_program(
-            plan.program, inputs, [a.detach().numpy().astype(bool if a.dtype == torch.bool else float) for a in arrays]
-        )
+        results = run_program(plan.program, inputs, [a if a.dtype == bool else a.astype(float) for a in arrays])
     wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) :])]
     tolerance = 1e-6 if plan.dtype == torch.float64 else 1e-3  # constants of torch are float32 in places
     for what, got, expected in zip(("slopes", "products", "products"), results, wanted, strict=True):
