@@ -154,7 +154,7 @@ void add_library(py::module_& m) {
              in.ys = reinterpret_cast<void*>(ys);
              in.y_last = reinterpret_cast<void*>(y_last);
              in.batch = batch;
-             in.chunk = 1;
+             in.chunk = in.grain = 1;
              return call;
            }),
            py::kw_only(), py::arg("y0"), py::arg("arguments"), py::arg("constants"), py::arg("rtol"), py::arg("atol"),
@@ -162,7 +162,8 @@ void add_library(py::module_& m) {
            py::arg("rows"), py::arg("controller"), py::arg("first_step"), py::arg("ys"), py::arg("y_last"),
            py::arg("batch"))
       .def("bind_tiles",
-           [](Call& call, Address tiles, Address sums) {
+           [](Call& call, Address tiles, Address sums, int64_t grain) {
+             call.in.grain = grain;
              call.in.tiles = reinterpret_cast<void*>(tiles);
              call.in.sums = reinterpret_cast<double*>(sums);
            })

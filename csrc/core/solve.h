@@ -303,7 +303,7 @@ void for_chunks(const SolveCall& in, ParallelFor parallel_for, const Body& body)
     for (int64_t tile = begin * in.chunk; tile < end * in.chunk && tile < tiles; ++tile) body(tile);
   };
   parallel_for(
-      0, (tiles + in.chunk - 1) / in.chunk, 1,
+      0, (tiles + in.chunk - 1) / in.chunk, in.grain,
       [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(range)*>(context))(begin, end); }, &range);
 }
 

@@ -37,6 +37,7 @@ struct SolveCall {
   void* grad_arguments;  // [batch, arguments]
   void* grad_constants;  // [chunks, grad_size]: each chunk of tiles adds to its own
   int64_t chunk;         // tiles of a chunk
+  int64_t grain;         // chunks below which a second thread costs more than it brings
   int64_t grad_size;
   int64_t batch, num_nodes, capacity;
   int64_t max_steps;  // steps to try in this call

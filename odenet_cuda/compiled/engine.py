@@ -22,6 +22,7 @@ from .emit import Target
 from .plan import Plan
 
 _MOST_CHUNKS = 64  # partial sums of gradients, whatever the number of threads, so that a sum has one order
+_MEETING = 1e-4  # seconds of work that a second thread is worth, where threads meet after every step
 _SLICE = 0.05  # seconds a call may take, about: between two, Python sees an interrupt
 
 
@@ -117,7 +118,11 @@ class Engine:
             y_last=self.y_last.data_ptr(),
             batch=batch,
         )
-        call.bind_tiles(kept.data_ptr(), sums.ctypes.data)
+        grain = 1
+        if solve.endswith("joint"):  # tiles meet after every step, which is short
+            of_tile = self._seconds(columns) * library.lanes * (gradients[2] if gradients is not None else 1)
+            grain = max(1, int(_MEETING / of_tile))
+        call.bind_tiles(kept.data_ptr(), sums.ctypes.data, grain)
         if grid is not None:
             nodes = np.array(grid[0])
             call.bind_nodes(nodes.ctypes.data, len(nodes))
@@ -143,7 +148,7 @@ class Engine:
         return ys, (state if grid is None else None)
 
     def _run(self, library: _C.Library, call: _C.Call, batch: int, columns: int) -> None:
-        cost = 1e-10 * (self.plan.operations + 20 * columns) * (batch + library.lanes) * self.tableau.stages
+        cost = self._seconds(columns) * (batch + library.lanes)
         begun, steps = 0, max(1, int(_SLICE / cost))
         while True:
             call.plan(begun, steps)
@@ -153,6 +158,10 @@ class Engine:
             begun += steps
             taken = time.perf_counter() - start
             steps = max(1, min(2 * steps, int(steps * _SLICE / taken)) if taken > 0 else 2 * steps)
+
+    def _seconds(self, columns: int) -> float:
+        """About what a step of one sample takes."""
+        return 1e-10 * (self.plan.operations + 20 * columns) * self.tableau.stages
 
     # Backwards
 
@@ -202,7 +211,7 @@ class Engine:
             batch=self.batch,
         )
         assert self.tape is not None
-        call.bind_tiles(kept.data_ptr(), 0)
+        call.bind_tiles(kept.data_ptr(), 0, 1)
         call.bind_tape(self.tape.data_ptr(), self.counts.ctypes.data, self.capacity)
         size = constants.shape[1]
         call.bind_gradients(grads.data_ptr(), grad_y0.data_ptr(), arguments.data_ptr(), constants.data_ptr(), size, chunk)
