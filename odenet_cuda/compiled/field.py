@@ -14,7 +14,7 @@ from ..problem import Problem, Structure, WithArguments
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
-from .plan import Plan
+from .plan import Plan, modules_of
 from .trace import Unreadable
 
 _SERVED = (torch.float32, torch.float64)
@@ -74,9 +74,9 @@ class CompiledField(nn.Module):
     def plan(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
         """Raises Unreadable."""
         key = self._key(structure, args, per_sample)
-        if key not in self._plans:
-            self._plans[key] = self._read(structure, args, per_sample)
-        found = self._plans[key]
+        found = self._plans.get(key)
+        if found is None or (isinstance(found, Plan) and found.stale(args)):
+            found = self._plans[key] = self._read(structure, args, per_sample)
         if isinstance(found, Unreadable):
             raise found
         self._latest = found
@@ -93,11 +93,12 @@ class CompiledField(nn.Module):
             ]
         )
         found: list[Any] = []
-        if isinstance(self.func, nn.Module):
-            _describe(self.func, found)
+        for module in modules_of(self.func):
+            _describe(module, found)
         small = rows if structure.leaves[0].dim() < 2 else 0
         return structure.spec, leaves, given, per_sample, small, tuple(found)
 
+    @torch.inference_mode(False)
     def _read(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> "Plan | Unreadable":
         leaves = structure.leaves
         rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}

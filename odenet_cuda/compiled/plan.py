@@ -87,12 +87,17 @@ class Plan:
         for node in graph.nodes:
             if node.op == "get_attr":
                 self.places[node] = _place(self.recording.constant(node), func, args)
+        self.flags = [self.recording.constant(node).requires_grad for node in self.places]
         self.wanted = [_place(tensor, func, args) for tensor in self.recording.wanted]
         seen: dict[fx.Node, Any] = {node: self.recording.constant(node) for node in self.places}
         self.views: list[View | None] = []
         with torch.no_grad():
             for node in self.program.constants:
                 self.views.append(_view(node, value_of(node, seen), seen, self.dtype))
+
+    def stale(self, args: Sequence[Any]) -> bool:
+        """Whether a tensor of func requires a gradient now that did not when it was read, or the other way round."""
+        return any([place(args).requires_grad != flag for place, flag in zip(self.places.values(), self.flags, strict=True)])
 
     def array(self, node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
         """A constant as the program addresses it: its storage from its first number on."""
@@ -160,7 +165,8 @@ class Constants:
     """The uniform values of one solve, as the kernels read them: addresses. Keeps alive what they point to."""
 
     def __init__(self, plan: Plan, args: Sequence[Any]):
-        self.values: dict[fx.Node, Any] = {node: place(args) for node, place in plan.places.items()}
+        # Detached: whoever gives a parameter other memory after the solve leaves this one as it was.
+        self.values: dict[fx.Node, Any] = {node: place(args).detach() for node, place in plan.places.items()}
         self.addresses: list[int] = []
         self._kept: list[Tensor] = []
         for node, view in zip(plan.program.constants, plan.views, strict=True):
@@ -209,10 +215,10 @@ def _place(tensor: Tensor, func: Any, args: Sequence[Any]) -> Place:
             return _argument(i)
     function = getattr(func, "__func__", func)
     owners: list[dict[str, Any]] = [getattr(function, "__globals__", {})]
-    if isinstance(func, nn.Module):
-        for module in func.modules():
-            owners += [module._parameters, module._buffers, module.__dict__]  # type: ignore[list-item]
-    else:
+    for module in modules_of(func):
+        for part in module.modules():
+            owners += [part._parameters, part._buffers, part.__dict__]  # type: ignore[list-item]
+    if not isinstance(func, nn.Module):
         owners += [getattr(func, "__dict__", {}), getattr(getattr(func, "__self__", None), "__dict__", {})]
     for owner in owners:
         for name, value in owner.items():
@@ -225,11 +231,27 @@ def _place(tensor: Tensor, func: Any, args: Sequence[Any]) -> Place:
             continue
         if value is tensor:
             return _content(cell)
-        if isinstance(value, nn.Module):
-            found = _place(tensor, value, ())
-            if found(()) is tensor:
-                return found
     return _itself(tensor)
+
+
+def modules_of(func: Any) -> list[nn.Module]:
+    """The Modules that func is or uses: itself, whose method it is, those it closes over, and global ones that it names."""
+    if isinstance(func, nn.Module):
+        return [func]
+    function = getattr(func, "__func__", func)
+    owner = getattr(func, "__self__", None)
+    found = [owner] if isinstance(owner, nn.Module) else []
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+        if isinstance(value, nn.Module):
+            found.append(value)
+    code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    found += [names[name] for name in (code.co_names if code else ()) if isinstance(names.get(name), nn.Module)]
+    found += [value for value in getattr(func, "__dict__", {}).values() if isinstance(value, nn.Module)]
+    return found
 
 
 def _argument(i: int) -> Place:

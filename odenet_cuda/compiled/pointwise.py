@@ -40,7 +40,7 @@ TEXTS: dict[str, str] = {
     "sigmoid": "P(T(1)) / (P(T(1)) + exp(-{0}))",
     "relu": "select(({0} > P(T(0))) | ({0} != {0}), {0}, P(T(0)))",
     "abs": "abs({0})",
-    "sign": "select({0} > P(T(0)), P(T(1)), select({0} < P(T(0)), P(T(-1)), {0}))",
+    "sign": "select({0} > P(T(0)), P(T(1)), select({0} < P(T(0)), P(T(-1)), P(T(0))))",
     "square": "{0} * {0}",
     "mul": "{0} * {1}",
     "div": "{0} / {1}",
