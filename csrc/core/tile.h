@@ -283,7 +283,9 @@ ODENET_HD void begin_tile(const SolveCall& in, Tile<M, P>& x, int64_t tile) {
   if constexpr (M::arguments > 0) load_lanes(x.arguments, in.arguments, M::arguments, tile, in.batch);
   store_lanes(in.ys, x.y, M::state, tile, in.batch);
   M::field(in, P(Number<P>(in.step.t[0])), x.y, x.arguments, x.k[0], x.taps[0]);
-  for (int n = 0; n < M::state; ++n) x.k[1][n] = x.k[0][n];
+  if constexpr (M::stages > 1) {
+    for (int n = 0; n < M::state; ++n) x.k[1][n] = x.k[0][n];
+  }
 }
 
 // The slope after an explicit Euler step, into k[1].

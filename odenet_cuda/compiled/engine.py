@@ -70,9 +70,9 @@ class Engine:
         ahead = rows.shape[:-2]
         leaves = self.problem.leaves
         if len(leaves) == 1:
-            return [rows.view(*ahead, *leaves[0].shape)]
+            return [rows.view([*ahead, *leaves[0].shape])]
         parts = rows.split(self.plan.leaf_sizes, -1)
-        return [part.reshape(*ahead, *leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        return [part.reshape([*ahead, *leaf.shape]) for part, leaf in zip(parts, leaves, strict=True)]
 
     def _solve(
         self,
@@ -269,7 +269,8 @@ def evaluations(options: Options, state: Tensor | None, grid: Grid | None, probl
         host = state.numpy()
         tried = host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]
         tries = int(tried[0] if len(tried) == 1 else tried.max())
-        return tries * (tableau.stages - 1) + (1 if options.first_step else 2) + len(options.jump_t)
+        jumps = sum(min(problem.t[0], problem.t[-1]) < jump < max(problem.t[0], problem.t[-1]) for jump in options.jump_t)
+        return tries * (tableau.stages - 1) + (1 if options.first_step else 2) + jumps
     assert grid is not None
     count, points, last = 0, len(tableau.rows), len(grid[0]) - 2
     for step, outputs in enumerate(outputs_of_steps(grid[0], problem.t, problem.direction)):

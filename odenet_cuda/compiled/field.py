@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..callbacks import find_callbacks
 from ..integrate import Grid, Options
@@ -74,9 +75,11 @@ class CompiledField(nn.Module):
     def plan(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
         """Raises Unreadable."""
         key = self._key(structure, args, per_sample)
-        found = self._plans.get(key)
+        whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
+        found = self._plans.get(key) or self._plans.get(whole)
         if found is None or (isinstance(found, Plan) and found.stale(args)):
-            found = self._plans[key] = self._read(structure, args, per_sample)
+            found = self._read(structure, args, per_sample)
+            self._plans[key if isinstance(found, Plan) and not found.whole else whole] = found
         if isinstance(found, Unreadable):
             raise found
         self._latest = found
@@ -85,18 +88,19 @@ class CompiledField(nn.Module):
     def _key(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
         """What a reading depends on: shapes and types, and of func its modules, whether they train, and what is frozen."""
         rows = structure.leaves[0].shape[0] if structure.leaves[0].dim() else -1
-        leaves = tuple([(leaf.dtype, leaf.shape[1:], leaf.dim()) for leaf in structure.leaves])
+        leaves = tuple([(leaf.dtype, leaf.shape[1:], leaf.dim(), rows == 1) for leaf in structure.leaves])
         given = tuple(
             [
-                (x.dtype, x.shape[1:], x.dim() > 0 and x.shape[0] == rows, x.requires_grad) if isinstance(x, Tensor) else x
+                (x.dtype, x.shape[1:] if x.dim() > 0 and x.shape[0] == rows else x.shape, x.requires_grad)
+                if isinstance(x, Tensor)
+                else _hashable(x)
                 for x in args
             ]
         )
         found: list[Any] = []
         for module in modules_of(self.func):
             _describe(module, found)
-        small = rows if structure.leaves[0].dim() < 2 else 0
-        return structure.spec, leaves, given, per_sample, small, tuple(found)
+        return structure.spec, leaves, given, per_sample, tuple(found)
 
     @torch.inference_mode(False)
     def _read(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> "Plan | Unreadable":
@@ -115,6 +119,16 @@ class CompiledField(nn.Module):
         except Unreadable as error:
             small = all(leaf.dim() < 2 for leaf in leaves)
             return error if small else failure
+
+
+def _hashable(x: Any) -> Any:
+    try:
+        hash(x)
+    except TypeError:
+        if any(isinstance(part, Tensor) for part in pytree.tree_leaves(x)):
+            raise Unreadable("args holds a tensor within a list or dict; give it as an argument of its own") from None
+        return repr(x)
+    return x
 
 
 def _describe(module: nn.Module, found: list[Any]) -> None:
@@ -230,7 +244,8 @@ def attach(
 ) -> list[Tensor]:
     """ys with a gradient for y0, arguments and what func depends on. again(): the outputs once more by the stepper, with a
     gradient that has one itself."""
-    return list(_Compiled.apply(engine, (gradient, backward, stats, again), tuple(ys), *engine.sources.all))
+    outputs = tuple(y.detach() for y in ys)  # not views, so that they may be written into
+    return list(_Compiled.apply(engine, (gradient, backward, stats, again), outputs, *engine.sources.all))
 
 
 class _Compiled(torch.autograd.Function):

@@ -1,0 +1,247 @@
+"""The cache of compiled fields on disk, shared by processes, and what happens without a compiler."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import odenet_cuda
+from odenet_cuda import solve
+from odenet_cuda.compiled import build
+
+SCRIPT = """
+import torch, odenet_cuda, warnings
+warnings.simplefilter("always")
+y0 = torch.full((3, 1), 2.0, dtype=torch.float64)
+field = odenet_cuda.compile(lambda t, y: -y * {factor})
+ys = odenet_cuda.solve(field, y0, [0.0, 1.0]).ys
+expected = odenet_cuda.solve(lambda t, y: -y * {factor}, y0, [0.0, 1.0]).ys
+torch.testing.assert_close(ys, expected, rtol=1e-10, atol=1e-10)
+print(field.explain())
+"""
+
+# Counts its calls that compile, in the file LOG, and does as told: compiles, fails, or dies in the middle.
+COMPILER = """#!/bin/sh
+case "$*" in *--version*) exec {real} --version;; esac
+echo compiled >> {log}
+out=""
+while [ $# -gt 0 ]; do case "$1" in -o) out="$2";; esac; args="$args $1"; shift; done
+case "{mode}" in
+  fails) echo "field.cpp: error: refused on purpose" >&2; exit 1;;
+  dies) echo half > "$out"; kill -9 $$;;
+esac
+exec {real} $args
+"""
+
+
+@pytest.fixture(autouse=True)
+def needs_compiler():
+    try:
+        build.find_compiler()
+    except build.NoCompiler as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def compiler(folder: Path, mode: str = "works") -> tuple[Path, Path]:
+    """A compiler that notes when it compiles, and its notes."""
+    program, log = folder / f"{mode}.sh", folder / f"{mode}.log"
+    program.write_text(COMPILER.format(real=build.find_compiler()[0], log=log, mode=mode))
+    program.chmod(0o755)
+    return program, log
+
+
+def compiles(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def start(cache: Path, factor: float = 1.5, **environment: object) -> subprocess.Popen:
+    variables = {
+        **os.environ,
+        "ODENET_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        **{k: str(v) for k, v in environment.items()},
+    }
+    command = [sys.executable, "-c", SCRIPT.format(factor=factor)]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(cache: Path, factor: float = 1.5, **environment: object) -> tuple[str, str]:
+    """What explain says, and what went to stderr, of a new process that solved right."""
+    process = start(cache, factor, **environment)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+def libraries(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*.so"))
+
+
+def leftovers(cache: Path) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.suffix not in (".so", ".lock")]
+
+
+def test_second_process_compiles_nothing(cache, tmp_path):
+    """The folder is the user's alone; a compiler that fails is no trouble where all is cached."""
+    works, log = compiler(tmp_path)
+    assert run(cache, CXX=works)[0] == "compiled"
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert compiles(log) == len(libraries(cache)) == 1 and leftovers(cache) == []
+    assert run(cache, CXX=works)[0] == "compiled"
+    assert compiles(log) == 1
+    fails, failed = compiler(tmp_path, "fails")
+    assert run(cache, CXX=fails) == ("compiled", "") and compiles(failed) == 0
+
+
+def test_many_processes_at_once(cache, tmp_path):
+    """Four that need the same library: one compiles, and none fails."""
+    works, log = compiler(tmp_path)
+    processes = [start(cache, CXX=works) for _ in range(4)]
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, results
+    assert [out.strip() for out, _ in results] == ["compiled"] * 4
+    assert compiles(log) == len(libraries(cache)) == 1 and leftovers(cache) == []
+
+
+@pytest.mark.parametrize("size", [0, 100, 0.5], ids=["empty", "header", "half"])
+def test_truncated_library_is_replaced(cache, size):
+    """What a full disk or a crash left: the answer is right, and the process after finds a whole library."""
+    run(cache)
+    library = libraries(cache)[0]
+    whole = library.stat().st_size
+    os.truncate(library, int(size * whole) if size == 0.5 else size)
+    run(cache)
+    assert run(cache)[0] == "compiled"
+    assert [path.stat().st_size for path in libraries(cache)] == [whole]
+
+
+@pytest.mark.parametrize("mode", ["fails", "dies"])
+def test_compiler_that_fails(cache, tmp_path, mode):
+    """It warns once, the stepper serves, and nothing of it is left; with another compiler all is well."""
+    broken, log = compiler(tmp_path, mode)
+    words, err = run(cache, CXX=broken)
+    assert words.startswith("served by the stepper") and "failed" in words
+    assert err.count("the stepper serves instead") == 1
+    assert compiles(log) == 1
+    assert libraries(cache) == [] and leftovers(cache) == []
+    assert run(cache)[0] == "compiled"
+
+
+def test_no_compiler(cache, tmp_path):
+    """One warning however many fields there are, and explain says what to install."""
+    script = SCRIPT + "again = odenet_cuda.compile(lambda t, y: -y)\nodenet_cuda.solve(again, y0, [0.0, 1.0])\n"
+    script += "odenet_cuda.solve(field, y0, [0.0, 1.0], step_control='per_sample')\nprint(again.explain())\n"
+    variables = {**os.environ, "ODENET_CACHE": str(cache), "CXX": str(tmp_path / "none"), "PATH": str(tmp_path / "empty")}
+    command = [sys.executable, "-c", script.format(factor=1.5)]
+    process = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert all("no C++ compiler was found" in line for line in process.stdout.splitlines())
+    assert len(process.stdout.splitlines()) == 2
+    assert process.stderr.count("the stepper serves instead") == 1
+
+
+@pytest.mark.parametrize("given", ["ccache-like", "plain"])
+def test_compiler_of_the_environment(cache, tmp_path, given):
+    """CXX is the compiler, also where it has arguments of its own."""
+    works, log = compiler(tmp_path)
+    run(cache, CXX=works if given == "plain" else f"{works} -DGIVEN")
+    assert compiles(log) == 1
+
+
+def test_folder_of_another_user(cache, monkeypatch):
+    """It is not used: a library in it may be anyone's."""
+    cache.mkdir()
+    monkeypatch.setenv("ODENET_CACHE", str(cache))
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(build.NoCompiler, match="another user"):
+        build.cache_folder()
+    field = odenet_cuda.compile(lambda t, y: -y * 0.12345)
+    y0 = torch.ones(3, 1, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="another user") if not warned() else no_warning():
+        ys = solve(field, y0, [0.0, 1.0]).ys
+    assert torch.equal(ys, solve(field.func, y0, [0.0, 1.0]).ys)
+    assert "another user" in field.explain() and list(cache.iterdir()) == []
+
+
+def warned() -> bool:
+    from odenet_cuda.compiled import field
+
+    return field._warned
+
+
+def no_warning():
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+def test_folder_that_others_may_write(cache, monkeypatch):
+    """Others lose the right to; a folder that cannot be made is named."""
+    cache.mkdir()
+    cache.chmod(0o777)
+    monkeypatch.setenv("ODENET_CACHE", str(cache))
+    assert build.cache_folder() == cache
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    file = cache / "file"
+    file.write_text("")
+    monkeypatch.setenv("ODENET_CACHE", str(file / "below"))
+    with pytest.raises(build.NoCompiler, match="cannot be made"):
+        build.cache_folder()
+
+
+def test_default_folder(tmp_path, monkeypatch):
+    """XDG_CACHE_HOME, else ~/.cache."""
+    monkeypatch.delenv("ODENET_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert build.cache_folder() == tmp_path / "xdg" / "odenet_cuda"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / ".cache" / "odenet_cuda"
+
+
+def test_oldest_go_first(cache, monkeypatch):
+    """Beyond ODENET_CACHE_SIZE, what was used longest ago is removed, but not what was just made."""
+    cache.mkdir()
+    for i in range(5):
+        (cache / f"{i}.so").write_bytes(bytes(100))
+        os.utime(cache / f"{i}.so", (1000 + i, 1000 + i))
+    os.utime(cache / "0.so", (5000, 5000))  # used since
+    monkeypatch.setenv("ODENET_CACHE_SIZE", "300")
+    build._prune(cache, cache / "1.so")
+    assert [path.name for path in libraries(cache)] == ["0.so", "1.so", "4.so"]
+    monkeypatch.setenv("ODENET_CACHE_SIZE", "10")
+    build._prune(cache, cache / "1.so")
+    assert [path.name for path in libraries(cache)] == ["1.so"]
+    monkeypatch.setenv("ODENET_CACHE_SIZE", "much")
+    with pytest.warns(UserWarning, match="ODENET_CACHE_SIZE"):
+        build._prune(cache, cache / "1.so")
+
+
+def test_size_bounds_the_cache(cache):
+    """Two fields where there is room for one: the second stays, and both answers are right."""
+    run(cache, 1.5)
+    first = libraries(cache)[0]
+    os.utime(first, (1000, 1000))
+    run(cache, 2.5, ODENET_CACHE_SIZE=first.stat().st_size + 10)
+    assert len(libraries(cache)) == 1 and libraries(cache) != [first]
+
+
+def test_clear_cache(cache, monkeypatch):
+    """``python -m odenet_cuda clear-cache`` removes what is there and says how many."""
+    cache.mkdir()
+    for name in ("a.so", "b.so", "a.lock"):
+        (cache / name).write_text("")
+    variables = {**os.environ, "ODENET_CACHE": str(cache)}
+    command = [sys.executable, "-m", "odenet_cuda", "clear-cache"]
+    out = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
+    assert "removed 2" in out and list(cache.iterdir()) == []
