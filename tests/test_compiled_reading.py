@@ -149,7 +149,18 @@ SHAPES = {
     "conv1d": lambda y: F.conv1d(y[:, None], KERNEL, padding=1)[:, 0],
 }  # fmt: skip
 
-MAY_REFUSE = {"conv1d", "tril", "diagonal", "matrix first", "bilinear", "sinc", "xlogy", "gather", "prelu"}  # not promised
+MAY_REFUSE = {
+    "conv1d",
+    "tril",
+    "diagonal",
+    "matrix first",
+    "bilinear",
+    "sinc",
+    "xlogy",
+    "gather",
+    "prelu",
+    "cumprod",
+}  # not promised
 
 
 def check_function(name, y0):

@@ -39,6 +39,7 @@ LEVEL_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
 }
+_END = b"odenet_cuda end"  # behind a library, followed by its size
 _SECONDS = 300  # a compiler that takes longer is given up
 
 _loaded: dict[str, _C.Library] = {}
@@ -130,6 +131,11 @@ def _usable(path: Path) -> bool:
         return False
     if found.st_uid != os.getuid():
         raise NoCompiler(f"{path} belongs to another user; remove it, or set ODENET_CACHE")
+    with open(path, "rb") as file:  # one that was cut short would be fatal to load
+        file.seek(max(0, found.st_size - len(_END) - 8))
+        end = file.read()
+    if end != _END + (found.st_size - len(end)).to_bytes(8, "little"):
+        return False
     os.utime(path)
     return True
 
@@ -155,6 +161,9 @@ def _compile(compiler: str, flags: tuple[str, ...], text: str, path: Path) -> No
         if run.returncode != 0:
             words = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
             raise NoCompiler(f"{compiler} failed: {(words or ['no message'])[0]}")
+        size = result.stat().st_size
+        with open(result, "ab") as file:
+            file.write(_END + size.to_bytes(8, "little"))
         os.replace(result, path)
 
 
