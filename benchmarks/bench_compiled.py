@@ -262,7 +262,7 @@ def compile_by_hand(folder: str) -> ctypes.CDLL:
     source = Path(__file__).parent / "by_hand.cpp"
     flags = [*FLAGS, *LEVEL_FLAGS[_C.cpu_level()], *shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))]
     libraries = [*(["-lmvec"] if _has_mvec() else []), "-lm"]
-    command = [find_compiler()[0], *flags, str(source), "-o", str(result), *libraries]
+    command = [*find_compiler()[0], *flags, str(source), "-o", str(result), *libraries]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(result))
 

@@ -151,6 +151,8 @@ def solve(
         grid = fixed_grid(options, values, func, y0, times)
     job = Job(problem, options, structure, times, dense, grid, regularizers)
     if transforms.active():
+        if compiled is not None:
+            compiled.served_by_stepper("inside torch.func transforms, forward mode and torch.compile")
         return job.run_transformed(on_failure)
     backward = None
     if gradient in ("adjoint", "quadrature"):

@@ -276,7 +276,7 @@ def test_pointwise_functions_at_hard_arguments(dtype):
             found[:, i],
             expected[:, i],
             rtol=16 * info.eps,
-            atol=4 * info.eps,
+            atol=8 * info.eps,
             equal_nan=True,
             msg=lambda m, n=name: f"{n}: {m}",
         )

@@ -54,7 +54,7 @@ def cache(tmp_path):
 def compiler(folder: Path, mode: str = "works") -> tuple[Path, Path]:
     """A compiler that notes when it compiles, and its notes."""
     program, log = folder / f"{mode}.sh", folder / f"{mode}.log"
-    program.write_text(COMPILER.format(real=build.find_compiler()[0], log=log, mode=mode))
+    program.write_text(COMPILER.format(real=build.find_compiler()[0][0], log=log, mode=mode))
     program.chmod(0o755)
     return program, log
 

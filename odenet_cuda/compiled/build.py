@@ -59,15 +59,18 @@ def include_folder() -> Path:
 
 
 @functools.cache
-def find_compiler() -> tuple[str, str]:
-    """The compiler and its version. Raises NoCompiler."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        path = shutil.which(name) if name else None
+def find_compiler() -> tuple[tuple[str, ...], str]:
+    """The command of the compiler, with flags where CXX has some, and its version. Raises NoCompiler."""
+    given = os.environ.get("CXX", "")
+    for name in (given,) if given else ("c++", "g++", "clang++"):
+        command = shlex.split(name)
+        path = shutil.which(command[0]) if command else None
         if path:
-            run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            run = subprocess.run([path, *command[1:], "--version"], capture_output=True, text=True, check=False)
             if run.returncode == 0:
-                return path, run.stdout.splitlines()[0]
-    raise NoCompiler("no C++ compiler was found; install g++ 11 or clang++ 14, or newer, or set CXX")
+                return (path, *command[1:]), run.stdout.splitlines()[0]
+    where = f" as CXX, {given}" if given else ""
+    raise NoCompiler(f"no C++ compiler was found{where}; install g++ 11 or clang++ 14, or newer, or set CXX")
 
 
 @functools.cache
@@ -108,7 +111,8 @@ def load(text: str) -> _C.Library:
     level = _C.cpu_level()
     given = shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))
     flags = (*FLAGS, f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
-    key = hashlib.sha256("\0".join([text, version, platform.machine(), _headers(), *flags]).encode()).hexdigest()[:40]
+    parts = [text, *compiler, version, platform.machine(), _headers(), *flags]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
     if key not in _loaded:
         folder = cache_folder()
         path = folder / f"{key}.so"
@@ -147,20 +151,20 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, flags: tuple[str, ...], text: str, path: Path) -> None:
+def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], text: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, result = Path(folder) / "field.cpp", Path(folder) / "field.so"
         source.write_text(text)
-        command = [compiler, *flags, f"-I{include_folder()}", str(source), "-o", str(result)]
+        command = [*compiler, *flags, f"-I{include_folder()}", str(source), "-o", str(result)]
         if platform.system() == "Linux":
             command += ["-Wl,--as-needed", *(["-lmvec"] if _has_mvec() else []), "-lm"]
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         except subprocess.TimeoutExpired:
-            raise NoCompiler(f"{compiler} took longer than {_SECONDS} s") from None
+            raise NoCompiler(f"{compiler[0]} took longer than {_SECONDS} s") from None
         if run.returncode != 0:
             words = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
-            raise NoCompiler(f"{compiler} failed: {(words or ['no message'])[0]}")
+            raise NoCompiler(f"{compiler[0]} failed: {(words or ['no message'])[0]}")
         size = result.stat().st_size
         with open(result, "ab") as file:
             file.write(_END + size.to_bytes(8, "little"))

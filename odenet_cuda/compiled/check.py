@@ -89,7 +89,7 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
     given = list(args)
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]
-    with torch.enable_grad(), unchanged_buffers(func):
+    with torch.enable_grad(), unchanged_buffers(func), torch.random.fork_rng(devices=[]):
         slopes = structure.flatten(func(t, structure.unflatten(leaves), *given))
         used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
         grads: Sequence[Any] = [None] * (len(leaves) + len(samples))

@@ -57,6 +57,10 @@ class CompiledField(nn.Module):
             return "not solved yet"
         return "compiled" if not self._why else "served by the stepper: " + "; ".join(self._why)
 
+    def served_by_stepper(self, reason: str) -> None:
+        """For `explain`."""
+        self._why = [reason]
+
     def source(self, method: str = "dopri5", solve: str = "per_sample", *, cuda: bool = False, lanes: str = "pack") -> str:
         """The C++ text of the field read last, with one method. solve: one of "per_sample", "joint", "grid", and for gradients
         "adjoint_per_sample", "adjoint_joint", "adjoint_grid", "reverse". Raises RuntimeError before the first solve."""
@@ -112,13 +116,16 @@ class CompiledField(nn.Module):
                 return Plan(self.func, structure, args, whole=False)
             except Unreadable as error:
                 failure = error
-        if per_sample:
-            return failure
-        try:
-            return Plan(self.func, structure, args, whole=True)
-        except Unreadable as error:
-            small = all(leaf.dim() < 2 for leaf in leaves)
-            return error if small else failure
+        if not per_sample:
+            try:
+                return Plan(self.func, structure, args, whole=True)
+            except Unreadable as error:
+                if all(leaf.dim() < 2 for leaf in leaves):
+                    failure = error
+        code = getattr(getattr(self.func, "__func__", self.func), "__code__", None)
+        if code is not None and 'File "' not in str(failure):  # torch keeps the lines of modules alone
+            return Unreadable(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
+        return failure
 
 
 def _hashable(x: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from .pointwise import MASKS, OF_MASKS, TEXTS, packet, power
@@ -57,13 +58,14 @@ _LINEAR = {
 }
 _LINEAR |= {"mul", "div", "sum", "slice", "select", "clone", "alias", "detach", "mm", "cat", "slice_scatter", "select_scatter"}
 _CREATE = {"full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"}
+_CREATE |= {"empty_permuted"}
 _SAME = {"clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive"}
 
 
 def where(node: fx.Node) -> str:
     """The operation and the line of the user's source it comes from."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
-    lines = [line for line in lines if "/torch/" not in line and "odenet_cuda" not in line] or lines
+    lines = [line for line in lines if "/torch/" not in line and "odenet_cuda/compiled/" not in line]
     return f"{packet(node.target)}" + (f" ({lines[-1]})" if lines else "")
 
 
@@ -281,6 +283,8 @@ class Lowering:
 
     def _call(self, node: fx.Node) -> Value:
         name = packet(node.target)
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise Unreadable(f"{where(node)} draws random numbers")
         if node.target is operator.getitem:
             parts = self.tuples.get(node.args[0])  # type: ignore[arg-type]
             if parts is None:

@@ -29,7 +29,7 @@ _DECOMPOSED = [
     _aten.silu_backward, _aten.softplus, _aten.softplus_backward, _aten.tanh_backward, _aten.threshold,
     _aten.threshold_backward, _aten._softmax, _aten._softmax_backward_data, _aten._log_softmax,
     _aten._log_softmax_backward_data, _aten.stack, _aten.split, _aten.unbind, _aten.select_backward,
-    _aten.slice_backward, _aten.mv, _aten.dot, _aten.addmv, _aten.norm, _aten.logsumexp,
+    _aten.slice_backward, _aten.mv, _aten.dot, _aten.addmv, _aten.norm, _aten.logsumexp, _aten.split_with_sizes,
 ]  # fmt: skip
 
 _READ = ("var", "var_mean", "cumsum", "cumprod", "index_select", "roll")  # as they are, not decomposed
@@ -75,13 +75,14 @@ def record(func: Callable, structure: Structure, t: Tensor, args: Sequence[Any],
 def unchanged_buffers(func: Any) -> Iterator[None]:
     """What the field writes into its buffers while it is read is undone."""
     buffers = list(func.buffers()) if isinstance(func, nn.Module) else []
-    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
+    before = [(buffer, buffer.detach().clone()) for buffer in buffers]
     try:
         yield
     finally:
-        for buffer, version, value in before:
-            if buffer._version != version:
-                buffer.copy_(value)
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):  # batch norm writes without raising the version
+                    buffer.copy_(value)
 
 
 def sample_rows(x: Tensor, batch: int) -> Tensor:
