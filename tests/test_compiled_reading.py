@@ -211,18 +211,6 @@ def test_time(name):
 # ---- modules ----
 
 
-class ConcatSquash(nn.Module):
-    """The layer of FFJORD."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.layer, self.bias, self.gate = nn.Linear(width, out), nn.Linear(1, out, bias=False), nn.Linear(1, out)
-
-    def forward(self, t, y):
-        time = t.reshape(1, 1)
-        return self.layer(y) * torch.sigmoid(self.gate(time)) + self.bias(time)
-
-
 class Concat(nn.Module):
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -265,24 +253,6 @@ class Of(nn.Module):
         return self.module(y)
 
 
-class Mixed(nn.Module):
-    """Parameters of several shapes, each used in its own way, some twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.7))
-        self.vector, self.column = nn.Parameter(rows(4, seed=1).float()), nn.Parameter(rows(4, 1, seed=2).float())
-        self.matrix, self.cube = nn.Parameter(rows(4, 4, seed=3).float()), nn.Parameter(rows(2, 2, 2, seed=4).float())
-        self.log = nn.Parameter(rows(4, seed=5).float())
-
-    def forward(self, t, y):
-        out = self.scale * y + self.vector * torch.sin(y) + F.softplus(self.log) * t
-        out = out + y @ self.matrix + torch.tanh(y @ self.matrix.t()) * torch.exp(self.log)
-        out = out + (y @ self.column) * self.vector / (1 + self.scale**2)
-        halves = torch.einsum("bi,ijk->bjk", y[:, :2], self.cube)
-        return out * self.matrix.norm() + halves.reshape(-1, 4) * torch.cat([self.vector[:2], self.vector[2:]])
-
-
 def weight_norm():
     return Of(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
 
@@ -292,7 +262,6 @@ def spectral_norm():
 
 
 MODULES = {
-    "ConcatSquash": lambda: Layers(ConcatSquash),
     "Concat": lambda: Layers(Concat),
     "Hyper": lambda: Layers(Hyper),
     "Sequential": lambda: Of(nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.LayerNorm(6), nn.Linear(6, 4), nn.Softplus())),
@@ -302,7 +271,6 @@ MODULES = {
     "RMSNorm": lambda: Of(nn.RMSNorm(4)),
     "Dropout in eval": lambda: Of(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))).eval(),
     "Identity": lambda: Of(nn.Identity()),
-    "Mixed": Mixed,
     "weight_norm": weight_norm,
     "spectral_norm": spectral_norm,
 }
@@ -329,7 +297,7 @@ def test_modules(name):
     assert {id(p) for p in map(lambda place: place(()), plan.wanted)} == {id(p) for p in own}
 
 
-@pytest.mark.parametrize("name", ["ConcatSquash", "Mixed", "weight_norm"])
+@pytest.mark.parametrize("name", ["weight_norm"])
 def test_modules_compiled(name):
     """Gradients for parameters beside the stepper's: sums over samples, and what torch makes of them."""
     module = seeded(MODULES[name]).to(D)

@@ -19,6 +19,7 @@ from .plan import Plan, modules_of
 from .trace import Unreadable
 
 _SERVED = (torch.float32, torch.float64)
+_SMALL = 64  # numbers: a batch of no more, whose samples are mixed, is read as one sample
 _warned = False
 
 
@@ -116,11 +117,12 @@ class CompiledField(nn.Module):
                 return Plan(self.func, structure, args, whole=False)
             except Unreadable as error:
                 failure = error
-        if not per_sample:
+        vectors = all(leaf.dim() < 2 for leaf in leaves)
+        if not per_sample and (vectors or sum(leaf.numel() for leaf in leaves) <= _SMALL):
             try:
                 return Plan(self.func, structure, args, whole=True)
             except Unreadable as error:
-                if all(leaf.dim() < 2 for leaf in leaves):
+                if vectors:
                     failure = error
         code = getattr(getattr(self.func, "__func__", self.func), "__code__", None)
         if code is not None and 'File "' not in str(failure):  # torch keeps the lines of modules alone

@@ -140,6 +140,16 @@ def _cat(low: Lowering, node: Any, twin: Any) -> Value:
     return Sample(np.concatenate(refs, axis), batch, parts[0].mask)
 
 
+@operation("split", "split_with_sizes")
+def _split(low: Lowering, node: Any, twin: Any) -> Value:
+    value = _source(low, node)
+    axis = _axis(value, node.args[2] if len(node.args) > 2 else 0, node)
+    sizes = [part.shape[axis] for part in node.meta["val"]]
+    parts = np.split(value.refs, np.cumsum(sizes)[:-1].tolist(), axis)
+    low.tuples[node] = [Sample(part, value.batch, value.mask) for part in parts]
+    return low.tuples[node][0]
+
+
 @operation("flip")
 def _flip(low: Lowering, node: Any, twin: Any) -> Value:
     value = _source(low, node)
@@ -357,14 +367,16 @@ def _mm(low: Lowering, node: Any, twin: Any) -> Value:
 @operation("bmm")
 def _bmm(low: Lowering, node: Any, twin: Any) -> Value:
     a, b = _source(low, node), _source(low, node, 1)
-    if {a.batch, b.batch} - {0, None}:
-        raise Unreadable(f"{where(node)} mixes samples")
     shape, batch = low.shapes(node)
     count = shape[0]
+    if (a.batch, b.batch) == (2, 1) and count == 1:
+        return low.add_sum(node, a.refs[0].T, b.refs[0])
+    if (a.batch, b.batch) not in ((0, 0), (0, None), (None, 0), (1, None), (None, 2), (None, None)):
+        raise Unreadable(f"{where(node)} mixes samples")
     left, right = (np.broadcast_to(x.refs, (count, *x.refs.shape[1:])) for x in (a, b))
     out = [
         np.stack([low.matrix(node, right[i, :, column], left[i], None) for column in range(right.shape[2])], 1)
-        if b.batch == 0 and a.batch is None
+        if b.batch is not None and a.batch is None
         else np.stack([low.matrix(node, left[i, row], right[i].T, None) for row in range(left.shape[1])])
         for i in range(count)
     ]

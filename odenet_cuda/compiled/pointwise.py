@@ -50,6 +50,8 @@ TEXTS: dict[str, str] = {
     "clamp_min": "maximum({0}, {1})",
     "clamp_max": "minimum({0}, {1})",
     "where": "select({0}, {1}, {2})",
+    "hardshrink_backward": "select(({1} >= -{2}) & ({1} <= {2}), P(T(0)), {0})",
+    "softshrink_backward": "select(({1} >= -{2}) & ({1} <= {2}), P(T(0)), {0})",
 }
 TEXTS["sgn"] = TEXTS["sign"]
 

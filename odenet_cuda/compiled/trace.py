@@ -28,11 +28,20 @@ _DECOMPOSED = [
     _aten.native_layer_norm, _aten.native_layer_norm_backward, _aten.rsub, _aten.sigmoid_backward, _aten.silu,
     _aten.silu_backward, _aten.softplus, _aten.softplus_backward, _aten.tanh_backward, _aten.threshold,
     _aten.threshold_backward, _aten._softmax, _aten._softmax_backward_data, _aten._log_softmax,
-    _aten._log_softmax_backward_data, _aten.stack, _aten.split, _aten.unbind, _aten.select_backward,
-    _aten.slice_backward, _aten.mv, _aten.dot, _aten.addmv, _aten.norm, _aten.logsumexp, _aten.split_with_sizes,
+    _aten._log_softmax_backward_data, _aten.stack, _aten.unbind, _aten.select_backward,
+    _aten.slice_backward, _aten.mv, _aten.dot, _aten.addmv, _aten.norm, _aten.logsumexp,
 ]  # fmt: skip
 
-_READ = ("var", "var_mean", "cumsum", "cumprod", "index_select", "roll")  # as they are, not decomposed
+_READ = (
+    "var",
+    "var_mean",
+    "cumsum",
+    "cumprod",
+    "index_select",
+    "roll",
+    "split",
+    "split_with_sizes",
+)  # as they are, not decomposed
 
 
 class Unreadable(Exception):
