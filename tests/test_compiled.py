@@ -880,6 +880,7 @@ def test_transforms():
 
 def test_torch_compile():
     """A block on a grid inside torch.compile."""
+    torch.compiler.reset()
     net = Net()
     blocks = [ODEBlock(f, method="rk4", compile=False) for f in (odenet_cuda.compile(net), net)]
     found, expected = (torch.compile(block, backend="eager")(rows(5, 2)) for block in blocks)

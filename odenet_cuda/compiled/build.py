@@ -111,7 +111,7 @@ def load(text: str) -> _C.Library:
     level = _C.cpu_level()
     given = shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))
     flags = (*FLAGS, f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
-    parts = [text, *compiler, version, platform.machine(), _headers(), *flags]
+    parts = [text, *compiler[1:], version, platform.machine(), _headers(), *flags]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
     if key not in _loaded:
         folder = cache_folder()
