@@ -878,15 +878,6 @@ def test_transforms():
         assert field.explain() != "compiled"
 
 
-def test_torch_compile():
-    """A block on a grid inside torch.compile."""
-    torch.compiler.reset()
-    net = Net()
-    blocks = [ODEBlock(f, method="rk4", compile=False) for f in (odenet_cuda.compile(net), net)]
-    found, expected = (torch.compile(block, backend="eager")(rows(5, 2)) for block in blocks)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
 # ---- what is refused ----
 
 
