@@ -87,7 +87,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor | None]:
         """The outputs [len(t), batch, columns] and the solver state."""
         target = self.target(solve)
-        library = self.plan.library(tableau, target)
+        library = self.plan.load(tableau, target)
         batch, columns = y0.shape
         rows = batch if problem.per_sample else 1
         times, kinds = stop_table(problem, options.step_t, options.jump_t)
@@ -183,7 +183,7 @@ class Engine:
 
     def reverse(self, grad_ys: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         """Gradients for y0, arguments and wanted constants: of the discrete solve, by its tape."""
-        library = self.plan.library(self.tableau, self.target("reverse"))
+        library = self.plan.load(self.tableau, self.target("reverse"))
         problem = self.problem
         grads = _rows(grad_ys, self.batch, self.y0, len(problem.t))
         grad_y0 = torch.empty_like(self.y0)
@@ -224,7 +224,7 @@ class Engine:
         problem, options = self.problem, backward.options
         grads = _rows(grad_ys, self.batch, self.y0, len(problem.t))
         solve = self.adjoint_control(options)
-        constants, arguments, chunk = self._sums(self.plan.library(options.tableau, self.target(solve)).lanes)
+        constants, arguments, chunk = self._sums(self.plan.load(options.tableau, self.target(solve)).lanes)
         total, of_interval = torch.zeros_like(arguments), arguments
         a, n = grads[-1], self.state
         self.nfe_backward = 0

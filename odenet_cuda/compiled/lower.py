@@ -57,9 +57,19 @@ _LINEAR = {
     "neg",
 }
 _LINEAR |= {"mul", "div", "sum", "slice", "select", "clone", "alias", "detach", "mm", "cat", "slice_scatter", "select_scatter"}
-_CREATE = {"full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"}
-_CREATE |= {"empty_permuted"}
-_SAME = {"clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive"}
+_CREATE = {
+    "full",
+    "zeros",
+    "ones",
+    "empty",
+    "full_like",
+    "zeros_like",
+    "ones_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "empty_permuted",
+}
 
 
 def where(node: fx.Node) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from .. import _C
 from ..problem import Structure
 from ..tableau import ButcherTableau
-from .build import load
+from .build import load as load_text
 from .check import check_program
 from .emit import Target, emit, kept_buffers, tap_layout
 from .lower import Lowering
@@ -138,15 +138,15 @@ class Plan:
         missing = [pair for pair in wanted if (id(pair[0]), pair[1]) not in self.libraries]
         if len(missing) < 2:
             for pair in missing:
-                self.library(*pair)
+                self.load(*pair)
             return
         with ThreadPoolExecutor(len(missing)) as pool:
-            list(pool.map(lambda pair: self.library(*pair), missing))
+            list(pool.map(lambda pair: self.load(*pair), missing))
 
-    def library(self, tableau: ButcherTableau, target: Target) -> _C.Library:
+    def load(self, tableau: ButcherTableau, target: Target) -> _C.Library:
         key = (id(tableau), target)
         if key not in self.libraries:
-            self.libraries[key] = tableau, load(self.source(tableau, target))
+            self.libraries[key] = tableau, load_text(self.source(tableau, target))
         return self.libraries[key][1]
 
 

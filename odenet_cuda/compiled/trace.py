@@ -32,16 +32,8 @@ _DECOMPOSED = [
     _aten.slice_backward, _aten.mv, _aten.dot, _aten.addmv, _aten.norm, _aten.logsumexp,
 ]  # fmt: skip
 
-_READ = (
-    "var",
-    "var_mean",
-    "cumsum",
-    "cumprod",
-    "index_select",
-    "roll",
-    "split",
-    "split_with_sizes",
-)  # as they are, not decomposed
+# Read as they are, not decomposed.
+_READ = ("var", "var_mean", "cumsum", "cumprod", "index_select", "roll", "split", "split_with_sizes")
 
 
 class Unreadable(Exception):
