@@ -3,7 +3,7 @@
 - Uniform: does not depend on the sample: weights, their transposes, constants. Torch computes them before the solve.
 - Sample: numbers of one sample, as addresses. The axis of the batch is kept with the entries that one sample has in it.
 - Summed: a sum over the samples, a gradient of a uniform value. The kernel adds up; torch does what comes after, which
-  must be linear.
+  must be linear; where that needs the time of a sample, the kernel does it before it adds up.
 
 An operation that would mix samples is refused.
 """
@@ -42,21 +42,8 @@ class Summed:
 
 Value = Sample | Uniform | Summed
 
-_LINEAR = {
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "permute",
-    "transpose",
-    "t",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-    "add",
-    "sub",
-    "neg",
-}
-_LINEAR |= {"mul", "div", "sum", "slice", "select", "clone", "alias", "detach", "mm", "cat", "slice_scatter", "select_scatter"}
+_LINEAR = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "expand"}  # for `Summed`
+_LINEAR |= {"neg", "sum", "slice", "select", "clone", "alias", "detach"}
 _CREATE = {
     "full",
     "zeros",
@@ -89,6 +76,7 @@ class Lowering:
         self.constants: dict[fx.Node, int] = {}  # node -> buffer
         self.tuples: dict[fx.Node, list[Sample]] = {}  # operations with several results
         self.transposed: set[fx.Node] = set()  # sums that the kernel gives transposed
+        self.addends: dict[fx.Node, Refs] = {}  # what one sample adds to a sum, where that was asked for
         self.sum_shapes: dict[fx.Node, list[int]] = {}
         program = self.program
         self.time = program.new("input", 1, "t")
@@ -298,7 +286,7 @@ class Lowering:
         if node.target is operator.getitem:
             parts = self.tuples.get(node.args[0])  # type: ignore[arg-type]
             if parts is None:
-                return Uniform(node)
+                return Summed(node) if isinstance(self.values[node.args[0]], Summed) else Uniform(node)  # type: ignore[index]
             return parts[int(node.args[1])]  # type: ignore[arg-type]
         if name.endswith("_") and not name.startswith("_"):
             return self._in_place(node, name[:-1])
@@ -368,17 +356,65 @@ class Lowering:
         return Sample(self.statement("select({0}, {1}, {2})", [flat, one, zero]).reshape(value.refs.shape), value.batch)
 
     def _after_sum(self, node: fx.Node, name: str, inputs: list[Value]) -> Value:
+        """Torch goes on with the sum, where only uniform values meet it; the kernel does sample by sample where others do, of
+        the time alone, before it adds up. Both need the operation to be linear in the sums."""
         summed = [isinstance(value, Summed) for value in inputs]
-        fine = name in _LINEAR and not any(isinstance(value, Sample) for value in inputs)
         if name in ("mul", "mm"):
-            fine = fine and sum(summed) == 1
+            fine = sum(summed) == 1
         elif name in ("add", "sub", "cat"):
-            fine = fine and all(summed)
+            fine = all(summed) and not any(isinstance(x, (int, float)) for x in node.args[:2])
         elif name == "div":
-            fine = fine and isinstance(self.values[node.args[0]], Summed) and sum(summed) == 1  # type: ignore[index]
-        if not fine or self.shapes(node)[1] is not None:
+            fine = isinstance(self.values[node.args[0]], Summed) and sum(summed) == 1  # type: ignore[index]
+        elif name == "where":
+            fine = not summed[0] and all(map(self._is_zero_or_sum, node.args[1:]))
+        elif name in ("slice_scatter", "select_scatter"):
+            fine = all(map(self._is_zero_or_sum, node.args[:2]))
+        elif name == "_weight_norm_interface_backward":
+            fine = summed == [True, False, False, False] and not any(isinstance(value, Sample) for value in inputs)
+        else:
+            fine = name in _LINEAR and all(summed)
+        if not fine or (isinstance(node.meta["val"], Tensor) and self.shapes(node)[1] is not None):
             raise Unreadable(f"{where(node)} of a sum over samples")
-        return Summed(node)
+        if name != "where" and not any(isinstance(value, Sample) for value in inputs):
+            return Summed(node)
+        if name == "mm" and node.args[0].meta["val"].shape[1] == 1:  # type: ignore[union-attr]
+            operands: list[Any] = list(node.args)
+            a, b = (self.addend(x) if isinstance(self.values[x], Summed) else self.sample(x, x, node).refs for x in operands)
+            return self.add_sum(node, a.T, b)
+        self.addends[node] = self._of_addends(node)
+        return self.add_sum(node, self.addends[node].reshape(1, -1), None)
+
+    def addend(self, node: fx.Node) -> Refs:
+        """What one sample adds to a sum over samples."""
+        if node not in self.addends:
+            refs = self._products(self.program.sums[self.summed[node]]) if node in self.summed else self._of_addends(node)
+            self.addends[node] = (refs.T if node in self.transposed else refs).reshape(self.shapes(node)[0])
+        return self.addends[node]
+
+    def _of_addends(self, node: fx.Node) -> Refs:
+        """The operation of a node on what one sample adds to its operands."""
+        sums = {x: self.values[x] for x in node.all_input_nodes if isinstance(self.values[x], Summed)}
+        self.values.update({x: Sample(self.addend(x), None) for x in sums})
+        try:
+            result = self._operation(node, packet(node.target))
+        finally:
+            self.values.update(sums)
+        assert isinstance(result, Sample)
+        return result.refs
+
+    def _products(self, s: Sum) -> Refs:
+        if s.b is None:
+            return self.reduce(s.a.T, False)
+        rows, columns = s.a.shape[1], s.b.shape[1]
+        products = [
+            self.statement("{0} * {1}", [np.repeat(a, columns), np.tile(b, rows)]) for a, b in zip(s.a, s.b, strict=True)
+        ]
+        return self.reduce(np.stack(products, 1), False).reshape(rows, columns)
+
+    def _is_zero_or_sum(self, x: Any) -> bool:
+        if isinstance(self.values.get(x), Summed):
+            return True
+        return bool((self.sample(x, x, x).refs == self.program.literal(0.0)).all())
 
     def _created(self, node: fx.Node, name: str, shape: list[int], batch: int | None) -> Sample:
         if "full" in name:
