@@ -8,6 +8,7 @@
 #include "core/advance.h"
 #include "core/dense_output.h"
 #include "core/error.h"
+#include "core/run.h"
 #include "core/stage.h"
 #include "core/step_size.h"
 
@@ -44,7 +45,6 @@ ODENET_CPU_LAUNCHERS(avx512)
 
 // Each returns null, or the CUDA runtime's words for what went wrong. `leaves`: those of one type, in one launch.
 namespace cuda {
-using Stream = void*;
 template <class T>
 const char* stage(const Stage<T>* leaves, int count, Stream stream);
 template <class T>

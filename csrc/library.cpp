@@ -22,11 +22,23 @@ Library::Library(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw std::runtime_error(dlerror());
   reinterpret_cast<void (*)(int64_t*)>(symbol(library, "odenet_sizes"))(sizes_);
-  run_ = reinterpret_cast<int64_t (*)(const SolveCall*, ParallelFor)>(symbol(library, "odenet_run"));
+  if (void* found = dlsym(library, "odenet_launch")) {
+    launch_ = reinterpret_cast<decltype(launch_)>(found);
+  } else {
+    run_ = reinterpret_cast<decltype(run_)>(symbol(library, "odenet_run"));
+  }
 }
 
 int64_t Library::run(const SolveCall& call) const {
+  if (run_ == nullptr) throw std::runtime_error("this compiled field was compiled for CUDA");
   return run_(&call, parallel_for);
+}
+
+void Library::launch(const SolveCall& call, int32_t device, unsigned long long* left) const {
+  if (launch_ == nullptr) throw std::runtime_error("this compiled field was compiled for the CPU");
+  on_device(
+      device, [&] { launch_(&call, left, nullptr); },
+      [&](cuda::Stream stream) { return launch_(&call, left, stream); });
 }
 
 }  // namespace odenet

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
+#include "core/run.h"
 #include "core/tile.h"
 
 namespace odenet {
@@ -17,20 +17,17 @@ class Library {
   int64_t lanes() const { return sizes_[0]; }         // samples of a tile
   int64_t tile_bytes() const { return sizes_[1]; }    // what a tile keeps between calls
   int64_t record_bytes() const { return sizes_[2]; }  // of one step on the tape
+  int64_t team() const { return sizes_[3]; }          // tiles that go through the solve together
 
   // Goes on with the solve; returns how much is left: rows, or steps.
   int64_t run(const SolveCall& call) const;
+  // The same on torch's current stream of a CUDA device, which adds what is left to *left, an address there.
+  void launch(const SolveCall& call, int32_t device, unsigned long long* left) const;
 
  private:
-  int64_t sizes_[3];
-  int64_t (*run_)(const SolveCall*, ParallelFor);
-};
-
-// The arguments of a call, which own what is not a tensor.
-struct Call {
-  SolveCall in{};
-  std::vector<const void*> constants;
-  std::vector<double> rtol, atol;
+  int64_t sizes_[4];
+  int64_t (*run_)(const SolveCall*, ParallelFor) = nullptr;
+  const char* (*launch_)(const SolveCall*, unsigned long long*, cuda::Stream) = nullptr;
 };
 
 }  // namespace odenet

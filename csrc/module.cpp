@@ -115,33 +115,34 @@ void add_stepper(py::module_& m) {
       .def("swap_ends", &Stepper::swap_ends);
 }
 
-// A compiled field and the arguments of its solves; addresses come as numbers.
+// A compiled field and the arguments of its solves. Addresses come as numbers, and what they point to is the caller's.
 void add_library(py::module_& m) {
-  using Numbers = std::vector<double>;
+  const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<Library>(m, "Library")
       .def(py::init<const std::string&>())
       .def_property_readonly("lanes", &Library::lanes)
       .def_property_readonly("tile_bytes", &Library::tile_bytes)
       .def_property_readonly("record_bytes", &Library::record_bytes)
+      .def_property_readonly("team", &Library::team)
+      .def("run", &Library::run, unlocked)
       .def(
-          "run", [](const Library& library, const Call& call) { return library.run(call.in); },
-          py::call_guard<py::gil_scoped_release>());
-  py::class_<Call>(m, "Call")
-      .def(py::init([](Address y0, Address arguments, Addresses constants, Numbers rtol, Numbers atol, Address state,
-                       Address stops, int64_t num_stops, Address t, int64_t num_outputs, int64_t rows,
-                       Numbers controller, double first_step, Address ys, Address y_last, int64_t batch) {
-             auto call = std::make_unique<Call>();
-             SolveCall& in = call->in;
+          "launch",
+          [](const Library& library, const SolveCall& call, int32_t device, Address left) {
+            library.launch(call, device, reinterpret_cast<unsigned long long*>(left));
+          },
+          unlocked);
+  py::class_<SolveCall>(m, "SolveCall")
+      .def(py::init([](Address y0, Address arguments, Address constants, Address rtol, Address atol, Address state,
+                       Address stops, int64_t num_stops, Address t, int64_t num_outputs, Address nodes,
+                       int64_t num_nodes, int64_t rows, const std::vector<double>& controller, double first_step,
+                       Address ys, Address y_last, Address tiles, Address sums, int64_t batch, int64_t chunk,
+                       int64_t grain) {
+             SolveCall in{};
              in.y0 = reinterpret_cast<const void*>(y0);
              in.arguments = reinterpret_cast<const void*>(arguments);
-             for (const Address constant : constants) {
-               call->constants.push_back(reinterpret_cast<const void*>(constant));
-             }
-             in.constants = call->constants.data();
-             call->rtol = std::move(rtol);
-             call->atol = std::move(atol);
-             in.rtol = call->rtol.data();
-             in.atol = call->atol.data();
+             in.constants = reinterpret_cast<const void* const*>(constants);
+             in.rtol = reinterpret_cast<const double*>(rtol);
+             in.atol = reinterpret_cast<const double*>(atol);
              in.step.state = reinterpret_cast<double*>(state);
              in.step.stops = reinterpret_cast<const double*>(stops);
              in.step.num_stops = num_stops;
@@ -150,46 +151,40 @@ void add_library(py::module_& m) {
              in.step.rows = rows;
              if (controller.size() != kControllerSize) throw std::invalid_argument("controller has a wrong size");
              memcpy(&in.step.controller, controller.data(), sizeof(Controller));
+             in.nodes = reinterpret_cast<const double*>(nodes);
+             in.num_nodes = num_nodes;
              in.first_step = first_step;
              in.ys = reinterpret_cast<void*>(ys);
              in.y_last = reinterpret_cast<void*>(y_last);
+             in.tiles = reinterpret_cast<void*>(tiles);
+             in.sums = reinterpret_cast<double*>(sums);
              in.batch = batch;
-             in.chunk = in.grain = 1;
-             return call;
+             in.chunk = chunk;
+             in.grain = grain;
+             return in;
            }),
            py::kw_only(), py::arg("y0"), py::arg("arguments"), py::arg("constants"), py::arg("rtol"), py::arg("atol"),
            py::arg("state"), py::arg("stops"), py::arg("num_stops"), py::arg("t"), py::arg("num_outputs"),
-           py::arg("rows"), py::arg("controller"), py::arg("first_step"), py::arg("ys"), py::arg("y_last"),
-           py::arg("batch"))
-      .def("bind_tiles",
-           [](Call& call, Address tiles, Address sums, int64_t grain) {
-             call.in.grain = grain;
-             call.in.tiles = reinterpret_cast<void*>(tiles);
-             call.in.sums = reinterpret_cast<double*>(sums);
-           })
-      .def("bind_nodes",
-           [](Call& call, Address nodes, int64_t num_nodes) {
-             call.in.nodes = reinterpret_cast<const double*>(nodes);
-             call.in.num_nodes = num_nodes;
-           })
+           py::arg("nodes"), py::arg("num_nodes"), py::arg("rows"), py::arg("controller"), py::arg("first_step"),
+           py::arg("ys"), py::arg("y_last"), py::arg("tiles"), py::arg("sums"), py::arg("batch"), py::arg("chunk"),
+           py::arg("grain"))
       .def("bind_tape",
-           [](Call& call, Address tape, Address count, int64_t capacity) {
-             call.in.tape = reinterpret_cast<void*>(tape);
-             call.in.tape_count = reinterpret_cast<int64_t*>(count);
-             call.in.capacity = capacity;
+           [](SolveCall& in, Address tape, Address count, int64_t capacity) {
+             in.tape = reinterpret_cast<void*>(tape);
+             in.tape_count = reinterpret_cast<int64_t*>(count);
+             in.capacity = capacity;
            })
       .def("bind_gradients",
-           [](Call& call, Address ys, Address y0, Address arguments, Address constants, int64_t size, int64_t chunk) {
-             call.in.grad_ys = reinterpret_cast<const void*>(ys);
-             call.in.grad_y0 = reinterpret_cast<void*>(y0);
-             call.in.grad_arguments = reinterpret_cast<void*>(arguments);
-             call.in.grad_constants = reinterpret_cast<void*>(constants);
-             call.in.grad_size = size;
-             call.in.chunk = chunk;
+           [](SolveCall& in, Address ys, Address y0, Address arguments, Address constants, int64_t size) {
+             in.grad_ys = reinterpret_cast<const void*>(ys);
+             in.grad_y0 = reinterpret_cast<void*>(y0);
+             in.grad_arguments = reinterpret_cast<void*>(arguments);
+             in.grad_constants = reinterpret_cast<void*>(constants);
+             in.grad_size = size;
            })
-      .def("plan", [](Call& call, int64_t begun, int64_t max_steps) {
-        call.in.begun = begun;
-        call.in.max_steps = max_steps;
+      .def("plan", [](SolveCall& in, int64_t begun, int64_t max_steps) {
+        in.begun = begun;
+        in.max_steps = max_steps;
       });
 }
 

@@ -62,31 +62,38 @@ class Library:
     def tile_bytes(self) -> int: ...
     @property
     def record_bytes(self) -> int: ...
-    def run(self, call: Call) -> int: ...
+    @property
+    def team(self) -> int: ...
+    def run(self, call: SolveCall) -> int: ...
+    def launch(self, call: SolveCall, device: int, left: int) -> None: ...
 
-class Call:
+class SolveCall:
     def __init__(
         self,
         *,
         y0: int,
         arguments: int,
-        constants: Sequence[int],
-        rtol: Sequence[float],
-        atol: Sequence[float],
+        constants: int,
+        rtol: int,
+        atol: int,
         state: int,
         stops: int,
         num_stops: int,
         t: int,
         num_outputs: int,
+        nodes: int,
+        num_nodes: int,
         rows: int,
         controller: Sequence[float],
         first_step: float,
         ys: int,
         y_last: int,
+        tiles: int,
+        sums: int,
         batch: int,
+        chunk: int,
+        grain: int,
     ) -> None: ...
-    def bind_tiles(self, tiles: int, sums: int, grain: int) -> None: ...
-    def bind_nodes(self, nodes: int, num_nodes: int) -> None: ...
     def bind_tape(self, tape: int, count: int, capacity: int) -> None: ...
-    def bind_gradients(self, ys: int, y0: int, arguments: int, constants: int, size: int, chunk: int) -> None: ...
+    def bind_gradients(self, ys: int, y0: int, arguments: int, constants: int, size: int) -> None: ...
     def plan(self, begun: int, max_steps: int) -> None: ...

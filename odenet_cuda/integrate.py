@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
-from .solvers.adaptive import AdaptiveSolver
+from .solvers.adaptive import AdaptiveSolver, runs_ahead, solve_by_graph
 from .solvers.fixed import FixedSolver, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
@@ -32,6 +33,7 @@ class Options:
     grid_constructor: Callable | None = None
     perturb: bool = False
     interp: str = "method"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         find_method(self.method)
@@ -79,7 +81,8 @@ def integrate(
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
         if options.adaptive:
-            return AdaptiveSolver(
+            make = partial(
+                AdaptiveSolver,
                 problem,
                 options.tableau,
                 options.control,
@@ -89,7 +92,11 @@ def integrate(
                 callbacks=callbacks,
                 recorder=recorder,
                 after_step=after_step,
-            ).run(start)
+            )
+            alone = not callbacks and recorder is None and after_step is None and not options.jump_t
+            if options.cuda_graph and runs_ahead(problem.device) and alone:
+                return solve_by_graph(problem, options, make, start is not None)
+            return make().run(start)
         nodes, moves_with = grid or fixed_grid(options, problem.t)
         return FixedSolver(
             problem, options.tableau, nodes, moves_with, perturb=options.perturb, callbacks=callbacks, recorder=recorder

@@ -112,7 +112,7 @@ class Job:
         trajectory = engine.solve(keep=wanted and gradient != "adjoint")
         self.field.nfe = evaluations(options, trajectory.state, self.grid, problem)
         stats = self._stats(trajectory)
-        host = None if trajectory.state is None else trajectory.state.numpy()
+        host = None if trajectory.state is None else trajectory.state.cpu().numpy()
         outputs = trajectory.ys
         error = self._failure(host, trajectory, outputs, stats)
         if error is not None and on_failure == "raise":

@@ -47,6 +47,7 @@ def solve(
     step_size: float | None = None,
     grid_constructor: Callable | None = None,
     perturb: bool = False,
+    cuda_graph: bool = False,
     interp: str = "method",
     norm: Callable | None = None,
     regularizers: Sequence[str] = (),
@@ -83,6 +84,9 @@ def solve(
     step_t, jump_t: times at which a step must end; func is discontinuous at those of jump_t.
     step_size, grid_constructor: the grid of a method without error control, else t itself; ``grid_constructor(func, y0, t)``
         returns the times of the grid. perturb: evaluate at the ends of a step just inside it.
+    cuda_graph: of an adaptive solve on CUDA, capture a step with func in it and replay it. What func does in Python besides
+        (counting its calls, say) is then done a few times only. Not where every step needs the host: gradient="direct" and
+        "checkpoint", jump_t, callbacks. No GPU has run this yet.
     interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).
     norm: of the scaled error, a function of the state; default: the largest of the leaves' root mean squares.
     regularizers: costs of the trajectory to give as `Solution.regularizers`, with gradients: "kinetic", "jacobian" (Finlay et
@@ -117,6 +121,7 @@ def solve(
         step_size=None if step_size is None else float(step_size),
         grid_constructor=grid_constructor,
         perturb=perturb,
+        cuda_graph=bool(cuda_graph),
         interp=interp,
     )
     _one_of("step_control", step_control, STEP_CONTROLS)

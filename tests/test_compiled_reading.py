@@ -1,8 +1,6 @@
 """What compile(field) can read: the program of a field, run by NumPy, beside autograd. Nothing is compiled but where said."""
 
 import copy
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch.nn.functional as F
 from compiled_fields import Flow, Net, assert_same, compare_gradients, lorenz, rows
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cuda_compile import CSRC, find_nvcc
+from test_cuda_compile import CSRC
 from torch import nn
 
 import odenet_cuda
@@ -612,29 +610,6 @@ def test_core_needs_no_torch():
     for header in sorted((CSRC / "core").glob("*.h")):
         for line in header.read_text().splitlines():
             assert not (line.startswith("#include") and any(word in line for word in ("torch", "ATen", "c10"))), header.name
-
-
-CUDA = [(kind, "dopri5") for kind in ("per_sample", "adjoint_per_sample", "reverse")] + [
-    ("grid", "rk4"),
-    ("adjoint_grid", "rk4"),
-]
-
-
-@pytest.mark.parametrize("kind, method", CUDA)
-def test_cuda_text_compiles(kind, method, tmp_path):
-    """By nvcc, for one architecture; no GPU is needed."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("no nvcc was found")
-    plan = read(Net(), rows(5, 2))
-    text = plan.source(find_method(method), Target("double", "pack", kind, cuda=True))
-    assert "__global__" in text
-    source = tmp_path / "field.cu"
-    source.write_text(text)
-    command = [nvcc, "-std=c++20", "-arch=sm_90", "--expt-relaxed-constexpr", f"-I{CSRC}", "-c"]
-    run = subprocess.run([*command, str(source), "-o", str(tmp_path / "field.o")], capture_output=True, text=True)
-    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
-    assert Path(tmp_path / "field.o").stat().st_size > 0
 
 
 def test_math_of_the_check():

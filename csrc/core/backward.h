@@ -39,127 +39,153 @@ struct Reverse {
   With<P, double> output;  // the last output not yet taken in
 };
 
-// The next max_steps records of a tile, backwards. Returns how many are left.
+// What is needed of a step on the way back: its stages, their slopes and gradients, and what those of constants and
+// arguments are made of.
 template <class M, class P>
-ODENET_HD int64_t reverse_tile(const SolveCall& in, int64_t tile) {
+struct StepBack {
+  P y[M::stages][M::state], k[M::stages][M::state], dk[M::stages][M::state];
+  P taps[M::stages][M::taps_of_product + 1];
+  P kept[M::kept > 0 ? M::stages : 1][M::kept + 1];  // of each stage, what the way back needs of the way there
+  P start[M::state];                                 // dL/dy0 so far
+};
+
+// Undoes the step of a record but for the evaluation that was made for it alone.
+template <class M, class P>
+ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, const Record<M, P>& record,
+                         StepBack<M, P>& x) {
   using T = Number<P>;
   using D = With<P, double>;
   constexpr int N = M::state, S = M::stages;
   const StepSize& s = in.step;
   const T* grad_ys = static_cast<const T*>(in.grad_ys);
+  const P none(T(0));
+  const MaskOf<D> accept = record.dt != D(0.0);
+  const MaskOf<P> counts = accept;
+  const P dt = convert<T>(record.dt);
+  const auto time_of = [&](double c) { return c == 1 ? record.last : convert<T>(record.time + D(c) * record.dt); };
+  // The stages again; the last slope has no part in them.
+  for (int n = 0; n < N; ++n) {
+    x.y[0][n] = record.y[n];
+    x.k[0][n] = record.slope[n];
+    x.dk[S - 1][n] = select(counts, g.slope[n], none);
+    for (int i = 0; i < S - 1; ++i) x.dk[i][n] = none;
+  }
+  unrolled<S - 1>([&](auto before) {
+    constexpr int i = before + 1;
+    for (int n = 0; n < N; ++n) {
+      x.y[i][n] = x.y[0][n] + dt * weigh<i>(x.k, n, [](auto j) { return M::a(i, j); });
+    }
+    if constexpr (i < S - 1 && M::kept > 0) {
+      M::field_and_keep(in, time_of(M::c(i)), x.y[i], g.arguments, x.k[i], x.kept[i]);
+    } else if constexpr (i < S - 1) {
+      M::field(in, time_of(M::c(i)), x.y[i], g.arguments, x.k[i], x.taps[i]);
+    }
+  });
+  for (int n = 0; n < N; ++n) x.start[n] = none;
+  // Outputs of this step.
+  const auto output_time = [&] { return gather(s.t, select(g.output > D(0.0), g.output, D(0.0))); };
+  const auto inside = [&](const D& time) {
+    return accept & (g.output > D(0.0)) & (D(s.controller.direction) * (time - record.time) > D(0.0));
+  };
+  D time = output_time();
+  for (MaskOf<D> here = inside(time); any(here); here = inside(time)) {
+    const MaskOf<P> landed = here & (time == record.end);
+    const P theta = convert<T>((time - record.time) / select(accept, record.dt, D(1.0)));
+    P b[S];
+    interpolant<M>(theta, dt, b);
+    for (int n = 0; n < N; ++n) {
+      P grad = none;
+      for (int i = 0; i < Lanes<P>::width; ++i) {
+        if (!lane(here, i)) continue;
+        const int64_t row = static_cast<int64_t>(lane(g.output, i)) * in.batch + sample_of<P>(tile, i, in.batch);
+        const bool valid = tile * Lanes<P>::width + i < in.batch;
+        set_lane(grad, i, valid ? grad_ys[row * N + n] : T(0));
+      }
+      g.y[n] = g.y[n] + select(landed, grad, none);
+      x.start[n] = x.start[n] + select(landed, none, grad);
+      for (int j = 0; j < S; ++j) x.dk[j][n] = x.dk[j][n] + select(landed, none, b[j]) * grad;
+    }
+    g.output = g.output - select(here, D(1.0), D(0.0));
+    time = output_time();
+  }
+  // The stages backwards.
+  P product[N];
+  const auto stage = [&](auto i) {
+    if constexpr (i < S - 1 && M::kept > 0) {
+      M::product_of_kept(in, time_of(M::c(i)), x.y[i], g.arguments, x.dk[i], x.kept[i], product, x.taps[i]);
+    } else {
+      M::product(in, time_of(M::c(i)), x.y[i], g.arguments, x.dk[i], product, x.taps[i]);
+    }
+  };
+  if constexpr (M::fsal) {
+    stage(Index<S - 1>{});
+    for (int n = 0; n < N; ++n) g.y[n] = g.y[n] + select(counts, product[n], none);
+  }
+  for (int n = 0; n < N; ++n) {
+    const P scaled = dt * g.y[n];
+    unrolled<S>([&](auto j) {
+      if constexpr (M::b(j) != 0) x.dk[j][n] = x.dk[j][n] + scaled * T(M::b(j));
+    });
+  }
+  constexpr int last = M::fsal ? S - 2 : S - 1;
+  unrolled<last>([&](auto above) {
+    constexpr int i = last - above;
+    stage(Index<i>{});
+    for (int n = 0; n < N; ++n) {
+      x.start[n] = x.start[n] + product[n];
+      const P scaled = dt * product[n];
+      unrolled<i>([&](auto j) {
+        if constexpr (M::a(i, j) != 0) x.dk[j][n] = x.dk[j][n] + scaled * T(M::a(i, j));
+      });
+    }
+  });
+}
+
+// The next max_steps records of a tile, backwards. Returns how many are left.
+template <class M, class P, class Team>
+ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t tile) {
+  using T = Number<P>;
+  using D = With<P, double>;
+  constexpr int N = M::state, S = M::stages;
   Reverse<M, P>& g = static_cast<Reverse<M, P>*>(in.tiles)[tile];
   T* sums = constant_sums<T>(in, tile);
   const P none(T(0));
   if (in.begun == 0) {
     for (int n = 0; n < N; ++n) g.y[n] = g.slope[n] = none;
     for (int n = 0; n <= M::arguments; ++n) g.arguments_grad[n] = none;
-    g.output = D(double(s.num_outputs - 1));
+    g.output = D(double(in.step.num_outputs - 1));
     if constexpr (M::arguments > 0) load_lanes(g.arguments, in.arguments, M::arguments, tile, in.batch);
   }
   const int64_t count = in.tape_count[tile] - in.begun;
   const int64_t stop = count > in.max_steps ? count - in.max_steps : 0;
-  P weights[S];
-  for (int i = 0; i < S; ++i) weights[i] = P(T(1));
-  P y[S][N], k[S][N], dk[S][N], taps[S][M::taps_of_product + 1];
-  P kept[M::kept > 0 ? S : 1][M::kept + 1];  // of each stage, what the way back needs of the way there
-  for (int64_t place = count - 1; place >= stop; --place) {
-    const Record<M, P>& record = static_cast<const Record<M, P>*>(in.tape)[tile * in.capacity + place];
-    const MaskOf<D> accept = record.dt != D(0.0);
-    const MaskOf<P> counts = accept;
-    const P dt = convert<T>(record.dt);
-    const auto time_of = [&](double c) { return c == 1 ? record.last : convert<T>(record.time + D(c) * record.dt); };
-    // The stages again; the last slope has no part in them.
-    for (int n = 0; n < N; ++n) {
-      y[0][n] = record.y[n];
-      k[0][n] = record.slope[n];
-      dk[S - 1][n] = select(counts, g.slope[n], none);
-      for (int i = 0; i < S - 1; ++i) dk[i][n] = none;
+  StepBack<M, P> x;
+  for (int64_t place = count - 1; team.any(place >= stop); --place) {
+    const bool here = place >= stop;  // else another member of the team has a step left
+    const Record<M, P>& record = static_cast<const Record<M, P>*>(in.tape)[tile * in.capacity + (here ? place : 0)];
+    P weights[S];
+    for (int i = 0; i < S; ++i) weights[i] = P(T(here));
+    if (here) {
+      undo_step(in, tile, g, record, x);
+    } else {
+      for (int i = 0; i < S; ++i) {
+        for (int n = 0; n < M::taps_of_product; ++n) x.taps[i][n] = none;
+      }
     }
-    unrolled<S - 1>([&](auto before) {
-      constexpr int i = before + 1;
-      for (int n = 0; n < N; ++n) {
-        y[i][n] = y[0][n] + dt * weigh<i>(k, n, [](auto j) { return M::a(i, j); });
-      }
-      if constexpr (i < S - 1 && M::kept > 0) {
-        M::field_and_keep(in, time_of(M::c(i)), y[i], g.arguments, k[i], kept[i]);
-      } else if constexpr (i < S - 1) {
-        M::field(in, time_of(M::c(i)), y[i], g.arguments, k[i], taps[i]);
-      }
-    });
-    P start[N];  // dL/dy0 so far
-    for (int n = 0; n < N; ++n) start[n] = none;
-    // Outputs of this step.
-    const auto output_time = [&] { return gather(s.t, select(g.output > D(0.0), g.output, D(0.0))); };
-    const auto inside = [&](const D& time) {
-      return accept & (g.output > D(0.0)) & (D(s.controller.direction) * (time - record.time) > D(0.0));
-    };
-    D time = output_time();
-    for (MaskOf<D> here = inside(time); any(here); here = inside(time)) {
-      const MaskOf<P> landed = here & (time == record.end);
-      const P theta = convert<T>((time - record.time) / select(accept, record.dt, D(1.0)));
-      P b[S];
-      unrolled<S>([&](auto j) {
-        P sum = none;
-        unrolled<M::degree>([&](auto d) { sum = (sum + P(T(M::p(j, M::degree - 1 - d)))) * theta; });
-        b[j] = select(landed, none, sum * dt);
-      });
-      for (int n = 0; n < N; ++n) {
-        P grad = none;
-        for (int i = 0; i < Lanes<P>::width; ++i) {
-          if (!lane(here, i)) continue;
-          const int64_t row = static_cast<int64_t>(lane(g.output, i)) * in.batch + sample_of<P>(tile, i, in.batch);
-          const bool valid = tile * Lanes<P>::width + i < in.batch;
-          set_lane(grad, i, valid ? grad_ys[row * N + n] : T(0));
-        }
-        g.y[n] = g.y[n] + select(landed, grad, none);
-        start[n] = start[n] + select(landed, none, grad);
-        for (int j = 0; j < S; ++j) dk[j][n] = dk[j][n] + b[j] * grad;
-      }
-      g.output = g.output - select(here, D(1.0), D(0.0));
-      time = output_time();
-    }
-    // The stages backwards.
-    P product[N];
-    const auto stage = [&](auto i) {
-      if constexpr (i < S - 1 && M::kept > 0) {
-        M::product_of_kept(in, time_of(M::c(i)), y[i], g.arguments, dk[i], kept[i], product, taps[i]);
-      } else {
-        M::product(in, time_of(M::c(i)), y[i], g.arguments, dk[i], product, taps[i]);
-      }
-    };
-    if constexpr (M::fsal) {
-      stage(Index<S - 1>{});
-      for (int n = 0; n < N; ++n) g.y[n] = g.y[n] + select(counts, product[n], none);
-    }
-    for (int n = 0; n < N; ++n) {
-      const P scaled = dt * g.y[n];
-      unrolled<S>([&](auto j) {
-        if constexpr (M::b(j) != 0) dk[j][n] = dk[j][n] + scaled * T(M::b(j));
-      });
-    }
-    constexpr int last = M::fsal ? S - 2 : S - 1;
-    unrolled<last>([&](auto above) {
-      constexpr int i = last - above;
-      stage(Index<i>{});
-      for (int n = 0; n < N; ++n) {
-        start[n] = start[n] + product[n];
-        const P scaled = dt * product[n];
-        unrolled<i>([&](auto j) {
-          if constexpr (M::a(i, j) != 0) dk[j][n] = dk[j][n] + scaled * T(M::a(i, j));
-        });
-      }
-    });
-    M::template accumulate<S - 1>(taps + 1, weights, sums, g.arguments_grad);
+    M::template accumulate<S - 1>(team, x.taps + 1, weights, sums, g.arguments_grad);
+    const MaskOf<P> counts = MaskOf<P>(here) & MaskOf<P>(record.dt != D(0.0));
     const MaskOf<P> fresh = counts & MaskOf<P>(record.fresh != D(0.0));
-    if (any(fresh)) {
-      for (int n = 0; n < N; ++n) k[0][n] = select(fresh, dk[0][n], none);
-      M::product(in, record.first, y[0], g.arguments, k[0], product, taps[0]);
-      for (int n = 0; n < N; ++n) start[n] = start[n] + select(fresh, product[n], none);
-      M::template accumulate<1>(taps, weights, sums, g.arguments_grad);
+    if (team.any(any(fresh))) {
+      P product[N];
+      for (int n = 0; n < N; ++n) x.k[0][n] = select(fresh, x.dk[0][n], none);
+      if (here) {
+        M::product(in, record.first, x.y[0], g.arguments, x.k[0], product, x.taps[0]);
+        for (int n = 0; n < N; ++n) x.start[n] = x.start[n] + select(fresh, product[n], none);
+      }
+      M::template accumulate<1>(team, x.taps, weights, sums, g.arguments_grad);
     }
     for (int n = 0; n < N; ++n) {
-      g.slope[n] = select(counts, select(fresh, none, dk[0][n]), g.slope[n]);
-      g.y[n] = g.y[n] + select(counts, start[n], none);
+      g.slope[n] = select(counts, select(fresh, none, x.dk[0][n]), g.slope[n]);
+      g.y[n] = g.y[n] + select(counts, x.start[n], none);
     }
   }
   if (stop == 0) {
@@ -178,7 +204,7 @@ template <class M, class P>
 int64_t reverse(const SolveCall& in, ParallelFor parallel_for) {
   int64_t left = 0;
   for_chunks<P>(in, parallel_for, [&](int64_t tile) {
-    const int64_t steps = reverse_tile<M, P>(in, tile);
+    const int64_t steps = reverse_tile<M, P>(Alone{}, in, tile);
     if (steps > 0) __atomic_fetch_add(&left, steps, __ATOMIC_RELAXED);
   });
   return left;

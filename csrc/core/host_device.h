@@ -5,8 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
-// ODENET_HD: a function for both machines, inlined. ODENET_CALLED: one that is not, for it is large.
-#if defined(__CUDACC__)
+// ODENET_HD: a function for both machines, inlined. ODENET_CALLED: one that is not, for it is large. ODENET_BLOCKS:
+// what is compiled runs in blocks of threads only, as compiled fields do on CUDA.
+#if defined(__CUDACC__) && defined(ODENET_BLOCKS)
+#define ODENET_HD __device__ __forceinline__
+#define ODENET_CALLED __device__ __noinline__
+#elif defined(__CUDACC__)
 #define ODENET_HD __host__ __device__ __forceinline__
 #define ODENET_CALLED __host__ __device__ __noinline__
 #else

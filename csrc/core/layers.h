@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "pack.h"
+#include "team.h"
 
 namespace odenet {
 namespace ODENET_LEVEL {
@@ -76,12 +76,42 @@ ODENET_HD Number<P> sum_of_lanes(const P& x) {
   return sum;
 }
 
-// sums[r * columns + c] += sum over steps s and lanes of weight[s] a[s][r] b[s][c]; a and b begin at those places of
-// taps.
-template <int rows, int columns, int steps, int a, int b, class P, int N>
-ODENET_HD void outer_sums(const P (*taps)[N], const P* weight, Number<P>* sums) {
+// sums[r * columns + c] += sum over steps s, lanes and the team of weight[s] a[s][r] b[s][c]; a and b begin at those
+// places of taps.
+template <int rows, int columns, int steps, int a, int b, class Team, class P, int N>
+ODENET_HD void outer_sums(const Team& team, const P (*taps)[N], const P* weight, Number<P>* sums) {
   using T = Number<P>;
-  if constexpr (Lanes<P>::width == 1) {
+  if constexpr (Team::size > 1) {
+#if defined(ODENET_BLOCKS)
+    // A slab of rows and one of columns at a time; each thread adds up some of the products of both.
+    T(*left)[kTeam + 1] = slab<T>(0);
+    T(*right)[kTeam + 1] = slab<T>(1);
+    constexpr int own = (kSide * kSide + Team::size - 1) / Team::size;
+    const int rank = team.rank();
+    for (int r = 0; r < rows; r += kSide) {
+      for (int c = 0; c < columns; c += kSide) {
+        T sum[own] = {};
+        for (int s = 0; s < steps; ++s) {
+          team.sync();
+          for (int i = 0; i < kSide; ++i) {
+            left[i][rank] = r + i < rows ? weight[s] * taps[s][a + r + i] : T(0);
+            right[i][rank] = c + i < columns ? taps[s][b + c + i] : T(0);
+          }
+          team.sync();
+          for (int q = 0; q < own; ++q) {
+            const int place = q * Team::size + rank;
+            if (place >= kSide * kSide) continue;
+            for (int i = 0; i < Team::size; ++i) sum[q] += left[place / kSide][i] * right[place % kSide][i];
+          }
+        }
+        for (int q = 0; q < own; ++q) {
+          const int place = q * Team::size + rank, row = r + place / kSide, column = c + place % kSide;
+          if (place < kSide * kSide && row < rows && column < columns) sums[row * columns + column] += sum[q];
+        }
+      }
+    }
+#endif
+  } else if constexpr (Lanes<P>::width == 1) {
     for (int r = 0; r < rows; ++r) {
       for (int s = 0; s < steps; ++s) {
         const P value = weight[s] * taps[s][a + r];
@@ -126,13 +156,30 @@ ODENET_HD void outer_sums(const P (*taps)[N], const P* weight, Number<P>* sums) 
   }
 }
 
-// sums[r] += sum over steps and lanes of weight[s] a[s][r]
-template <int rows, int steps, int a, class P, int N>
-ODENET_HD void column_sums(const P (*taps)[N], const P* weight, Number<P>* sums) {
-  for (int r = 0; r < rows; ++r) {
+// sums[r] += sum over steps, lanes and the team of weight[s] a[s][r]
+template <int rows, int steps, int a, class Team, class P, int N>
+ODENET_HD void column_sums(const Team& team, const P (*taps)[N], const P* weight, Number<P>* sums) {
+  const auto of_row = [&](int r) {
     P sum(Number<P>(0));
     for (int s = 0; s < steps; ++s) sum = sum + weight[s] * taps[s][a + r];
-    sums[r] += sum_of_lanes(sum);
+    return sum;
+  };
+  if constexpr (Team::size > 1) {
+#if defined(ODENET_BLOCKS)
+    Number<P>(*numbers)[kTeam + 1] = slab<Number<P>>(0);
+    for (int begin = 0; begin < rows; begin += kSide) {
+      team.sync();
+      for (int r = begin; r < begin + kSide && r < rows; ++r) numbers[r - begin][team.rank()] = of_row(r);
+      team.sync();
+      for (int r = begin + team.rank(); r < begin + kSide && r < rows; r += Team::size) {
+        Number<P> sum(0);
+        for (int i = 0; i < Team::size; ++i) sum += numbers[r - begin][i];
+        sums[r] += sum;
+      }
+    }
+#endif
+  } else {
+    for (int r = 0; r < rows; ++r) sums[r] += sum_of_lanes(of_row(r));
   }
 }
 

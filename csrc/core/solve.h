@@ -1,6 +1,7 @@
 // The whole solve: adaptive steps, each sample with its own step size or all with one, or steps on a grid.
 #pragma once
 
+#include "team.h"
 #include "tile.h"
 
 namespace odenet {
@@ -16,12 +17,15 @@ ODENET_HD T* constant_sums(const SolveCall& in, int64_t tile) {
 }
 
 // Adds what a step over dt of a solve backwards, lane by lane, brings to the gradients of constants and arguments.
-template <class M, class P>
-ODENET_HD void add_taps(const SolveCall& in, Tile<M, P>& x, int64_t tile, P dt) {
-  for (int i = Lanes<P>::width - 1; tile * Lanes<P>::width + i >= in.batch; --i) set_lane(dt, i, Number<P>(0));
+template <class M, class P, class Team>
+ODENET_HD void add_taps(const Team& team, const SolveCall& in, Tile<M, P>& x, int64_t tile, P dt) {
+  for (int i = Lanes<P>::width - 1; i >= 0 && tile * Lanes<P>::width + i >= in.batch; --i) {
+    set_lane(dt, i, Number<P>(0));
+  }
   P weights[M::stages];
   unrolled<M::stages>([&](auto j) { weights[j] = -dt * Number<P>(M::b(j)); });
-  M::template accumulate<M::stages>(x.taps, weights, constant_sums<Number<P>>(in, tile), x.arguments_grad);
+  Number<P>* sums = constant_sums<Number<P>>(in, tile);
+  M::template accumulate<M::stages>(team, x.taps, weights, sums, x.arguments_grad);
 }
 
 // Writes where the tile has got to.
@@ -44,13 +48,13 @@ ODENET_HD bool tile_runs(const SolveCall& in, int64_t tile) {
 }
 
 // One tile under per-sample control: up to max_steps steps. Returns how many of its rows still run.
-template <class M, class P>
-ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
+template <class M, class P, class Team>
+ODENET_HD int64_t solve_tile(const Team& team, const SolveCall& in, int64_t tile) {
   using T = Number<P>;
   using D = With<P, double>;
   const StepSize& s = in.step;
   Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[tile];
-  if (in.begun != 0 && !tile_runs<P>(in, tile)) return 0;
+  if (in.begun != 0 && !team.any(tile_runs<P>(in, tile))) return 0;
   Tile<M, P> x;
   Row<D> r;
   D fresh = D(1.0);
@@ -84,7 +88,7 @@ ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
     fresh = kept.fresh;
     first = kept.first;
   }
-  for (int64_t step = 0; step < in.max_steps && any(r.running()); ++step) {
+  for (int64_t step = 0; step < in.max_steps && team.any(any(r.running())); ++step) {
     const D time = r[kTime];
     const P dt = convert<T>(r[kDt]);
     const P last = stage_time<T>(s, r, 1.0);
@@ -101,7 +105,7 @@ ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
         write_record(*record, x, first, last, time, select(accept, r[kLastDt], D(0.0)), r[kTime], fresh);
       }
     }
-    if constexpr (M::taps > 0) add_taps(in, x, tile, select(MaskOf<P>(accept), dt, P(T(0))));
+    if constexpr (M::taps > 0) add_taps(team, in, x, tile, select(MaskOf<P>(accept), dt, P(T(0))));
     accept_step(x, accept);
     fresh = select(accept, r[kJumped], fresh);
     const MaskOf<D> jumped = r[kJumped] != D(0.0);
@@ -121,7 +125,7 @@ ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
     for (int name = 0; name < kNumFields; ++name) s.state[name * in.batch + row] = lane(r[name], i);
     running += lane(r.running(), i);
   }
-  if (running > 0) {  // else the memory is never touched
+  if (team.any(running > 0)) {  // else the memory is never touched
     kept.tile = x;
     kept.row = r;
     kept.fresh = fresh;
@@ -131,8 +135,9 @@ ODENET_HD int64_t solve_tile(const SolveCall& in, int64_t tile) {
 }
 
 // A step of joint control, for one tile: what was accepted before is taken over, then the next step is tried.
-template <class M, class P>
+template <class M, class P, class Team>
 struct JointStep {
+  const Team& team;
   const SolveCall& in;
   Row<double> r;          // of the step to try
   bool accepted = false;  // the step before
@@ -155,7 +160,7 @@ struct JointStep {
         write_record<M, P, D>(*record, x, T(first), T(last), b[kLastTime], b[kLastDt], b[kTime], fresh);
       }
     }
-    if constexpr (M::taps > 0) add_taps(in, x, tile, P(T(b[kLastDt])));
+    if constexpr (M::taps > 0) add_taps(team, in, x, tile, P(T(b[kLastDt])));
     accept_step(x, MaskOf<P>(true));
     if (b[kJumped] != 0) {
       M::field(in, P(stage_time<T>(in.step, b, 0.0)), x.y, x.arguments, x.k[0], x.taps[0]);
@@ -184,12 +189,13 @@ ODENET_HD double joint_norm(const SolveCall& in, int64_t tiles, int which) {
   return norm;
 }
 
-// All tiles under joint control. for_tiles(body): body(x, tile) for every tile, perhaps in several threads.
-template <class M, class P, class ForTiles>
-ODENET_HD int64_t solve_joint(const SolveCall& in, int64_t tiles, const ForTiles& for_tiles) {
+// All tiles under joint control. for_tiles(body): body(x, tile) for every tile, perhaps in several threads, which meet
+// before and after it. The members of a team all decide, alike.
+template <class M, class P, class Team, class ForTiles>
+ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, int64_t tiles, const ForTiles& for_tiles) {
   using T = Number<P>;
   const StepSize& s = in.step;
-  JointStep<M, P> step{in};
+  JointStep<M, P, Team> step{team, in};
   if (in.begun == 0) {
     step.r = first_row<double>(s);
     const auto norms = [&](Tile<M, P>& x, int64_t tile) {
@@ -242,16 +248,18 @@ ODENET_HD int64_t solve_joint(const SolveCall& in, int64_t tiles, const ForTiles
     end_tile(in, x, tile);
   });
   next();
-  Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
-  kept.fresh = With<P, double>(step.fresh);
-  kept.first = P(T(step.first));
-  store_row(s, 0, step.r);
+  if (team.rank() == 0) {
+    Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
+    kept.fresh = With<P, double>(step.fresh);
+    kept.first = P(T(step.first));
+    store_row(s, 0, step.r);
+  }
   return step.r.running();
 }
 
 // One tile on the grid `nodes`: up to max_steps steps. Returns how many are left.
-template <class M, class P>
-ODENET_HD int64_t solve_grid(const SolveCall& in, int64_t tile) {
+template <class M, class P, class Team>
+ODENET_HD int64_t solve_grid(const Team& team, const SolveCall& in, int64_t tile) {
   using T = Number<P>;
   using D = With<P, double>;
   const StepSize& s = in.step;
@@ -283,13 +291,52 @@ ODENET_HD int64_t solve_grid(const SolveCall& in, int64_t tile) {
         write_record<M, P, D>(*record, x, P(T(time)), P(T(end)), D(time), D(dt), D(end), D(double(fresh)));
       }
     }
-    if constexpr (M::taps > 0) add_taps(in, x, tile, P(T(dt)));
+    if constexpr (M::taps > 0) add_taps(team, in, x, tile, P(T(dt)));
     accept_step(x, MaskOf<P>(true));
   }
   kept.tile = x;
   end_tile(in, x, tile);
   return in.num_nodes - 1 - step;
 }
+
+#if defined(ODENET_BLOCKS)
+
+inline unsigned blocks_of(const SolveCall& in) {
+  return static_cast<unsigned>((in.batch + in.chunk - 1) / in.chunk);
+}
+
+// body(tile) for the tiles of a block, which are those of one chunk, a thread a tile. The sum of what it gives.
+template <class Body>
+ODENET_HD int64_t for_block(const SolveCall& in, const Body& body) {
+  int64_t left = 0;
+  const int64_t begin = blockIdx.x * in.chunk;
+  for (int64_t tile = begin + threadIdx.x; tile - threadIdx.x < begin + in.chunk && tile - threadIdx.x < in.batch;
+       tile += kTeam) {
+    left += body(tile);
+  }
+  return left;
+}
+
+// All of it on CUDA; under joint control by one block.
+template <class M, class P, int control>
+ODENET_HD int64_t solve_block(const SolveCall& in) {
+  const Block team;
+  if constexpr (control == kJoint) {
+    Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
+    const int64_t left = solve_joint<M, P>(team, in, in.batch, [&](const auto& body) {
+      team.sync();
+      for (int64_t tile = team.rank(); tile - team.rank() < in.batch; tile += kTeam) body(kept[tile].tile, tile);
+      team.sync();
+    });
+    return team.rank() == 0 ? left : 0;
+  } else {
+    return for_block(in, [&](int64_t tile) {
+      return control == kGrid ? solve_grid<M, P>(team, in, tile) : solve_tile<M, P>(team, in, tile);
+    });
+  }
+}
+
+#endif
 
 #if !defined(__CUDACC__)
 
@@ -315,18 +362,18 @@ int64_t solve(const SolveCall& in, ParallelFor parallel_for) {
   Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
   if constexpr (control == kJoint) {
     if (tiles > 1) {
-      return solve_joint<M, P>(in, tiles, [&](const auto& body) {
+      return solve_joint<M, P>(Alone{}, in, tiles, [&](const auto& body) {
         for_chunks<P>(in, parallel_for, [&](int64_t tile) { body(kept[tile].tile, tile); });
       });
     }
     Tile<M, P> x = kept->tile;
-    const int64_t left = solve_joint<M, P>(in, 1, [&](const auto& body) { body(x, 0); });
+    const int64_t left = solve_joint<M, P>(Alone{}, in, 1, [&](const auto& body) { body(x, 0); });
     kept->tile = x;
     return left;
   } else {
     int64_t left = 0;
     for_chunks<P>(in, parallel_for, [&](int64_t tile) {
-      const int64_t rows = control == kGrid ? solve_grid<M, P>(in, tile) : solve_tile<M, P>(in, tile);
+      const int64_t rows = control == kGrid ? solve_grid<M, P>(Alone{}, in, tile) : solve_tile<M, P>(Alone{}, in, tile);
       if (rows > 0) __atomic_fetch_add(&left, rows, __ATOMIC_RELAXED);
     });
     return left;

@@ -178,6 +178,17 @@ ODENET_HD P error_ratio(const SolveCall& in, const Tile<M, P>& x, const P& dt) {
   return ratio;
 }
 
+// The weights of the slopes at theta, times dt.
+template <class M, class P>
+ODENET_HD void interpolant(const P& theta, const P& dt, P* weights) {
+  using T = Number<P>;
+  unrolled<M::stages>([&](auto j) {
+    P b(T(0));
+    unrolled<M::degree>([&](auto d) { b = (b + P(T(M::p(j, M::degree - 1 - d)))) * theta; });
+    weights[j] = b * dt;
+  });
+}
+
 // The outputs [begin, end) of each lane, which fall into the step from `time` over dt that ended at `reached`.
 template <class M, class P, class D = With<P, double>>
 ODENET_HD void write_outputs(const SolveCall& in, const Tile<M, P>& x, int64_t tile, D begin, const D& end,
@@ -190,11 +201,7 @@ ODENET_HD void write_outputs(const SolveCall& in, const Tile<M, P>& x, int64_t t
     const P theta = convert<T>((output - time) / dt);
     const MaskOf<P> landed = output == reached;
     P weights[M::stages];
-    unrolled<M::stages>([&](auto j) {
-      P b(T(0));
-      unrolled<M::degree>([&](auto d) { b = (b + P(T(M::p(j, M::degree - 1 - d)))) * theta; });
-      weights[j] = b * convert<T>(dt);
-    });
+    interpolant<M>(theta, convert<T>(dt), weights);
     for (int n = 0; n < M::state; ++n) {
       P sum = x.y[n];
       for (int j = 0; j < M::stages; ++j) sum = sum + weights[j] * x.k[j][n];

@@ -31,7 +31,7 @@ const char* advance(const Advance<T>* leaves, int count, Stream stream) {
     }
     if (batch.count == 0) continue;
     const auto kernel = fit ? advance_kernel<T, kPack<T>> : advance_kernel<T, 1>;
-    if (const char* words = run(kernel, batch.blocks(), stream, batch)) return words;
+    if (const char* words = run<kThreads>(kernel, batch.blocks(), stream, batch)) return words;
   }
   return nullptr;
 }

@@ -33,7 +33,7 @@ const char* dense_output(const DenseOutput<T>* leaves, int count, Stream stream)
       if (size > 0) batch.add(leaves[i], blocks_for(size));
     }
     if (batch.count == 0) continue;
-    if (const char* words = run(dense_output_kernel<T>, batch.blocks(), stream, batch)) return words;
+    if (const char* words = run<kThreads>(dense_output_kernel<T>, batch.blocks(), stream, batch)) return words;
   }
   return nullptr;
 }

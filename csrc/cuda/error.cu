@@ -175,10 +175,10 @@ template <class T>
 const char* launch(const Batch<Error<T>>& batch, bool fit, double* ratio, bool first, double* workspace,
                    Stream stream) {
   const char* words = dispatch<T>(batch.leaf[0].stages, fit, [&]<int S, int V>() {
-    return run(error_kernel<T, S, V>, batch.blocks(), stream, batch, workspace);
+    return run<kThreads>(error_kernel<T, S, V>, batch.blocks(), stream, batch, workspace);
   });
   if (words) return words;
-  return run(error_fold_kernel<T>, blocks_for(batch.leaf[0].rows), stream, batch, first, workspace, ratio);
+  return run<kThreads>(error_fold_kernel<T>, blocks_for(batch.leaf[0].rows), stream, batch, first, workspace, ratio);
 }
 
 }  // namespace
@@ -216,8 +216,8 @@ const char* error_and_step_size(const Error<T>* leaves, int count, double* works
       continue;
     }
     return dispatch<T>(batch.leaf[0].stages, fit, [&]<int S, int V>() {
-      return run(error_and_step_size_kernel<T, S, V, R>, batch.blocks(), stream, batch, start, workspace, done, args,
-                 times);
+      return run<kThreads>(error_and_step_size_kernel<T, S, V, R>, batch.blocks(), stream, batch, start, workspace,
+                           done, args, times);
     });
   }
   return nullptr;

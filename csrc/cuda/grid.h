@@ -1,6 +1,7 @@
 // How elements are visited on CUDA: the leaves of one launch, 16 bytes at a time, and how a launch reports.
 #pragma once
 
+#include "../core/run.h"
 #include "../launch.h"
 
 namespace odenet::cuda {
@@ -16,16 +17,6 @@ inline unsigned blocks_for(int64_t size) {
   const int64_t blocks = (size + kThreads - 1) / kThreads;
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks);
 }
-
-#if defined(__CUDACC__)
-// Runs a kernel in so many blocks of kThreads. The words for what went wrong with the launch, or null.
-template <class... Parameters, class... Args>
-const char* run(void (*kernel)(Parameters...), unsigned blocks, Stream stream, const Args&... args) {
-  kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-#endif  // else tests/native/emulation.h, which has the threads of a block run on the CPU
 
 // The leaves of one launch, each with blocks of its own. They travel as kernel parameters, of which there may be 4 KiB.
 template <class Args>

@@ -40,8 +40,9 @@ bool all_in_packs(const Stage<T>& s) {
 
 template <class T, int V>
 const char* launch(const Batch<Stage<T>>& batch, Stream stream) {
-  return dispatch_stages<kUnrolled>(batch.leaf[0].stages,
-                                    [&]<int S>() { return run(stage_kernel<T, S, V>, batch.blocks(), stream, batch); });
+  return dispatch_stages<kUnrolled>(batch.leaf[0].stages, [&]<int S>() {
+    return run<kThreads>(stage_kernel<T, S, V>, batch.blocks(), stream, batch);
+  });
 }
 
 }  // namespace

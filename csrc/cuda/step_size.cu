@@ -25,13 +25,13 @@ __global__ void first_step_kernel(const StepSize s, const FirstStep first, R* ti
 template <class R>
 const char* step_size(const StepSize& args, R* times, Stream stream) {
   if (args.rows == 0) return nullptr;
-  return run(step_size_kernel<R>, blocks_for(args.rows), stream, args, times);
+  return run<kThreads>(step_size_kernel<R>, blocks_for(args.rows), stream, args, times);
 }
 
 template <class R>
 const char* first_step(const StepSize& args, const FirstStep& first, R* times, Stream stream) {
   if (args.rows == 0) return nullptr;
-  return run(first_step_kernel<R>, blocks_for(args.rows), stream, args, first, times);
+  return run<kThreads>(first_step_kernel<R>, blocks_for(args.rows), stream, args, first, times);
 }
 
 template const char* step_size(const StepSize&, float*, Stream);

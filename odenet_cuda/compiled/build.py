@@ -1,9 +1,9 @@
-"""Text -> shared library: the system's C++ compiler, and a cache on disk that many processes share.
+"""Text -> shared library: the system's C++ compiler, or nvcc, and a cache on disk that many processes share.
 
 The cache lies in ``$ODENET_CACHE``, else in ``$XDG_CACHE_HOME`` or ``~/.cache`` under ``odenet_cuda``. It is private to the
 user, holds at most ``$ODENET_CACHE_SIZE`` bytes (default 512 MB; the libraries used longest ago go first) and is removed by
 ``python -m odenet_cuda clear-cache``. A library comes into it whole, by renaming, so a process that is killed leaves no half.
-``$ODENET_CXXFLAGS`` is added to the compiler's flags.
+``$ODENET_CXXFLAGS`` is added to the C++ compiler's flags. nvcc is that of ``$CUDA_HOME``, of the path, or of /usr/local/cuda.
 """
 
 import fcntl
@@ -39,14 +39,27 @@ LEVEL_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
 }
+CUDA_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-shared",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-w",
+    "-cudart=static",
+    "--expt-relaxed-constexpr",
+    "-DNDEBUG",
+    "-w",
+)
 _END = b"odenet_cuda end"  # behind a library, followed by its size
 _SECONDS = 300  # a compiler that takes longer is given up
 
 _loaded: dict[str, _C.Library] = {}
 
 
+Capability = tuple[int, int]  # of a GPU: (9, 0)
+
+
 class NoCompiler(Exception):
-    """There is no C++ compiler, or it failed; the words say which."""
+    """There is no C++ compiler or no nvcc, or it failed; the words say which."""
 
 
 def include_folder() -> Path:
@@ -71,6 +84,19 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
                 return (path, *command[1:]), run.stdout.splitlines()[0]
     where = f" as CXX, {given}" if given else ""
     raise NoCompiler(f"no C++ compiler was found{where}; install g++ 11 or clang++ 14, or newer, or set CXX")
+
+
+@functools.cache
+def find_nvcc() -> tuple[tuple[str, ...], str]:
+    """The same of nvcc."""
+    homes = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    for folder in (homes[0], None, homes[-1]):
+        path = shutil.which("nvcc", path=None if folder is None else str(folder))
+        if path:
+            run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            if run.returncode == 0:
+                return (path,), run.stdout.splitlines()[-1]
+    raise NoCompiler("no nvcc was found, which solves on CUDA need; install the CUDA toolkit or set CUDA_HOME")
 
 
 @functools.cache
@@ -105,12 +131,17 @@ def clear_cache() -> int:
     return len(files)
 
 
-def load(text: str) -> _C.Library:
-    """The library of this text, from this process, the cache, or the compiler. Raises NoCompiler."""
-    compiler, version = find_compiler()
-    level = _C.cpu_level()
-    given = shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))
-    flags = (*FLAGS, f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
+def load(text: str, capability: Capability | None = None) -> _C.Library:
+    """The library of this text, from this process, the cache, or the compiler. capability: of the GPU it is for. Raises
+    NoCompiler."""
+    if capability is None:
+        compiler, version = find_compiler()
+        level = _C.cpu_level()
+        given = shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))
+        flags = (*FLAGS, f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
+    else:
+        compiler, version = find_nvcc()
+        flags = (*CUDA_FLAGS, f"-arch=sm_{capability[0]}{capability[1]}")
     parts = [text, *compiler[1:], version, platform.machine(), _headers(), *flags]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
     if key not in _loaded:
@@ -153,10 +184,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], text: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        source, result = Path(folder) / "field.cpp", Path(folder) / "field.so"
+        cuda = "-cudart=static" in flags
+        source, result = Path(folder) / ("field.cu" if cuda else "field.cpp"), Path(folder) / "field.so"
         source.write_text(text)
         command = [*compiler, *flags, f"-I{include_folder()}", str(source), "-o", str(result)]
-        if platform.system() == "Linux":
+        if platform.system() == "Linux" and not cuda:
             command += ["-Wl,--as-needed", *(["-lmvec"] if _has_mvec() else []), "-lm"]
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Structure
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
-from .trace import BATCHES, Unreadable, sample_rows, unchanged_buffers
+from .trace import BATCHES, Unreadable, sample_rows, unchanged_buffers, unchanged_generators
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -80,16 +80,16 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
 
     def near(x: Tensor) -> Tensor:
         rows = x.detach() if plan.whole else sample_rows(x, batch)
-        return rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.dtype)
+        return rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
 
     t = t + 0.25
     leaves = [near(leaf).requires_grad_() for leaf in structure.leaves]
     samples = [near(args[i]).requires_grad_() for i in plan.batched]
-    g = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.dtype) for leaf in leaves]
+    g = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
     given = list(args)
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]
-    with torch.enable_grad(), unchanged_buffers(func), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), unchanged_buffers(func), unchanged_generators(t.device):
         slopes = structure.flatten(func(t, structure.unflatten(leaves), *given))
         used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
         grads: Sequence[Any] = [None] * (len(leaves) + len(samples))
@@ -98,12 +98,12 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
     found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip([*leaves, *samples], grads, strict=True)]
 
     def flat(parts: Sequence[Tensor]) -> np.ndarray:
-        rows = [part.detach().double().reshape(batch, -1) for part in parts]
+        rows = [part.detach().double().cpu().reshape(batch, -1) for part in parts]
         return torch.cat(rows, 1).numpy() if rows else np.zeros((batch, 0))
 
     inputs = {"t": np.full((batch, 1), float(t)), "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
     seen = {node: plan.recording.constant(node) for node in plan.recording.graphs[0].nodes if node.op == "get_attr"}
-    arrays = [plan.array(node, seen).numpy() for node in plan.program.constants]
+    arrays = [plan.array(node, seen).cpu().numpy() for node in plan.program.constants]
     with np.errstate(all="ignore"):
         results = run_program(plan.program, inputs, [a if a.dtype == bool else a.astype(float) for a in arrays])
     wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) :])]

@@ -66,11 +66,11 @@ def _accumulate(program: Program) -> str:
         rows = s.a.shape[1]
         for k in range(s.a.shape[0]):
             if s.b is None:
-                lines.append(f"    column_sums<{rows}, steps, {a + k * rows}>(taps, weight, sums + {result});")
+                lines.append(f"    column_sums<{rows}, steps, {a + k * rows}>(team, taps, weight, sums + {result});")
             else:
                 columns = s.b.shape[1]
                 places = f"{a + k * rows}, {b + k * columns}"
-                lines.append(f"    outer_sums<{rows}, {columns}, steps, {places}>(taps, weight, sums + {result});")
+                lines.append(f"    outer_sums<{rows}, {columns}, steps, {places}>(team, taps, weight, sums + {result});")
     if count := len(program.argument_products):
         lines.append(f"    lane_sums<{count}, steps, {len(taps) - count}>(taps, weight, arguments);")
     return "\n".join(lines)
@@ -135,14 +135,17 @@ def emit(
     )
     if backward:
         bodies += (
-            "\n  template <int steps, class P, int N, class T>\n"
-            "  ODENET_HD static void accumulate(const P (*taps)[N], const P* weight, T* sums, P* arguments) {\n"
-            f"    (void)taps, (void)weight, (void)sums, (void)arguments;\n{_accumulate(program)}\n  }}\n"
+            "\n  template <int steps, class Team, class P, int N, class T>\n"
+            "  ODENET_HD static void accumulate(const Team& team, const P (*taps)[N], const P* weight, T* sums,\n"
+            "                                   P* arguments) {\n"
+            f"    (void)team, (void)taps, (void)weight, (void)sums, (void)arguments;\n{_accumulate(program)}\n  }}\n"
         )
     return (
         f"// {title}\n"
-        f'#include "core/{"backward" if backward else "solve"}.h"\n#include "core/layers.h"\n\n'
-        "namespace odenet {\nnamespace ODENET_LEVEL {\n\n"
+        + ("#define ODENET_BLOCKS\n" if target.cuda else "")
+        + f'#include "core/{"backward" if backward else "solve"}.h"\n#include "core/layers.h"\n'
+        + ('#include "core/run.h"\n\n' if target.cuda else "\n")
+        + "namespace odenet {\nnamespace ODENET_LEVEL {\n\n"
         "struct Equation {\n"
         f"  static constexpr int state = {state}, arguments = {arguments}, leaves = {len(leaf_sizes)}, taps = 0;\n"
         f"  static constexpr int taps_of_product = {len(taps)}, kept = {kept[1]};\n"
@@ -158,20 +161,29 @@ def _entry(target: Target) -> str:
     kept = f"Reverse<Equation, {pack}>" if target.solve == "reverse" else f"Kept<{equation}, {pack}>"
     control = {"per_sample": "kPerSample", "joint": "kJoint", "grid": "kGrid"}.get(target.solve.removeprefix("adjoint_"), "")
     if target.cuda:
-        call = {"reverse": "reverse_tile", "grid": "solve_grid"}.get(target.solve, "solve_tile")
+        if target.solve == "reverse":
+            call = f"for_block(in, [&](int64_t tile) {{ return reverse_tile<Equation, {pack}>(Block{{}}, in, tile); }})"
+        else:
+            call = f"solve_block<{equation}, {pack}, {control}>(in)"
+        blocks = "1" if control == "kJoint" else "blocks_of(*in)"
         return (
-            f"// A thread a sample. left: rows, or steps, that are not done.\n"
-            f'extern "C" __global__ void odenet_kernel(SolveCall in, unsigned long long* left) {{\n'
-            f"  const int64_t sample = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;\n"
-            f"  if (sample >= in.batch) return;\n"
-            f"  const int64_t rest = {call}<{equation}, {pack}>(in, sample);\n"
-            f"  if (rest > 0) atomicAdd(left, static_cast<unsigned long long>(rest));\n}}\n"
+            "// A thread a sample, a block a chunk of them. left: rows, or steps, that are not done.\n"
+            "__global__ void __launch_bounds__(kTeam)\n"
+            "    odenet_kernel(const __grid_constant__ SolveCall in, unsigned long long* left) {\n"
+            f"  const int64_t rest = {call};\n"
+            "  if (rest > 0) atomicAdd(left, static_cast<unsigned long long>(rest));\n}\n"
+            'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
+            f"  sizes[0] = 1;\n  sizes[1] = sizeof({kept});\n  sizes[2] = sizeof(Record<Equation, {pack}>);\n"
+            "  sizes[3] = kTeam;\n}\n"
+            'extern "C" ODENET_EXPORT const char* odenet_launch(const SolveCall* in, unsigned long long* left,\n'
+            "                                                   void* stream) {\n"
+            f"  return cuda::run<kTeam>(odenet_kernel, {blocks}, stream, *in, left);\n}}\n"
         )
     run = f"reverse<Equation, {pack}>" if target.solve == "reverse" else f"solve<{equation}, {pack}, {control}>"
     return (
         'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
         f"  sizes[0] = Lanes<{pack}>::width;\n  sizes[1] = sizeof({kept});\n"
-        f"  sizes[2] = sizeof(Record<Equation, {pack}>);\n}}\n"
+        f"  sizes[2] = sizeof(Record<Equation, {pack}>);\n  sizes[3] = 1;\n}}\n"
         'extern "C" ODENET_EXPORT int64_t odenet_run(const SolveCall* in, ParallelFor parallel_for) {\n'
         f"  return {run}(*in, parallel_for);\n}}\n"
     )

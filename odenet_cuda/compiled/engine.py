@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,25 @@ from ..problem import Problem
 from ..solvers.adaptive import stop_table
 from ..solvers.fixed import outputs_of_steps
 from ..solvers.trajectory import Trajectory
-from ..step_control import StepControl
 from ..tableau import ButcherTableau
 from .emit import Target
 from .plan import Plan
 
 _MOST_CHUNKS = 64  # partial sums of gradients, whatever the number of threads, so that a sum has one order
+_MOST_BLOCKS = 1024  # the same on CUDA, as long as they fit in
+_SUM_BYTES = 256 << 20
 _MEETING = 1e-4  # seconds of work that a second thread is worth, where threads meet after every step
 _SLICE = 0.05  # seconds a call may take, about: between two, Python sees an interrupt
+MOST_JOINT = 4096  # samples under joint control on CUDA, where one block has them all
+
+
+def on_cuda(device: torch.device) -> bool:
+    """Whether solves there run the CUDA text."""
+    return device.type == "cuda"
 
 
 class Engine:
-    """One problem and the plan of its field. values: see `Plan.constants`."""
+    """One problem and the plan of its field."""
 
     def __init__(self, plan: Plan, problem: Problem, options: Options, args: Sequence[Any], grid: Grid | None):
         self.plan, self.problem, self.options, self.grid = plan, problem, options, grid
@@ -37,12 +45,14 @@ class Engine:
         self.constants = plan.constants(args)
         self.arguments = _rows([args[i].detach() for i in plan.batched], self.batch, problem.leaves[0])
         self.control = "grid" if not options.adaptive else "per_sample" if problem.per_sample else "joint"
+        self.cuda = on_cuda(problem.device)
         self.tape: Tensor | None = None
         self.sources: Any = None
 
     def target(self, solve: str) -> Target:
         one = self.batch == 1 and not self.problem.per_sample
-        return Target("float" if self.plan.dtype == torch.float32 else "double", "one" if one else "pack", solve)
+        dtype = "float" if self.plan.dtype == torch.float32 else "double"
+        return Target(dtype, "one" if one or self.cuda else "pack", solve, self.cuda)
 
     def build(self, gradient: str, backward: Any) -> None:
         """Compiles what the solve and its backward pass need, side by side. Raises NoCompiler."""
@@ -56,13 +66,101 @@ class Engine:
     def adjoint_control(self, options: Options) -> str:
         return "adjoint_" + ("grid" if not options.adaptive else "per_sample" if self.problem.per_sample else "joint")
 
+    # A call of a library
+
+    def _new(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.problem.device)
+
+    def _tiles(self, library: _C.Library) -> int:
+        """How many there are, those of a last team that is not full included."""
+        return -(-self.batch // (library.lanes * library.team)) * library.team
+
+    def _chunks(self, library: _C.Library, joint: bool) -> tuple[int, int]:
+        """How many sums of gradients there are, and how many tiles add to each. On CUDA each is the work of one block."""
+        tiles, team = self._tiles(library), library.team
+        if joint and self.cuda:
+            return 1, tiles
+        most = max(1, min(_MOST_BLOCKS, _SUM_BYTES // (8 * self.plan.sums_at[2] + 1))) if self.cuda else _MOST_CHUNKS
+        chunk = -(-tiles // (team * most)) * team
+        return -(-tiles // chunk), chunk
+
+    def _call(
+        self,
+        library: _C.Library,
+        problem: Problem,
+        options: Options,
+        columns: int,
+        chunk: int,
+        joint: bool,
+        grid: Grid | None,
+        tensors: dict[str, Tensor],
+    ) -> tuple[_C.SolveCall, list[Tensor]]:
+        """A call with those tensors, and all that it points to, to be kept alive. columns: numbers of a sample in its state."""
+        times, kinds = stop_table(problem, options.step_t, options.jump_t)
+        addresses = np.array(self.constants.addresses, np.int64).view(np.float64)
+        parts: list[Any] = [problem.t, times, kinds, problem.rtol, problem.atol, addresses, () if grid is None else grid[0]]
+        table = torch.from_numpy(np.concatenate([np.asarray(part, np.float64) for part in parts])).to(problem.device)
+        places = [table.data_ptr() + 8 * place for place in accumulate(map(len, parts), initial=0)]
+        tiles, leaves = self._tiles(library), len(self.plan.leaf_sizes) * (columns // self.state)
+        kept = self._new(tiles * library.tile_bytes, dtype=torch.uint8)
+        sums = self._new(tiles * 3 * leaves if joint else 0)
+        grain = 1
+        if joint:  # tiles meet after every step, which is short
+            grain = max(1, int(_MEETING / (self._seconds(columns) * library.lanes * chunk)))
+        call = _C.SolveCall(
+            t=places[0],
+            num_outputs=len(problem.t),
+            stops=places[1],
+            num_stops=len(times),
+            rtol=places[3],
+            atol=places[4],
+            constants=places[5],
+            nodes=places[6],
+            num_nodes=0 if grid is None else len(grid[0]),
+            rows=self.batch if problem.per_sample else 1,
+            controller=options.control.constants(options.tableau.order, problem.direction),
+            first_step=options.first_step or 0.0,
+            arguments=self.arguments.data_ptr(),
+            tiles=kept.data_ptr(),
+            sums=sums.data_ptr(),
+            batch=self.batch,
+            chunk=chunk,
+            grain=grain,
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )
+        return call, [table, kept, sums, *tensors.values()]
+
+    def _run(self, library: _C.Library, call: _C.SolveCall, columns: int) -> None:
+        cost = self._seconds(columns) * (self.batch + library.lanes)
+        begun, steps = 0, max(1, int(_SLICE / cost))
+        while True:
+            call.plan(begun, steps)
+            start = time.perf_counter()
+            if self._left(library, call) == 0:
+                return
+            begun += steps
+            taken = time.perf_counter() - start
+            steps = max(1, min(2 * steps, int(steps * _SLICE / taken)) if taken > 0 else 2 * steps)
+
+    def _left(self, library: _C.Library, call: _C.SolveCall) -> int:
+        """Goes on with the solve; how much of it is left."""
+        if not self.cuda:
+            return library.run(call)
+        left = torch.zeros(1, dtype=torch.int64, device=self.problem.device)
+        device = self.problem.device
+        library.launch(call, -1 if device.type == "cpu" else device.index or 0, left.data_ptr())
+        return int(left)
+
+    def _seconds(self, columns: int) -> float:
+        """About what a step of one sample takes."""
+        return 1e-10 * (self.plan.operations + 20 * columns) * self.tableau.stages
+
     # Forwards
 
     def solve(self, keep: bool) -> Trajectory:
         """keep: the steps, for `reverse`."""
         self.y0 = _rows(self.problem.leaves, self.batch, self.problem.leaves[0])
-        solved = self._solve(self.control, self.y0, self.problem, self.options, self.tableau, self.grid, keep)
-        self.ys, state = solved
+        self.ys, state = self._solve(self.control, self.y0, self.problem, self.options, self.grid, keep)
         return Trajectory(ys=self._leaves(self.ys), last=self._leaves(self.y_last), state=state)
 
     def _leaves(self, rows: Tensor) -> list[Tensor]:
@@ -80,102 +178,48 @@ class Engine:
         y0: Tensor,
         problem: Problem,
         options: Options,
-        tableau: ButcherTableau,
         grid: Grid | None,
         keep: bool = False,
-        gradients: tuple[Tensor, Tensor, int] | None = None,
+        sums: tuple[Tensor, Tensor, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The outputs [len(t), batch, columns] and the solver state."""
-        target = self.target(solve)
-        library = self.plan.load(tableau, target)
+        """The outputs [len(t), batch, columns] and the solver state. sums: see `_sums`."""
+        tableau: ButcherTableau = options.tableau
+        library, joint = self.plan.load(tableau, self.target(solve)), solve.endswith("joint")
         batch, columns = y0.shape
-        rows = batch if problem.per_sample else 1
-        times, kinds = stop_table(problem, options.step_t, options.jump_t)
-        stops = np.array([times, kinds], np.float64)
-        t = np.array(problem.t)
-        state = torch.zeros(NUM_FIELDS, rows, dtype=torch.float64)
-        ys, self.y_last = y0.new_empty(len(t), batch, columns), torch.empty_like(y0)
-        tiles = -(-batch // library.lanes)
-        leaves = len(self.plan.leaf_sizes) * (columns // self.state)
-        kept = torch.empty(tiles * library.tile_bytes, dtype=torch.uint8)
-        sums = np.zeros(tiles * 3 * leaves)
-        control: StepControl = options.control
-        call = _C.Call(
-            y0=y0.data_ptr(),
-            arguments=self.arguments.data_ptr(),
-            constants=self.constants.addresses,
-            rtol=list(problem.rtol),
-            atol=list(problem.atol),
-            state=state.data_ptr(),
-            stops=stops.ctypes.data,
-            num_stops=len(times),
-            t=t.ctypes.data,
-            num_outputs=len(t),
-            rows=rows,
-            controller=control.constants(tableau.order, problem.direction),
-            first_step=options.first_step or 0.0,
-            ys=ys.data_ptr(),
-            y_last=self.y_last.data_ptr(),
-            batch=batch,
-        )
-        grain = 1
-        if solve.endswith("joint"):  # tiles meet after every step, which is short
-            of_tile = self._seconds(columns) * library.lanes * (gradients[2] if gradients is not None else 1)
-            grain = max(1, int(_MEETING / of_tile))
-        call.bind_tiles(kept.data_ptr(), sums.ctypes.data, grain)
-        if grid is not None:
-            nodes = np.array(grid[0])
-            call.bind_nodes(nodes.ctypes.data, len(nodes))
-        if gradients is not None:
-            constants, arguments, chunk = gradients
-            call.bind_gradients(0, 0, arguments.data_ptr(), constants.data_ptr(), constants.shape[1], chunk)
+        state = torch.zeros(NUM_FIELDS, batch if problem.per_sample else 1, dtype=torch.float64, device=y0.device)
+        ys, self.y_last = y0.new_empty(len(problem.t), batch, columns), torch.empty_like(y0)
+        chunk = sums[2] if sums is not None else self._tiles(library) if joint and self.cuda else library.team
+        tensors = {"y0": y0, "ys": ys, "y_last": self.y_last, "state": state}
+        call, kept = self._call(library, problem, options, columns, chunk, joint, grid, tensors)
+        if sums is not None:
+            constants, arguments, _ = sums
+            call.bind_gradients(0, 0, arguments.data_ptr(), constants.data_ptr(), constants.shape[1])
         if keep:
-            counts = np.zeros(tiles, np.int64)
+            tiles = self._tiles(library)
+            counts = torch.zeros(tiles, dtype=torch.int64, device=y0.device)
             key = (tableau, solve, batch)
             capacity = len(grid[0]) - 1 if grid is not None else self.plan.steps.get(key, 32)
             while True:
-                self.tape = torch.empty(tiles * capacity * library.record_bytes, dtype=torch.uint8)
-                call.bind_tape(self.tape.data_ptr(), counts.ctypes.data, capacity)
-                self._run(library, call, batch, columns)
+                self.tape = self._new(tiles * capacity * library.record_bytes, dtype=torch.uint8)
+                call.bind_tape(self.tape.data_ptr(), counts.data_ptr(), capacity)
+                self._run(library, call, columns)
                 needed = int(counts.max())
                 self.plan.steps[key] = needed + needed // 8 + 2
                 if needed <= capacity:
                     break
                 capacity = needed
-            self.counts, self.capacity = counts, capacity
+            self.counts, self.capacity, self.steps = counts, capacity, needed
         else:
-            self._run(library, call, batch, columns)
+            self._run(library, call, columns)
+        del kept
         return ys, (state if grid is None else None)
-
-    def _run(self, library: _C.Library, call: _C.Call, batch: int, columns: int) -> None:
-        cost = self._seconds(columns) * (batch + library.lanes)
-        begun, steps = 0, max(1, int(_SLICE / cost))
-        while True:
-            call.plan(begun, steps)
-            start = time.perf_counter()
-            if library.run(call) == 0:
-                return
-            begun += steps
-            taken = time.perf_counter() - start
-            steps = max(1, min(2 * steps, int(steps * _SLICE / taken)) if taken > 0 else 2 * steps)
-
-    def _seconds(self, columns: int) -> float:
-        """About what a step of one sample takes."""
-        return 1e-10 * (self.plan.operations + 20 * columns) * self.tableau.stages
 
     # Backwards
 
-    def _chunks(self, lanes: int) -> tuple[int, int]:
-        """How many chunks, and how many tiles in each."""
-        tiles = -(-self.batch // lanes)
-        chunk = -(-tiles // _MOST_CHUNKS)
-        return -(-tiles // chunk), chunk
-
-    def _sums(self, lanes: int) -> tuple[Tensor, Tensor, int]:
+    def _sums(self, library: _C.Library, joint: bool) -> tuple[Tensor, Tensor, int]:
         """Where gradients of constants and arguments are added up, and how many tiles add to one row of the former."""
-        chunks, chunk = self._chunks(lanes)
-        size = self.plan.sums_at[2]
-        return self.y0.new_zeros(chunks, size), torch.zeros_like(self.arguments), chunk
+        chunks, chunk = self._chunks(library, joint)
+        return self.y0.new_zeros(chunks, self.plan.sums_at[2]), torch.zeros_like(self.arguments), chunk
 
     def _gradients(self, y: Tensor, constants: Tensor, arguments: Tensor) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         parts = arguments.split(self.plan.argument_sizes, -1) if self.plan.batched else ()
@@ -187,36 +231,17 @@ class Engine:
         problem = self.problem
         grads = _rows(grad_ys, self.batch, self.y0, len(problem.t))
         grad_y0 = torch.empty_like(self.y0)
-        constants, arguments, chunk = self._sums(library.lanes)
-        t = np.array(problem.t)
-        tiles = -(-self.batch // library.lanes)
-        kept = torch.empty(tiles * library.tile_bytes, dtype=torch.uint8)
-        nothing = np.zeros((2, 1))
-        call = _C.Call(
-            y0=self.y0.data_ptr(),
-            arguments=self.arguments.data_ptr(),
-            constants=self.constants.addresses,
-            rtol=[],
-            atol=[],
-            state=0,
-            stops=nothing.ctypes.data,
-            num_stops=1,
-            t=t.ctypes.data,
-            num_outputs=len(t),
-            rows=1,
-            controller=self.options.control.constants(self.tableau.order, problem.direction),
-            first_step=0.0,
-            ys=0,
-            y_last=0,
-            batch=self.batch,
-        )
+        constants, arguments, chunk = self._sums(library, False)
+        tensors = {name: self.y0 for name in ("y0", "ys", "y_last", "state")}  # the first alone is read, and nothing written
+        call, kept = self._call(library, problem, self.options, self.state, chunk, False, None, tensors)
         assert self.tape is not None
-        call.bind_tiles(kept.data_ptr(), 0, 1)
-        call.bind_tape(self.tape.data_ptr(), self.counts.ctypes.data, self.capacity)
-        size = constants.shape[1]
-        call.bind_gradients(grads.data_ptr(), grad_y0.data_ptr(), arguments.data_ptr(), constants.data_ptr(), size, chunk)
-        self._run(library, call, self.batch, 4 * self.state)
-        self.nfe_backward = int(self.counts.max()) * (self.tableau.stages - 1) + 1
+        call.bind_tape(self.tape.data_ptr(), self.counts.data_ptr(), self.capacity)
+        call.bind_gradients(
+            grads.data_ptr(), grad_y0.data_ptr(), arguments.data_ptr(), constants.data_ptr(), constants.shape[1]
+        )
+        self._run(library, call, 4 * self.state)
+        del kept
+        self.nfe_backward = self.steps * (self.tableau.stages - 1) + 1
         return self._gradients(grad_y0, constants, arguments)
 
     def adjoint(self, backward: Any, grad_ys: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
@@ -224,7 +249,8 @@ class Engine:
         problem, options = self.problem, backward.options
         grads = _rows(grad_ys, self.batch, self.y0, len(problem.t))
         solve = self.adjoint_control(options)
-        constants, arguments, chunk = self._sums(self.plan.load(options.tableau, self.target(solve)).lanes)
+        library = self.plan.load(options.tableau, self.target(solve))
+        constants, arguments, chunk = self._sums(library, solve.endswith("joint"))
         total, of_interval = torch.zeros_like(arguments), arguments
         a, n = grads[-1], self.state
         self.nfe_backward = 0
@@ -238,9 +264,7 @@ class Engine:
             )
             grid = None if options.adaptive else fixed_grid(options, piece.t)
             start = torch.cat([self.ys[i], a], 1)
-            ys, state = self._solve(
-                solve, start, piece, options, options.tableau, grid, gradients=(constants, of_interval, chunk)
-            )
+            ys, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
             self.check(state, piece)
             total += of_interval
             a = ys[-1][:, n:] + grads[i - 1]
@@ -257,7 +281,7 @@ class Engine:
         last = self._leaves(self.y_last[:, : self.state])
         t = torch.tensor(problem.t, dtype=torch.float64)
         solution = Solution(last, t, Stats(0, *counts, problem.per_sample), last, None, problem.per_sample)
-        error = failure(state.numpy(), solution, self.options.control.max_num_steps)
+        error = failure(state.cpu().numpy(), solution, self.options.control.max_num_steps)
         if error is not None:
             raise error
 
@@ -266,7 +290,7 @@ def evaluations(options: Options, state: Tensor | None, grid: Grid | None, probl
     """Calls of func that such a solve takes."""
     tableau = options.tableau
     if state is not None:
-        host = state.numpy()
+        host = state.cpu().numpy()
         tried = host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]
         tries = int(tried[0] if len(tried) == 1 else tried.max())
         jumps = sum(min(problem.t[0], problem.t[-1]) < jump < max(problem.t[0], problem.t[-1]) for jump in options.jump_t)

@@ -14,7 +14,7 @@ from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
 from .build import NoCompiler
 from .emit import SOLVES, Target
-from .engine import Engine
+from .engine import MOST_JOINT, Engine, on_cuda
 from .plan import Plan, modules_of
 from .trace import Unreadable
 
@@ -29,9 +29,9 @@ class CompiledField(nn.Module):
     Numbers that func reads from Python, and its branches, are read once for every kind of state; `reset` forgets them.
     """
 
-    def __init__(self, func: Callable[..., Any]):
+    def __init__(self, func: Callable[..., Any], cuda: bool = False):
         super().__init__()
-        self.func = func
+        self.func, self._cuda = func, cuda
         self._plans: dict[Any, Plan | Unreadable] = {}
         self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
         self._latest: Plan | None = None
@@ -93,7 +93,7 @@ class CompiledField(nn.Module):
     def _key(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
         """What a reading depends on: shapes and types, and of func its modules, whether they train, and what is frozen."""
         rows = structure.leaves[0].shape[0] if structure.leaves[0].dim() else -1
-        leaves = tuple([(leaf.dtype, leaf.shape[1:], leaf.dim(), rows == 1) for leaf in structure.leaves])
+        leaves = tuple([(leaf.dtype, leaf.device, leaf.shape[1:], leaf.dim(), rows == 1) for leaf in structure.leaves])
         given = tuple(
             [
                 (x.dtype, x.shape[1:] if x.dim() > 0 and x.shape[0] == rows else x.shape, x.requires_grad)
@@ -148,16 +148,18 @@ def _describe(module: nn.Module, found: list[Any]) -> None:
             _describe(child, found)
 
 
-def compile(func: Callable[..., Any]) -> CompiledField:
+def compile(func: Callable[..., Any], *, cuda: bool = False) -> CompiledField:
     """A field that is compiled to C++ when it is first solved: the whole solve, and its backward, then run in one call each.
 
     func: ``func(t, y)`` or ``func(t, y, *args)``, a Module or a function, made of linear layers, matrix products with
         parameters, pointwise functions, concatenations, slices, sums, softmax and layer norms over features, and derivatives
         of these by `torch.autograd.grad`. Arguments given to `solve(args=...)` with one entry a sample are read as such.
 
+    cuda: whether solves of states on CUDA run the compiled field too, which needs nvcc. No GPU has run that yet.
+
     The result is a Module that can be used wherever func is. Training never compiles anew; another shape, type, method or
     control does, once, and the cache on disk keeps it. A solve that cannot be served so, because func cannot be read, the
-    state is not float32 or float64 on the CPU, or an option needs the stepper, is served by the stepper:
+    state is not float32 or float64, or an option needs the stepper, is served by the stepper:
     ``field.explain()`` says why. ``field.source()`` shows the text.
 
     Beside the stepper: results agree to rounding, gradient="direct" is computed as "checkpoint" is, and the error norm of
@@ -174,7 +176,7 @@ def compile(func: Callable[..., Any]) -> CompiledField:
     """
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
-    return func if isinstance(func, CompiledField) else CompiledField(func)
+    return func if isinstance(func, CompiledField) else CompiledField(func, cuda)
 
 
 def compiled_field(func: Any) -> tuple[CompiledField | None, tuple]:
@@ -205,8 +207,11 @@ def prepare(
         field._why = ["there is nothing to solve"]
         return None
     why = [f"{name} needs it" for name, needed in needs.items() if needed]
-    if problem.device.type != "cpu":
-        why.append(f"the state is on {problem.device}; compiled solves run on the CPU")
+    if problem.device.type != "cpu" and not field._cuda:
+        why.append(f"the state is on {problem.device}; compile(func, cuda=True) serves it, which no GPU has run yet")
+    joint = options.adaptive and not problem.per_sample
+    if on_cuda(problem.device) and joint and structure.leaves[0].dim() and structure.leaves[0].shape[0] > MOST_JOINT:
+        why.append(f"one step size for more than {MOST_JOINT} samples on CUDA")
     kinds = {leaf.dtype for leaf in structure.leaves}
     if len(kinds) > 1 or not kinds <= set(_SERVED):
         why.append("the state is not all float32 or all float64")
@@ -214,7 +219,7 @@ def prepare(
         why.append("a norm of the user, or tolerances that are tensors")
     if options.perturb:
         why.append("perturb=True needs it")
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(problem.device.type):
         why.append("autocast is on")
     if torch.is_grad_enabled() and t.requires_grad:
         why.append("a gradient for t needs it")

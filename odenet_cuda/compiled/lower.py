@@ -263,7 +263,7 @@ class Lowering:
         if not isinstance(self.values[node], Uniform):
             raise Unreadable(f"{where(node)} is computed from the state")
         known = {n: self.recording.constant(n) for n in self.recording.graphs[0].nodes if n.op == "get_attr"}
-        return value_of(node, known).detach().numpy()
+        return value_of(node, known).detach().cpu().numpy()
 
     def is_constant(self, refs: Refs) -> bool:
         return self.program.buffers[int(split(refs)[0].flat[0])].kind == "constant"

@@ -21,6 +21,7 @@ from .trace import Recording, Unreadable, record, value_of
 
 LARGEST = 1024  # numbers of a sample in one value
 _MOST_BYTES = 3 << 20  # of a tile's values on the stack of one thread
+_MOST_CUDA_BYTES = 32 << 10  # the same of a sample on CUDA, where a thread has one; all threads of the card need as much
 
 
 class Plan:
@@ -33,11 +34,11 @@ class Plan:
         self.whole = whole
         leaves = structure.leaves
         first = leaves[0]
-        self.dtype, self.args_count = first.dtype, len(args)
+        self.dtype, self.device, self.args_count = first.dtype, first.device, len(args)
         self.leaf_sizes = [leaf.numel() if whole else leaf[:1].numel() for leaf in leaves]
         if max(self.leaf_sizes) > LARGEST:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
-        t = torch.zeros((), dtype=first.dtype)
+        t = torch.zeros((), dtype=first.dtype, device=first.device)
         self.recording = self._record(func, structure, t, args)
         self.batched = self.recording.batched
         self.argument_sizes = [args[i][:1].numel() for i in self.batched]
@@ -73,6 +74,8 @@ class Plan:
             raise Unreadable(f"a value has {largest} numbers a sample, more than {4 * LARGEST}")
         if numbers * 128 > _MOST_BYTES:
             raise Unreadable(f"a sample has {numbers} numbers on the way, too many for a thread's stack")
+        if self.device.type == "cuda" and numbers * self.dtype.itemsize > _MOST_CUDA_BYTES:
+            raise Unreadable(f"a sample has {numbers} numbers on the way, too many for a thread on CUDA")
         self.operations = sum(
             s.rows * s.columns if isinstance(s, Linear) else self.program.buffers[s.out].size * 4
             for s in self.program.statements
@@ -93,7 +96,7 @@ class Plan:
         self.views: list[View | None] = []
         with torch.no_grad():
             for node in self.program.constants:
-                self.views.append(_view(node, value_of(node, seen), seen, self.dtype))
+                self.views.append(_view(node, value_of(node, seen), seen, self.dtype, self.device))
 
     def stale(self, args: Sequence[Any]) -> bool:
         """Whether a tensor of func requires a gradient now that did not when it was read, or the other way round."""
@@ -129,7 +132,7 @@ class Plan:
 
     def source(self, tableau: ButcherTableau, target: Target) -> str:
         kept = kept_buffers(self.program, self.lowering.tainted)
-        if kept[1] * tableau.stages * 128 > _MOST_BYTES:
+        if target.cuda or kept[1] * tableau.stages * 128 > _MOST_BYTES:
             kept = {}, 0
         return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target, kept)
 
@@ -146,7 +149,8 @@ class Plan:
     def load(self, tableau: ButcherTableau, target: Target) -> _C.Library:
         key = (id(tableau), target)
         if key not in self.libraries:
-            self.libraries[key] = tableau, load_text(self.source(tableau, target))
+            capability = torch.cuda.get_device_capability(self.device) if target.cuda else None
+            self.libraries[key] = tableau, load_text(self.source(tableau, target), capability)
         return self.libraries[key][1]
 
 
@@ -172,7 +176,8 @@ class Constants:
         for node, view in zip(plan.program.constants, plan.views, strict=True):
             if view is not None:
                 base = self.values[view.base]
-                if base.stride() == view.stride and base.shape == view.shape and base.dtype == view.dtype:
+                same = base.shape == view.shape and base.stride() == view.stride and base.dtype == view.dtype
+                if same and base.device == plan.device:
                     self.addresses.append(base.data_ptr() + view.offset)
                     continue
             self._copy(plan, node)
@@ -184,14 +189,14 @@ class Constants:
         if value.shape != seen.shape:
             raise ValueError(f"a tensor of func must keep its shape, {list(seen.shape)}, got {list(value.shape)}; call reset()")
         dtype = torch.bool if seen.dtype == torch.bool else plan.dtype
-        if value.stride() != seen.stride() or value.dtype != dtype:
-            value = torch.empty_strided(seen.shape, seen.stride(), dtype=dtype).copy_(value)
+        if value.stride() != seen.stride() or value.dtype != dtype or value.device != plan.device:
+            value = torch.empty_strided(seen.shape, seen.stride(), dtype=dtype, device=plan.device).copy_(value)
         self._kept.append(value)
         self.addresses.append(value.data_ptr())
 
 
-def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any], dtype: torch.dtype) -> View | None:
-    if value.dtype not in (dtype, torch.bool):
+def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any], dtype: torch.dtype, device: torch.device) -> View | None:
+    if value.dtype not in (dtype, torch.bool) or value.device != device:
         return None
     for base in _sources(node):
         tensor = seen[base]

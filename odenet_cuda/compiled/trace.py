@@ -6,7 +6,7 @@ depends on the batch is known from one that does not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class Recording:
 def record(func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], batched: list[int], whole: bool) -> Recording:
     """whole: the state has no axis of samples, it is one sample. Raises Unreadable, in words."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(func):
+        with torch.no_grad(), unchanged_generators(t.device), unchanged_buffers(func):
             batches = (0,) if whole else BATCHES
             wanted = _wanted(_trace(func, structure, t, args, batched, batches[0], None))
             modules = [_trace(func, structure, t, args, batched, batch, wanted) for batch in batches]
@@ -70,6 +70,11 @@ def record(func: Callable, structure: Structure, t: Tensor, args: Sequence[Any],
         raise Unreadable(f"func could not be recorded: {type(error).__name__}: {words[0]}") from error
     modules = [modules[0], modules[-1]]
     return Recording([module.graph for module in modules], modules, len(structure.leaves), batched, wanted, whole)
+
+
+def unchanged_generators(device: torch.device) -> AbstractContextManager:
+    """Random generators stand afterwards where they stood before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager

@@ -38,6 +38,7 @@ def adjoint_setup(
         step_size=options.step_size,
         grid_constructor=options.grid_constructor,
         perturb=options.perturb,
+        cuda_graph=options.cuda_graph,
         interp="method",
     )
     control: dict[str, Any] = {name: getattr(options.control, name) for name in StepControl.__dataclass_fields__}

@@ -1,11 +1,13 @@
 """Adaptive Runge-Kutta methods: the step loop.
 
 All decisions are made by the kernels in the solver state, a small float64 tensor on the device of the problem. On the CPU
-the loop looks into it after each step; on CUDA it looks late, so that the host never waits, and steps past the end find a
-held state. Only what needs the host at every step (recording for a gradient, discontinuities, callbacks) makes it look there.
+the loop looks into it after each step; on CUDA it runs ahead: it looks late, so that the host never waits, and steps past the
+end find a held state. Only what needs the host at every step (recording for a gradient, discontinuities, callbacks) makes it
+look there.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import formulas
+from ..cuda_graph import Calls, Watch, captured, graphs
 from ..ops import FIELDS, STOPS
 from ..problem import Problem
 from ..step_control import RUNNING, StepControl, initial_state
@@ -20,7 +23,6 @@ from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .trajectory import Evaluation, Recorder, Trajectory
 
-_POLL_SHARE = 10  # on CUDA the host looks at most a tenth of the steps taken late
 AfterStep = Callable[[Tensor, list[Tensor], Tensor, Tensor], None]
 
 
@@ -30,10 +32,16 @@ def some(host: np.ndarray, name: str, value: int) -> bool:
     return row[0] == value if len(row) == 1 else bool((row == value).any())
 
 
-class AdaptiveSolver:
-    """One adaptive solve. `run` may be called once.
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host may be ahead of what it knows there."""
+    return device.type == "cuda"
 
-    after_step: called after each step with (t0 as func sees it, y0, accept [rows], dt [rows]).
+
+class AdaptiveSolver:
+    """One adaptive solve, and after `reset` another of the same kind.
+
+    after_step: called after each step with (t0 as func sees it, y0, accept [rows], dt [rows]). graph: capture a step where the
+    host runs ahead, and replay it.
     """
 
     def __init__(
@@ -48,36 +56,46 @@ class AdaptiveSolver:
         callbacks: dict[str, Callable] | None = None,
         recorder: Recorder | None = None,
         after_step: AfterStep | None = None,
+        graph: bool = False,
     ):
         self.problem, self.tableau, self.first_step = problem, tableau, first_step
         self.recorder: Any = recorder  # None: nothing is recorded
         self.after_step, self.callbacks = after_step, callbacks or {}
-        device, rows = problem.device, problem.rows
-        times, kinds = stop_table(problem, step_t, jump_t)
-        self.jumps = STOPS["jump"] in kinds
-        self.state = torch.from_numpy(initial_state(problem.t[0], rows)).to(device)
+        device = problem.device
+        self.stop_times = step_t, jump_t
+        self.state, self.table, self.t = (x.to(device) for x in self._numbers(problem))
+        self.jumps = STOPS["jump"] in stop_table(problem, step_t, jump_t)[1]
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
-        self.looks = self.host_view is not None or recorder is not None or self.jumps or bool(self.callbacks)
+        needed = recorder is not None or self.jumps or bool(self.callbacks)
+        self.looks = needed or not runs_ahead(device)
+        self.captures = graph and not self.looks and after_step is None
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
         self.stepper = Stepper(problem, tableau, tableau.rows, control.constants(tableau.order, problem.direction), in_norm)
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
-        table = torch.tensor([times, [float(kind) for kind in kinds]], dtype=torch.float64, device=device)
-        self.stepper.bind_state(self.state, table, torch.tensor(problem.t, dtype=torch.float64, device=device))
+        self.stepper.bind_state(self.state, self.table, self.t)
         self.recording = recorder is not None and recorder.slopes
+        self.ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in self.stepper.y0[: self.stepper.n]]
+        self.outputs = [out.data_ptr() for out in self.ys] if len(problem.t) > 2 else []
+        self.replay: Callable[[], None] | None = None  # a captured step
+
+    def _numbers(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """The solver state before the first step, the stops and the output times, on the host."""
+        times, kinds = stop_table(problem, *self.stop_times)
+        table = torch.tensor([times, [float(kind) for kind in kinds]], dtype=torch.float64)
+        return torch.from_numpy(initial_state(problem.t[0], problem.rows)), table, torch.tensor(problem.t, dtype=torch.float64)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
+        if not self.looks:
+            return self._run_ahead(start)
         problem, stepper, kernels = self.problem, self.stepper, self.stepper.kernels
         field, fused, last = problem.field, problem.fused_error, self.tableau.stages - 1
         fsal, points = self.tableau.fsal, len(self.tableau.rows)
-        ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in stepper.y0[: stepper.n]]
-        for out, leaf in zip(ys, stepper.y0, strict=False):
-            out[0] = leaf
-        outputs = [out.data_ptr() for out in ys] if len(problem.t) > 2 else []
+        outputs = self.outputs
         self._start(start)
-        steps, look_at, done = 0, 1, False
+        done = False
         while not done:
             if self.callbacks:
                 self._call("callback_step", "time", "dt")
@@ -108,36 +126,87 @@ class AdaptiveSolver:
                 kernels.quadrature(addresses)
                 self._norm(stepper.y0, [*stepper.y[points], *stepper.q1], stepper.k, self.tableau.e, self.dt, self.ratio)
                 kernels.step_size()
-            steps += 1
-            host = None
-            if self.looks:
-                host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
-                done = not some(host, "status", RUNNING)
-            elif steps >= look_at:
-                look_at = steps + max(1, steps // _POLL_SHARE)
-                done = not bool((self.state[FIELDS["status"]] == RUNNING).any())
+            host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
+            done = not some(host, "status", RUNNING)
             if self.recorder is not None:
                 self.recorder.step(host, evaluations, stepper.k, stepper.y0, times)
             if self.callbacks:
                 self._called_after(host)
-            if outputs and (host is None or (host[FIELDS["output_begin"]] < host[FIELDS["output_end"]]).any()):
+            if outputs and (host[FIELDS["output_begin"]] < host[FIELDS["output_end"]]).any():
                 kernels.dense_output(outputs)
             if self.after_step is not None:
-                t0 = problem.time_views(self.state[FIELDS["last_time"]].to(problem.real)[None])[0]
-                self.after_step(t0, stepper.y0, self.state[FIELDS["accept"]], self.state[FIELDS["last_dt"]])
+                self._call_after_step()
             self._advance(host)
             if self.jumps:
                 self._restart(host)
-        if len(problem.t) == 2:
-            for out, leaf in zip(ys, stepper.y0, strict=False):
+        return self._trajectory()
+
+    def _trajectory(self) -> Trajectory:
+        if len(self.problem.t) == 2:
+            for out, leaf in zip(self.ys, self.stepper.y0, strict=False):
                 out[1] = leaf
-        return Trajectory(ys=ys, last=stepper.y0, state=self.state)
+        return Trajectory(ys=self.ys, last=self.stepper.y0, state=self.state)
+
+    # ---- ahead of the device ------------------------------------------------------------------------------------------
+
+    def reset(self, problem: Problem) -> None:
+        """Another problem of the same kind takes the place of the last: in the same memory, for a captured step."""
+        self.problem = problem
+        with torch.no_grad():
+            for own, new in zip((self.state, self.table, self.t), self._numbers(problem), strict=True):
+                own.copy_(new)
+            for own, leaf in zip(self.stepper.y0, problem.leaves, strict=True):
+                own.copy_(leaf)
+
+    def _run_ahead(self, start: Evaluation | None) -> Trajectory:
+        self._start(start)
+        counter = counter_of(self.problem.field)
+        called, steps = counter.nfe, 0
+        watch = Watch(lambda: (self.state[FIELDS["status"]] == RUNNING).any(), on_device=self.state.is_cuda)
+        ended = False
+        while not ended:
+            if self.replay is not None:
+                self.replay()
+            else:
+                self._step()
+            steps += 1
+            ended = watch.ended(steps)
+            if not ended and self.captures:  # after a step that was not, in which what func does once is done
+                self.captures, self.replay = False, captured(self._step)
+        tried = self.state[FIELDS["num_accepted"]] + self.state[FIELDS["num_rejected"]]
+        counter.nfe = called + int(tried.max()) * (self.tableau.stages - 1)  # steps past the end do not count
+        return self._trajectory()
+
+    def _step(self) -> None:
+        """One step, whatever becomes of it: nothing on the host depends on that."""
+        stepper, kernels, views, field = self.stepper, self.stepper.kernels, self.stepper.views, self.problem.field
+        addresses: list[int] = []
+        for i in range(1, self.tableau.stages):
+            kernels.stage(i, addresses)
+            addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
+        if not self.tableau.fsal:
+            kernels.stage(len(self.tableau.rows), addresses)
+            addresses = []
+        if self.problem.fused_error:
+            kernels.error_and_step_size(addresses)
+        else:
+            kernels.quadrature(addresses)
+            ends = [*stepper.y[len(self.tableau.rows)], *stepper.q1]
+            self._norm(stepper.y0, ends, stepper.k, self.tableau.e, self.dt, self.ratio)
+            kernels.step_size()
+        if self.outputs:
+            kernels.dense_output(self.outputs)
+        if self.after_step is not None:
+            self._call_after_step()
+        kernels.advance()
 
     # ---- start --------------------------------------------------------------------------------------------------------
 
     def _start(self, start: Evaluation | None) -> None:
         """f(t0, y0) and the first step to try."""
         problem, stepper = self.problem, self.stepper
+        for out, leaf in zip(self.ys, stepper.y0, strict=False):
+            out[0] = leaf
         stepper.times.fill_(problem.t[0])
         if start is None:
             start = self._evaluate_start()
@@ -146,6 +215,11 @@ class AdaptiveSolver:
         k0 = [slope if slope is None else slope.detach() for slope in start.k]
         if not self.swaps:  # they are written when rows move on
             k0 = [slope if slope is None else slope.clone() for slope in k0]
+        if self.replay is not None:  # which reads them where they were
+            for own, new in zip(stepper.k[0], k0, strict=True):
+                if own is not None:
+                    own.copy_(new)
+            k0 = stepper.k[0]
         stepper.kernels.bind_slopes(0, stepper.set_slopes(0, k0, not self.recording))
         constants = torch.zeros(4, problem.rows, dtype=torch.float64, device=problem.device)
         norms, one = constants[:3], constants[3].fill_(1.0)
@@ -243,6 +317,11 @@ class AdaptiveSolver:
         ]
         stepper.kernels.bind_slopes(0, stepper.set_slopes(0, k0, False))
 
+    def _call_after_step(self) -> None:
+        assert self.after_step is not None
+        t0 = self.problem.time_views(self.state[FIELDS["last_time"]].to(self.problem.real)[None])[0]
+        self.after_step(t0, self.stepper.y0, self.state[FIELDS["accept"]], self.state[FIELDS["last_dt"]])
+
     def _mask(self, mask: Tensor, leaf: Tensor) -> Tensor:
         return mask.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else mask[0]
 
@@ -258,6 +337,50 @@ class AdaptiveSolver:
             if not self.problem.per_sample:
                 t, dt = t[0], dt[0]
             callback(t, [leaf.clone() for leaf in self.stepper.y0], dt)
+
+
+def counter_of(field: Any) -> Any:
+    """The field that counts the calls of func, under those that add to it."""
+    while not hasattr(field, "nfe"):
+        field = field.field
+    return field
+
+
+def solve_by_graph(problem: Problem, kind: Hashable, make: Callable[..., AdaptiveSolver], called: bool) -> Trajectory:
+    """The solve by a captured step, of an earlier solve where one did the same.
+
+    kind: what else the step depends on. make: a new solver; graph: whether it captures. called: func was called at the start
+    before; that it is here once more does not count.
+    """
+    y0 = [leaf.clone() for leaf in problem.state_leaves]
+    times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real, device=problem.device)
+    view = problem.time_views(times)[0]
+    calls = Calls([view, *y0])
+    with calls:
+        start = Evaluation(view, y0, problem.field(view, y0, 0))
+    refusal = calls.refusal or ("" if problem.fused_error else "a norm of the user, or tolerances that are tensors")
+    if refusal:
+        warnings.warn(f"cuda_graph: {refusal}; the solve goes on without a graph", stacklevel=2)
+        found = make(graph=False).run(start)
+        counter_of(problem.field).nfe -= called
+        return found
+    shapes = tuple([(leaf.shape, leaf.dtype) for leaf in problem.leaves])
+    tolerances = *problem.rtol, *problem.atol, problem.quadratures, problem.quadratures_in_norm, *(problem.signs or ())
+    cast = torch.is_autocast_enabled(problem.device.type), torch.get_autocast_dtype(problem.device.type)
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
+    key = kind, problem.device, shapes, len(problem.t), problem.direction, problem.per_sample, tolerances, modes, calls.key
+    solver = graphs.take(key)
+    if solver is None:
+        solver = make(graph=True)
+    else:
+        solver.reset(problem)
+    found = solver.run(start)
+    counter_of(problem.field).nfe -= called
+    ys, last = ([leaf.clone() for leaf in leaves] for leaves in (found.ys, found.last))
+    result = Trajectory(ys=ys, last=last, state=solver.state.clone())
+    if solver.replay is not None:
+        graphs.give(key, solver)
+    return result
 
 
 def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float]) -> tuple[list[float], list[int]]:

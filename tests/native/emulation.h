@@ -38,9 +38,22 @@ inline std::unique_ptr<std::barrier<>> meeting;
 inline void __syncthreads() {
   emulation::meeting->arrive_and_wait();
 }
+inline int __syncthreads_or(int some) {
+  static std::atomic<int> votes{0};
+  if (some) votes = 1;
+  __syncthreads();
+  const int found = votes;
+  __syncthreads();
+  if (threadIdx.x == 0) votes = 0;
+  __syncthreads();
+  return found;
+}
 inline void __threadfence() {}  // blocks never run at the same time
 inline unsigned atomicAdd(unsigned* at, unsigned value) {
   return std::atomic_ref<unsigned>(*at).fetch_add(value);
+}
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
+  return std::atomic_ref<unsigned long long>(*at).fetch_add(value);
 }
 inline double __ldcg(const double* at) {
   return *at;
@@ -48,9 +61,8 @@ inline double __ldcg(const double* at) {
 
 namespace odenet::cuda {
 
-template <class... Parameters, class... Args>
+template <int threads, class... Parameters, class... Args>
 const char* run(void (*kernel)(Parameters...), unsigned blocks, void*, const Args&... args) {
-  constexpr int threads = ODENET_THREADS;
   emulation::grid_size.x = blocks;
   emulation::block_size.x = threads;
   emulation::meeting = std::make_unique<std::barrier<>>(threads);

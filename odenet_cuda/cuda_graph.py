@@ -1,0 +1,170 @@
+"""Solves on CUDA whose host never waits: a step captured once and replayed, and an end that is learnt of late.
+
+A graph repeats what one step did, on the memory it did it on. Whether it serves another solve is asked of the call of func
+that every solve begins with: the same operations with the same numbers on the same memory (`Calls`) mean the same step.
+No GPU has run this yet; what is captured and replayed is tested on the CPU with a stand-in for the graph.
+"""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_LIMIT = 16  # steps that are kept captured, those used longest ago let go first
+_POLL_SHARE = 10  # the host may be a tenth of the steps ahead of what it knows of the device
+
+# Operations whose result the host must wait for, or whose shape depends on values.
+_WAITING = (
+    "_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "unique_dim", "is_nonzero",
+    "equal", "bincount", "histc", "repeat_interleave",
+)  # fmt: skip
+
+
+class Calls(TorchDispatchMode):
+    """The operations of a call of func. own: tensors that the solver gives it, by name; they lie elsewhere in another solve.
+
+    refusal: why the call cannot be captured, or "". key: equal for calls that do the same on the same memory.
+    """
+
+    def __init__(self, own: Sequence[Tensor]):
+        super().__init__()
+        self.refusal = ""
+        self._own = {tensor.untyped_storage().data_ptr(): place for place, tensor in enumerate(own)}
+        self._made: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no other tensor gets the id of one
+        self._calls: list[Hashable] = []
+
+    @property
+    def key(self) -> Hashable:
+        return tuple(self._calls)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._calls.append((str(func), self._described(args), self._described(kwargs)))
+        results = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        for tensor in results:
+            self._made.setdefault(id(tensor), len(self._alive))
+            self._alive.append(tensor)
+        self._look(func, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)], results)
+        return out
+
+    def _described(self, value: Any) -> Hashable:
+        leaves, spec = pytree.tree_flatten(value)
+        return str(spec), tuple([self._tensor(x) if isinstance(x, Tensor) else repr(x) for x in leaves])
+
+    def _tensor(self, x: Tensor) -> Hashable:
+        if id(x) in self._made:
+            return self._made[id(x)]
+        if x.device.type == "meta" or x.layout is not torch.strided:
+            return repr(x)
+        storage = x.untyped_storage().data_ptr()
+        place: Hashable = ("own", self._own[storage]) if storage in self._own else ("at", storage)
+        return place, x.storage_offset(), tuple(x.shape), x.stride(), str(x.dtype), str(x.device)
+
+    def _look(self, func: Any, inputs: list[Tensor], results: list[Tensor]) -> None:
+        name = str(getattr(func, "overloadpacket", func)).removeprefix("aten.")
+        devices = {x.device.type for x in (*inputs, *results) if x.dim() > 0 or x.device.type != "cpu"}
+        if self.refusal:
+            return
+        if name in _WAITING:
+            self.refusal = f"func waits for the device, {name}"
+        elif len(devices) > 1:
+            self.refusal = f"func copies between the host and the device, {name}"
+
+
+class Graphs:
+    """Solvers whose step is captured, by what the step does. One that is in use is not in here."""
+
+    def __init__(self, limit: int = _LIMIT):
+        self.limit = limit
+        self._kept: OrderedDict[Hashable, list[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, key: Hashable) -> Any:
+        """One for this thread alone, or None."""
+        with self._lock:
+            found = self._kept.get(key)
+            if not found:
+                return None
+            solver = found.pop()
+            if not found:
+                del self._kept[key]
+            return solver
+
+    def give(self, key: Hashable, solver: Any) -> None:
+        with self._lock:
+            self._kept.setdefault(key, []).append(solver)
+            self._kept.move_to_end(key)
+            while sum(map(len, self._kept.values())) > self.limit:
+                oldest = next(iter(self._kept))
+                self._kept[oldest].pop(0)
+                if not self._kept[oldest]:
+                    del self._kept[oldest]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._kept.values()))
+
+
+graphs = Graphs()
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """A replay of the step, which this does not run. Raises RuntimeError where it cannot be captured.
+
+    The step has run before, so that nothing is set up in it for the first time. Other threads may go on with what they do.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None] | None:
+    """A replay of the step, or None, with a warning, where it cannot be captured."""
+    try:
+        return capture(step)
+    except RuntimeError as error:
+        words = str(error).strip().splitlines() or ["no message"]
+        warnings.warn(f"cuda_graph: func cannot be captured: {words[0]}; the solve goes on without a graph", stacklevel=4)
+        return None
+
+
+class Watch:
+    """Tells, late and without waiting for the device, whether a solve has ended.
+
+    running: bool [], on the device, whether it goes on. expected: steps before which nobody looks. The host is at most a tenth
+    of the steps, or one, ahead of the last step it knows of; only there does it wait.
+    """
+
+    def __init__(self, running: Callable[[], Tensor], expected: int = 0, on_device: bool = True):
+        self._running, self._look_at = running, max(1, expected - expected // _POLL_SHARE)
+        self._seen = torch.ones((), dtype=torch.bool, pin_memory=on_device)
+        self._event: Any = torch.cuda.Event() if on_device else None
+        self._asked = 0  # after which step, 0: nothing is asked
+
+    def ended(self, steps: int) -> bool:
+        """steps: how many were begun."""
+        if self._asked == 0:
+            if steps >= self._look_at:
+                self._seen.copy_(self._running(), non_blocking=True)
+                if self._event is not None:
+                    self._event.record()
+                self._asked = steps
+            return False
+        if self._event is not None and not self._event.query():
+            if steps - self._asked < max(1, self._asked // _POLL_SHARE):
+                return False
+            self._event.synchronize()
+        self._asked = 0
+        return not bool(self._seen)

@@ -1,0 +1,332 @@
+"""Solves whose host runs ahead of the device, and captured steps: on the CPU, with a stand-in for the graph."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from problems import ADAPTIVE_METHODS
+from torch import nn
+
+from odenet_cuda import SolverError, cuda_graph, solve
+from odenet_cuda.cuda_graph import Calls, Graphs, Watch
+from odenet_cuda.solvers import adaptive
+
+D = torch.float64
+T = torch.tensor([0.0, 0.3, 1.0], dtype=D)
+
+
+class Net(nn.Module):
+    """wanted: its weights get gradients; then the steps of a solve are recorded, unless that is by the adjoint."""
+
+    def __init__(self, wanted: bool = False):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).to(D)
+        self.scale = 1.0
+        self.requires_grad_(wanted)
+
+    def forward(self, t, y):
+        return self.net(y) * self.scale - t * y
+
+
+@pytest.fixture
+def y0():
+    return torch.linspace(-1, 1, 24, dtype=D).view(6, 4)
+
+
+class Capture:
+    """Stands for a graph: a replay makes the step again. captured: how many steps were captured, replayed: how many made."""
+
+    def __init__(self):
+        self.captured = self.replayed = 0
+
+    def __call__(self, step):
+        self.captured += 1
+
+        def replay():
+            self.replayed += 1
+            step()
+
+        return replay
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The host runs ahead, as it does on CUDA."""
+    monkeypatch.setattr(adaptive, "runs_ahead", lambda device: True)
+    monkeypatch.setattr("odenet_cuda.integrate.runs_ahead", lambda device: True)
+    capture = Capture()
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "graphs", Graphs())
+    monkeypatch.setattr(adaptive, "graphs", cuda_graph.graphs)
+    return capture
+
+
+def same(found, expected):
+    assert torch.equal(found.ys, expected.ys) and torch.equal(found.y_last, expected.y_last)
+    for name in ("nfe", "num_accepted", "num_rejected"):
+        assert torch.equal(torch.as_tensor(getattr(found.stats, name)), torch.as_tensor(getattr(expected.stats, name))), name
+
+
+OPTIONS = [{}, {"step_control": "per_sample"}, {"first_step": 0.01, "max_step": 0.1}, {"step_t": [0.5]}, {"controller": "PI"}]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_solves_are_the_same(y0, ahead, monkeypatch, options, graph):
+    """Values, statistics and the number of useful calls, whether the host looks or not."""
+    found = solve(Net(), y0, T, cuda_graph=graph, **options)
+    monkeypatch.undo()
+    same(found, solve(Net(), y0, T, **options))
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_methods(y0, ahead, monkeypatch, method):
+    found = solve(Net(), y0, T, method=method, rtol=1e-4, atol=1e-5, cuda_graph=True)
+    monkeypatch.undo()
+    same(found, solve(Net(), y0, T, method=method, rtol=1e-4, atol=1e-5))
+
+
+def test_failure(ahead):
+    """The solve ends where it failed, and says so."""
+    with pytest.raises(SolverError, match="at t = 1"):
+        solve(lambda t, y: y * y, torch.ones(2, 1, dtype=D), [0.0, 2.0])
+    with pytest.raises(SolverError):
+        solve(Net(), torch.ones(2, 4, dtype=D), [0.0, 10.0], max_num_steps=3, cuda_graph=True)
+
+
+def test_what_looks_at_each_step(y0, ahead):
+    """Discontinuities and recorded steps are served without a graph, and right."""
+    net = Net()
+    solve(net, y0, T, jump_t=[0.5], cuda_graph=True)
+    solve(net, y0.clone().requires_grad_(), T, gradient="direct", cuda_graph=True).ys.sum().backward()
+    assert ahead.captured == 0
+
+
+# ---- which solves share a step ----
+
+
+def test_one_capture_for_many_solves(y0, ahead):
+    net = Net()
+    for i in range(3):
+        found = solve(net, y0 + i, T, cuda_graph=True)
+        assert ahead.captured == 1
+        expected = solve(net, y0 + i, T + 0.0, cuda_graph=False)
+        assert torch.equal(found.ys, expected.ys)
+    assert ahead.replayed > 0 and len(cuda_graph.graphs) == 1
+
+
+def test_results_are_not_written_again(y0, ahead):
+    net = Net()
+    first = solve(net, y0, T, cuda_graph=True)
+    kept = first.ys.clone(), first.y_last.clone()
+    solve(net, y0 * 2, T, cuda_graph=True)
+    assert torch.equal(first.ys, kept[0]) and torch.equal(first.y_last, kept[1])
+
+
+def test_weights_updated_in_place_are_seen(y0, ahead):
+    net = Net()
+    before = solve(net, y0, T, cuda_graph=True).ys
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(0.5)
+    after = solve(net, y0, T, cuda_graph=True).ys
+    assert ahead.captured == 1 and not torch.equal(before, after)
+    assert torch.equal(after, solve(net, y0, T).ys)
+
+
+def test_other_times(y0, ahead):
+    """Times are numbers in memory: another interval needs no other graph, another direction does."""
+    net = Net()
+    for times in (T, T * 2, T + 1):
+        assert torch.equal(solve(net, y0, times, cuda_graph=True).ys, solve(net, y0, times).ys)
+    assert ahead.captured == 1
+    solve(net, y0, -T, cuda_graph=True)
+    assert ahead.captured == 2
+
+
+CHANGES = {
+    "weights": lambda net: setattr(net.net[0], "weight", nn.Parameter(net.net[0].weight.clone(), False)),
+    "number": lambda net: setattr(net, "scale", 2.0),
+    "operation": lambda net: net.net.__setitem__(1, nn.ReLU()),
+    "module": lambda net: net.net.insert(1, nn.Hardtanh()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_step_is_captured_anew(y0, ahead, name):
+    """Other memory, another number in Python, another operation."""
+    net = Net()
+    solve(net, y0, T, cuda_graph=True)
+    CHANGES[name](net)
+    found = solve(net, y0, T, cuda_graph=True)
+    assert ahead.captured == 2 and torch.equal(found.ys, solve(net, y0, T).ys)
+
+
+def test_what_the_key_holds(y0, ahead):
+    net = Net()
+    solve(net, y0, T, cuda_graph=True)
+    others = [{"rtol": 1e-5}, {"method": "tsit5"}, {"controller": "PI"}, {"step_control": "per_sample"}, {"max_step": 0.5}]
+    for count, options in enumerate(others, 2):
+        solve(net, y0, T, cuda_graph=True, **options)
+        assert ahead.captured == count
+    solve(net, y0[:3], T, cuda_graph=True)
+    solve(net, y0, T[[0, 2]], cuda_graph=True)
+    assert ahead.captured == len(others) + 3
+
+
+def test_copies_of_a_module(y0, ahead):
+    """A copy has memory of its own, and takes no graph along."""
+    net = Net()
+    solve(net, y0, T, cuda_graph=True)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin.net[0].weight.zero_()
+    assert torch.equal(solve(twin, y0, T, cuda_graph=True).ys, solve(twin, y0, T).ys)
+    assert ahead.captured == 2
+
+
+def test_adjoint(y0, ahead, monkeypatch):
+    """The solve backwards is captured too, once for all intervals and training steps."""
+    net, start = Net(wanted=True), y0.clone().requires_grad_()
+    grads = []
+    for _ in range(2):
+        start.grad = None
+        net.zero_grad()
+        solve(net, start, T, gradient="adjoint", rtol=1e-6, atol=1e-6, cuda_graph=True).ys.square().sum().backward()
+        grads.append([start.grad.clone(), *(p.grad.clone() for p in net.parameters())])
+    # One forwards, two backwards: the result of the first call of func is copied, so that its solve begins otherwise.
+    assert ahead.captured == 3
+    monkeypatch.undo()
+    start.grad = None
+    net.zero_grad()
+    solve(net, start, T, gradient="adjoint", rtol=1e-6, atol=1e-6).ys.square().sum().backward()
+    for found in grads:
+        for x, y in zip(found, [start.grad, *(p.grad for p in net.parameters())], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_threads(y0, ahead):
+    """Two threads with one field never have one solver at a time."""
+    net, expected, results = Net(), solve(Net(), y0, T).ys, []
+
+    def work():
+        for _ in range(5):
+            results.append(solve(net, y0, T, cuda_graph=True).ys)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 15 and all(torch.equal(ys, expected) for ys in results)
+    assert 1 <= ahead.captured <= 3
+
+
+# ---- what cannot be captured ----
+
+REFUSED = {
+    "_local_scalar_dense": lambda t, y: y * float(y.sum() > 0),
+    "nonzero": lambda t, y: y + 0 * y.new_tensor(len(torch.nonzero(y))),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(y0, ahead, name):
+    """It is named, and the solve goes on without a graph."""
+    with pytest.warns(UserWarning, match=f"cuda_graph: func waits for the device, {name}"):
+        found = solve(REFUSED[name], y0, T, cuda_graph=True)
+    assert ahead.captured == 0 and torch.equal(found.ys, solve(REFUSED[name], y0, T).ys)
+
+
+def test_norms_of_the_user(y0, ahead):
+    with pytest.warns(UserWarning, match="a norm of the user"):
+        solve(Net(), y0, T, norm=lambda x: x.abs().max(), cuda_graph=True)
+
+
+def test_capture_that_fails(y0, ahead, monkeypatch):
+    def fails(step):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+
+    monkeypatch.setattr(cuda_graph, "capture", fails)
+    with pytest.warns(UserWarning, match="cannot be captured: operation not permitted when stream is capturing; the solve"):
+        found = solve(Net(), y0, T, cuda_graph=True)
+    assert torch.equal(found.ys, solve(Net(), y0, T).ys) and len(cuda_graph.graphs) == 0
+
+
+def test_without_the_option_nothing_is_captured(y0, ahead):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(Net(), y0, T)
+    assert ahead.captured == 0
+
+
+# ---- the parts ----
+
+
+def test_calls_tell_work_apart():
+    weight, other, y = torch.ones(3), torch.ones(3), torch.zeros(3)
+
+    def key(func, y=y):
+        with Calls([y]) as calls:
+            func(y)
+        return calls.key
+
+    assert key(lambda y: y * weight + 1) == key(lambda y: y * weight + 1)
+    assert key(lambda y: y * weight, torch.zeros(3)) == key(lambda y: y * weight)  # the state may lie elsewhere
+    different = [lambda y: y * weight, lambda y: y * other, lambda y: y * weight + 2, lambda y: y * weight + weight]
+    different += [lambda y: y * weight[:1], lambda y: (y * weight).sum(), lambda y: y * y, lambda y: weight * y]
+    assert len({key(func) for func in different}) == len(different)
+
+
+def test_cache_is_bounded():
+    graphs = Graphs(limit=3)
+    for i in range(10):
+        graphs.give(i % 5, object())
+    assert len(graphs) == 3 and graphs.take(0) is None and graphs.take(4) is not None
+    assert len(graphs) == 2
+    graphs.clear()
+    assert len(graphs) == 0 and graphs.take(4) is None
+
+
+class Event:
+    """Stands for an event of CUDA: the device is `behind` steps behind."""
+
+    def __init__(self, behind):
+        self.behind, self.asked, self.waited = behind, 0, 0
+
+    def record(self):
+        self.asked = 0
+
+    def query(self):
+        self.asked += 1
+        return self.asked > self.behind
+
+    def synchronize(self):
+        self.waited += 1
+
+
+@pytest.mark.parametrize("behind", [0, 3, 1000])
+@pytest.mark.parametrize("end, expected", [(1, 0), (10, 0), (200, 0), (200, 190), (200, 300)])
+def test_the_end_is_learnt_late(end, expected, behind):
+    """At most a tenth of the solve or two steps past the end, unless more were expected."""
+    done = 0
+    watch = Watch(lambda: torch.tensor(done < end), expected, on_device=False)
+    watch._event = Event(behind)
+    for done in range(1, 1000):
+        if watch.ended(done):
+            break
+    assert end <= done <= max(end + 3, 1.25 * end, expected)
+    assert done > 1 or end == 1
+
+
+def test_the_host_waits_only_where_it_is_far_ahead():
+    watch = Watch(lambda: torch.tensor(True), on_device=False)
+    watch._event = event = Event(5)
+    for step in range(1, 400):
+        assert not watch.ended(step)
+    assert event.waited < 60 and event.waited > 0
+    assert watch._asked == 0 or watch._asked >= 300
