@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
-from .solvers.adaptive import AdaptiveSolver, runs_ahead, solve_by_graph
+from .solvers.adaptive import AdaptiveSolver, runs_ahead, solve_by_graph, stop_table
 from .solvers.fixed import FixedSolver, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
@@ -95,7 +95,8 @@ def integrate(
             )
             alone = not callbacks and recorder is None and after_step is None and not options.jump_t
             if options.cuda_graph and runs_ahead(problem.device) and alone:
-                return solve_by_graph(problem, options, make, start is not None)
+                stops = len(stop_table(problem, options.step_t, options.jump_t)[0])
+                return solve_by_graph(problem, (options, stops), make, start is not None)
             return make().run(start)
         nodes, moves_with = grid or fixed_grid(options, problem.t)
         return FixedSolver(

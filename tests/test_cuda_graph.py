@@ -146,6 +146,9 @@ def test_other_times(y0, ahead):
     assert ahead.captured == 1
     solve(net, y0, -T, cuda_graph=True)
     assert ahead.captured == 2
+    for count, times in ((3, T), (4, T * 0.4)):  # with a stop inside, and without
+        found = solve(net, y0, times, step_t=[0.5], cuda_graph=True)
+        assert ahead.captured == count and torch.equal(found.ys, solve(net, y0, times, step_t=[0.5]).ys)
 
 
 CHANGES = {
