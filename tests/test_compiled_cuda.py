@@ -149,3 +149,25 @@ def test_nvcc_compiles(kind, method, tmp_path):
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     loaded = _C.Library(str(library))
     assert (loaded.lanes, loaded.team) == (1, 128) and loaded.tile_bytes > 0
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_gpu(control, gradient):
+    """On a GPU: values and gradients of 300 samples beside the stepper's on the CPU."""
+    results = []
+    for device in ("cuda", "cpu"):
+        net = Net().to(device)
+        func = odenet_cuda.compile(net, cuda=True) if device == "cuda" else net
+        y0 = rows(300, 2).to(device).requires_grad_()
+        ys = solve(func, y0, TIMES[[0, 2, 4]], step_control=control, gradient=gradient, rtol=1e-9, atol=1e-9).ys
+        ys.square().sum().backward()
+        results.append([x.detach().cpu() for x in (ys, y0.grad, *(p.grad for p in net.parameters()))])
+        if device == "cuda":
+            assert func.explain() == "compiled"
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -333,3 +333,48 @@ def test_the_host_waits_only_where_it_is_far_ahead():
         assert not watch.ended(step)
     assert event.waited < 60 and event.waited > 0
     assert watch._asked == 0 or watch._asked >= 300
+
+
+# ---- on a GPU ----
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("wanted", [False, True], ids=["forward", "adjoint"])
+def test_gpu(y0, wanted):
+    """Replayed steps give what single launches give; weights updated between solves are seen."""
+    net, start = Net(wanted).cuda(), y0.cuda().requires_grad_(wanted)
+    for _ in range(3):
+        grads = []
+        for graph in (True, False):
+            ys = solve(net, start, T, gradient="adjoint", rtol=1e-7, atol=1e-7, cuda_graph=graph).ys
+            grads.append([ys, *(torch.autograd.grad(ys.square().sum(), [start, *net.parameters()]) if wanted else ())])
+        for found, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(0.9)
+    assert len(cuda_graph.graphs) > 0
+
+
+@needs_gpu
+def test_gpu_does_not_wait(y0):
+    """Between the start and the end of a solve nothing synchronises: torch would raise."""
+    net, start = Net().cuda(), y0.cuda()
+    solver = adaptive.AdaptiveSolver.__dict__["_step"]
+    waits = []
+
+    def step(self):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            solver(self)
+        except RuntimeError as error:
+            waits.append(error)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive.AdaptiveSolver, "_step", step)
+        solve(net, start, T)
+    assert not waits
