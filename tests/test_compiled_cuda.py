@@ -32,6 +32,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def emulated(folder, monkeypatch):
     """Solves on the CPU run the CUDA text, compiled with native/emulation.h."""
+    compiler = setup_py()["find_compiler"]()  # here, for libraries are compiled in several threads
 
     def load(text: str, capability: tuple[int, int]) -> _C.Library:
         path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
@@ -40,7 +41,7 @@ def emulated(folder, monkeypatch):
             source.write_text(text)
             flags = [*FLAGS, "-w", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-DODENET_TEAM=8"]
             flags += ["-include", str(NATIVE / "emulation.h"), "-x", "c++"]
-            run_compiler(setup_py()["find_compiler"](), *flags, str(source), "-pthread", "-o", str(path))
+            run_compiler(compiler, *flags, str(source), "-pthread", "-o", str(path))
         return _C.Library(str(path))
 
     monkeypatch.setattr(plan, "load_text", load)
