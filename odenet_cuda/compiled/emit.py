@@ -160,6 +160,11 @@ def _entry(target: Target) -> str:
     equation: Any = "Adjoint<Equation>" if target.solve.startswith("adjoint") else "Equation"
     kept = f"Reverse<Equation, {pack}>" if target.solve == "reverse" else f"Kept<{equation}, {pack}>"
     control = {"per_sample": "kPerSample", "joint": "kJoint", "grid": "kGrid"}.get(target.solve.removeprefix("adjoint_"), "")
+    sizes = (
+        'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
+        f"  sizes[0] = Lanes<{pack}>::width;\n  sizes[1] = sizeof({kept});\n"
+        f"  sizes[2] = sizeof(Record<Equation, {pack}>);\n  sizes[3] = {'kTeam' if target.cuda else '1'};\n}}\n"
+    )
     if target.cuda:
         if target.solve == "reverse":
             call = f"for_block(in, [&](int64_t tile) {{ return reverse_tile<Equation, {pack}>(Block{{}}, in, tile); }})"
@@ -172,18 +177,14 @@ def _entry(target: Target) -> str:
             "    odenet_kernel(const __grid_constant__ SolveCall in, unsigned long long* left) {\n"
             f"  const int64_t rest = {call};\n"
             "  if (rest > 0) atomicAdd(left, static_cast<unsigned long long>(rest));\n}\n"
-            'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
-            f"  sizes[0] = 1;\n  sizes[1] = sizeof({kept});\n  sizes[2] = sizeof(Record<Equation, {pack}>);\n"
-            "  sizes[3] = kTeam;\n}\n"
+            f"{sizes}"
             'extern "C" ODENET_EXPORT const char* odenet_launch(const SolveCall* in, unsigned long long* left,\n'
             "                                                   void* stream) {\n"
             f"  return cuda::run<kTeam>(odenet_kernel, {blocks}, stream, *in, left);\n}}\n"
         )
     run = f"reverse<Equation, {pack}>" if target.solve == "reverse" else f"solve<{equation}, {pack}, {control}>"
     return (
-        'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
-        f"  sizes[0] = Lanes<{pack}>::width;\n  sizes[1] = sizeof({kept});\n"
-        f"  sizes[2] = sizeof(Record<Equation, {pack}>);\n  sizes[3] = 1;\n}}\n"
+        f"{sizes}"
         'extern "C" ODENET_EXPORT int64_t odenet_run(const SolveCall* in, ParallelFor parallel_for) {\n'
         f"  return {run}(*in, parallel_for);\n}}\n"
     )

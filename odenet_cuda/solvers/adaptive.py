@@ -79,6 +79,7 @@ class AdaptiveSolver:
         self.ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in self.stepper.y0[: self.stepper.n]]
         self.outputs = [out.data_ptr() for out in self.ys] if len(problem.t) > 2 else []
         self.replay: Callable[[], None] | None = None  # a captured step
+        self.expected = 0  # steps, by the last solve
 
     def _numbers(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         """The solver state before the first step, the stops and the output times, on the host."""
@@ -91,7 +92,7 @@ class AdaptiveSolver:
         if not self.looks:
             return self._run_ahead(start)
         problem, stepper, kernels = self.problem, self.stepper, self.stepper.kernels
-        field, fused, last = problem.field, problem.fused_error, self.tableau.stages - 1
+        field, last = problem.field, self.tableau.stages - 1
         fsal, points = self.tableau.fsal, len(self.tableau.rows)
         outputs = self.outputs
         self._start(start)
@@ -113,19 +114,12 @@ class AdaptiveSolver:
             else:
                 if self.recorder is not None:
                     times = times.clone()
-                for i in range(1, last + 1):
-                    kernels.stage(i, addresses)
-                    addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
+                addresses = self._stages()
             if not fsal:  # y1 is no stage: the next step begins with the slope of the last, which lies beside it
                 kernels.stage(points, addresses)
                 evaluations.append(None)
                 addresses = []
-            if fused:
-                kernels.error_and_step_size(addresses)
-            else:
-                kernels.quadrature(addresses)
-                self._norm(stepper.y0, [*stepper.y[points], *stepper.q1], stepper.k, self.tableau.e, self.dt, self.ratio)
-                kernels.step_size()
+            self._decide(addresses)
             host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
             done = not some(host, "status", RUNNING)
             if self.recorder is not None:
@@ -162,7 +156,8 @@ class AdaptiveSolver:
         self._start(start)
         counter = counter_of(self.problem.field)
         called, steps = counter.nfe, 0
-        watch = Watch(lambda: (self.state[FIELDS["status"]] == RUNNING).any(), on_device=self.state.is_cuda)
+        running = lambda: (self.state[FIELDS["status"]] == RUNNING).any()  # noqa: E731
+        watch = Watch(running, self.expected, on_device=self.state.is_cuda)
         ended = False
         while not ended:
             if self.replay is not None:
@@ -174,31 +169,44 @@ class AdaptiveSolver:
             if not ended and self.captures:  # after a step that was not, in which what func does once is done
                 self.captures, self.replay = False, captured(self._step)
         tried = self.state[FIELDS["num_accepted"]] + self.state[FIELDS["num_rejected"]]
-        counter.nfe = called + int(tried.max()) * (self.tableau.stages - 1)  # steps past the end do not count
+        self.expected = int(tried.max())
+        counter.nfe = called + self.expected * (self.tableau.stages - 1)  # steps past the end do not count
         return self._trajectory()
 
     def _step(self) -> None:
         """One step, whatever becomes of it: nothing on the host depends on that."""
-        stepper, kernels, views, field = self.stepper, self.stepper.kernels, self.stepper.views, self.problem.field
-        addresses: list[int] = []
-        for i in range(1, self.tableau.stages):
-            kernels.stage(i, addresses)
-            addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
+        kernels, addresses = self.stepper.kernels, self._stages()
         if not self.tableau.fsal:
             kernels.stage(len(self.tableau.rows), addresses)
             addresses = []
-        if self.problem.fused_error:
-            kernels.error_and_step_size(addresses)
-        else:
-            kernels.quadrature(addresses)
-            ends = [*stepper.y[len(self.tableau.rows)], *stepper.q1]
-            self._norm(stepper.y0, ends, stepper.k, self.tableau.e, self.dt, self.ratio)
-            kernels.step_size()
+        self._decide(addresses)
         if self.outputs:
             kernels.dense_output(self.outputs)
         if self.after_step is not None:
             self._call_after_step()
         kernels.advance()
+
+    # ---- parts of a step ----------------------------------------------------------------------------------------------
+
+    def _stages(self) -> list[int]:
+        """All slopes, without graphs; the addresses of the last, which are not bound yet."""
+        stepper, kernels, views, field = self.stepper, self.stepper.kernels, self.stepper.views, self.problem.field
+        addresses: list[int] = []
+        for i in range(1, self.tableau.stages):
+            kernels.stage(i, addresses)
+            addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
+        return addresses
+
+    def _decide(self, addresses: list[int]) -> None:
+        """The error, whether the step is accepted, and the next. addresses: slopes that are not bound yet."""
+        stepper, kernels = self.stepper, self.stepper.kernels
+        if self.problem.fused_error:
+            kernels.error_and_step_size(addresses)
+            return
+        kernels.quadrature(addresses)
+        ends = [*stepper.y[len(self.tableau.rows)], *stepper.q1]
+        self._norm(stepper.y0, ends, stepper.k, self.tableau.e, self.dt, self.ratio)
+        kernels.step_size()
 
     # ---- start --------------------------------------------------------------------------------------------------------
 
