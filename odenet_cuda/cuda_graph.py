@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .step_control import RUNNING
+
 _LIMIT = 16  # steps that are kept captured, those used longest ago let go first
-_POLL_SHARE = 10  # the host may be a tenth of the steps ahead of what it knows of the device
+_EXPECTED_SHARE = 10  # a solve may take a tenth less steps than the last one did
+_LOOK_SHARE = 20
 
 # Operations whose result the host must wait for, or whose shape depends on values.
 _WAITING = (
@@ -143,28 +146,31 @@ def captured(step: Callable[[], None]) -> Callable[[], None] | None:
 class Watch:
     """Tells, late and without waiting for the device, whether a solve has ended.
 
-    running: bool [], on the device, whether it goes on. expected: steps before which nobody looks. The host is at most a tenth
-    of the steps, or one, ahead of the last step it knows of; only there does it wait.
+    status: float64 [rows], on the device. expected: steps; nobody looks before they are nearly done. A look costs one copy.
+    From one look to the next, and from a look to where the host waits for what it saw, are a step or a twentieth of those
+    made: so the device makes at most a tenth of a solve, or a step, past its end.
     """
 
-    def __init__(self, running: Callable[[], Tensor], expected: int = 0, on_device: bool = True):
-        self._running, self._look_at = running, max(1, expected - expected // _POLL_SHARE)
-        self._seen = torch.ones((), dtype=torch.bool, pin_memory=on_device)
+    def __init__(self, status: Tensor, expected: int = 0, on_device: bool = True):
+        self._status, self._look_at = status, max(1, expected - expected // _EXPECTED_SHARE)
+        self._seen = torch.empty(status.shape, dtype=status.dtype, pin_memory=on_device)
         self._event: Any = torch.cuda.Event() if on_device else None
         self._asked = 0  # after which step, 0: nothing is asked
 
     def ended(self, steps: int) -> bool:
         """steps: how many were begun."""
-        if self._asked == 0:
-            if steps >= self._look_at:
-                self._seen.copy_(self._running(), non_blocking=True)
-                if self._event is not None:
-                    self._event.record()
-                self._asked = steps
-            return False
-        if self._event is not None and not self._event.query():
-            if steps - self._asked < max(1, self._asked // _POLL_SHARE):
-                return False
-            self._event.synchronize()
-        self._asked = 0
-        return not bool(self._seen)
+        if self._asked:
+            ahead = max(1, self._asked // _LOOK_SHARE)
+            if self._event is not None and not self._event.query():
+                if steps - self._asked < ahead:
+                    return False
+                self._event.synchronize()
+            if not (self._seen.numpy() == RUNNING).any():
+                return True
+            self._asked, self._look_at = 0, self._asked + ahead
+        if steps >= self._look_at:
+            self._seen.copy_(self._status, non_blocking=True)
+            if self._event is not None:
+                self._event.record()
+            self._asked = steps
+        return False

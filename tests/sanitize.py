@@ -1,11 +1,11 @@
 """`make test-sanitize`: the C++ kernels under sanitizers, built into build/sanitize beside the normal build.
 
 address  the CPU kernels in threads (native/threads.cpp) and the CUDA kernels with a block's threads as threads of the machine
-         (native/cuda_kernels.cpp), then tests/test_ops.py, tests/test_stepper.py, and compiled fields (tests/test_compiled.py),
-         under AddressSanitizer and UndefinedBehaviorSanitizer
-thread   the two programs of native/ under ThreadSanitizer
+         (native/cuda_kernels.cpp), then the tests of the ops, of the stepper and of compiled fields, under AddressSanitizer and
+         UndefinedBehaviorSanitizer
+thread   the two programs of native/, and the CUDA text of compiled fields (tests/test_compiled_cuda.py), under ThreadSanitizer
 
-Each sanitizer must first report the faults that native/threads.cpp commits when it is asked to.
+Each sanitizer must first report the faults that native/threads.cpp and native/emulation.h commit when they are asked to.
 """
 
 import argparse
@@ -20,7 +20,11 @@ from pathlib import Path
 from compile_native import ROOT, compile_emulation, compile_threads, setup_py
 
 FOLDER = ROOT / "build" / "sanitize"
-TESTS = ["tests/test_ops.py", "tests/test_stepper.py", "tests/test_compiled.py"]
+# Of compiled fields those tests that go through every kind of kernel: the compiler needs half a minute for a sanitized one.
+FIELDS = ["batches", "many_outputs", "tuple_state", "float32", "gradients_of_batches", "gradients_of_a_net"]
+FIELDS += ["gradients_of_flows", "gradients_for_args", "same_bits_in_any_number_of_threads", "failures"]
+TESTS = ["tests/test_ops.py", "tests/test_stepper.py", *(f"tests/test_compiled.py::test_{name}" for name in FIELDS)]
+TESTS += ["tests/test_compiled_cuda.py"]
 FAULTS = {
     "address": {"overrun": "heap-buffer-overflow", "misaligned": "misaligned address"},
     "thread": {"race": "data race"},
@@ -28,7 +32,8 @@ FAULTS = {
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # Python itself leaks
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-    "TSAN_OPTIONS": "halt_on_error=1",
+    # Of Python and torch, which are not instrumented, it would see the races and not the locks.
+    "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
 }
 
 
@@ -64,11 +69,11 @@ def check_native(sanitizer: str) -> None:
     run(f"{sanitizer}: native/cuda_kernels.cpp", [str(program)], env=env)
 
 
-def runtimes() -> str:
-    """What to preload: the sanitizers' libraries, and the one of C++, whose exceptions they take over when they start."""
+def runtimes(*libraries: str) -> str:
+    """What to preload: these libraries, and the one of C++, whose exceptions they take over when they start."""
     compiler = setup_py()["find_compiler"]()
     paths = []
-    for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"):
+    for name in (*libraries, "libstdc++.so.6"):
         printed = subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
         path = Path(printed.strip())
         if not path.is_absolute():
@@ -79,7 +84,7 @@ def runtimes() -> str:
 
 def check_tests() -> None:
     """The tests of the ops and the stepper, with an extension built under AddressSanitizer."""
-    library, preload = FOLDER / "lib", runtimes()
+    library, preload = FOLDER / "lib", runtimes("libasan.so", "libubsan.so")
     shutil.rmtree(library, ignore_errors=True)
     build = [sys.executable, "setup.py", "build", "--build-lib", str(library), "--build-temp", str(FOLDER / "temp")]
     run("address: building the extension", build, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -93,10 +98,24 @@ def check_tests() -> None:
     extension = Path(found.stdout.strip())
     if library not in extension.parents or b"__asan_report" not in extension.read_bytes():
         fail(f"{extension} was imported, not a sanitized one in {library}.")
-    tests = [str(ROOT / test) for test in TESTS]
-    # --capture=sys: a report goes past pytest, which would lose it.
-    pytest = [sys.executable, "-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", *tests]
-    run("address: " + " ".join(TESTS), pytest, cwd=FOLDER, env=env)
+    run("address: the tests", pytest("-k", "not nvcc", *TESTS), cwd=FOLDER, env=env)
+
+
+def check_fields() -> None:
+    """The CUDA text of compiled fields, each thread of a block one of the machine; the extension is the usual one."""
+    test, flags = "tests/test_compiled_cuda.py", " ".join(setup_py()["sanitizer_flags"]())
+    env = {**os.environ, **OPTIONS, "LD_PRELOAD": runtimes("libtsan.so"), "ODENET_CXXFLAGS": flags}
+    faulty = {**env, "ODENET_CXXFLAGS": flags + " -DODENET_FAULT"}
+    found = subprocess.run(pytest("-k", "test_same_bits", test), cwd=FOLDER, env=faulty, capture_output=True, text=True)
+    if "data race" not in found.stderr:
+        fail(f"thread did not report threads that do not wait for each other, but: {(found.stdout + found.stderr)[-2000:]}")
+    run(f"thread: {test}", pytest("-k", "not nvcc", test), cwd=FOLDER, env=env)
+
+
+def pytest(*arguments: str) -> list[str]:
+    """The command. --capture=sys: a report goes past pytest, which would lose it."""
+    arguments = tuple(str(ROOT / argument) if argument.startswith("tests/") else argument for argument in arguments)
+    return [sys.executable, "-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", *arguments]
 
 
 def main() -> None:
@@ -108,8 +127,7 @@ def main() -> None:
     for sanitizer in sanitizers:
         os.environ.update(ODENET_SANITIZE=sanitizer, ODENET_CUDA="0")
         check_native(sanitizer)
-        if sanitizer == "address":
-            check_tests()
+        {"address": check_tests, "thread": check_fields}[sanitizer]()
     print("no sanitizer found anything")
 
 

@@ -4,6 +4,7 @@ What a GPU makes of it these tests do not show.
 """
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def emulated(folder, monkeypatch):
             source = path.with_suffix(".cu")
             source.write_text(text)
             flags = [*FLAGS, "-w", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-DODENET_TEAM=8"]
-            flags += ["-include", str(NATIVE / "emulation.h"), "-x", "c++"]
+            flags += [*os.environ.get("ODENET_CXXFLAGS", "").split(), "-include", str(NATIVE / "emulation.h"), "-x", "c++"]
             run_compiler(compiler, *flags, str(source), "-pthread", "-o", str(path))
         return _C.Library(str(path))
 

@@ -12,6 +12,7 @@ from torch import nn
 from odenet_cuda import SolverError, cuda_graph, solve
 from odenet_cuda.cuda_graph import Calls, Graphs, Watch
 from odenet_cuda.solvers import adaptive
+from odenet_cuda.step_control import RUNNING, SUCCESS
 
 D = torch.float64
 T = torch.tensor([0.0, 0.3, 1.0], dtype=D)
@@ -313,26 +314,36 @@ class Event:
 
 
 @pytest.mark.parametrize("behind", [0, 3, 1000])
-@pytest.mark.parametrize("end, expected", [(1, 0), (10, 0), (200, 0), (200, 190), (200, 300)])
+@pytest.mark.parametrize("end, expected", [(1, 0), (2, 0), (10, 0), (19, 0), (200, 0), (1000, 0), (200, 190), (200, 300)])
 def test_the_end_is_learnt_late(end, expected, behind):
-    """At most a tenth of the solve or two steps past the end, unless more were expected."""
-    done = 0
-    watch = Watch(lambda: torch.tensor(done < end), expected, on_device=False)
+    """At most a step or a tenth of the solve past the end, unless more were expected."""
+    status = torch.full((3,), RUNNING, dtype=D)
+    watch = Watch(status, expected, on_device=False)
     watch._event = Event(behind)
-    for done in range(1, 1000):
+    for done in range(1, 2000):
+        if done == end:
+            status[:] = SUCCESS
         if watch.ended(done):
             break
-    assert end <= done <= max(end + 3, 1.25 * end, expected)
-    assert done > 1 or end == 1
+    assert end <= done <= max(end + 1, end + end // 10, expected)
 
 
-def test_the_host_waits_only_where_it_is_far_ahead():
-    watch = Watch(lambda: torch.tensor(True), on_device=False)
+def test_the_end_is_that_of_all_samples():
+    status = torch.tensor([SUCCESS, RUNNING], dtype=D)
+    watch = Watch(status, on_device=False)
+    assert not any([watch.ended(step) for step in range(1, 50)])
+    status[1] = SUCCESS
+    assert any([watch.ended(step) for step in range(50, 56)])
+
+
+def test_the_host_waits_and_looks_seldom():
+    watch = Watch(torch.full((1,), RUNNING, dtype=D), on_device=False)
     watch._event = event = Event(5)
+    looks = set()
     for step in range(1, 400):
         assert not watch.ended(step)
-    assert event.waited < 60 and event.waited > 0
-    assert watch._asked == 0 or watch._asked >= 300
+        looks.add(watch._asked)
+    assert 0 < event.waited < 100 and len(looks) < 100
 
 
 # ---- on a GPU ----

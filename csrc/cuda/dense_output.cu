@@ -4,8 +4,9 @@ namespace odenet::cuda {
 
 namespace {
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) dense_output_kernel(const __grid_constant__ Batch<DenseOutput<T>> batch) {
+template <class T, int bytes>
+__global__ void __launch_bounds__(kThreads)
+    dense_output_kernel(const __grid_constant__ Batch<DenseOutput<T>, bytes> batch) {
   unsigned block, blocks;
   const DenseOutput<T>& s = batch.mine(block, blocks);
   const int64_t size = s.rows * s.columns;
@@ -25,17 +26,14 @@ __global__ void __launch_bounds__(kThreads) dense_output_kernel(const __grid_con
 
 template <class T>
 const char* dense_output(const DenseOutput<T>* leaves, int count, Stream stream) {
-  int i = 0;
-  while (i < count) {
-    Batch<DenseOutput<T>> batch;
-    for (; i < count && batch.count < batch.kCapacity; ++i) {
-      const int64_t size = leaves[i].rows * leaves[i].columns;
-      if (size > 0) batch.add(leaves[i], blocks_for(size));
-    }
-    if (batch.count == 0) continue;
-    if (const char* words = run<kThreads>(dense_output_kernel<T>, batch.blocks(), stream, batch)) return words;
-  }
-  return nullptr;
+  const auto add = [](auto& batch, const DenseOutput<T>& s) {
+    const int64_t size = s.rows * s.columns;
+    if (size > 0) batch.add(s, blocks_for(size));
+    return false;
+  };
+  return in_batches(leaves, count, add, [&]<int bytes>(const Batch<DenseOutput<T>, bytes>& batch, bool, bool) {
+    return run<kThreads>(dense_output_kernel<T, bytes>, batch.blocks(), stream, batch);
+  });
 }
 
 template const char* dense_output(const DenseOutput<float>*, int, Stream);

@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "grid.h"
 
 namespace odenet::cuda {
@@ -63,9 +65,9 @@ __device__ void fold(const Error<T>& s, double sum, int64_t row, bool first, dou
 }
 
 // ratio: the chunks of each row of all leaves added up, by one block for the rows [begin, end).
-template <class T>
-__device__ void fold_rows(const Batch<Error<T>>& batch, int64_t begin, int64_t end, bool first, const double* workspace,
-                          double* ratio) {
+template <class T, int bytes>
+__device__ void fold_rows(const Batch<Error<T>, bytes>& batch, int64_t begin, int64_t end, bool first,
+                          const double* workspace, double* ratio) {
   for (int leaf = 0; leaf < batch.count; ++leaf) {
     const Error<T>& s = batch.leaf[leaf];
     const int64_t chunks = chunks_of(s.columns);
@@ -89,15 +91,15 @@ __device__ void fold_rows(const Batch<Error<T>>& batch, int64_t begin, int64_t e
   }
 }
 
-template <class T>
-__device__ double* workspace_of_leaf(const Batch<Error<T>>& batch, const Error<T>& mine, double* workspace) {
+template <class T, int bytes>
+__device__ double* workspace_of_leaf(const Batch<Error<T>, bytes>& batch, const Error<T>& mine, double* workspace) {
   for (const Error<T>* s = batch.leaf; s != &mine; ++s) workspace += s->rows * chunks_of(s->columns);
   return workspace;
 }
 
-template <class T, int S, int V>
+template <class T, int S, int V, int bytes>
 __global__ void __launch_bounds__(kThreads)
-    error_kernel(const __grid_constant__ Batch<Error<T>> batch, double* workspace) {
+    error_kernel(const __grid_constant__ Batch<Error<T>, bytes> batch, double* workspace) {
   unsigned block, blocks;
   const Error<T>& s = batch.mine(block, blocks);
   sum_parts<T, S, V>(s, block, blocks, workspace_of_leaf(batch, s, workspace));
@@ -105,9 +107,9 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int64_t kRowsOfBlock = kThreads;
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) error_fold_kernel(const __grid_constant__ Batch<Error<T>> batch, bool first,
-                                                              const double* workspace, double* ratio) {
+template <class T, int bytes>
+__global__ void __launch_bounds__(kThreads) error_fold_kernel(const __grid_constant__ Batch<Error<T>, bytes> batch,
+                                                              bool first, const double* workspace, double* ratio) {
   const int64_t rows = batch.leaf[0].rows;
   for (int64_t begin = blockIdx.x * kRowsOfBlock; begin < rows; begin += gridDim.x * kRowsOfBlock) {
     fold_rows(batch, begin, begin + kRowsOfBlock < rows ? begin + kRowsOfBlock : rows, first, workspace, ratio);
@@ -115,9 +117,9 @@ __global__ void __launch_bounds__(kThreads) error_fold_kernel(const __grid_const
 }
 
 // The same in one launch, and then the control of every row, by the block that ends last.
-template <class T, int S, int V, class R>
+template <class T, int S, int V, class R, int bytes>
 __global__ void __launch_bounds__(kThreads)
-    error_and_step_size_kernel(const __grid_constant__ Batch<Error<T>> batch, bool first, double* workspace,
+    error_and_step_size_kernel(const __grid_constant__ Batch<Error<T>, bytes> batch, bool first, double* workspace,
                                unsigned* done, const __grid_constant__ StepSize control, R* times) {
   unsigned block, blocks;
   const Error<T>& s = batch.mine(block, blocks);
@@ -145,40 +147,36 @@ bool all_in_packs(const Error<T>& s) {
   return fit;
 }
 
-// Gathers leaves from `i` on; fit: whether all can be read in packs.
-template <class T>
-Batch<Error<T>> gather(const Error<T>* leaves, int count, int& i, bool& fit) {
-  Batch<Error<T>> batch;
-  fit = true;
-  for (; i < count && batch.count < batch.kCapacity; ++i) {
-    fit = fit && all_in_packs(leaves[i]);
-    const int64_t parts = leaves[i].rows * chunks_of(leaves[i].columns);
-    batch.add(leaves[i], blocks_for(parts * kThreads));
+struct Add {
+  template <class T, int bytes>
+  bool operator()(Batch<Error<T>, bytes>& batch, const Error<T>& s) const {
+    batch.add(s, blocks_for(s.rows * chunks_of(s.columns) * kThreads));
+    return all_in_packs(s);
   }
-  return batch;
-}
+};
 
-// Loops of their own for the common types only.
-template <class T, class Visit>
-const char* dispatch(int stages, bool fit, const Visit& visit) {
+// Loops of their own for the common types, and few leaves, only.
+template <class T, int bytes, class Visit>
+const char* dispatch(const Batch<Error<T>, bytes>& batch, bool fit, const Visit& visit) {
   const auto by_width = [&]<int S>() {
     return fit ? visit.template operator()<S, kPack<T>>() : visit.template operator()<S, 1>();
   };
-  if constexpr (std::is_same_v<T, Real<T>>) {
-    return dispatch_stages<kUnrolled>(stages, by_width);
+  if constexpr (std::is_same_v<T, Real<T>> && bytes == kFew) {
+    return dispatch_stages<kUnrolled>(batch.leaf[0].stages, by_width);
   } else {
     return by_width.template operator()<kAnyStages>();
   }
 }
 
-template <class T>
-const char* launch(const Batch<Error<T>>& batch, bool fit, double* ratio, bool first, double* workspace,
+template <class T, int bytes>
+const char* launch(const Batch<Error<T>, bytes>& batch, bool fit, double* ratio, bool first, double* workspace,
                    Stream stream) {
-  const char* words = dispatch<T>(batch.leaf[0].stages, fit, [&]<int S, int V>() {
-    return run<kThreads>(error_kernel<T, S, V>, batch.blocks(), stream, batch, workspace);
+  const char* words = dispatch(batch, fit, [&]<int S, int V>() {
+    return run<kThreads>(error_kernel<T, S, V, bytes>, batch.blocks(), stream, batch, workspace);
   });
   if (words) return words;
-  return run<kThreads>(error_fold_kernel<T>, blocks_for(batch.leaf[0].rows), stream, batch, first, workspace, ratio);
+  const unsigned blocks = blocks_for(batch.leaf[0].rows);
+  return run<kThreads>(error_fold_kernel<T, bytes>, blocks, stream, batch, first, workspace, ratio);
 }
 
 }  // namespace
@@ -193,34 +191,26 @@ int64_t error_workspace(const Error<T>* leaves, int count) {
 template <class T>
 const char* error(const Error<T>* leaves, int count, double* ratio, bool first, double* workspace, Stream stream) {
   if (leaves[0].rows == 0) return nullptr;
-  for (int i = 0; i < count;) {
-    const bool start = first && i == 0;
-    bool fit;
-    const Batch<Error<T>> batch = gather(leaves, count, i, fit);
-    if (const char* words = launch(batch, fit, ratio, start, workspace, stream)) return words;
-  }
-  return nullptr;
+  return in_batches(leaves, count, Add{}, [&](const auto& batch, bool fit, bool) {
+    const bool start = std::exchange(first, false);
+    return launch(batch, fit, ratio, start, workspace, stream);
+  });
 }
 
 template <class T, class R>
 const char* error_and_step_size(const Error<T>* leaves, int count, double* workspace, unsigned* done,
                                 const StepSize& args, R* times, Stream stream) {
   if (args.rows == 0) return nullptr;
-  for (int i = 0; i < count;) {
-    const bool start = i == 0;
-    bool fit;
-    const Batch<Error<T>> batch = gather(leaves, count, i, fit);
-    if (i < count) {
-      double* ratio = args.state + kErrorRatio * args.rows;
-      if (const char* words = launch(batch, fit, ratio, start, workspace, stream)) return words;
-      continue;
-    }
-    return dispatch<T>(batch.leaf[0].stages, fit, [&]<int S, int V>() {
-      return run<kThreads>(error_and_step_size_kernel<T, S, V, R>, batch.blocks(), stream, batch, start, workspace,
-                           done, args, times);
+  bool first = true;
+  const auto launch_one = [&]<int bytes>(const Batch<Error<T>, bytes>& batch, bool fit, bool last) {
+    const bool start = std::exchange(first, false);
+    if (!last) return launch(batch, fit, args.state + kErrorRatio * args.rows, start, workspace, stream);
+    return dispatch(batch, fit, [&]<int S, int V>() {
+      return run<kThreads>(error_and_step_size_kernel<T, S, V, R, bytes>, batch.blocks(), stream, batch, start,
+                           workspace, done, args, times);
     });
-  }
-  return nullptr;
+  };
+  return in_batches(leaves, count, Add{}, launch_one);
 }
 
 #define ODENET_INSTANCES(T, R)                                                      \

@@ -18,10 +18,18 @@ inline unsigned blocks_for(int64_t size) {
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks);
 }
 
-// The leaves of one launch, each with blocks of its own. They travel as kernel parameters, of which there may be 4 KiB.
-template <class Args>
+// Bytes of kernel parameters, which are copied at every launch: few leaves travel in a small batch.
+constexpr int kFew = 4096;
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+constexpr int kMany = kFew;
+#else
+constexpr int kMany = 32764;
+#endif
+
+// The leaves of one launch, each with blocks of its own.
+template <class Args, int bytes>
 struct Batch {
-  static constexpr int kCapacity = (4096 - 640) / (sizeof(Args) + sizeof(unsigned));
+  static constexpr int kCapacity = (bytes - 640) / (sizeof(Args) + sizeof(unsigned));
   static_assert(kCapacity >= 1);
   Args leaf[kCapacity];
   unsigned end[kCapacity];  // the block after the last of each leaf
@@ -36,14 +44,42 @@ struct Batch {
 
   // The leaf of this block; block and blocks: the number of this block among those of the leaf.
   __device__ const Args& mine(unsigned& block, unsigned& blocks) const {
-    int i = 0;
-    while (blockIdx.x >= end[i]) ++i;
+    int i = 0, last = count - 1;
+    while (i < last) {
+      const int middle = (i + last) / 2;
+      if (blockIdx.x >= end[middle]) {
+        i = middle + 1;
+      } else {
+        last = middle;
+      }
+    }
     const unsigned begin = i ? end[i - 1] : 0;
     block = blockIdx.x - begin;
     blocks = end[i] - begin;
     return leaf[i];
   }
 };
+
+template <int bytes, class Args, class Add, class Launch>
+const char* in_batches_of(const Args* leaves, int count, const Add& add, const Launch& launch) {
+  for (int i = 0; i < count;) {
+    Batch<Args, bytes> batch;
+    bool fit = true;
+    for (; i < count && batch.count < batch.kCapacity; ++i) fit = add(batch, leaves[i]) && fit;
+    if (batch.count == 0) continue;
+    if (const char* words = launch(batch, fit, i == count)) return words;
+  }
+  return nullptr;
+}
+
+// Calls launch(batch, fit, last) for all leaves, in as few batches as they go into. add(batch, leaf) adds one, if it
+// has elements, and tells whether it can be read in packs; fit: whether all of the batch can; last: whether none is
+// left.
+template <class Args, class Add, class Launch>
+const char* in_batches(const Args* leaves, int count, const Add& add, const Launch& launch) {
+  if (count <= Batch<Args, kFew>::kCapacity) return in_batches_of<kFew>(leaves, count, add, launch);
+  return in_batches_of<kMany>(leaves, count, add, launch);
+}
 
 // V neighbouring elements, read and written as one.
 template <class T, int V>

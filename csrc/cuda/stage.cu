@@ -4,8 +4,8 @@ namespace odenet::cuda {
 
 namespace {
 
-template <class T, int S, int V>
-__global__ void __launch_bounds__(kThreads) stage_kernel(const __grid_constant__ Batch<Stage<T>> batch) {
+template <class T, int S, int V, int bytes>
+__global__ void __launch_bounds__(kThreads) stage_kernel(const __grid_constant__ Batch<Stage<T>, bytes> batch) {
   unsigned block, blocks;
   const Stage<T>& s = batch.mine(block, blocks);
   Weights<T, S> w{};
@@ -38,32 +38,31 @@ bool all_in_packs(const Stage<T>& s) {
   return fit;
 }
 
-template <class T, int V>
-const char* launch(const Batch<Stage<T>>& batch, Stream stream) {
-  return dispatch_stages<kUnrolled>(batch.leaf[0].stages, [&]<int S>() {
-    return run<kThreads>(stage_kernel<T, S, V>, batch.blocks(), stream, batch);
-  });
+// Loops of their own for few leaves only: many are small, as those of parameters.
+template <int V, class T, int bytes>
+const char* launch(const Batch<Stage<T>, bytes>& batch, Stream stream) {
+  const auto unrolled = [&]<int S>() {
+    return run<kThreads>(stage_kernel<T, S, V, bytes>, batch.blocks(), stream, batch);
+  };
+  if constexpr (bytes == kFew) {
+    return dispatch_stages<kUnrolled>(batch.leaf[0].stages, unrolled);
+  } else {
+    return unrolled.template operator()<kAnyStages>();
+  }
 }
 
 }  // namespace
 
 template <class T>
 const char* stage(const Stage<T>* leaves, int count, Stream stream) {
-  int i = 0;
-  while (i < count) {
-    Batch<Stage<T>> batch;
-    bool fit = true;
-    for (; i < count && batch.count < batch.kCapacity; ++i) {
-      const int64_t size = leaves[i].rows * leaves[i].columns;
-      if (size == 0) continue;
-      fit = fit && all_in_packs(leaves[i]);
-      batch.add(leaves[i], blocks_for((size + kPack<T> - 1) / kPack<T>));
-    }
-    if (batch.count == 0) continue;
-    const char* words = fit ? launch<T, kPack<T>>(batch, stream) : launch<T, 1>(batch, stream);
-    if (words) return words;
-  }
-  return nullptr;
+  const auto add = [](auto& batch, const Stage<T>& s) {
+    const int64_t size = s.rows * s.columns;
+    if (size > 0) batch.add(s, blocks_for((size + kPack<T> - 1) / kPack<T>));
+    return size == 0 || all_in_packs(s);
+  };
+  return in_batches(leaves, count, add, [&](const auto& batch, bool fit, bool) {
+    return fit ? launch<kPack<T>>(batch, stream) : launch<1>(batch, stream);
+  });
 }
 
 template const char* stage(const Stage<float>*, int, Stream);

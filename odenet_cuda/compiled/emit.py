@@ -26,10 +26,10 @@ class Target:
     cuda: bool = False
 
 
-def kept_buffers(program: Program, tainted: set[int]) -> tuple[dict[int, int], int]:
+def kept_buffers(program: Program) -> tuple[dict[int, int], int]:
     """What the way back needs of the way there: buffers that do not depend on the incoming gradient, with their places."""
     taps, _, _ = tap_layout(program)
-    stop = {b for b, buffer in enumerate(program.buffers) if buffer.kind == "local" and not buffer.mask} - tainted
+    stop = {b for b, buffer in enumerate(program.buffers) if buffer.kind == "local" and not buffer.mask} - program.tainted
     _, used = needed_for(program, [program.products, taps], stop)
     places, size = {}, 0
     for b in sorted(used & stop):

@@ -1,15 +1,19 @@
-"""Operations that are not pointwise: those that move numbers about, sums, and matrix products."""
+"""Operations that no single expression says: those that move numbers about, sums, matrix products, and those with options."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .lower import Lowering, Sample, Value, where
+from .pointwise import power
 from .program import Refs
 from .trace import Unreadable
+from .values import Sample, Value, where
 
-Operation = Callable[[Lowering, Any, Any], Value]  # the node, and that of the other recording
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+Operation: TypeAlias = "Callable[[Lowering, Any, Any], Value]"  # the node, and that of the other recording
 OPERATIONS: dict[str, Operation] = {}
 
 
@@ -22,7 +26,7 @@ def operation(*names: str) -> Callable[[Operation], Operation]:
     return add
 
 
-def _source(low: Lowering, node: Any, place: int = 0) -> Sample:
+def _source(low: "Lowering", node: Any, place: int = 0) -> Sample:
     return low.sample(node.args[place], low.twin[node].args[place], node)
 
 
@@ -33,7 +37,7 @@ def _axis(value: Sample, axis: Any, node: Any, extra: int = 0) -> int:
     return axis
 
 
-def _rearranged(low: Lowering, node: Any, value: Sample, refs: Refs) -> Sample:
+def _rearranged(low: "Lowering", node: Any, value: Sample, refs: Refs) -> Sample:
     shape, batch = low.shapes(node)
     if list(refs.shape) != shape:
         raise Unreadable(f"{where(node)} is not read")
@@ -41,29 +45,29 @@ def _rearranged(low: Lowering, node: Any, value: Sample, refs: Refs) -> Sample:
 
 
 @operation("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "_to_copy", "to")
-def _same(low: Lowering, node: Any, twin: Any) -> Value:
+def _same(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
         if value.mask and node.meta["val"].dtype.is_floating_point:
-            return low._number_of(value)
+            return low.number_of(value)
         raise Unreadable(f"{where(node)} changes the type to {node.meta['val'].dtype}")
     return value
 
 
 @operation("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
-def _view(low: Lowering, node: Any, twin: Any) -> Value:
+def _view(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, value.refs.reshape(low.shapes(node)[0]))
 
 
 @operation("expand")
-def _expand(low: Lowering, node: Any, twin: Any) -> Value:
+def _expand(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, np.broadcast_to(value.refs, low.shapes(node)[0]))
 
 
 @operation("repeat")
-def _repeat(low: Lowering, node: Any, twin: Any) -> Value:
+def _repeat(low: "Lowering", node: Any, twin: Any) -> Value:
     value, counts = _source(low, node), list(node.args[1])
     refs = value.refs.reshape((1,) * (len(counts) - value.refs.ndim) + value.refs.shape)
     shape, batch = low.shapes(node)
@@ -75,25 +79,25 @@ def _repeat(low: Lowering, node: Any, twin: Any) -> Value:
 
 
 @operation("permute")
-def _permute(low: Lowering, node: Any, twin: Any) -> Value:
+def _permute(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, value.refs.transpose([int(axis) for axis in node.args[1]]))
 
 
 @operation("transpose")
-def _transpose(low: Lowering, node: Any, twin: Any) -> Value:
+def _transpose(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, value.refs.swapaxes(int(node.args[1]), int(node.args[2])))
 
 
 @operation("t")
-def _t(low: Lowering, node: Any, twin: Any) -> Value:
+def _t(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, value.refs.T)
 
 
 @operation("select")
-def _select(low: Lowering, node: Any, twin: Any) -> Value:
+def _select(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axis = _axis(value, node.args[1], node)
     return _rearranged(low, node, value, value.refs.take(int(node.args[2]), axis))
@@ -105,7 +109,7 @@ def _range(node: Any, first: int, size: int) -> slice:
 
 
 @operation("slice")
-def _slice(low: Lowering, node: Any, twin: Any) -> Value:
+def _slice(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axis = int(node.args[1]) % value.refs.ndim if len(node.args) > 1 else 0
     if axis == value.batch:
@@ -118,7 +122,7 @@ def _slice(low: Lowering, node: Any, twin: Any) -> Value:
 
 
 @operation("slice_scatter", "select_scatter")
-def _scatter(low: Lowering, node: Any, twin: Any) -> Value:
+def _scatter(low: "Lowering", node: Any, twin: Any) -> Value:
     value, source = _source(low, node), _source(low, node, 1)
     axis = _axis(value, node.args[2] if len(node.args) > 2 else 0, node)
     index: list[Any] = [slice(None)] * value.refs.ndim
@@ -130,7 +134,7 @@ def _scatter(low: Lowering, node: Any, twin: Any) -> Value:
 
 
 @operation("cat")
-def _cat(low: Lowering, node: Any, twin: Any) -> Value:
+def _cat(low: "Lowering", node: Any, twin: Any) -> Value:
     parts = [low.sample(x, x, node) for x in node.args[0]]
     shape, batch = low.shapes(node)
     axis = (int(node.args[1]) if len(node.args) > 1 else 0) % len(shape)
@@ -141,7 +145,7 @@ def _cat(low: Lowering, node: Any, twin: Any) -> Value:
 
 
 @operation("split", "split_with_sizes")
-def _split(low: Lowering, node: Any, twin: Any) -> Value:
+def _split(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axis = _axis(value, node.args[2] if len(node.args) > 2 else 0, node)
     sizes = [part.shape[axis] for part in node.meta["val"]]
@@ -151,14 +155,14 @@ def _split(low: Lowering, node: Any, twin: Any) -> Value:
 
 
 @operation("flip")
-def _flip(low: Lowering, node: Any, twin: Any) -> Value:
+def _flip(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axes = [_axis(value, axis, node) for axis in node.args[1]]
     return _rearranged(low, node, value, np.flip(value.refs, tuple(axes)))
 
 
 @operation("roll")
-def _roll(low: Lowering, node: Any, twin: Any) -> Value:
+def _roll(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     if len(node.args) < 3:
         raise Unreadable(f"{where(node)} rolls through the samples")
@@ -167,7 +171,7 @@ def _roll(low: Lowering, node: Any, twin: Any) -> Value:
 
 
 @operation("constant_pad_nd")
-def _pad(low: Lowering, node: Any, twin: Any) -> Value:
+def _pad(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     pads = list(node.args[1])
     number = float(node.args[2]) if len(node.args) > 2 else 0.0
@@ -179,7 +183,7 @@ def _pad(low: Lowering, node: Any, twin: Any) -> Value:
         lengths = [list(refs.shape), list(refs.shape)]
         for j in (0, 1):
             lengths[j][axis] = max(pads[i + j], 0)
-        ends = [np.full(length, low.program.literal(number), np.int64) for length in lengths]
+        ends = [low.program.full(length, number) for length in lengths]
         inner: list[Any] = [slice(None)] * refs.ndim
         inner[axis] = slice(max(-pads[i], 0), refs.shape[axis] - max(-pads[i + 1], 0))
         refs = np.concatenate([ends[0], refs[tuple(inner)], ends[1]], axis)
@@ -196,22 +200,22 @@ def _split_axes(value: Sample, axes: Any) -> tuple[Refs, list[int]]:
 
 
 @operation("sum", "mean")
-def _sum(low: Lowering, node: Any, twin: Any) -> Value:
-    value = low._number_of(_source(low, node))
+def _sum(low: "Lowering", node: Any, twin: Any) -> Value:
+    value = low.number_of(_source(low, node))
     refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
     mean = "mean" in str(node.target)
     if value.batch in reduced:
         if mean:
             raise Unreadable(f"{where(node)} is a mean over samples")
-        return low.add_sum(node, low.reduce(refs, False)[None], None)
-    total = low.reduce(refs, False)
+        return low.sums.add(node, low.program.reduce(refs, False)[None], None)
+    total = low.program.reduce(refs, False)
     if mean:
-        total = low.statement("{0} * {1}", [total, np.full(len(total), low.program.literal(1 / refs.shape[1]), np.int64)])
+        total = low.program.statement("{0} * {1}", [total, low.program.full([len(total)], 1 / refs.shape[1])])
     shape, batch = low.shapes(node)
     return Sample(total.reshape(shape), batch)
 
 
-def _moments(low: Lowering, node: Any, value: Sample) -> tuple[Refs, Refs]:
+def _moments(low: "Lowering", node: Any, value: Sample) -> tuple[Refs, Refs]:
     """Mean and variance over the axes of node."""
     arguments = dict(zip(("dim", "correction", "keepdim"), node.args[1:], strict=False)) | node.kwargs
     refs, reduced = _split_axes(value, arguments.get("dim"))
@@ -224,21 +228,21 @@ def _moments(low: Lowering, node: Any, value: Sample) -> tuple[Refs, Refs]:
         raise Unreadable(f"{where(node)} has no number left to divide by")
 
     def scaled(x: Refs, factor: float) -> Refs:
-        return low.statement("{0} * {1}", [x, np.full(len(x), low.program.literal(factor), np.int64)])
+        return low.program.statement("{0} * {1}", [x, low.program.full([len(x)], factor)])
 
-    mean = scaled(low.reduce(refs, False), 1 / count)
-    squares = low.statement("({0} - {1}) * ({0} - {1})", [refs.reshape(-1), np.repeat(mean, count)])
-    return mean, scaled(low.reduce(squares.reshape(refs.shape), False), 1 / left)
+    mean = scaled(low.program.reduce(refs, False), 1 / count)
+    squares = low.program.statement("({0} - {1}) * ({0} - {1})", [refs.reshape(-1), np.repeat(mean, count)])
+    return mean, scaled(low.program.reduce(squares.reshape(refs.shape), False), 1 / left)
 
 
 @operation("var")
-def _var(low: Lowering, node: Any, twin: Any) -> Value:
+def _var(low: "Lowering", node: Any, twin: Any) -> Value:
     shape, batch = low.shapes(node)
     return Sample(_moments(low, node, _source(low, node))[1].reshape(shape), batch)
 
 
 @operation("var_mean")
-def _var_mean(low: Lowering, node: Any, twin: Any) -> Value:
+def _var_mean(low: "Lowering", node: Any, twin: Any) -> Value:
     mean, variance = _moments(low, node, _source(low, node))
     results = []
     for refs, seen, other in zip((variance, mean), node.meta["val"], twin.meta["val"], strict=True):
@@ -249,7 +253,7 @@ def _var_mean(low: Lowering, node: Any, twin: Any) -> Value:
 
 
 @operation("linalg_vector_norm")
-def _norm(low: Lowering, node: Any, twin: Any) -> Value:
+def _norm(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     order = float(node.args[1]) if len(node.args) > 1 else 2.0
     if order not in (1.0, 2.0):
@@ -257,32 +261,32 @@ def _norm(low: Lowering, node: Any, twin: Any) -> Value:
     refs, reduced = _split_axes(value, node.args[2] if len(node.args) > 2 else None)
     if value.batch in reduced:
         raise Unreadable(f"{where(node)} mixes samples")
-    parts = low.statement("{0} * {0}" if order == 2 else "abs({0})", [refs.reshape(-1)]).reshape(refs.shape)
-    total = low.reduce(parts, False)
+    parts = low.program.statement("{0} * {0}" if order == 2 else "abs({0})", [refs.reshape(-1)]).reshape(refs.shape)
+    total = low.program.reduce(parts, False)
     shape, batch = low.shapes(node)
-    return Sample((low.statement("sqrt({0})", [total]) if order == 2 else total).reshape(shape), batch)
+    return Sample((low.program.statement("sqrt({0})", [total]) if order == 2 else total).reshape(shape), batch)
 
 
 @operation("cumsum", "cumprod")
-def _cumulative(low: Lowering, node: Any, twin: Any) -> Value:
+def _cumulative(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axis = _axis(value, node.args[1], node)
     text = "{0} + {1}" if "cumsum" in str(node.target) else "{0} * {1}"
     moved = np.moveaxis(value.refs, axis, 0)
     rows = [moved[0].reshape(-1)]
     for row in moved[1:]:
-        rows.append(low.statement(text, [rows[-1], row.reshape(-1)]))
+        rows.append(low.program.statement(text, [rows[-1], row.reshape(-1)]))
     return _rearranged(low, node, value, np.moveaxis(np.stack(rows).reshape(moved.shape), 0, axis))
 
 
 @operation("index_select")
-def _index_select(low: Lowering, node: Any, twin: Any) -> Value:
+def _index_select(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     axis = _axis(value, node.args[1], node)
     return _rearranged(low, node, value, value.refs.take(low.numbers(node.args[2]), axis))
 
 
-def _places(low: Lowering, node: Any, value: Sample) -> tuple[Any, ...]:
+def _places(low: "Lowering", node: Any, value: Sample) -> tuple[Any, ...]:
     places = list(node.args[1]) + [None] * (value.refs.ndim - len(node.args[1]))
     if value.batch is not None and places[value.batch] is not None:
         raise Unreadable(f"{where(node)} takes samples apart")
@@ -290,94 +294,121 @@ def _places(low: Lowering, node: Any, value: Sample) -> tuple[Any, ...]:
 
 
 @operation("index")
-def _index(low: Lowering, node: Any, twin: Any) -> Value:
+def _index(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     return _rearranged(low, node, value, value.refs[_places(low, node, value)])
 
 
 @operation("index_put", "_unsafe_index_put", "_index_put_impl")
-def _index_put(low: Lowering, node: Any, twin: Any) -> Value:
+def _index_put(low: "Lowering", node: Any, twin: Any) -> Value:
     value, source = _source(low, node), _source(low, node, 2)
     accumulate = bool(node.args[3]) if len(node.args) > 3 else False
     refs = np.broadcast_to(value.refs, low.shapes(node)[0]).reshape(-1).copy()
     targets = np.arange(refs.size).reshape(low.shapes(node)[0])[_places(low, node, value)]
     for target, new in zip(targets.reshape(-1), np.broadcast_to(source.refs, targets.shape).reshape(-1), strict=True):
-        refs[target] = low.statement("{0} + {1}", [refs[[target]], np.array([new])])[0] if accumulate else new
+        refs[target] = low.program.statement("{0} + {1}", [refs[[target]], np.array([new])])[0] if accumulate else new
     return _rearranged(low, node, value, refs.reshape(low.shapes(node)[0]))
 
 
 @operation("index_add")
-def _index_add(low: Lowering, node: Any, twin: Any) -> Value:
+def _index_add(low: "Lowering", node: Any, twin: Any) -> Value:
     value, source = _source(low, node), _source(low, node, 3)
     axis = _axis(value, node.args[1], node)
     refs = np.moveaxis(np.broadcast_to(value.refs, low.shapes(node)[0]).copy(), axis, 0)
     parts = np.moveaxis(source.refs, axis, 0)
     for place, part in zip(low.numbers(node.args[2]), parts, strict=True):
-        total = low.statement("{0} + {1}", [refs[place].reshape(-1), part.reshape(-1)])
+        total = low.program.statement("{0} + {1}", [refs[place].reshape(-1), part.reshape(-1)])
         refs[place] = total.reshape(refs[place].shape)
     return _rearranged(low, node, value, np.moveaxis(refs, 0, axis))
 
 
 @operation("amax", "amin")
-def _extreme(low: Lowering, node: Any, twin: Any) -> Value:
+def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
     if value.batch in reduced:
         raise Unreadable(f"{where(node)} mixes samples")
     shape, batch = low.shapes(node)
     if "amin" in str(node.target):
-        refs = low.statement("-{0}", [refs.reshape(-1)]).reshape(refs.shape)
-        refs = low.statement("-{0}", [low.reduce(refs, True)])
+        refs = low.program.statement("-{0}", [refs.reshape(-1)]).reshape(refs.shape)
+        refs = low.program.statement("-{0}", [low.program.reduce(refs, True)])
         return Sample(refs.reshape(shape), batch)
-    return Sample(low.reduce(refs, True).reshape(shape), batch)
+    return Sample(low.program.reduce(refs, True).reshape(shape), batch)
 
 
 @operation("prod")
-def _product(low: Lowering, node: Any, twin: Any) -> Value:
+def _product(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     refs, reduced = _split_axes(value, [node.args[1]] if len(node.args) > 1 else None)
     if value.batch in reduced:
         raise Unreadable(f"{where(node)} mixes samples")
     result = refs[:, 0]
     for i in range(1, refs.shape[1]):
-        result = low.statement("{0} * {1}", [result, refs[:, i]])
+        result = low.program.statement("{0} * {1}", [result, refs[:, i]])
     shape, batch = low.shapes(node)
     return Sample(result.reshape(shape), batch)
 
 
 @operation("mm", "addmm")
-def _mm(low: Lowering, node: Any, twin: Any) -> Value:
+def _mm(low: "Lowering", node: Any, twin: Any) -> Value:
     first = 1 if "addmm" in str(node.target) else 0
     if node.kwargs:
         raise Unreadable(f"{where(node)} with beta or alpha is not read")
     a, b = _source(low, node, first), _source(low, node, first + 1)
     shape, batch = low.shapes(node)
     if a.batch == 1 and b.batch == 0 and not first:
-        return low.add_sum(node, a.refs.T, b.refs)
+        return low.sums.add(node, a.refs.T, b.refs)
     if (a.batch, b.batch) not in ((0, None), (None, 1), (None, None)):
         raise Unreadable(f"{where(node)} mixes samples")
     bias = np.broadcast_to(_source(low, node).refs, shape) if first else None
-    if b.batch is None and not (a.batch is None and low.is_constant(a.refs)):  # x [k, in], weight [in, out]
-        rows = [low.matrix(node, x, b.refs.T, None if bias is None else bias[i]) for i, x in enumerate(a.refs)]
+    if b.batch is None and not (a.batch is None and low.program.is_constant(a.refs)):  # x [k, in], weight [in, out]
+        rows = [low.program.linear(x, b.refs.T, None if bias is None else bias[i]) for i, x in enumerate(a.refs)]
         return Sample(np.stack(rows), batch)
-    columns = [low.matrix(node, x, a.refs, None if bias is None else bias[:, i]) for i, x in enumerate(b.refs.T)]
+    columns = [low.program.linear(x, a.refs, None if bias is None else bias[:, i]) for i, x in enumerate(b.refs.T)]
     return Sample(np.stack(columns, 1), batch)
 
 
 @operation("bmm")
-def _bmm(low: Lowering, node: Any, twin: Any) -> Value:
+def _bmm(low: "Lowering", node: Any, twin: Any) -> Value:
     a, b = _source(low, node), _source(low, node, 1)
     shape, batch = low.shapes(node)
     count = shape[0]
     if (a.batch, b.batch) == (2, 1) and count == 1:
-        return low.add_sum(node, a.refs[0].T, b.refs[0])
+        return low.sums.add(node, a.refs[0].T, b.refs[0])
     if (a.batch, b.batch) not in ((0, 0), (0, None), (None, 0), (1, None), (None, 2), (None, None)):
         raise Unreadable(f"{where(node)} mixes samples")
     left, right = (np.broadcast_to(x.refs, (count, *x.refs.shape[1:])) for x in (a, b))
     out = [
-        np.stack([low.matrix(node, right[i, :, column], left[i], None) for column in range(right.shape[2])], 1)
+        np.stack([low.program.linear(right[i, :, column], left[i], None) for column in range(right.shape[2])], 1)
         if b.batch is not None and a.batch is None
-        else np.stack([low.matrix(node, left[i, row], right[i].T, None) for row in range(left.shape[1])])
+        else np.stack([low.program.linear(left[i, row], right[i].T, None) for row in range(left.shape[1])])
         for i in range(count)
     ]
     return Sample(np.stack(out), batch)
+
+
+@operation("add", "sub")
+def _add(low: "Lowering", node: Any, twin: Any) -> Value:
+    operands, alpha = low.operands(node), node.kwargs.get("alpha", 1)
+    sign = "+" if "add" in str(node.target) else "-"
+    if alpha == 1:
+        return low.pointwise(node, f"{{0}} {sign} {{1}}", operands)
+    return low.pointwise(node, f"{{0}} {sign} {{1}} * {{2}}", [*operands, low.sample(alpha, alpha, node)])
+
+
+@operation("pow")
+def _power(low: "Lowering", node: Any, twin: Any) -> Value:
+    text = power(float(node.args[1])) if isinstance(node.args[1], (int, float)) else "pow({0}, {1})"
+    return low.pointwise(node, text, low.operands(node))
+
+
+@operation("clamp")
+def _clamp(low: "Lowering", node: Any, twin: Any) -> Value:
+    bounds = [*node.args[1:], *[None] * (3 - len(node.args))]
+    bounds = [node.kwargs.get(name, bound) for name, bound in zip(("min", "max"), bounds, strict=True)]
+    text, operands = "{0}", [_source(low, node)]
+    for bound, function in zip(bounds, ("maximum", "minimum"), strict=True):
+        if bound is not None:
+            text = f"{function}({text}, {{{len(operands)}}})"
+            operands.append(low.sample(bound, bound, node))
+    return low.pointwise(node, text, operands)

@@ -118,20 +118,20 @@ class Plan:
         """The gradients of the wanted constants, from the sums of the kernel [grad_size]."""
         values = dict(constants.values)
         _, layout, _ = self.sums_at
-        shapes = self.lowering.sum_shapes
-        for node, index in self.lowering.summed.items():
+        summed = self.lowering.sums
+        for node, index in summed.index.items():
             s, begin = self.program.sums[index], layout[index][2]
             part = sums[begin : begin + s.size]
             if s.b is not None:
                 part = part.view(s.a.shape[1], s.b.shape[1])
-                part = part.t() if node in self.lowering.transposed else part
-            values[node] = part.reshape(shapes[node])
+                part = part.t() if node in summed.transposed else part
+            values[node] = part.reshape(summed.shapes[node])
         return [None if node is None else value_of(node, values) for node in self.lowering.gradients]
 
     # Libraries
 
     def source(self, tableau: ButcherTableau, target: Target) -> str:
-        kept = kept_buffers(self.program, self.lowering.tainted)
+        kept = kept_buffers(self.program)
         if target.cuda or kept[1] * tableau.stages * 128 > _MOST_BYTES:
             kept = {}, 0
         return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target, kept)

@@ -4,6 +4,7 @@ Every number has an address: a buffer and a place in it. What only moves numbers
 done on addresses when the program is made and costs nothing when it runs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,7 @@ class Program:
     products: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
     argument_products: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
     sums: list[Sum] = field(default_factory=list)
+    tainted: set[int] = field(default_factory=set)  # buffers that depend on the incoming gradient
 
     def new(self, kind: str, size: int, name: str = "", mask: bool = False) -> int:
         index = len(self.buffers)
@@ -104,6 +106,68 @@ class Program:
             buffer.values.append(value)
             key.append(repr(value))
         return (index << SHIFT) + key.index(repr(value))
+
+    def full(self, shape: Sequence[int], value: float) -> Refs:
+        """The address of a number, as often as the shape says."""
+        return np.full(tuple(shape), self.literal(value), np.int64)
+
+    def statement(self, text: str, operands: list[Refs], mask: bool = False) -> Refs:
+        out = self.new("local", len(operands[0]), mask=mask)
+        self.statements.append(Pointwise(out, text, operands))
+        self._taint(out, operands)
+        return self.addresses(out)
+
+    def _taint(self, out: int, operands: list[Refs]) -> None:
+        if any(self.depends(refs) for refs in operands):
+            self.tainted.add(out)
+
+    def depends(self, refs: Refs) -> bool:
+        """Whether any of these numbers depends on the incoming gradient."""
+        return any(int(buffer) in self.tainted for buffer in np.unique(split(refs)[0]))
+
+    def is_constant(self, refs: Refs) -> bool:
+        return self.buffers[int(split(refs)[0].flat[0])].kind == "constant"
+
+    def packed(self, refs: Refs) -> Refs:
+        """The same numbers side by side in one buffer."""
+        buffers, places = split(refs)
+        ordered = (buffers == buffers[0]).all() and (np.diff(places) == 1).all() if len(refs) > 1 else True
+        first = self.buffers[int(buffers[0])]
+        if ordered and first.kind in ("local", "input") and first.name != "t":
+            return refs
+        return self.statement("{0}", [refs])
+
+    def linear(self, x: Refs, weight: Refs, bias: Refs | None) -> Refs:
+        """out[r] = bias[r] + sum_c weight[r, c] x[c]"""
+        rows, columns = weight.shape
+        buffers, places = split(weight)
+        kind = self.buffers[int(buffers.flat[0])].kind
+        row = int(places[1, 0] - places[0, 0]) if rows > 1 else 1
+        column = int(places[0, 1] - places[0, 0]) if columns > 1 else 1
+        regular = (buffers == buffers.flat[0]).all() and kind == "constant"
+        grid = places[0, 0] + row * np.arange(rows)[:, None] + column * np.arange(columns)
+        if not (regular and (grid == places).all()):
+            products = self.statement("{0} * {1}", [weight.reshape(-1), np.tile(x, rows)]).reshape(rows, columns)
+            out = self.reduce(products, False)
+            return out if bias is None else self.statement("{0} + {1}", [out, bias])
+        if not (x == x[0]).all() or columns == 1:
+            x = self.packed(x)
+        else:
+            x = self.statement("{0}", [x])
+        result = self.new("local", rows)
+        linear = Linear(result, rows, columns, int(buffers.flat[0]), int(places[0, 0]), row, column, x, bias)
+        self.statements.append(linear)
+        self._taint(result, [x] if bias is None else [x, bias])
+        return self.addresses(result)
+
+    def reduce(self, operand: Refs, largest: bool) -> Refs:
+        """[n, m] -> [n]"""
+        if operand.shape[1] == 1:
+            return operand[:, 0]
+        out = self.new("local", len(operand))
+        self.statements.append(Reduce(out, largest, operand))
+        self._taint(out, [operand])
+        return self.addresses(out)
 
 
 def split(refs: Refs) -> tuple[Refs, Refs]:

@@ -156,8 +156,7 @@ class AdaptiveSolver:
         self._start(start)
         counter = counter_of(self.problem.field)
         called, steps = counter.nfe, 0
-        running = lambda: (self.state[FIELDS["status"]] == RUNNING).any()  # noqa: E731
-        watch = Watch(running, self.expected, on_device=self.state.is_cuda)
+        watch = Watch(self.state[FIELDS["status"]], self.expected, on_device=self.state.is_cuda)
         ended = False
         while not ended:
             if self.replay is not None:

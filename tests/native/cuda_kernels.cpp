@@ -66,6 +66,7 @@ bool near(double x, double y, double tolerance) {
 // Columns of the leaves of a launch: whole packs, and not.
 const std::vector<int64_t> kEven{64, 16, 2000, 0, 256}, kOdd{1, 5, 64, 257, 2000, 0, 33};
 std::vector<int64_t> columns_in_use;
+int copies = 1;  // leaves of each: a few in a small batch, many in a large one, more in several
 
 template <class T>
 struct Leaf {
@@ -79,7 +80,7 @@ struct Leaf {
 };
 
 template <class T>
-std::vector<Leaf<T>> leaves_of(int64_t rows, int stages, int shift, int copies) {
+std::vector<Leaf<T>> leaves_of(int64_t rows, int stages, int shift) {
   std::vector<Leaf<T>> leaves;
   for (int copy = 0; copy < copies; ++copy) {
     for (const int64_t columns : columns_in_use) leaves.emplace_back(rows, columns, stages, shift);
@@ -95,8 +96,8 @@ std::vector<double> draws(int64_t count) {
 
 template <class T>
 void test_stage(const char* type, int64_t rows, int stages, int shift, bool with_y0) {
-  auto leaves = leaves_of<T>(rows, stages, shift, 3);
-  auto copies = leaves;
+  auto leaves = leaves_of<T>(rows, stages, shift);
+  auto expected = leaves;
   const std::vector<double> dt = draws(rows), a = draws(stages);
   std::vector<Stage<T>> args;
   for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
@@ -110,27 +111,27 @@ void test_stage(const char* type, int64_t rows, int stages, int shift, bool with
     s.stages = stages;
     s.rows = rows;
     s.columns = leaves[leaf].columns;
-    s.y = copies[leaf].y.data();
+    s.y = expected[leaf].y.data();
     cpu::baseline::stage(s, one_thread);
     s.y = leaves[leaf].y.data();
     args.push_back(s);
   }
   cuda::stage(args.data(), static_cast<int>(args.size()), nullptr);
   bool same = true;
-  for (size_t leaf = 0; leaf < leaves.size(); ++leaf) same = same && leaves[leaf].y == copies[leaf].y;
+  for (size_t leaf = 0; leaf < leaves.size(); ++leaf) same = same && leaves[leaf].y == expected[leaf].y;
   check(same, std::string("stage ") + type + ", rows " + std::to_string(rows) + ", slopes " + std::to_string(stages) +
                   ", shift " + std::to_string(shift));
 }
 
 template <class T>
 void test_advance(const char* type, int64_t rows, int shift) {
-  auto leaves = leaves_of<T>(rows, 2, shift, 3);
-  auto copies = leaves;
+  auto leaves = leaves_of<T>(rows, 2, shift);
+  auto expected = leaves;
   std::vector<double> accept(rows);
   for (int64_t row = 0; row < rows; ++row) accept[row] = row % 3 != 1;
   std::vector<Advance<T>> args;
   for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
-    Leaf<T>&mine = leaves[leaf], &other = copies[leaf];
+    Leaf<T>&mine = leaves[leaf], &other = expected[leaf];
     Advance<T> s{other.y0.data(), other.k[0].data(), mine.y1.data(), mine.k[1].data(), accept.data(), rows,
                  mine.columns};
     cpu::baseline::advance(s, one_thread);
@@ -141,7 +142,7 @@ void test_advance(const char* type, int64_t rows, int shift) {
   cuda::advance(args.data(), static_cast<int>(args.size()), nullptr);
   bool same = true;
   for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
-    same = same && leaves[leaf].y0 == copies[leaf].y0 && leaves[leaf].k[0] == copies[leaf].k[0];
+    same = same && leaves[leaf].y0 == expected[leaf].y0 && leaves[leaf].k[0] == expected[leaf].k[0];
   }
   check(same, std::string("advance ") + type + ", rows " + std::to_string(rows) + ", shift " + std::to_string(shift));
 }
@@ -163,7 +164,7 @@ std::vector<double> solver_state(int64_t rows) {
 
 template <class T, class R>
 void test_error(const char* type, int64_t rows, int stages, int shift, double size) {
-  auto leaves = leaves_of<T>(rows, stages, shift, 3);
+  auto leaves = leaves_of<T>(rows, stages, shift);
   std::vector<double> dt = draws(rows);
   const std::vector<double> e = draws(stages);
   std::vector<Error<T>> args;
@@ -221,7 +222,7 @@ void test_error(const char* type, int64_t rows, int stages, int shift, double si
 template <class T>
 void test_dense_output(const char* type, int64_t rows) {
   constexpr int kStages = 4, kDegree = 3;
-  auto leaves = leaves_of<T>(rows, kStages, 0, 2);
+  auto leaves = leaves_of<T>(rows, kStages, 0);
   std::vector<double> state = solver_state(rows);
   for (int64_t row = 0; row < rows; ++row) {
     state[kLastTime * rows + row] = 0.25;
@@ -289,6 +290,7 @@ void test_real(const char* type) {
   for (const auto& columns : {kEven, kOdd}) {
     columns_in_use = columns;
     for (const int64_t rows : {1, 7}) {
+      copies = rows == 1 ? 1 : 3;
       for (const int shift : {0, 1}) {
         for (const int stages : {0, 1, 6, 12}) test_stage<T>(type, rows, stages, shift, stages != 1);
         test_advance<T>(type, rows, shift);
@@ -314,6 +316,11 @@ int main() {
     test_first_step(rows);
   }
   test_error<float, float>("float of many rows", 100, 2, 0, 1);
+  copies = 24;
+  test_stage<float>("float of many leaves", 1, 6, 0, true);
+  test_advance<float>("float of many leaves", 1, 0);
+  test_error<float, float>("float of many leaves", 1, 6, 0, 1);
+  test_dense_output<float>("float of many leaves", 1);
   std::printf("%d checks, %d failed\n", cases, failures);
   return failures != 0;
 }

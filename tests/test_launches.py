@@ -1,0 +1,157 @@
+"""What a step launches besides func and its product: kernels of ours and operations of torch, counted where they are called.
+
+On the CPU the host goes the way here that it goes on CUDA, where every one of them is a launch; a profile of a GPU says the same.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from odenet_cuda import _C, solve
+from odenet_cuda.gradients import adjoint
+from odenet_cuda.solvers import adaptive
+
+D = torch.float64
+MOST = 9  # in a step
+# Operations of torch that launch nothing: views, and memory without values.
+NOTHING = {
+    "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "permute", "reshape",
+    "select", "slice", "squeeze", "t", "transpose", "unsqueeze", "view", "_unsafe_view", "requires_grad_", "unbind",
+}  # fmt: skip
+
+# Methods of the stepper that launch one kernel each; the first two launch another for quadratures, where there are some.
+KERNELS = ["quadrature", "error_and_step_size", "stage", "step_size", "norm", "euler", "first_step", "dense_output", "advance"]
+
+
+class Launches(TorchDispatchMode):
+    """counts: of every kernel and operation, by name. Paused inside func and its product."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.paused = 0
+
+    def add(self, name: str) -> None:
+        if not self.paused:
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket).removeprefix("aten.")
+        if name not in NOTHING:
+            self.add(name)
+        return func(*args, **(kwargs or {}))
+
+    def outside(self, function):
+        """The function, in which nothing is counted."""
+
+        def call(*args, **kwargs):
+            self.paused += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.paused -= 1
+
+        return call
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    mode = Launches()
+
+    class Counted(_C.Stepper):
+        def __init__(self, **setup):
+            super().__init__(**setup)
+            self.quadratures = setup["quadratures"]
+
+    def counted(name):
+        method = getattr(_C.Stepper, name)
+
+        def call(self, *args):
+            if name in ("quadrature", "error_and_step_size") and self.quadratures:
+                mode.add("quadrature")
+            if name != "quadrature":
+                mode.add(name)
+            return method(self, *args)
+
+        return call
+
+    for name in KERNELS:
+        setattr(Counted, name, counted(name))
+    monkeypatch.setattr(_C, "Stepper", Counted)
+    monkeypatch.setattr(adaptive, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(adjoint, "gradients", mode.outside(adjoint.gradients))
+    return mode
+
+
+class Net(nn.Module):
+    """layers: the number of parameters is twice as many."""
+
+    def __init__(self, layers: int, mode: Launches):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))).to(D)
+        self.call = mode.outside(self._call)
+
+    def _call(self, t, y):
+        return torch.tanh(self.layers(y)) - y
+
+    def forward(self, t, y):
+        return self.call(t, y)
+
+
+def counts(mode, net, steps, gradient=None, outputs=2, **options):
+    """Launches of a solve of so many steps, or of the backward solve."""
+    size = 1.0 / steps
+    forced = {"first_step": size, "min_step": size, "max_step": size, **options}
+    y0 = torch.linspace(-1, 1, 12, dtype=D).view(3, 4).requires_grad_(gradient is not None)
+    t = torch.linspace(0, 1, outputs, dtype=D)
+    mode.counts = {}
+    if gradient is None:
+        with mode, torch.no_grad():
+            solve(net, y0, t, **forced)
+        return dict(mode.counts)
+    net.zero_grad()
+    ys = solve(net, y0, t, gradient=gradient, **forced).ys
+    mode.counts = {}
+    with mode:
+        ys[-1].sum().backward()
+    return dict(mode.counts)
+
+
+def each_step(mode, net, **options):
+    """What 16 steps more launch, for each of them."""
+    few, many = (counts(mode, net, steps, **options) for steps in (16, 32))
+    return {name: (many.get(name, 0) - few.get(name, 0)) / 16 for name in many if many.get(name, 0) != few.get(name, 0)}
+
+
+CONTROLS = ["joint", "per_sample"]
+
+
+@pytest.mark.parametrize("outputs", [2, 5])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_forward(launches, control, outputs):
+    """Six stages, one launch for error and decision, one to move on, and one for outputs. A copy tells the host of the end."""
+    found = each_step(launches, Net(2, launches), outputs=outputs, step_control=control)
+    looks = found.pop("copy_", 0)
+    expected = {"stage": 6, "error_and_step_size": 1, "advance": 1}
+    assert found == (expected if outputs == 2 else {**expected, "dense_output": 1})
+    assert looks <= 1 and sum(found.values()) <= MOST
+
+
+@pytest.mark.parametrize("seminorm", [False, True])
+@pytest.mark.parametrize("layers", [1, 40])
+def test_adjoint(launches, layers, seminorm):
+    """The same for 2 parameters and for 80: their integral is one launch more."""
+    options = {"adjoint_options": {"norm": "seminorm"}} if seminorm else {}
+    found = each_step(launches, Net(layers, launches), gradient="adjoint", **options)
+    looks = found.pop("copy_", 0)
+    assert found == {"stage": 6, "error_and_step_size": 1, "advance": 1, "quadrature": 1}
+    assert looks <= 1 and sum(found.values()) <= MOST
+
+
+def test_many_solves(launches):
+    """What a solve launches besides its steps does not grow with the parameters or the steps."""
+    few, many = (sum(counts(launches, Net(layers, launches), 16).values()) for layers in (1, 40))
+    assert few == many
