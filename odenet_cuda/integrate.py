@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
+from .ranges import marked
 from .solvers.adaptive import AdaptiveSolver, runs_ahead, solve_by_graph, stop_table
 from .solvers.fixed import FixedSolver, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
@@ -75,7 +76,7 @@ def integrate(
 
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
-    with torch.no_grad():
+    with torch.no_grad(), marked("solve"):
         if len(problem.t) == 1 or all(leaf.numel() == 0 for leaf in problem.state_leaves):
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]

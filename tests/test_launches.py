@@ -1,6 +1,6 @@
 """What a step launches besides func and its product: kernels of ours and operations of torch, counted where they are called.
 
-On the CPU the host goes the way here that it goes on CUDA, where every one of them is a launch; a profile of a GPU says the same.
+On the CPU the host goes the way here that it goes on CUDA, where every one of them is a launch.
 """
 
 import pytest

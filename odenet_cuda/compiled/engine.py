@@ -14,6 +14,7 @@ from .. import _C
 from ..integrate import Grid, Options, fixed_grid
 from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem
+from ..ranges import marked
 from ..solvers.adaptive import stop_table
 from ..solvers.fixed import outputs_of_steps
 from ..solvers.trajectory import Trajectory
@@ -160,7 +161,8 @@ class Engine:
     def solve(self, keep: bool) -> Trajectory:
         """keep: the steps, for `reverse`."""
         self.y0 = _rows(self.problem.leaves, self.batch, self.problem.leaves[0])
-        self.ys, state = self._solve(self.control, self.y0, self.problem, self.options, self.grid, keep)
+        with marked("solve"):
+            self.ys, state = self._solve(self.control, self.y0, self.problem, self.options, self.grid, keep)
         return Trajectory(ys=self._leaves(self.ys), last=self._leaves(self.y_last), state=state)
 
     def _leaves(self, rows: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from ..callbacks import find_callbacks
 from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
+from ..ranges import in_range
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import MOST_JOINT, Engine, on_cuda
@@ -270,6 +271,7 @@ class _Compiled(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @in_range("backward")
     def backward(ctx, *grad_ys):
         gradient, backward, stats, again = ctx.how
         tensors = ctx.saved_tensors  # says so where one was changed since

@@ -18,6 +18,7 @@ from ..formulas import per_row, rms_norm
 from ..integrate import Options, fixed_grid, integrate
 from ..ops import FIELDS
 from ..problem import Field, Problem
+from ..ranges import in_range
 from ..solution import Solution, Stats, failure
 from .accumulator import SHORT, Accumulator
 from .autocast import autocast_state
@@ -71,6 +72,7 @@ class _Adjoint(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @in_range("backward")
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)

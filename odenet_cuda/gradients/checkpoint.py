@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import noise
 from ..captured import refuse_unknown, sequence_number
 from ..problem import Problem
+from ..ranges import in_range
 from ..solution import Stats
 from ..solvers.checkpoints import best_subset, binomial_split
 from ..solvers.trajectory import Evaluation, Recorder, Step
@@ -51,6 +52,7 @@ class _Checkpoint(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @in_range("backward")
     def backward(ctx, *grad_ys):
         recorder, problem, count, t_grad = ctx.recorder, ctx.problem, ctx.count, ctx.needs_input_grad[6]
         t, *tensors = ctx.saved_tensors

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import formulas
 from ..captured import captured_tensors, cut_points, earlier_results, gradients
 from ..problem import Field, Problem
+from ..ranges import in_range, marked
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .accumulator import Accumulator
@@ -88,6 +89,7 @@ class _Direct(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @in_range("backward")
     def backward(ctx, *grad_ys):
         recorder = ctx.recorder
         if torch.is_grad_enabled():
@@ -155,11 +157,12 @@ class BackwardWalk:
             stepper.new_stages()
 
     def undo(self, entry: Step | Evaluation) -> None:
-        if isinstance(entry, Step):
-            self._undo_step(entry)
-        else:
-            self._undo_evaluation(entry)
-        self.sums.flush()  # before buffers are written again that a gradient may be
+        with marked("step backwards"):
+            if isinstance(entry, Step):
+                self._undo_step(entry)
+            else:
+                self._undo_evaluation(entry)
+            self.sums.flush()  # before buffers are written again that a gradient may be
 
     def result(self) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         grad_y0 = [lam + grad[0] for lam, grad in zip(self.lam, self.grad_ys, strict=True)]

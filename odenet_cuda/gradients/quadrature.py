@@ -21,6 +21,7 @@ from ..captured import cut_points, gradients, refuse_unknown, sequence_number
 from ..integrate import fixed_grid, integrate
 from ..ops import FIELDS
 from ..problem import Field, Problem
+from ..ranges import in_range
 from ..solution import Stats, failure
 from ..solvers.trajectory import Recorder, Step
 from ..tableau import ButcherTableau
@@ -57,6 +58,7 @@ class _Quadrature(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @in_range("backward")
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)

@@ -18,6 +18,7 @@ from .. import formulas
 from ..cuda_graph import Calls, Watch, captured, graphs
 from ..ops import FIELDS, STOPS
 from ..problem import Problem
+from ..ranges import marked
 from ..step_control import RUNNING, StepControl, initial_state
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
@@ -91,49 +92,53 @@ class AdaptiveSolver:
         """start: f(t0, y0), where the caller already has it."""
         if not self.looks:
             return self._run_ahead(start)
-        problem, stepper, kernels = self.problem, self.stepper, self.stepper.kernels
-        field, last = problem.field, self.tableau.stages - 1
-        fsal, points = self.tableau.fsal, len(self.tableau.rows)
-        outputs = self.outputs
         self._start(start)
         done = False
         while not done:
-            if self.callbacks:
-                self._call("callback_step", "time", "dt")
-            views, times = stepper.views, stepper.times
-            evaluations: list[Evaluation | None] = []
-            addresses: list[int] = []
-            if self.recording:
-                stepper.new_times()
-                stepper.new_stages()
-                for i in range(1, last + 1):
-                    kernels.stage(i, addresses)
-                    evaluation = self.recorder.evaluate(field, views[i], stepper.y[i])
-                    evaluations.append(evaluation)
-                    addresses = stepper.set_slopes(i, evaluation.k, False)
-            else:
-                if self.recorder is not None:
-                    times = times.clone()
-                addresses = self._stages()
-            if not fsal:  # y1 is no stage: the next step begins with the slope of the last, which lies beside it
-                kernels.stage(points, addresses)
-                evaluations.append(None)
-                addresses = []
-            self._decide(addresses)
-            host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
-            done = not some(host, "status", RUNNING)
-            if self.recorder is not None:
-                self.recorder.step(host, evaluations, stepper.k, stepper.y0, times)
-            if self.callbacks:
-                self._called_after(host)
-            if outputs and (host[FIELDS["output_begin"]] < host[FIELDS["output_end"]]).any():
-                kernels.dense_output(outputs)
-            if self.after_step is not None:
-                self._call_after_step()
-            self._advance(host)
-            if self.jumps:
-                self._restart(host)
+            with marked("step"):
+                done = self._looked_at_step()
         return self._trajectory()
+
+    def _looked_at_step(self) -> bool:
+        """A step that the host looks at; whether it was the last."""
+        problem, stepper, kernels = self.problem, self.stepper, self.stepper.kernels
+        field, last = problem.field, self.tableau.stages - 1
+        fsal, points, outputs = self.tableau.fsal, len(self.tableau.rows), self.outputs
+        if self.callbacks:
+            self._call("callback_step", "time", "dt")
+        views, times = stepper.views, stepper.times
+        evaluations: list[Evaluation | None] = []
+        addresses: list[int] = []
+        if self.recording:
+            stepper.new_times()
+            stepper.new_stages()
+            for i in range(1, last + 1):
+                kernels.stage(i, addresses)
+                evaluation = self.recorder.evaluate(field, views[i], stepper.y[i])
+                evaluations.append(evaluation)
+                addresses = stepper.set_slopes(i, evaluation.k, False)
+        else:
+            if self.recorder is not None:
+                times = times.clone()
+            addresses = self._stages()
+        if not fsal:  # y1 is no stage: the next step begins with the slope of the last, which lies beside it
+            kernels.stage(points, addresses)
+            evaluations.append(None)
+            addresses = []
+        self._decide(addresses)
+        host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
+        if self.recorder is not None:
+            self.recorder.step(host, evaluations, stepper.k, stepper.y0, times)
+        if self.callbacks:
+            self._called_after(host)
+        if outputs and (host[FIELDS["output_begin"]] < host[FIELDS["output_end"]]).any():
+            kernels.dense_output(outputs)
+        if self.after_step is not None:
+            self._call_after_step()
+        self._advance(host)
+        if self.jumps:
+            self._restart(host)
+        return not some(host, "status", RUNNING)
 
     def _trajectory(self) -> Trajectory:
         if len(self.problem.t) == 2:
@@ -159,10 +164,11 @@ class AdaptiveSolver:
         watch = Watch(self.state[FIELDS["status"]], self.expected, on_device=self.state.is_cuda)
         ended = False
         while not ended:
-            if self.replay is not None:
-                self.replay()
-            else:
-                self._step()
+            with marked("step"):
+                if self.replay is not None:
+                    self.replay()
+                else:
+                    self._step()
             steps += 1
             ended = watch.ended(steps)
             if not ended and self.captures:  # after a step that was not, in which what func does once is done

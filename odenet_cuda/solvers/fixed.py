@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import formulas, ops
 from ..problem import Problem
+from ..ranges import marked
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .trajectory import Evaluation, Output, Recorder, Step, Trajectory
@@ -108,43 +109,44 @@ class FixedSolver:
         outputs = outputs_of_steps(nodes, t, problem.direction)
         last_step, last_slope = len(nodes) - 2, None
         for step, (t0, t1) in enumerate(pairwise(nodes)):
-            kernels.bind_dt(dts.data_ptr() + 8 * step)
-            views = times[step].unbind(0)
-            if self.callback is not None:
-                self.callback(dts.new_tensor(t0), [leaf.clone() for leaf in stepper.y0], dts.new_tensor(abs(t1 - t0)))
-            if recording:
-                stepper.new_stages()
-            landed = next((index for index, _, _ in outputs[step] if t[index] == t1), None)
-            inside = [(index, float(theta)) for index, theta, _ in outputs[step] if index != landed]
-            if last_slope is None:
-                first_slope = start or self._evaluate(0, views[0], stepper.y0[: stepper.n])
-                start = None
+            with marked("step"):
+                kernels.bind_dt(dts.data_ptr() + 8 * step)
+                views = times[step].unbind(0)
+                if self.callback is not None:
+                    self.callback(dts.new_tensor(t0), [leaf.clone() for leaf in stepper.y0], dts.new_tensor(abs(t1 - t0)))
+                if recording:
+                    stepper.new_stages()
+                landed = next((index for index, _, _ in outputs[step] if t[index] == t1), None)
+                inside = [(index, float(theta)) for index, theta, _ in outputs[step] if index != landed]
+                if last_slope is None:
+                    first_slope = start or self._evaluate(0, views[0], stepper.y0[: stepper.n])
+                    start = None
+                    if self.recorder is not None:
+                        self.recorder.start(first_slope, self.moves_with[step])
+                    last_slope = first_slope.k
+                kernels.bind_slopes(0, stepper.set_slopes(0, last_slope, not recording))
+                last_slope = None
+                evaluations: list[Evaluation | None] = []
+                addresses: list[int] = []
+                for i in range(1, len(self.rows) + 1):
+                    kernels.stage(i, addresses)
+                    # The slope at the end of the step serves the next step and outputs inside this one.
+                    if i < stages and (i < len(self.rows) or inside or step < last_step or every_slope):
+                        evaluation = self._evaluate(i, views[i], stepper.y[i])
+                        evaluations.append(evaluation)
+                        addresses = stepper.set_slopes(i, evaluation.k, not recording)
+                        last_slope = stepper.k[i] if fsal and i == stages - 1 else None
+                    else:
+                        evaluations.append(None)
+                        addresses = []
+                kernels.quadrature(addresses if len(self.rows) < stages else [])
+                self._write_outputs(ys, inside, dts[step : step + 1])
+                if landed is not None:
+                    for out, leaf in zip(ys, stepper.y[-1], strict=True):
+                        out[landed] = leaf
                 if self.recorder is not None:
-                    self.recorder.start(first_slope, self.moves_with[step])
-                last_slope = first_slope.k
-            kernels.bind_slopes(0, stepper.set_slopes(0, last_slope, not recording))
-            last_slope = None
-            evaluations: list[Evaluation | None] = []
-            addresses: list[int] = []
-            for i in range(1, len(self.rows) + 1):
-                kernels.stage(i, addresses)
-                # The slope at the end of the step serves the next step and outputs inside this one.
-                if i < stages and (i < len(self.rows) or inside or step < last_step or every_slope):
-                    evaluation = self._evaluate(i, views[i], stepper.y[i])
-                    evaluations.append(evaluation)
-                    addresses = stepper.set_slopes(i, evaluation.k, not recording)
-                    last_slope = stepper.k[i] if fsal and i == stages - 1 else None
-                else:
-                    evaluations.append(None)
-                    addresses = []
-            kernels.quadrature(addresses if len(self.rows) < stages else [])
-            self._write_outputs(ys, inside, dts[step : step + 1])
-            if landed is not None:
-                for out, leaf in zip(ys, stepper.y[-1], strict=True):
-                    out[landed] = leaf
-            if self.recorder is not None:
-                self._record(step, times[step], evaluations, outputs[step])
-            stepper.swap_ends()
+                    self._record(step, times[step], evaluations, outputs[step])
+                stepper.swap_ends()
         return Trajectory(ys=ys, last=stepper.y0, state=None)
 
     def _evaluate(self, i: int, t: Tensor, y: list[Tensor]) -> Evaluation:
