@@ -22,7 +22,7 @@ from compile_native import ROOT, compile_emulation, compile_threads, setup_py
 FOLDER = ROOT / "build" / "sanitize"
 # Of compiled fields those tests that go through every kind of kernel: the compiler needs half a minute for a sanitized one.
 FIELDS = ["batches", "many_outputs", "tuple_state", "float32", "gradients_of_batches", "gradients_of_a_net"]
-FIELDS += ["gradients_of_flows", "gradients_for_args", "same_bits_in_any_number_of_threads", "failures"]
+FIELDS += ["gradients_for_args", "same_bits_in_any_number_of_threads", "failures"]
 TESTS = ["tests/test_ops.py", "tests/test_stepper.py", *(f"tests/test_compiled.py::test_{name}" for name in FIELDS)]
 TESTS += ["tests/test_compiled_cuda.py"]
 FAULTS = {

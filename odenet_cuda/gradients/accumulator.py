@@ -14,6 +14,28 @@ SHORT = (torch.float16, torch.bfloat16)
 _KEPT_BYTES = 1 << 20  # of gradients that wait to be added; where they are more, a pass for each list costs little
 
 
+def combinations(leaves: Sequence[Tensor], rows: int, a: Sequence[Sequence[float]], signs: Sequence[float]) -> Any:
+    """The stage kernel alone: stage(i) gives signs dt sum_j a[i - 1][j] k_j of each leaf, its rows on axis 0."""
+    device = leaves[0].device
+    return _C.Stepper(
+        dtypes=[DTYPES[x.dtype] for x in leaves],
+        device=-1 if device.type == "cpu" else (device.index or 0),
+        rows=rows,
+        columns=[x.numel() // max(rows, 1) for x in leaves],
+        quadratures=0,
+        signs=list(signs),
+        a=[list(row) for row in a],
+        b=[0.0] * len(a),
+        c=[0.0] * len(a),
+        e=[],
+        rtol=[],
+        atol=[],
+        p=[0.0] * len(a),
+        degree=1,
+        controller=[],
+    )
+
+
 class Accumulator:
     """results()[i]: the sum of all gradients of tensors[i], None where there was none.
 
@@ -35,23 +57,7 @@ class Accumulator:
         self.kept: list[list[Tensor]] = []
         self.without = set(self.fused)  # no gradient so far
         self.one = torch.ones(1, dtype=torch.float64, device=device)
-        self.kernels = _C.Stepper(
-            dtypes=[DTYPES[x.dtype] for x in self.sums],
-            device=-1 if device.type == "cpu" else (device.index or 0),
-            rows=1,
-            columns=[x.numel() for x in self.sums],
-            quadratures=0,
-            signs=[1.0] * len(self.sums),
-            a=[[1.0] * (i + 1) for i in range(self.slots)],
-            b=[0.0] * self.slots,
-            c=[0.0] * self.slots,
-            e=[],
-            rtol=[],
-            atol=[],
-            p=[0.0] * self.slots,
-            degree=1,
-            controller=[],
-        )
+        self.kernels = combinations(self.sums, 1, [[1.0] * (i + 1) for i in range(self.slots)], [1.0] * len(self.sums))
         self.kernels.bind_dt(self.one.data_ptr())
         self._bind()
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..captured import cut_points, gradients, refuse_unknown, sequence_number
-from ..formulas import per_row, rms_norm
+from ..formulas import rms_norm
 from ..integrate import Options, fixed_grid, integrate
-from ..ops import FIELDS
+from ..ops import FIELDS, readable
 from ..problem import Field, Problem
 from ..ranges import in_range
 from ..solution import Solution, Stats, failure
-from .accumulator import SHORT, Accumulator
+from .accumulator import SHORT, Accumulator, combinations
 from .autocast import autocast_state
 from .direct import real_product
 
@@ -153,8 +153,8 @@ class AugmentedField:
 class PerSampleField(AugmentedField):
     """The same where every sample has its own steps: which rows a step counts for, and how much, is known only after it.
 
-    So the stages keep their graphs to the end of the step, and the parameters' integral takes dt * b_j * accept of each row
-    then. The slope of the first stage may stem from an earlier step: it is evaluated again.
+    So the stages, each in a buffer of its own, keep their graphs to the end of the step, and the parameters' integral takes
+    dt * b_j * accept of each row then. The slope of the first stage may stem from an earlier step: it is evaluated again.
     """
 
     def __init__(
@@ -169,16 +169,24 @@ class PerSampleField(AugmentedField):
         super().__init__(field, params, like, costs, [False] * len(b), check)
         self.b, self.none = b, []
         self.sums = Accumulator(params, len(b), like[0].device)
-        self.kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self.kept: dict[int, tuple[list[Tensor], Sequence[Tensor]]] = {}
+        if not params:
+            return
+        self.costs = [readable(cost) for cost in self.costs]
+        self.cotangents = {i: [*map(torch.empty_like, (*like, *self.costs))] for i, weight in enumerate(b) if weight != 0}
+        leaves = [leaf for of_stage in self.cotangents.values() for leaf in of_stage]
+        signs = [-b[i] for i, of_stage in self.cotangents.items() for _ in of_stage]
+        self.kernels = combinations(leaves, len(like[0]), [[1.0]], signs)
+        self.kernels.bind_buffers([0] * len(leaves), [leaf.data_ptr() for leaf in leaves], [], 0)
 
     def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
         n = self.leaves
-        y = [leaf.detach().clone() for leaf in state[:n]]  # kept beyond the call
+        y, a = state[:n], state[n:]
         k = self.evaluate(t, y)
         keep = stage != 0 and self.b[stage] != 0 and bool(self.params)
-        grads = self.product(k, [*state[n:], *self.costs], y, keep)
+        grads = self.product(k, [*a, *self.costs], y, keep)
         if keep:
-            self.kept[stage] = (k, [leaf.clone() for leaf in state[n:]])
+            self.kept[stage] = k, a
         slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
         return [*(slope.detach() for slope in k[:n]), *slopes]
 
@@ -186,12 +194,12 @@ class PerSampleField(AugmentedField):
         if not self.params:
             return
         if self.b[0] != 0:
-            y = [leaf.detach().clone() for leaf in y0[: self.leaves]]
-            self.kept[0] = (self.evaluate(t0, y), list(y0[self.leaves :]))
-        for stage, (k, a) in self.kept.items():
-            weight = -self.b[stage] * accept * dt
-            cotangents = [per_row(weight, x) * x for x in (*a, *self.costs)]
-            self.sums.add(self.product(k, cotangents, self.params, False))
+            self.kept[0] = self.evaluate(t0, y0[: self.leaves]), y0[self.leaves :]
+        weight = accept * dt
+        self.kernels.bind_dt(weight.data_ptr())
+        self.kernels.stage(1, [x.data_ptr() for stage in self.cotangents for x in (*self.kept[stage][1], *self.costs)])
+        for stage, (k, _) in self.kept.items():
+            self.sums.add(self.product(k, self.cotangents[stage], self.params, False))
         self.sums.flush()
         self.kept.clear()
 

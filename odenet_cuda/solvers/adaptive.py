@@ -74,6 +74,8 @@ class AdaptiveSolver:
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
         self.stepper = Stepper(problem, tableau, tableau.rows, control.constants(tableau.order, problem.direction), in_norm)
+        if after_step is not None:  # what a stage was evaluated at is looked at after the step
+            self.stepper.new_stages()
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
         self.stepper.bind_state(self.state, self.table, self.t)
         self.recording = recorder is not None and recorder.slopes
