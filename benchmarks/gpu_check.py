@@ -53,7 +53,7 @@ CLOCKS = (
 CUDA_TESTS = "cuda and not test_cuda_compile"
 # Under compute-sanitizer: complex128 and float32 run the kernels of float64 and complex64 too.
 SANITIZED_TESTS = "cuda and not (float64 or complex64 or wrong_arguments)"
-KERNEL_TESTS = ["tests/test_ops.py", "tests/test_stepper.py"]
+KERNEL_TESTS = ["tests/test_ops.py", "tests/test_stepper.py", "tests/test_compiled_cuda.py::test_gpu"]
 
 
 def find_tool(name: str) -> str | None:
@@ -129,7 +129,7 @@ def tests_part(work: Path, dry: bool) -> list[Step]:
 
 
 def sanitizer_part(work: Path, tools: list[str], expression: str) -> list[Step]:
-    """compute-sanitizer over the tests of the ops and the stepper; without torch's cache, so that each tensor has bounds."""
+    """compute-sanitizer over the tests of the ops, the stepper and compiled fields; without torch's cache, so that each tensor has bounds."""
     program = find_tool("compute-sanitizer") or "compute-sanitizer"
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     steps = []
@@ -146,6 +146,7 @@ def bench_part(work: Path, dry: bool) -> list[Step]:
         "ops": (4, ["bench_ops.py", "--device", "cuda", "--budget", "0.2", "--sizes", "1K", "256K", "4M", "64M", "256M"]),
         "solves": (4, ["bench_odeint.py", "peers", "--device", "cuda"]),
         "training": (4, ["bench_training.py", "--device", "cuda"]),
+        "launches": (4, ["bench_cuda.py"]),
     }
     if dry:
         chosen = {"ops": (1, ["bench_ops.py", "--quick", "--sizes", "1K"])}
