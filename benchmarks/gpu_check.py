@@ -129,7 +129,7 @@ def tests_part(work: Path, dry: bool) -> list[Step]:
 
 
 def sanitizer_part(work: Path, tools: list[str], expression: str) -> list[Step]:
-    """compute-sanitizer over the tests of the ops, the stepper and compiled fields; without torch's cache, so that each tensor has bounds."""
+    """compute-sanitizer over tests of the kernels; without torch's cache, so that each tensor has bounds."""
     program = find_tool("compute-sanitizer") or "compute-sanitizer"
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     steps = []
