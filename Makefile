@@ -16,7 +16,7 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest
 
-# The C++ kernels under sanitizers; a few minutes. Needs g++.
+# The C++ kernels under sanitizers; a quarter of an hour. Needs g++.
 .PHONY: test-sanitize
 test-sanitize: $(SETUP)
 	$(BIN)/python tests/sanitize.py
