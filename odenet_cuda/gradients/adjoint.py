@@ -173,7 +173,8 @@ class PerSampleField(AugmentedField):
         if not params:
             return
         self.costs = [readable(cost) for cost in self.costs]
-        self.cotangents = {i: [*map(torch.empty_like, (*like, *self.costs))] for i, weight in enumerate(b) if weight != 0}
+        shapes = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*like, *self.costs)]
+        self.cotangents = {i: [*map(torch.empty_like, shapes)] for i, weight in enumerate(b) if weight != 0}
         leaves = [leaf for of_stage in self.cotangents.values() for leaf in of_stage]
         signs = [-b[i] for i, of_stage in self.cotangents.items() for _ in of_stage]
         self.kernels = combinations(leaves, len(like[0]), [[1.0]], signs)
