@@ -19,12 +19,7 @@ inline unsigned blocks_for(int64_t size) {
 }
 
 // Bytes of kernel parameters, which are copied at every launch: few leaves travel in a small batch.
-constexpr int kFew = 4096;
-#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
-constexpr int kMany = kFew;
-#else
-constexpr int kMany = 32764;
-#endif
+constexpr int kFew = 4096, kMany = 32764;
 
 // The leaves of one launch, each with blocks of its own.
 template <class Args, int bytes>
