@@ -8,6 +8,7 @@ depends on the batch is known from one that does not.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -138,12 +139,18 @@ def _trace(
                 grads = (None,) * len(sources)  # type: ignore[assignment]
         return [*(slope.detach() for slope in slopes), *grads]
 
+    inputs = [*leaves, *samples, *cotangents]
+    return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(t, *inputs)
+
+
+@cache
+def _decompositions() -> dict[Any, Callable]:
+    """What operations are made of, by which they are replaced in a recording."""
     table = {**core_aten_decompositions(), **get_decompositions(_DECOMPOSED)}
     for name in _READ:
         for overload in getattr(_aten, name).overloads():
             table.pop(getattr(getattr(_aten, name), overload), None)
-    inputs = [*leaves, *samples, *cotangents]
-    return make_fx(field, decomposition_table=table, record_stack_traces=True)(t, *inputs)
+    return table
 
 
 def value_of(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
