@@ -21,7 +21,8 @@ magnifies errors, as the spiral at 1e-3 does, all of them err by much, and a bac
 "by hand" is by_hand.cpp, compiled with the same compiler and flags: the limit. Lorenz's solution cannot be predicted to
 t = 100, so the errors of `lorenz-one` are those at t = 10. `peak` is the share of the arithmetic that torch's matrix product
 reaches here, with as many threads. Calls of less than ten milliseconds are timed several in a row after one that is not, so
-that none is timed with what another left in the caches. JAX is held to the same number of threads: its flags alone leave it more.
+that none is timed with what another left in the caches. JAX is held to the same number of threads: its flags alone leave it
+more.
 """
 
 import argparse
