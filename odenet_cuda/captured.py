@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
@@ -138,7 +138,8 @@ def earlier_results(func: Callable[[], Any], since: int) -> list[Tensor]:
 
 def sequence_number() -> int:
     """Autograd's sequence number now: nodes made from here on have this number or a higher one. Gradients must be on."""
-    probe = torch.ones((), requires_grad=True) * 1
+    with _disable_current_modes():  # it is none of func's operations
+        probe = torch.ones((), requires_grad=True) * 1
     node = probe.grad_fn
     assert node is not None, "gradients must be on"
     return node._sequence_nr() + 1

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import Tensor
 from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .ranges import marked
-from .solvers.adaptive import AdaptiveSolver, runs_ahead, solve_by_graph, stop_table
-from .solvers.fixed import FixedSolver, uniform_grid
+from .solvers.adaptive import AdaptiveSolver, runs_ahead, stop_table
+from .solvers.by_graph import Kind, solve_by_graph
+from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
 from .tableau import ButcherTableau
 
 Grid = tuple[list[float], list[int | None]]
+
+_MOST_CAPTURED = 4096  # calls of func in one graph
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,11 @@ def integrate(
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
+        common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder}
+        alone = not callbacks and recorder is None and after_step is None and not options.jump_t
+        by_graph = options.cuda_graph and alone and runs_ahead(problem.device)
         if options.adaptive:
-            make = partial(
+            make: Any = partial(
                 AdaptiveSolver,
                 problem,
                 options.tableau,
@@ -90,19 +96,30 @@ def integrate(
                 first_step=options.first_step,
                 step_t=options.step_t,
                 jump_t=options.jump_t,
-                callbacks=callbacks,
-                recorder=recorder,
                 after_step=after_step,
+                **common,
             )
-            alone = not callbacks and recorder is None and after_step is None and not options.jump_t
-            if options.cuda_graph and runs_ahead(problem.device) and alone:
-                stops = len(stop_table(problem, options.step_t, options.jump_t)[0])
-                return solve_by_graph(problem, (options, stops), make, start is not None)
-            return make().run(start)
-        nodes, moves_with = grid or fixed_grid(options, problem.t)
-        return FixedSolver(
-            problem, options.tableau, nodes, moves_with, perturb=options.perturb, callbacks=callbacks, recorder=recorder
-        ).run(start)
+            kind = adaptive_kind(problem, options) if by_graph else None
+        else:
+            nodes, moves_with = grid or fixed_grid(options, problem.t)
+            make = partial(FixedSolver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
+            kind = fixed_kind(problem, options, nodes) if by_graph else None
+        return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)
+
+
+def adaptive_kind(problem: Problem, options: Options) -> Kind:
+    """The first step is tried before any that is captured."""
+    refusal = "" if problem.fused_error else "a norm of the user, or tolerances that are tensors"
+    stops = len(stop_table(problem, options.step_t, options.jump_t)[0])
+    return Kind((replace(options, first_step=None), stops), (problem, options.first_step), False, refusal)
+
+
+def fixed_kind(problem: Problem, options: Options, nodes: list[float]) -> Kind:
+    """Other times are other numbers in memory, as long as the outputs lie in the same places of the same steps."""
+    outputs = tuple(map(tuple, outputs_of_steps(nodes, problem.t, problem.direction)))
+    calls = len(outputs) * options.tableau.stages
+    refusal = f"the grid takes {calls} calls of func, a graph at most {_MOST_CAPTURED}" if calls > _MOST_CAPTURED else ""
+    return Kind((options, outputs), (problem, nodes), options.perturb, refusal)
 
 
 def fixed_grid(options: Options, t: list[float], func: Any = None, y0: Any = None, user_t: Tensor | None = None) -> Grid:

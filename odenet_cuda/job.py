@@ -215,12 +215,7 @@ class Job:
         if params is not None and gradient != "checkpoint":
             return None, params_wanted, True
         problem = self.problem
-        if self.options.perturb:
-            times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
-            times = torch.nextafter(times, torch.full_like(times, problem.direction * math.inf))
-        else:
-            times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real)
-        t0 = problem.time_views(times.to(problem.device))[0]
+        t0 = problem.start_time(self.options.perturb)
         recorder = self._recorder(graphs=params is None, t_grad=self.t.requires_grad)
         y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
         generators = noise.states(problem.device) if gradient == "checkpoint" else ()

@@ -64,13 +64,16 @@ class Field:
             raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
         self.func, self.structure = func, structure
         self.nfe = 0
+        self._unknown = 2  # calls until it is known whether func returns one buffer
         self._first: list[Tensor] = []
         self._returns_one_buffer = False
         self._device = structure.leaves[0].get_device()
 
     def again(self) -> "Field":
         """The same func, counted anew: for a solve backwards."""
-        return Field(self.func, self.structure)
+        field = Field(self.func, self.structure)
+        field._unknown, field._first, field._returns_one_buffer = self._unknown, self._first, self._returns_one_buffer
+        return field
 
     def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         """The slopes at (t, y), each with the shape, type and device of its leaf. stage: which one of a step; not used here."""
@@ -85,16 +88,17 @@ class Field:
             slope = k[i]
             if slope.dtype is not leaf.dtype or slope.shape != leaf.shape or slope.get_device() != self._device:
                 k[i] = self._conform(slope, leaf, i)
-        if self.nfe <= 2 or self._returns_one_buffer:
+        if self._unknown or self._returns_one_buffer:
             return self._own(k)
         return k
 
     def _own(self, k: list[Tensor]) -> list[Tensor]:
         """A func that writes each result into the same memory would overwrite slopes still in use. The first result is
         copied, the second tells whether func is such a one, and then every result is copied."""
-        if self.nfe == 1:
+        self._unknown = max(0, self._unknown - 1)
+        if self._unknown == 1:
             self._first = k
-        elif self.nfe == 2:
+        elif not self._returns_one_buffer:
             pairs = zip(self._first, k, strict=True)
             self._returns_one_buffer = any(x.numel() and x.data_ptr() == y.data_ptr() for x, y in pairs)
             self._first = []
@@ -124,6 +128,13 @@ class WithArguments:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._func, name)
+
+
+def counter_of(field: Any) -> Any:
+    """The field that counts the calls of func, under those that add to it."""
+    while not hasattr(field, "nfe"):
+        field = field.field
+    return field
 
 
 def own_tensors(func: Any) -> tuple[list[Tensor], bool]:
@@ -187,6 +198,13 @@ class Problem:
     def fused_error(self) -> bool:
         """Whether the error kernel serves this problem: the default norm and tolerances that are numbers."""
         return self.norm is None and not any(isinstance(tol, Tensor) for tol in (*self.rtol, *self.atol))
+
+    def start_time(self, perturb: bool) -> Tensor:
+        """t[0] as func sees it; perturb: just inside."""
+        times = torch.full((1, self.rows), self.t[0], dtype=self.real)
+        if perturb:
+            times = torch.nextafter(times, torch.full_like(times, self.direction * math.inf))
+        return self.time_views(times.to(self.device))[0]
 
     def time_views(self, times: Tensor) -> list[Tensor]:
         """times [stages, rows] as func sees them: 0-dimensional, or [batch, 1, ...] of the first leaf's rank."""

@@ -564,10 +564,12 @@ def test_optimizer_steps_are_seen():
     assert losses[True][-1] < losses[True][0]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
-def test_changed_between_forward_and_backward(gradient):
+def test_changed_between_forward_and_backward(gradient, frozen):
     """torch's own error, as for any saved tensor."""
     net = Net()
+    net.first.weight.requires_grad_(not frozen)
     ys = solve(odenet_cuda.compile(net), rows(5, 2), TIMES, gradient=gradient).ys
     with torch.no_grad():
         net.first.weight.add_(1.0)

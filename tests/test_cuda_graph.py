@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from problems import ADAPTIVE_METHODS
+from problems import ADAPTIVE_METHODS, FIXED_METHODS
 from torch import nn
 
 from odenet_cuda import SolverError, cuda_graph, solve
 from odenet_cuda.cuda_graph import Calls, Graphs, Watch
-from odenet_cuda.solvers import adaptive
+from odenet_cuda.solvers import adaptive, by_graph
 from odenet_cuda.step_control import RUNNING, SUCCESS
 
 D = torch.float64
@@ -62,7 +62,7 @@ def ahead(monkeypatch):
     capture = Capture()
     monkeypatch.setattr(cuda_graph, "capture", capture)
     monkeypatch.setattr(cuda_graph, "graphs", Graphs())
-    monkeypatch.setattr(adaptive, "graphs", cuda_graph.graphs)
+    monkeypatch.setattr(by_graph, "graphs", cuda_graph.graphs)
     return capture
 
 
@@ -202,8 +202,7 @@ def test_adjoint(y0, ahead, monkeypatch):
         net.zero_grad()
         solve(net, start, T, gradient="adjoint", rtol=1e-6, atol=1e-6, cuda_graph=True).ys.square().sum().backward()
         grads.append([start.grad.clone(), *(p.grad.clone() for p in net.parameters())])
-    # One forwards, two backwards: the result of the first call of func is copied, so that its solve begins otherwise.
-    assert ahead.captured == 3
+    assert ahead.captured == 2
     monkeypatch.undo()
     start.grad = None
     net.zero_grad()
@@ -228,6 +227,76 @@ def test_threads(y0, ahead):
         thread.join()
     assert len(results) == 15 and all(torch.equal(ys, expected) for ys in results)
     assert 1 <= ahead.captured <= 3
+
+
+# ---- fixed grids: the whole solve is one graph ----
+
+GRIDS = [{}, {"step_size": 0.1}, {"step_size": 0.25, "perturb": True}, {"step_size": 0.07, "interp": "cubic"}]
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_fixed_grids(y0, ahead, monkeypatch, grid, method):
+    """The first solve of a kind is not captured, the second is, with outputs at nodes and between; odd numbers of steps too."""
+    net = Net()
+    found = [solve(net, y0 * i, T, method=method, cuda_graph=True, **grid) for i in (1, 2, 3)]
+    assert (ahead.captured, ahead.replayed) == (1, 2)
+    monkeypatch.undo()
+    for i, solution in enumerate(found, 1):
+        same(solution, solve(net, y0 * i, T, method=method, **grid))
+
+
+def test_fixed_grids_at_other_times(y0, ahead):
+    """They are numbers in memory, as long as outputs lie in the same places of the same steps."""
+    net = Net()
+    for times in (T, T * 2, T + 1, T[[0, 0, 2]] + torch.tensor([0, 0.7, 0], dtype=D)):
+        assert torch.equal(solve(net, y0, times, method="rk4", cuda_graph=True).ys, solve(net, y0, times, method="rk4").ys)
+    assert ahead.captured == 1 and ahead.replayed == 3
+    inside = {"method": "rk4", "step_size": 0.2, "cuda_graph": True}
+    for times in (T, T * 1.01):
+        solve(net, y0, times, **inside)
+    assert ahead.captured == 1  # the outputs lie elsewhere in their steps
+    solve(net, y0, T * 1.01, **inside)
+    assert ahead.captured == 2
+
+
+def test_training_on_a_fixed_grid(y0, ahead, monkeypatch):
+    """Forwards and by the adjoint, whose intervals share a graph; weights change between the steps."""
+    times = torch.tensor([0.0, 0.2, 0.5, 0.6, 1.0], dtype=D)
+    losses = {}
+    for graph in (True, False):
+        net = Net(wanted=True)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        losses[graph] = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = solve(net, y0, times, method="rk4", gradient="adjoint", cuda_graph=graph).ys.square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[graph].append(loss.item())
+        if graph:
+            assert ahead.captured == 2 and ahead.replayed == 3 + 4 * 4 - 1
+            monkeypatch.undo()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-12)
+
+
+def test_long_grids_are_not_captured(y0, ahead):
+    with pytest.warns(UserWarning, match="the grid takes 4400 calls of func, a graph at most 4096"):
+        solve(Net(), y0, [0.0, 1.0], method="rk4", step_size=1 / 1100, cuda_graph=True)
+    assert ahead.captured == 0
+
+
+def test_a_fixed_solve_whose_capture_fails(y0, ahead, monkeypatch):
+    def fails(step):
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(cuda_graph, "capture", fails)
+    solve(Net(), y0, T, method="rk4", cuda_graph=True)
+    net = Net()
+    solve(net, y0, T, method="rk4", cuda_graph=True)
+    with pytest.warns(UserWarning, match="cannot be captured: not permitted"):
+        found = solve(net, y0 * 2, T, method="rk4", cuda_graph=True)
+    same(found, solve(net, y0 * 2, T, method="rk4"))
 
 
 # ---- what cannot be captured ----

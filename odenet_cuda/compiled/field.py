@@ -266,15 +266,17 @@ def attach(
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, engine, how, ys, *tensors):
-        ctx.engine, ctx.how = engine, how
-        ctx.save_for_backward(*tensors)
+        ctx.engine, ctx.how, ctx.count = engine, how, len(tensors)
+        # The backward pass reads what is frozen too, where it lies.
+        frozen = [x for x in engine.constants.values.values() if isinstance(x, Tensor) and not x.is_inference()]
+        ctx.save_for_backward(*tensors, *frozen)
         return ys
 
     @staticmethod
     @in_range("backward")
     def backward(ctx, *grad_ys):
         gradient, backward, stats, again = ctx.how
-        tensors = ctx.saved_tensors  # says so where one was changed since
+        tensors = ctx.saved_tensors[: ctx.count]  # says so where one was changed since, a frozen one too
         engine = ctx.engine
         if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
             if gradient == "adjoint":

@@ -6,8 +6,7 @@ end find a held state. Only what needs the host at every step (recording for a g
 look there.
 """
 
-import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import formulas
-from ..cuda_graph import Calls, Watch, captured, graphs
+from ..cuda_graph import Watch, captured
 from ..ops import FIELDS, STOPS
-from ..problem import Problem
+from ..problem import Problem, counter_of
 from ..ranges import marked
 from ..step_control import RUNNING, StepControl, initial_state
 from ..stepper import Stepper
@@ -150,9 +149,9 @@ class AdaptiveSolver:
 
     # ---- ahead of the device ------------------------------------------------------------------------------------------
 
-    def reset(self, problem: Problem) -> None:
+    def reset(self, problem: Problem, first_step: float | None) -> None:
         """Another problem of the same kind takes the place of the last: in the same memory, for a captured step."""
-        self.problem = problem
+        self.problem, self.first_step = problem, first_step
         with torch.no_grad():
             for own, new in zip((self.state, self.table, self.t), self._numbers(problem), strict=True):
                 own.copy_(new)
@@ -173,8 +172,9 @@ class AdaptiveSolver:
                     self._step()
             steps += 1
             ended = watch.ended(steps)
-            if not ended and self.captures:  # after a step that was not, in which what func does once is done
-                self.captures, self.replay = False, captured(self._step)
+            if not ended and self.captures and self.replay is None:  # after a step in which what func does once is done
+                self.replay = captured(self._step)
+                self.captures = self.replay is not None
         tried = self.state[FIELDS["num_accepted"]] + self.state[FIELDS["num_rejected"]]
         self.expected = int(tried.max())
         counter.nfe = called + self.expected * (self.tableau.stages - 1)  # steps past the end do not count
@@ -352,50 +352,6 @@ class AdaptiveSolver:
             if not self.problem.per_sample:
                 t, dt = t[0], dt[0]
             callback(t, [leaf.clone() for leaf in self.stepper.y0], dt)
-
-
-def counter_of(field: Any) -> Any:
-    """The field that counts the calls of func, under those that add to it."""
-    while not hasattr(field, "nfe"):
-        field = field.field
-    return field
-
-
-def solve_by_graph(problem: Problem, kind: Hashable, make: Callable[..., AdaptiveSolver], called: bool) -> Trajectory:
-    """The solve by a captured step, of an earlier solve where one did the same.
-
-    kind: what else the step depends on. make: a new solver; graph: whether it captures. called: func was called at the start
-    before; that it is here once more does not count.
-    """
-    y0 = [leaf.clone() for leaf in problem.state_leaves]
-    times = torch.full((1, problem.rows), problem.t[0], dtype=problem.real, device=problem.device)
-    view = problem.time_views(times)[0]
-    calls = Calls([view, *y0])
-    with calls:
-        start = Evaluation(view, y0, problem.field(view, y0, 0))
-    refusal = calls.refusal or ("" if problem.fused_error else "a norm of the user, or tolerances that are tensors")
-    if refusal:
-        warnings.warn(f"cuda_graph: {refusal}; the solve goes on without a graph", stacklevel=2)
-        found = make(graph=False).run(start)
-        counter_of(problem.field).nfe -= called
-        return found
-    shapes = tuple([(leaf.shape, leaf.dtype) for leaf in problem.leaves])
-    tolerances = *problem.rtol, *problem.atol, problem.quadratures, problem.quadratures_in_norm, *(problem.signs or ())
-    cast = torch.is_autocast_enabled(problem.device.type), torch.get_autocast_dtype(problem.device.type)
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
-    key = kind, problem.device, shapes, len(problem.t), problem.direction, problem.per_sample, tolerances, modes, calls.key
-    solver = graphs.take(key)
-    if solver is None:
-        solver = make(graph=True)
-    else:
-        solver.reset(problem)
-    found = solver.run(start)
-    counter_of(problem.field).nfe -= called
-    ys, last = ([leaf.clone() for leaf in leaves] for leaves in (found.ys, found.last))
-    result = Trajectory(ys=ys, last=last, state=solver.state.clone())
-    if solver.replay is not None:
-        graphs.give(key, solver)
-    return result
 
 
 def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float]) -> tuple[list[float], list[int]]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import formulas, ops
-from ..problem import Problem
+from ..cuda_graph import captured
+from ..problem import Problem, counter_of
 from ..ranges import marked
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
@@ -68,9 +69,10 @@ def tape_of_grid(
 
 
 class FixedSolver:
-    """One solve on the grid `nodes`, which begins at t[0] and ends at t[-1]. `run` may be called once.
+    """A solve on the grid `nodes`, which begins at t[0] and ends at t[-1], and after `reset` another of the same kind.
 
-    moves_with: for each node the index of the output time that it moves with, or None where it is taken as given.
+    moves_with: for each node the index of the output time that it moves with, or None where it is taken as given. graph: the
+    second solve and those after it are one captured graph, for nothing on the host depends on what becomes of a step.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class FixedSolver:
         perturb: bool = False,
         callbacks: dict[str, Callable] | None = None,
         recorder: Recorder | None = None,
+        graph: bool = False,
     ):
         self.problem, self.tableau, self.nodes, self.moves_with = problem, tableau, nodes, moves_with
         self.perturb = perturb
@@ -90,9 +93,48 @@ class FixedSolver:
         self.callback = (callbacks or {}).get("callback_step")
         self.rows = tableau.rows
         self.stepper = Stepper(problem, tableau, self.rows)
+        self.dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=problem.device)
+        self.times = stage_times(nodes, tableau, problem.real, perturb).to(problem.device)
+        self.ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in self.stepper.y0[: self.stepper.n]]
+        self.captures = graph
+        self.replay: Callable[[], None] | None = None  # a captured solve
+        self.initial = [leaf.clone() for leaf in self.stepper.y0] if graph else []
+        self.calls = 0  # of func in a solve, the first not counted
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
+        if not self.captures:
+            self._solve(start)
+            return Trajectory(ys=self.ys, last=self.stepper.y0, state=None)
+        counter = counter_of(self.problem.field)
+        called = counter.nfe
+        if self.calls and self.replay is None:  # the solve before was not captured: what func does once is done
+            self.replay = captured(self._solve_again)
+            self.captures = self.replay is not None
+        if self.replay is None:
+            self._solve_again(start)
+            self.calls = counter.nfe - called
+        else:
+            self.replay()
+            counter.nfe = called + self.calls
+        return Trajectory(ys=self.ys, last=self.stepper.y0, state=None)
+
+    def reset(self, problem: Problem, nodes: list[float]) -> None:
+        """Another problem of the same kind takes the place of the last: in the same memory, for a captured solve. Its outputs
+        must lie in the same places of the same steps."""
+        self.problem, self.nodes = problem, nodes
+        self.dts.copy_(torch.tensor(np.diff(nodes), dtype=torch.float64))
+        self.times.copy_(stage_times(nodes, self.tableau, problem.real, self.perturb))
+        for own, leaf in zip(self.initial, problem.leaves, strict=True):
+            own.copy_(leaf)
+
+    def _solve_again(self, start: Evaluation | None = None) -> None:
+        """From `initial` on: the buffers of the start and of the end of a step change places."""
+        for own, leaf in zip(self.stepper.y0, self.initial, strict=True):
+            own.copy_(leaf)
+        self._solve(start)
+
+    def _solve(self, start: Evaluation | None) -> None:
         problem, stepper, kernels, recording = (
             self.problem,
             self.stepper,
@@ -100,9 +142,7 @@ class FixedSolver:
             self.recorder is not None and self.recorder.slopes,
         )
         nodes, t, stages, fsal = self.nodes, problem.t, self.tableau.stages, self.tableau.fsal and not self.perturb
-        dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=problem.device)
-        times = stage_times(nodes, self.tableau, problem.real, self.perturb).to(problem.device)
-        ys = [leaf.new_empty(len(t), *leaf.shape) for leaf in stepper.y0[: stepper.n]]
+        dts, times, ys = self.dts, self.times, self.ys
         for out, leaf in zip(ys, stepper.y0, strict=False):
             out[0] = leaf
         every_slope = self.recorder is not None and self.recorder.every_slope
@@ -116,7 +156,7 @@ class FixedSolver:
                     self.callback(dts.new_tensor(t0), [leaf.clone() for leaf in stepper.y0], dts.new_tensor(abs(t1 - t0)))
                 if recording:
                     stepper.new_stages()
-                landed = next((index for index, _, _ in outputs[step] if t[index] == t1), None)
+                landed = next((index for index, theta, _ in outputs[step] if theta == 1.0), None)
                 inside = [(index, float(theta)) for index, theta, _ in outputs[step] if index != landed]
                 if last_slope is None:
                     first_slope = start or self._evaluate(0, views[0], stepper.y0[: stepper.n])
@@ -147,7 +187,6 @@ class FixedSolver:
                 if self.recorder is not None:
                     self._record(step, times[step], evaluations, outputs[step])
                 stepper.swap_ends()
-        return Trajectory(ys=ys, last=stepper.y0, state=None)
 
     def _evaluate(self, i: int, t: Tensor, y: list[Tensor]) -> Evaluation:
         if self.recorder is not None and self.recorder.slopes:

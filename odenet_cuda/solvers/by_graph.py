@@ -1,0 +1,66 @@
+"""Solves by a captured graph: which earlier solve had the same, and what it leaves behind.
+
+An adaptive solver captures one step, a fixed one its whole solve: its steps are known beforehand. Either is kept and takes the
+next solve of its kind, see `reset` of the solvers.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..cuda_graph import Calls, graphs
+from ..problem import Problem, counter_of
+from .trajectory import Evaluation, Trajectory
+
+
+@dataclass
+class Kind:
+    """What a solve by a graph is besides its problem.
+
+    key: what else its steps depend on. reset: what `reset` of a solver takes. perturb: func is first called just inside the
+    interval. refusal: why this solve has no graph, or "".
+    """
+
+    key: Hashable
+    reset: tuple[Any, ...]
+    perturb: bool
+    refusal: str
+
+
+def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], called: bool) -> Trajectory:
+    """The solve by a captured graph, of an earlier solve where one did the same.
+
+    make: a new solver; graph: whether it captures. called: func was called at the start before; that it is here once more does
+    not count.
+    """
+    y0 = [leaf.clone() for leaf in problem.state_leaves]
+    time = problem.start_time(kind.perturb)
+    calls = Calls([time, *y0])
+    with calls:
+        start = Evaluation(time, y0, problem.field(time, y0, 0))
+    refusal = kind.refusal or calls.refusal
+    if refusal:
+        warnings.warn(f"cuda_graph: {refusal}; the solve goes on without a graph", stacklevel=2)
+        found = make(graph=False).run(start)
+        counter_of(problem.field).nfe -= called
+        return found
+    shapes = tuple([(leaf.shape, leaf.dtype) for leaf in problem.leaves])
+    tolerances = *problem.rtol, *problem.atol, problem.quadratures, problem.quadratures_in_norm, *(problem.signs or ())
+    cast = torch.is_autocast_enabled(problem.device.type), torch.get_autocast_dtype(problem.device.type)
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
+    key = kind.key, problem.device, shapes, len(problem.t), problem.direction, problem.per_sample, tolerances, modes, calls.key
+    solver = graphs.take(key)
+    if solver is None:
+        solver = make(graph=True)
+    else:
+        solver.reset(*kind.reset)
+    found = solver.run(start)
+    counter_of(problem.field).nfe -= called
+    ys, last = ([leaf.clone() for leaf in leaves] for leaves in (found.ys, found.last))
+    state = None if found.state is None else found.state.clone()
+    if solver.captures:
+        graphs.give(key, solver)
+    return Trajectory(ys=ys, last=last, state=state)
