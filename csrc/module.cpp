@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "library.h"
+#include "repeat.h"
 #include "stepper.h"
 
 namespace py = pybind11;
@@ -188,6 +189,14 @@ void add_library(py::module_& m) {
       });
 }
 
+// A captured step, made again and again in one launch.
+void add_repeat(py::module_& m) {
+  py::class_<Repeat>(m, "Repeat")
+      .def(py::init<Address, Address, int64_t, Address, int64_t, int32_t>(), py::kw_only(), py::arg("step"),
+           py::arg("status"), py::arg("rows"), py::arg("left"), py::arg("steps"), py::arg("device"))
+      .def("launch", &Repeat::launch);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -197,4 +206,5 @@ PYBIND11_MODULE(_C, m) {
   add_machine(m);
   add_stepper(m);
   add_library(m);
+  add_repeat(m);
 }

@@ -1,4 +1,5 @@
-"""Solves on CUDA whose host never waits: a step captured once and replayed, and an end that is learnt of late.
+"""Solves on CUDA whose host never waits: a step captured once and replayed, and an end that is learnt of late; or a step that
+the device itself repeats as long as the solve goes on.
 
 A graph repeats what one step did, on the memory it did it on. Whether it serves another solve is asked of the call of func
 that every solve begins with: the same operations with the same numbers on the same memory (`Calls`) mean the same step.
@@ -16,11 +17,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _C
 from .step_control import RUNNING
 
 _LIMIT = 16  # steps that are kept captured, those used longest ago let go first
 _EXPECTED_SHARE = 10  # a solve may take a tenth less steps than the last one did
 _LOOK_SHARE = 20
+_STEPS_A_LAUNCH = 256  # where the device repeats a step; an interrupt is seen between two launches
+MODES = ("step", "loop")
 
 # Operations whose result the host must wait for, or whose shape depends on values.
 _WAITING = (
@@ -32,12 +36,13 @@ _WAITING = (
 class Calls(TorchDispatchMode):
     """The operations of a call of func. own: tensors that the solver gives it, by name; they lie elsewhere in another solve.
 
-    refusal: why the call cannot be captured, or "". key: equal for calls that do the same on the same memory.
+    refusal: why the call cannot be captured, or "". random: whether it draws numbers. key: equal for calls that do the same
+    on the same memory.
     """
 
     def __init__(self, own: Sequence[Tensor]):
         super().__init__()
-        self.refusal = ""
+        self.refusal, self.random = "", False
         self._own = {tensor.untyped_storage().data_ptr(): place for place, tensor in enumerate(own)}
         self._made: dict[int, int] = {}
         self._alive: list[Tensor] = []  # so that no other tensor gets the id of one
@@ -50,6 +55,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.random = self.random or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         self._calls.append((str(func), self._described(args), self._described(kwargs)))
         results = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
         for tensor in results:
@@ -133,14 +139,55 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+def repeat(step: Callable[[], None], status: Tensor) -> Callable[[], None]:
+    """What makes captured steps in one launch: as many as `_STEPS_A_LAUNCH`, while a row has the status RUNNING.
+
+    The step is the body of a WHILE node of a graph, so it must not draw random numbers: torch moves its generators on from the
+    host, once a launch. Raises RuntimeError where it cannot be captured. status: float64 [rows], on the device.
+    """
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    left = torch.empty(1, dtype=torch.int64, device=status.device)
+    made = _C.Repeat(
+        step=graph.raw_cuda_graph(),
+        status=status.data_ptr(),
+        rows=len(status),
+        left=left.data_ptr(),
+        steps=_STEPS_A_LAUNCH,
+        device=status.device.index or 0,
+    )
+
+    def launch(kept: Any = (graph, left, status)) -> None:  # whose memory the graph works on
+        made.launch()
+
+    return launch
+
+
 def captured(step: Callable[[], None]) -> Callable[[], None] | None:
     """A replay of the step, or None, with a warning, where it cannot be captured."""
     try:
         return capture(step)
     except RuntimeError as error:
-        words = str(error).strip().splitlines() or ["no message"]
-        warnings.warn(f"cuda_graph: func cannot be captured: {words[0]}; the solve goes on without a graph", stacklevel=4)
+        _warn(f"func cannot be captured: {_first_line(error)}; the solve goes on without a graph")
         return None
+
+
+def repeated(step: Callable[[], None], status: Tensor) -> Callable[[], None] | None:
+    """The same for `repeat`."""
+    try:
+        return repeat(step, status)
+    except RuntimeError as error:
+        _warn(f"the device cannot repeat the step: {_first_line(error)}; each is replayed from the host")
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _warn(words: str) -> None:
+    warnings.warn(f"cuda_graph: {words}", stacklevel=5)
 
 
 class Watch:
@@ -169,8 +216,18 @@ class Watch:
                 return True
             self._asked, self._look_at = 0, self._asked + ahead
         if steps >= self._look_at:
-            self._seen.copy_(self._status, non_blocking=True)
-            if self._event is not None:
-                self._event.record()
+            self._ask()
             self._asked = steps
         return False
+
+    def ended_now(self) -> bool:
+        """The same, once the device has done all that it was given."""
+        self._ask()
+        if self._event is not None:
+            self._event.synchronize()
+        return not (self._seen.numpy() == RUNNING).any()
+
+    def _ask(self) -> None:
+        self._seen.copy_(self._status, non_blocking=True)
+        if self._event is not None:
+            self._event.record()

@@ -37,7 +37,7 @@ class Options:
     grid_constructor: Callable | None = None
     perturb: bool = False
     interp: str = "method"
-    cuda_graph: bool = False
+    cuda_graph: str = ""  # or one of cuda_graph.MODES
 
     def __post_init__(self) -> None:
         find_method(self.method)
@@ -86,7 +86,7 @@ def integrate(
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder}
         alone = not callbacks and recorder is None and after_step is None and not options.jump_t
-        by_graph = options.cuda_graph and alone and runs_ahead(problem.device)
+        by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         if options.adaptive:
             make: Any = partial(
                 AdaptiveSolver,
@@ -111,7 +111,8 @@ def adaptive_kind(problem: Problem, options: Options) -> Kind:
     """The first step is tried before any that is captured."""
     refusal = "" if problem.fused_error else "a norm of the user, or tolerances that are tensors"
     stops = len(stop_table(problem, options.step_t, options.jump_t)[0])
-    return Kind((replace(options, first_step=None), stops), (problem, options.first_step), False, refusal)
+    key = replace(options, first_step=None), stops
+    return Kind(key, (problem, options.first_step), False, options.cuda_graph, refusal)
 
 
 def fixed_kind(problem: Problem, options: Options, nodes: list[float]) -> Kind:
@@ -119,7 +120,7 @@ def fixed_kind(problem: Problem, options: Options, nodes: list[float]) -> Kind:
     outputs = tuple(map(tuple, outputs_of_steps(nodes, problem.t, problem.direction)))
     calls = len(outputs) * options.tableau.stages
     refusal = f"the grid takes {calls} calls of func, a graph at most {_MOST_CAPTURED}" if calls > _MOST_CAPTURED else ""
-    return Kind((options, outputs), (problem, nodes), options.perturb, refusal)
+    return Kind((options, outputs), (problem, nodes), options.perturb, "step", refusal)
 
 
 def fixed_grid(options: Options, t: list[float], func: Any = None, y0: Any = None, user_t: Tensor | None = None) -> Grid:

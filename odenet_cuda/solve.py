@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import cuda_graph as graphs
 from . import transforms
 from .compiled.field import compiled_field, prepare
 from .gradients.adjoint_setup import adjoint_setup
@@ -47,7 +48,7 @@ def solve(
     step_size: float | None = None,
     grid_constructor: Callable | None = None,
     perturb: bool = False,
-    cuda_graph: bool = False,
+    cuda_graph: bool | str = False,
     interp: str = "method",
     norm: Callable | None = None,
     regularizers: Sequence[str] = (),
@@ -84,9 +85,11 @@ def solve(
     step_t, jump_t: times at which a step must end; func is discontinuous at those of jump_t.
     step_size, grid_constructor: the grid of a method without error control, else t itself; ``grid_constructor(func, y0, t)``
         returns the times of the grid. perturb: evaluate at the ends of a step just inside it.
-    cuda_graph: of an adaptive solve on CUDA, capture a step with func in it and replay it. What func does in Python besides
-        (counting its calls, say) is then done a few times only. Not where every step needs the host: gradient="direct" and
-        "checkpoint", jump_t, callbacks. No GPU has run this yet.
+    cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
+        "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
+        numbers). A fixed grid of up to 4,096 calls of func is captured whole. What func does in Python besides (counting its
+        calls, say) is then done a few times only. Not where every step needs the host: gradient="direct" and "checkpoint",
+        jump_t, callbacks. No GPU has run this yet.
     interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).
     norm: of the scaled error, a function of the state; default: the largest of the leaves' root mean squares.
     regularizers: costs of the trajectory to give as `Solution.regularizers`, with gradients: "kinetic", "jacobian" (Finlay et
@@ -121,7 +124,7 @@ def solve(
         step_size=None if step_size is None else float(step_size),
         grid_constructor=grid_constructor,
         perturb=perturb,
-        cuda_graph=bool(cuda_graph),
+        cuda_graph=_graph_mode(cuda_graph),
         interp=interp,
     )
     _one_of("step_control", step_control, STEP_CONTROLS)
@@ -191,6 +194,13 @@ def _check_checkpoints(limit: Any, gradient: str) -> None:
         raise ValueError(f"max_checkpoints needs gradient='checkpoint', got gradient={gradient!r}")
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise ValueError(f"max_checkpoints must be a whole number of at least 1, got {limit!r}")
+
+
+def _graph_mode(value: Any) -> str:
+    if isinstance(value, str):
+        _one_of("cuda_graph", value, graphs.MODES)
+        return value
+    return "step" if value else ""
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -53,6 +53,19 @@ class Capture:
 
         return replay
 
+    def repeat(self, step, status):
+        """Stands for a graph that repeats the step."""
+        self.captured += 1
+
+        def launch():
+            self.replayed += 1
+            for _ in range(cuda_graph._STEPS_A_LAUNCH):
+                if not (status == RUNNING).any():
+                    break
+                step()
+
+        return launch
+
 
 @pytest.fixture
 def ahead(monkeypatch):
@@ -61,6 +74,7 @@ def ahead(monkeypatch):
     monkeypatch.setattr("odenet_cuda.integrate.runs_ahead", lambda device: True)
     capture = Capture()
     monkeypatch.setattr(cuda_graph, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "repeat", capture.repeat)
     monkeypatch.setattr(cuda_graph, "graphs", Graphs())
     monkeypatch.setattr(by_graph, "graphs", cuda_graph.graphs)
     return capture
@@ -75,7 +89,7 @@ def same(found, expected):
 OPTIONS = [{}, {"step_control": "per_sample"}, {"first_step": 0.01, "max_step": 0.1}, {"step_t": [0.5]}, {"controller": "PI"}]
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [False, True, "loop"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_solves_are_the_same(y0, ahead, monkeypatch, options, graph):
     """Values, statistics and the number of useful calls, whether the host looks or not."""
@@ -299,6 +313,57 @@ def test_a_fixed_solve_whose_capture_fails(y0, ahead, monkeypatch):
     same(found, solve(net, y0 * 2, T, method="rk4"))
 
 
+# ---- the device repeats the step ----
+
+
+@pytest.mark.parametrize("steps", [1, 3, 256])
+def test_launches_of_many_steps(y0, ahead, monkeypatch, steps):
+    """After a first step from the host, as many launches as the rest takes; in a second solve from the start."""
+    monkeypatch.setattr(cuda_graph, "_STEPS_A_LAUNCH", steps)
+    net, made = Net(), 0
+    for count in (1, 0):
+        found = solve(net, y0, T, rtol=1e-8, cuda_graph="loop")
+        tried = int(found.stats.num_accepted + found.stats.num_rejected)
+        made += -(-(tried - count) // steps)
+        assert (ahead.captured, ahead.replayed) == (1, made)
+    same(found, solve(net, y0, T, rtol=1e-8))
+
+
+def test_adjoint_by_launches_of_many_steps(y0, ahead):
+    grads = []
+    for graph in ("loop", False):
+        net = Net(wanted=True)
+        solve(net, y0, T, gradient="adjoint", rtol=1e-6, cuda_graph=graph).ys.square().sum().backward()
+        grads.append([p.grad for p in net.parameters()])
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+    assert ahead.captured == 2
+
+
+def test_random_numbers_are_not_repeated(y0, ahead):
+    """torch's generators move on from the host, so that every step would draw the same."""
+    with pytest.warns(UserWarning, match="func draws random numbers; each step is replayed"):
+        solve(lambda t, y: torch.dropout(y, 0.5, True), y0, [0.0, 0.1], max_num_steps=10**4, rtol=0.1, cuda_graph="loop")
+    assert ahead.captured == 1 and ahead.replayed > 1
+
+
+def test_a_device_that_cannot_repeat(y0, ahead, monkeypatch):
+    def fails(step, status):
+        raise RuntimeError("CUDA: operation not supported")
+
+    monkeypatch.setattr(cuda_graph, "repeat", fails)
+    net = Net()
+    with pytest.warns(UserWarning, match="cannot repeat the step: CUDA: operation not supported; each is replayed"):
+        found = solve(net, y0, T, cuda_graph="loop")
+    same(found, solve(net, y0, T))
+    assert ahead.captured == 1 and ahead.replayed > 1
+
+
+def test_names_of_the_option(y0):
+    with pytest.raises(ValueError, match=r"cuda_graph must be one of \('step', 'loop'\), got 'whole'"):
+        solve(Net(), y0, T, cuda_graph="whole")
+
+
 # ---- what cannot be captured ----
 
 REFUSED = {
@@ -422,13 +487,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @needs_gpu
 @pytest.mark.parametrize("wanted", [False, True], ids=["forward", "adjoint"])
-def test_gpu(y0, wanted):
-    """Replayed steps give what single launches give; weights updated between solves are seen."""
+@pytest.mark.parametrize("graph, method", [("step", "dopri5"), ("loop", "dopri5"), ("step", "rk4")])
+def test_gpu(y0, graph, method, wanted):
+    """What is replayed gives what single launches give; weights updated between solves are seen."""
     net, start = Net(wanted).cuda(), y0.cuda().requires_grad_(wanted)
+    options = {"method": method, "step_size": 0.05} if method == "rk4" else {"rtol": 1e-7, "atol": 1e-7}
     for _ in range(3):
         grads = []
-        for graph in (True, False):
-            ys = solve(net, start, T, gradient="adjoint", rtol=1e-7, atol=1e-7, cuda_graph=graph).ys
+        for used in (graph, False):
+            ys = solve(net, start, T, gradient="adjoint", cuda_graph=used, **options).ys
             grads.append([ys, *(torch.autograd.grad(ys.square().sum(), [start, *net.parameters()]) if wanted else ())])
         for found, expected in zip(*grads, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import formulas
-from ..cuda_graph import Watch, captured
+from ..cuda_graph import Watch, captured, repeated
 from ..ops import FIELDS, STOPS
 from ..problem import Problem, counter_of
 from ..ranges import marked
@@ -40,8 +40,8 @@ def runs_ahead(device: torch.device) -> bool:
 class AdaptiveSolver:
     """One adaptive solve, and after `reset` another of the same kind.
 
-    after_step: called after each step with (t0 as func sees it, y0, accept [rows], dt [rows]). graph: capture a step where the
-    host runs ahead, and replay it.
+    after_step: called after each step with (t0 as func sees it, y0, accept [rows], dt [rows]). graph: where the host runs
+    ahead, capture a "step" and replay it, or let the device "loop" over it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AdaptiveSolver:
         callbacks: dict[str, Callable] | None = None,
         recorder: Recorder | None = None,
         after_step: AfterStep | None = None,
-        graph: bool = False,
+        graph: str = "",
     ):
         self.problem, self.tableau, self.first_step = problem, tableau, first_step
         self.recorder: Any = recorder  # None: nothing is recorded
@@ -69,7 +69,8 @@ class AdaptiveSolver:
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         needed = recorder is not None or self.jumps or bool(self.callbacks)
         self.looks = needed or not runs_ahead(device)
-        self.captures = graph and not self.looks and after_step is None
+        self.captures = bool(graph) and not self.looks and after_step is None
+        self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
         self.stepper = Stepper(problem, tableau, tableau.rows, control.constants(tableau.order, problem.direction), in_norm)
@@ -171,9 +172,12 @@ class AdaptiveSolver:
                 else:
                     self._step()
             steps += 1
-            ended = watch.ended(steps)
+            ended = watch.ended_now() if self.loops and self.replay is not None else watch.ended(steps)
             if not ended and self.captures and self.replay is None:  # after a step in which what func does once is done
-                self.replay = captured(self._step)
+                self.replay = repeated(self._step, self.state[FIELDS["status"]]) if self.loops else None
+                self.loops = self.replay is not None
+                if self.replay is None:
+                    self.replay = captured(self._step)
                 self.captures = self.replay is not None
         tried = self.state[FIELDS["num_accepted"]] + self.state[FIELDS["num_rejected"]]
         self.expected = int(tried.max())

@@ -21,19 +21,20 @@ class Kind:
     """What a solve by a graph is besides its problem.
 
     key: what else its steps depend on. reset: what `reset` of a solver takes. perturb: func is first called just inside the
-    interval. refusal: why this solve has no graph, or "".
+    interval. mode: one of `cuda_graph.MODES`. refusal: why this solve has no graph, or "".
     """
 
     key: Hashable
     reset: tuple[Any, ...]
     perturb: bool
+    mode: str
     refusal: str
 
 
 def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], called: bool) -> Trajectory:
     """The solve by a captured graph, of an earlier solve where one did the same.
 
-    make: a new solver; graph: whether it captures. called: func was called at the start before; that it is here once more does
+    make: a new solver; graph: what it captures. called: func was called at the start before; that it is here once more does
     not count.
     """
     y0 = [leaf.clone() for leaf in problem.state_leaves]
@@ -44,17 +45,32 @@ def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], calle
     refusal = kind.refusal or calls.refusal
     if refusal:
         warnings.warn(f"cuda_graph: {refusal}; the solve goes on without a graph", stacklevel=2)
-        found = make(graph=False).run(start)
+        found = make().run(start)
         counter_of(problem.field).nfe -= called
         return found
     shapes = tuple([(leaf.shape, leaf.dtype) for leaf in problem.leaves])
     tolerances = *problem.rtol, *problem.atol, problem.quadratures, problem.quadratures_in_norm, *(problem.signs or ())
     cast = torch.is_autocast_enabled(problem.device.type), torch.get_autocast_dtype(problem.device.type)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
-    key = kind.key, problem.device, shapes, len(problem.t), problem.direction, problem.per_sample, tolerances, modes, calls.key
+    mode = kind.mode
+    if mode == "loop" and calls.random:
+        mode = "step"
+        warnings.warn("cuda_graph='loop': func draws random numbers; each step is replayed from the host", stacklevel=2)
+    key = (
+        mode,
+        kind.key,
+        problem.device,
+        shapes,
+        len(problem.t),
+        problem.direction,
+        problem.per_sample,
+        tolerances,
+        modes,
+        calls.key,
+    )
     solver = graphs.take(key)
     if solver is None:
-        solver = make(graph=True)
+        solver = make(graph=mode)
     else:
         solver.reset(*kind.reset)
     found = solver.run(start)

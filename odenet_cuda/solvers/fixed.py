@@ -71,8 +71,8 @@ def tape_of_grid(
 class FixedSolver:
     """A solve on the grid `nodes`, which begins at t[0] and ends at t[-1], and after `reset` another of the same kind.
 
-    moves_with: for each node the index of the output time that it moves with, or None where it is taken as given. graph: the
-    second solve and those after it are one captured graph, for nothing on the host depends on what becomes of a step.
+    moves_with: for each node the index of the output time that it moves with, or None where it is taken as given. graph, if
+    not empty: the second solve and those after it are one captured graph, for nothing on the host depends on a step.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class FixedSolver:
         perturb: bool = False,
         callbacks: dict[str, Callable] | None = None,
         recorder: Recorder | None = None,
-        graph: bool = False,
+        graph: str = "",
     ):
         self.problem, self.tableau, self.nodes, self.moves_with = problem, tableau, nodes, moves_with
         self.perturb = perturb
@@ -96,7 +96,7 @@ class FixedSolver:
         self.dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=problem.device)
         self.times = stage_times(nodes, tableau, problem.real, perturb).to(problem.device)
         self.ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in self.stepper.y0[: self.stepper.n]]
-        self.captures = graph
+        self.captures = bool(graph)
         self.replay: Callable[[], None] | None = None  # a captured solve
         self.initial = [leaf.clone() for leaf in self.stepper.y0] if graph else []
         self.calls = 0  # of func in a solve, the first not counted
