@@ -80,6 +80,7 @@ def ways(gradient: str | None, field: nn.Module) -> dict[str, Way]:
     made = {THEIRS: theirs(interface), "ours": ours(gradient or "adjoint")}
     if gradient != "direct":
         made["ours, captured"] = ours(gradient or "adjoint", cuda_graph=True)
+        made["ours, repeated by the device"] = ours(gradient or "adjoint", cuda_graph="loop")
     return {**made, "ours, compiled": compiled(gradient or "adjoint", field)}
 
 

@@ -147,6 +147,7 @@ def bench_part(work: Path, dry: bool) -> list[Step]:
         "solves": (4, ["bench_odeint.py", "peers", "--device", "cuda"]),
         "training": (4, ["bench_training.py", "--device", "cuda"]),
         "launches": (4, ["bench_cuda.py"]),
+        "ensemble": (4, ["bench_ensemble.py"]),
     }
     if dry:
         chosen = {"ops": (1, ["bench_ops.py", "--quick", "--sizes", "1K"])}

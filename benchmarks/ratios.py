@@ -33,6 +33,10 @@ def compiled(case: str, peer: str, control: str = "joint", kind: str = "forward"
     return ratio
 
 
+def ensemble(peer: str) -> Callable[[Run], float]:
+    return lambda run: run["ensemble"]["lorenz, rk4, 8,400 trajectories"][peer]["ratio"]
+
+
 RATIOS: dict[str, Callable[[Run], float]] = {
     "solver alone to torchdiffeq's, 64 x 8, 37 steps: forward": lambda run: run["small"]["forward_37"]["ratio"]["solver"],
     "... adjoint": lambda run: run["small"]["adjoint_37"]["ratio"]["solver"],
@@ -66,6 +70,8 @@ RATIOS: dict[str, Callable[[Run], float]] = {
     "net 65-128-128-64, batch 256, gradient: to diffrax": compiled("mlp, batch 256", "diffrax", kind="training"),
     "net 65-128-128-64, batch 256, gradient: to torchdiffeq": compiled("mlp, batch 256", "torchdiffeq", kind="training"),
     "net 65-128-128-64: share of a matrix product's arithmetic": lambda run: run["compiled"]["peak"]["peak"],
+    "8,400 Lorenz, 1,000 steps of rk4: to torchdiffeq": ensemble("torchdiffeq"),
+    "8,400 Lorenz, 1,000 steps of rk4: to a JAX loop": ensemble("JAX loop, cpu"),
     "flow with exact trace: to diffrax": compiled("flow, batch 512", "diffrax"),
     "flow with exact trace, gradient: to diffrax": compiled("flow, batch 512", "diffrax", kind="training"),
 }

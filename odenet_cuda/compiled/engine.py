@@ -16,7 +16,6 @@ from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem
 from ..ranges import marked
 from ..solvers.adaptive import stop_table
-from ..solvers.fixed import outputs_of_steps
 from ..solvers.trajectory import Trajectory
 from ..tableau import ButcherTableau
 from .emit import Target
@@ -298,12 +297,12 @@ def evaluations(options: Options, state: Tensor | None, grid: Grid | None, probl
         jumps = sum(min(problem.t[0], problem.t[-1]) < jump < max(problem.t[0], problem.t[-1]) for jump in options.jump_t)
         return tries * (tableau.stages - 1) + (1 if options.first_step else 2) + jumps
     assert grid is not None
-    count, points, last = 0, len(tableau.rows), len(grid[0]) - 2
-    for step, outputs in enumerate(outputs_of_steps(grid[0], problem.t, problem.direction)):
-        inside = any(problem.t[index] != grid[0][step + 1] for index, _, _ in outputs)
-        count += step == 0 or not tableau.fsal
-        count += min(points, tableau.stages) - 1
-        count += points < tableau.stages and (inside or step < last)
+    nodes, points = grid[0], len(tableau.rows)
+    steps = len(nodes) - 1
+    count = (1 if tableau.fsal else steps) + steps * (min(points, tableau.stages) - 1)
+    if points < tableau.stages:  # a slope at the end of each step, of the last where an output lies inside it
+        inside = len(problem.t) > 2 and problem.direction * (problem.t[-2] - nodes[-2]) > 0
+        count += steps - 1 + inside
     return count
 
 
