@@ -2,9 +2,9 @@
 
     python benchmarks/bench_ensemble.py [--json FILE] [--runs N] [--quick] [--device cuda|cpu]
 
-`lorenz, rk4`: trajectories with a parameter of their own take 1,000 steps of rk4 over [0, 10]; `lorenz, dopri5`: each with its own
-steps, over [0, 1] at 1e-6. `net`: a net of the state's size under dopri5 at 1e-4, each sample with its own steps in the compiled
-rows, all with one in the others. float32; a result is held against torchdiffeq's first. Columns:
+`lorenz, rk4`: trajectories with a parameter of their own take 1,000 steps of rk4 over [0, 10]; `lorenz, dopri5`: each with its
+own steps, over [0, 1] at 1e-6. `net`: a net of the state's size under dopri5 at 1e-4, each sample with its own steps in the
+compiled rows, all with one in the others. float32; a result is held against torchdiffeq's first. Columns:
 
     total ms         between CUDA events, with least and most
     ratio            that row's total over the compiled field's
