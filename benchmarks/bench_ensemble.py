@@ -10,10 +10,9 @@ compiled rows, all with one in the others. float32; a result is held against tor
     ratio            that row's total over the compiled field's
     GFLOP/s, share   arithmetic of the rk4 row by the count below, and its share of the card's peak
     published        seconds published for as many trajectories on a V100 (15.7 TFLOP/s), times 15.7 over this card's peak, over
-                     ours: above 1 ours is ahead for each FLOP/s. From MPGOS, https://github.com/SciML/DiffEqGPU.jl, and
-                     Nagy, Plavecz and Hegedus, arXiv:2011.01740
+                     ours: above 1 ours is ahead for each FLOP/s. MPGOS and DiffEqGPU.jl: Utkarsh et al. 2023, arXiv:2304.06835
 
-diffrax runs on the device that JAX has, which its row names. With --device cpu everything runs, at a thousandth of the size.
+The loop of JAX runs on the device that JAX has, which its row names. With --device cpu everything runs, at a thousandth of the size.
 """
 
 import argparse
@@ -73,7 +72,7 @@ def torchdiffeq(field: Any, y0: Tensor, end: float, args: tuple[Tensor, ...], **
     return lambda: library.odeint(lambda t, y: field(t, y, *args), y0, t, **options)[-1]
 
 
-def diffrax_lorenz(y0: Tensor, rho: Tensor) -> tuple[str, Way]:
+def jax_lorenz(y0: Tensor, rho: Tensor) -> tuple[str, Way]:
     """1,000 steps of rk4 in one compiled loop. Raises ImportError without JAX."""
     import jax
 
@@ -111,7 +110,7 @@ def ways_of_lorenz(y0: Tensor, rho: Tensor, adaptive: bool) -> dict[str, Way]:
         "torchdiffeq": torchdiffeq(lorenz, y0, END, (rho,), **grid),
     }
     try:
-        name, way = diffrax_lorenz(y0, rho)
+        name, way = jax_lorenz(y0, rho)
     except ImportError:
         return made
     return {**made, name: way}
