@@ -12,7 +12,8 @@ compiled rows, all with one in the others. float32; a result is held against tor
     published        seconds published for as many trajectories on a V100 (15.7 TFLOP/s), times 15.7 over this card's peak, over
                      ours: above 1 ours is ahead for each FLOP/s. MPGOS and DiffEqGPU.jl: Utkarsh et al. 2023, arXiv:2304.06835
 
-The loop of JAX runs on the device that JAX has, which its row names. With --device cpu everything runs, at a thousandth of the size.
+The loop of JAX runs on the device that JAX has, which its row names. With --device cpu everything runs, at a thousandth of the
+size.
 """
 
 import argparse

@@ -9,7 +9,8 @@ No GPU has run this yet; what is captured and replayed is tested on the CPU with
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -167,7 +168,8 @@ def repeat(step: Callable[[], None], status: Tensor) -> Callable[[], None]:
 def captured(step: Callable[[], None]) -> Callable[[], None] | None:
     """A replay of the step, or None, with a warning, where it cannot be captured."""
     try:
-        return capture(step)
+        with _no_cast_is_kept():
+            return capture(step)
     except RuntimeError as error:
         _warn(f"func cannot be captured: {_first_line(error)}; the solve goes on without a graph")
         return None
@@ -176,10 +178,22 @@ def captured(step: Callable[[], None]) -> Callable[[], None] | None:
 def repeated(step: Callable[[], None], status: Tensor) -> Callable[[], None] | None:
     """The same for `repeat`."""
     try:
-        return repeat(step, status)
+        with _no_cast_is_kept():
+            return repeat(step, status)
     except RuntimeError as error:
         _warn(f"the device cannot repeat the step: {_first_line(error)}; each is replayed from the host")
         return None
+
+
+@contextmanager
+def _no_cast_is_kept() -> Iterator[None]:
+    """Autocast casts weights in the graph, at each replay: a cast kept from before would be read where it was."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _first_line(error: Exception) -> str:

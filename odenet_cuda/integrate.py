@@ -21,7 +21,7 @@ from .tableau import ButcherTableau
 
 Grid = tuple[list[float], list[int | None]]
 
-_MOST_CAPTURED = 4096  # calls of func in one graph
+MOST_CAPTURED = 4096  # calls of func in one graph
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def fixed_kind(problem: Problem, options: Options, nodes: list[float]) -> Kind:
     """Other times are other numbers in memory, as long as the outputs lie in the same places of the same steps."""
     outputs = tuple(map(tuple, outputs_of_steps(nodes, problem.t, problem.direction)))
     calls = len(outputs) * options.tableau.stages
-    refusal = f"the grid takes {calls} calls of func, a graph at most {_MOST_CAPTURED}" if calls > _MOST_CAPTURED else ""
+    refusal = f"the grid takes {calls} calls of func, a graph at most {MOST_CAPTURED}" if calls > MOST_CAPTURED else ""
     return Kind((options, outputs), (problem, nodes), options.perturb, "step", refusal)
 
 

@@ -17,13 +17,17 @@ from .gradients import adjoint as adjoint_gradient
 from .gradients import checkpoint as checkpoint_gradient
 from .gradients import direct as direct_gradient
 from .gradients import quadrature as quadrature_gradient
-from .integrate import Grid, Options, integrate
+from .gradients.autocast import autocast_state
+from .gradients.by_graph import solve as solve_by_graphs
+from .integrate import MOST_CAPTURED, Grid, Options, integrate
 from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_state, own_tensors
 from .regularizers import OF_STEPS, RUNNING, StepCosts
 from .sharding import is_plain, no_sharded_calls, refuse_sharded
 from .solution import Interpolant, Solution, Stats, failure
+from .solvers.adaptive import runs_ahead
 from .solvers.checkpoints import Checkpoints
+from .solvers.fixed import calls_on_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import SUCCESS
 
@@ -71,6 +75,10 @@ class Job:
                 "func has parameters that are made of other tensors, such as DTensor: gradient='adjoint' would add up their "
                 "gradients in its own state; use gradient='direct' or 'checkpoint'"
             )
+        if wanted and self.options.cuda_graph and self.grid is not None and gradient in ("direct", "checkpoint"):
+            replayed = self._by_graph(gradient, checkpoints, captured, closed)
+            if replayed is not None:
+                return self._solution(replayed.ys, replayed, None, self._stats(replayed))
         checkpoints = checkpoints if wanted else None
         step_costs = self._step_costs()
         recorder = self._recorder_for(gradient if wanted else None, checkpoints, step_costs)
@@ -104,6 +112,53 @@ class Job:
         found = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: found[name] for name in self.regularizers}
         return solution
+
+    def _by_graph(
+        self, gradient: str, checkpoints: Checkpoints | None, captured: Sequence[Tensor], closed: bool
+    ) -> Trajectory | None:
+        """A solve on a grid, with its gradient, by captured graphs; None where it is to be done without."""
+        problem, options, grid = self.problem, self.options, self.grid
+        if grid is None or not runs_ahead(problem.device):
+            return None
+        calls = calls_on_grid(options.tableau, grid[0], problem.t, problem.direction, options.perturb)
+        refusals = {
+            "dense=True": self.dense,
+            "regularizers": bool(self.regularizers),
+            "callbacks of func": bool(find_callbacks(self.field.func, self.structure, False)),
+            "a gradient for t": self.t.requires_grad,
+            "func is no module that depends on its parameters alone": not closed,
+            f"the grid takes {calls} calls of func, a graph at most {MOST_CAPTURED}": calls > MOST_CAPTURED,
+        }
+        limit = None if checkpoints is None else checkpoints.limit
+
+        def new_recorder() -> Recorder:
+            if checkpoints is None:
+                return self._recorder(graphs=True)
+            return self._recorder(checkpoints=Checkpoints(limit, len(grid[0]) - 1))
+
+        cast = autocast_state(problem.device)
+
+        def way_back(recorder: Recorder, grads: list[Tensor]) -> Any:
+            if checkpoints is None:
+                y0, _, found = direct_gradient.way_back(recorder, problem, captured, grads, False)
+            else:
+                with torch.autocast(**cast):
+                    (y0, _, found), _ = checkpoint_gradient.way_back(recorder, problem, captured, grads, False, "first")
+            return y0, found
+
+        return solve_by_graphs(
+            problem,
+            options,
+            grid,
+            (gradient, limit),
+            new_recorder,
+            way_back,
+            self.structure.leaves,
+            self.t,
+            captured,
+            next((name for name, refused in refusals.items() if refused), ""),
+            draws=gradient == "direct",
+        )
 
     def run_compiled(self, engine: Engine, gradient: str, backward: Any, on_failure: str) -> Solution:
         """The solve by a compiled field."""

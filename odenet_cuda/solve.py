@@ -87,9 +87,9 @@ def solve(
         returns the times of the grid. perturb: evaluate at the ends of a step just inside it.
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
-        numbers). A fixed grid of up to 4,096 calls of func is captured whole. What func does in Python besides (counting its
-        calls, say) is then done a few times only. Not where every step needs the host: gradient="direct" and "checkpoint",
-        jump_t, callbacks. No GPU has run this yet.
+        numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
+        besides (counting its calls, say) is then done a few times only. Not where every step needs the host: jump_t, callbacks,
+        gradient="direct" and "checkpoint" of adaptive methods. No GPU has run this yet.
     interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).
     norm: of the scaled error, a function of the state; default: the largest of the leaves' root mean squares.
     regularizers: costs of the trajectory to give as `Solution.regularizers`, with gradients: "kinetic", "jacobian" (Finlay et

@@ -11,6 +11,7 @@ from torch import nn
 
 from odenet_cuda import SolverError, cuda_graph, solve
 from odenet_cuda.cuda_graph import Calls, Graphs, Watch
+from odenet_cuda.gradients import by_graph as gradients
 from odenet_cuda.solvers import adaptive, by_graph
 from odenet_cuda.step_control import RUNNING, SUCCESS
 
@@ -72,11 +73,13 @@ def ahead(monkeypatch):
     """The host runs ahead, as it does on CUDA."""
     monkeypatch.setattr(adaptive, "runs_ahead", lambda device: True)
     monkeypatch.setattr("odenet_cuda.integrate.runs_ahead", lambda device: True)
+    monkeypatch.setattr("odenet_cuda.job.runs_ahead", lambda device: True)
     capture = Capture()
     monkeypatch.setattr(cuda_graph, "capture", capture)
     monkeypatch.setattr(cuda_graph, "repeat", capture.repeat)
     monkeypatch.setattr(cuda_graph, "graphs", Graphs())
-    monkeypatch.setattr(by_graph, "graphs", cuda_graph.graphs)
+    for module in (by_graph, gradients):
+        monkeypatch.setattr(module, "graphs", cuda_graph.graphs)
     return capture
 
 
@@ -294,6 +297,88 @@ def test_training_on_a_fixed_grid(y0, ahead, monkeypatch):
     assert losses[True] == pytest.approx(losses[False], rel=1e-12)
 
 
+WAYS = [{"gradient": "direct"}, {"gradient": "checkpoint"}, {"gradient": "checkpoint", "max_checkpoints": 2}]
+
+
+@pytest.mark.parametrize("method", ["euler", "heun3", "rk4"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_gradients_on_fixed_grids(y0, ahead, monkeypatch, way, grid, method):
+    """Solve and way back are two graphs from the second solve on; weights change, and the numbers are the same."""
+    found = {}
+    for graph in (True, False):
+        net, start = Net(wanted=True), y0.clone().requires_grad_()
+        optimizer = torch.optim.SGD([*net.parameters(), start], lr=0.05)
+        found[graph] = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            solution = solve(net, start, T, method=method, cuda_graph=graph, **way, **grid)
+            solution.ys.square().mean().backward()
+            optimizer.step()
+            found[graph].append([solution.ys.detach(), start.grad.clone(), *(p.grad.clone() for p in net.parameters())])
+            found[graph][-1].append(torch.tensor(solution.stats.nfe))
+            del solution  # and with it its graphs are free for the next
+        if graph:
+            assert (ahead.captured, ahead.replayed) == (2, 6)
+            monkeypatch.undo()
+    for one, other in zip(found[True], found[False], strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
+def test_two_solves_before_their_gradients(y0, ahead):
+    """Each has graphs for itself until its outputs are gone, and may be walked back twice."""
+    net, start = Net(wanted=True), y0.clone().requires_grad_()
+    options = {"method": "rk4", "gradient": "direct", "cuda_graph": True}
+    for _ in range(2):
+        solve(net, start, T, **options)
+    assert ahead.captured == 2 and len(cuda_graph.graphs) == 1
+    losses = [solve(net, start * i, T, **options).ys.square().sum() for i in (1, 2, 3)]
+    grads = [torch.autograd.grad(loss, start, retain_graph=True)[0] for loss in losses for _ in range(2)]
+    for i in (1, 2, 3):
+        expected = torch.autograd.grad(solve(net, start * i, T, method="rk4").ys.square().sum(), start)[0]
+        for grad in grads[2 * i - 2 : 2 * i]:
+            torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
+    held = len(cuda_graph.graphs)
+    del losses
+    assert len(cuda_graph.graphs) > held
+
+
+def test_second_derivatives_and_changed_weights(y0, ahead):
+    net, start = Net(wanted=True), y0.clone().requires_grad_()
+    options = {"method": "rk4", "gradient": "direct", "cuda_graph": True}
+    found = []
+    for graph in (True, True, True, False):
+        ys = solve(net, start, T, **{**options, "cuda_graph": graph}).ys
+        first = torch.autograd.grad(ys.square().sum(), start, create_graph=True)[0]
+        found.append(torch.autograd.grad(first.square().sum(), start)[0])
+    assert ahead.captured == 2 and ahead.replayed == 2
+    for grad in found[:-1]:
+        torch.testing.assert_close(grad, found[-1], rtol=1e-12, atol=1e-14)
+    ys = solve(net, start, T, **options).ys
+    with torch.no_grad():
+        net.net[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ys.sum().backward()
+
+
+REFUSED_GRADIENTS = {
+    "regularizers": {"regularizers": ["kinetic"]},
+    "dense=True": {"dense": True},
+    "func is no module that depends on its parameters alone": {},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_GRADIENTS)
+def test_gradients_without_a_graph(y0, ahead, words):
+    net = Net(wanted=True)
+    func = (lambda t, y: net(t, y)) if words.startswith("func") else net
+    options = {"method": "rk4", "gradient": "direct", **REFUSED_GRADIENTS[words]}
+    with pytest.warns(UserWarning, match=f"cuda_graph: {words}; the solve goes on"):
+        ys = solve(func, y0, T, cuda_graph=True, **options).ys
+    assert ahead.captured == 0 and torch.equal(ys, solve(func, y0, T, **options).ys)
+
+
 def test_long_grids_are_not_captured(y0, ahead):
     with pytest.warns(UserWarning, match="the grid takes 4400 calls of func, a graph at most 4096"):
         solve(Net(), y0, [0.0, 1.0], method="rk4", step_size=1 / 1100, cuda_graph=True)
@@ -487,15 +572,22 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @needs_gpu
 @pytest.mark.parametrize("wanted", [False, True], ids=["forward", "adjoint"])
-@pytest.mark.parametrize("graph, method", [("step", "dopri5"), ("loop", "dopri5"), ("step", "rk4")])
-def test_gpu(y0, graph, method, wanted):
+@pytest.mark.parametrize(
+    "graph, method, gradient",
+    [
+        ("step", "dopri5", "adjoint"),
+        ("loop", "dopri5", "adjoint"),
+        *(("step", "rk4", g) for g in ("adjoint", "direct", "checkpoint")),
+    ],
+)
+def test_gpu(y0, graph, method, gradient, wanted):
     """What is replayed gives what single launches give; weights updated between solves are seen."""
     net, start = Net(wanted).cuda(), y0.cuda().requires_grad_(wanted)
     options = {"method": method, "step_size": 0.05} if method == "rk4" else {"rtol": 1e-7, "atol": 1e-7}
     for _ in range(3):
         grads = []
         for used in (graph, False):
-            ys = solve(net, start, T, gradient="adjoint", cuda_graph=used, **options).ys
+            ys = solve(net, start, T, gradient=gradient, cuda_graph=used, **options).ys
             grads.append([ys, *(torch.autograd.grad(ys.square().sum(), [start, *net.parameters()]) if wanted else ())])
         for found, expected in zip(*grads, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

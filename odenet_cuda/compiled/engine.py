@@ -16,6 +16,7 @@ from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem
 from ..ranges import marked
 from ..solvers.adaptive import stop_table
+from ..solvers.fixed import calls_on_grid
 from ..solvers.trajectory import Trajectory
 from ..tableau import ButcherTableau
 from .emit import Target
@@ -297,13 +298,7 @@ def evaluations(options: Options, state: Tensor | None, grid: Grid | None, probl
         jumps = sum(min(problem.t[0], problem.t[-1]) < jump < max(problem.t[0], problem.t[-1]) for jump in options.jump_t)
         return tries * (tableau.stages - 1) + (1 if options.first_step else 2) + jumps
     assert grid is not None
-    nodes, points = grid[0], len(tableau.rows)
-    steps = len(nodes) - 1
-    count = (1 if tableau.fsal else steps) + steps * (min(points, tableau.stages) - 1)
-    if points < tableau.stages:  # a slope at the end of each step, of the last where an output lies inside it
-        inside = len(problem.t) > 2 and problem.direction * (problem.t[-2] - nodes[-2]) > 0
-        count += steps - 1 + inside
-    return count
+    return calls_on_grid(tableau, grid[0], problem.t, problem.direction, options.perturb)
 
 
 def _rows(leaves: Sequence[Tensor], batch: int, like: Tensor, ahead: int | None = None) -> Tensor:

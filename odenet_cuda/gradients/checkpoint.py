@@ -61,13 +61,26 @@ class _Checkpoint(torch.autograd.Function):
             with torch.autocast(**ctx.autocast):
                 found = second_gradients(recorder, problem, problem.field, y0, t, captured, grad_ys)
             return None, None, None, None, None, None, found[count], *found[:count], *found[count + 1 :]
-        walk = BackwardWalk(problem, recorder, captured, grad_ys, t_grad, keep_graphs=False)
-        again = Recomputation(problem, recorder, captured, ctx.check, t_grad)
-        with torch.autocast(**ctx.autocast), again.generators():
-            undo_all(again, walk, recorder.checkpoints.limit)
-        ctx.stats.nfe_backward = again.field.nfe
-        grad_y0, grad_t, grad_captured = walk.result()
+        with torch.autocast(**ctx.autocast):
+            grads, ctx.stats.nfe_backward = way_back(recorder, problem, captured, grad_ys, t_grad, ctx.check)
+        grad_y0, grad_t, grad_captured = grads
         return None, None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
+
+
+def way_back(
+    recorder: Any,
+    problem: Problem,
+    captured: Sequence[Tensor],
+    grad_ys: Sequence[Tensor | None],
+    t_grad: bool,
+    check: str,
+) -> tuple[tuple[list[Tensor], Any, list[Tensor | None]], int]:
+    """The gradients for y0, t and the captured tensors, and how often func was called. check: as in `Recomputation`."""
+    walk = BackwardWalk(problem, recorder, captured, grad_ys, t_grad, keep_graphs=False)
+    again = Recomputation(problem, recorder, captured, check, t_grad)
+    with again.generators():
+        undo_all(again, walk, recorder.checkpoints.limit)
+    return walk.result(), again.field.nfe
 
 
 class Recomputation:

@@ -98,11 +98,18 @@ class _Direct(torch.autograd.Function):
             with torch.autocast(**ctx.autocast):
                 found = second_gradients(recorder, ctx.problem, func, y0, t, ctx.captured, grad_ys)
             return None, None, None, None, None, found[ctx.count], *found[: ctx.count], *found[ctx.count + 1 :]
-        walk = BackwardWalk(ctx.problem, recorder, ctx.captured, grad_ys, ctx.needs_input_grad[5])
-        for entry in reversed(recorder.tape):
-            walk.undo(entry)
-        grad_y0, grad_t, grad_captured = walk.result()
+        grad_y0, grad_t, grad_captured = way_back(recorder, ctx.problem, ctx.captured, grad_ys, ctx.needs_input_grad[5])
         return None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
+
+
+def way_back(
+    recorder: Recorder, problem: Problem, captured: Sequence[Tensor], grad_ys: Sequence[Tensor | None], t_grad: bool
+) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+    """The gradients for y0, t and the captured tensors. The graphs on the tape stay."""
+    walk = BackwardWalk(problem, recorder, captured, grad_ys, t_grad)
+    for entry in reversed(recorder.tape):
+        walk.undo(entry)
+    return walk.result()
 
 
 class BackwardWalk:
@@ -218,7 +225,7 @@ class BackwardWalk:
             if kappa is not None:
                 held_kappa = [self._rows(~step.accept, x) * x for x in kappa]
                 kappa = [self._rows(step.accept, x) * x for x in kappa]
-        dt = torch.as_tensor(step.dt, dtype=torch.float64, device=self.one.device).reshape(-1)
+        dt = step.dt if isinstance(step.dt, Tensor) else torch.full_like(self.one, step.dt)
         base, lam, into_y0 = self._outputs(step, lam, dt) if step.outputs else (None, lam, None)
         by_ends: dict[int, list[Tensor]] = {}
         if self.grad_costs:
@@ -295,7 +302,7 @@ class BackwardWalk:
                 base = [[torch.zeros_like(g) for g in inside] for _ in weights]
                 into_y0 = [torch.zeros_like(g) for g in inside]
             for into, weight in zip(base, weights, strict=True):
-                factor = torch.as_tensor(weight, dtype=torch.float64, device=dt.device) * dt
+                factor = weight * dt
                 for total, g in zip(into, inside, strict=True):
                     total += self._rows(factor, g) * g
             torch._foreach_add_(into_y0, inside)

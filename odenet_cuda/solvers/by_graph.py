@@ -31,43 +31,42 @@ class Kind:
     refusal: str
 
 
+def first_call(problem: Problem, perturb: bool) -> tuple[Calls, Evaluation]:
+    """func at the start, and what it did there: a solve whose func did the same has the same graph."""
+    y0 = [leaf.clone() for leaf in problem.state_leaves]
+    time = problem.start_time(perturb)
+    calls = Calls([time, *y0])
+    with calls:
+        return calls, Evaluation(time, y0, problem.field(time, y0, 0))
+
+
+def key_of(problem: Problem, kind: Hashable, calls: Calls) -> tuple[Hashable, ...]:
+    """Equal for solves that have the same graph. kind: what else its steps depend on."""
+    shapes = tuple([(leaf.shape, leaf.dtype) for leaf in problem.leaves])
+    tolerances = *problem.rtol, *problem.atol, problem.quadratures, problem.quadratures_in_norm, *(problem.signs or ())
+    cast = torch.is_autocast_enabled(problem.device.type), torch.get_autocast_dtype(problem.device.type)
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
+    return kind, problem.device, shapes, len(problem.t), problem.direction, problem.per_sample, tolerances, modes, calls.key
+
+
 def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], called: bool) -> Trajectory:
     """The solve by a captured graph, of an earlier solve where one did the same.
 
     make: a new solver; graph: what it captures. called: func was called at the start before; that it is here once more does
     not count.
     """
-    y0 = [leaf.clone() for leaf in problem.state_leaves]
-    time = problem.start_time(kind.perturb)
-    calls = Calls([time, *y0])
-    with calls:
-        start = Evaluation(time, y0, problem.field(time, y0, 0))
+    calls, start = first_call(problem, kind.perturb)
     refusal = kind.refusal or calls.refusal
     if refusal:
         warnings.warn(f"cuda_graph: {refusal}; the solve goes on without a graph", stacklevel=2)
         found = make().run(start)
         counter_of(problem.field).nfe -= called
         return found
-    shapes = tuple([(leaf.shape, leaf.dtype) for leaf in problem.leaves])
-    tolerances = *problem.rtol, *problem.atol, problem.quadratures, problem.quadratures_in_norm, *(problem.signs or ())
-    cast = torch.is_autocast_enabled(problem.device.type), torch.get_autocast_dtype(problem.device.type)
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
     mode = kind.mode
     if mode == "loop" and calls.random:
         mode = "step"
         warnings.warn("cuda_graph='loop': func draws random numbers; each step is replayed from the host", stacklevel=2)
-    key = (
-        mode,
-        kind.key,
-        problem.device,
-        shapes,
-        len(problem.t),
-        problem.direction,
-        problem.per_sample,
-        tolerances,
-        modes,
-        calls.key,
-    )
+    key = (mode, *key_of(problem, kind.key, calls))
     solver = graphs.take(key)
     if solver is None:
         solver = make(graph=mode)

@@ -51,6 +51,16 @@ def outputs_of_steps(nodes: list[float], t: list[float], direction: float) -> li
     return outputs
 
 
+def calls_on_grid(tableau: ButcherTableau, nodes: list[float], t: list[float], direction: float, perturb: bool) -> int:
+    """Calls of func that a solve on this grid takes."""
+    points, steps = len(tableau.rows), len(nodes) - 1
+    count = (1 if tableau.fsal and not perturb else steps) + steps * (min(points, tableau.stages) - 1)
+    if points < tableau.stages:  # a slope at the end of each step, of the last where an output lies inside it
+        inside = len(t) > 2 and direction * (t[-2] - nodes[-2]) > 0
+        count += steps - 1 + inside
+    return count
+
+
 def tape_of_grid(
     problem: Problem, tableau: ButcherTableau, nodes: list[float], moves_with: list[int | None], perturb: bool
 ) -> list[Step | Evaluation]:
@@ -109,10 +119,10 @@ class FixedSolver:
         counter = counter_of(self.problem.field)
         called = counter.nfe
         if self.calls and self.replay is None:  # the solve before was not captured: what func does once is done
-            self.replay = captured(self._solve_again)
+            self.replay = captured(self.solve_again)
             self.captures = self.replay is not None
         if self.replay is None:
-            self._solve_again(start)
+            self.solve_again(start)
             self.calls = counter.nfe - called
         else:
             self.replay()
@@ -128,10 +138,9 @@ class FixedSolver:
         for own, leaf in zip(self.initial, problem.leaves, strict=True):
             own.copy_(leaf)
 
-    def _solve_again(self, start: Evaluation | None = None) -> None:
-        """From `initial` on: the buffers of the start and of the end of a step change places."""
-        for own, leaf in zip(self.stepper.y0, self.initial, strict=True):
-            own.copy_(leaf)
+    def solve_again(self, start: Evaluation | None = None) -> None:
+        """The solve from `initial` on, as often as wanted; only the outputs lie where they lay."""
+        self.stepper.start_at(self.initial)
         self._solve(start)
 
     def _solve(self, start: Evaluation | None) -> None:
