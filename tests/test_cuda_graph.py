@@ -124,6 +124,46 @@ def test_what_looks_at_each_step(y0, ahead):
     assert ahead.captured == 0
 
 
+RECORDED = [{"gradient": "direct"}, {"gradient": "checkpoint"}, {"gradient": "direct", "regularizers": ["error", "kinetic"]}]
+RECORDED += [{"gradient": "direct", "dense": True}, {"gradient": "quadrature"}]
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "fehlberg2"])
+@pytest.mark.parametrize("way", RECORDED, ids=str)
+def test_recorded_steps(y0, ahead, monkeypatch, way, method, control):
+    """What a gradient needs of the steps is learnt after the solve; values, gradients and statistics are the same."""
+    found = []
+    looked = adaptive.AdaptiveSolver._looked_at_step
+    if way["gradient"] != "quadrature":
+        monkeypatch.setattr(adaptive.AdaptiveSolver, "_looked_at_step", None)
+    for undo in (False, True):
+        if undo:
+            monkeypatch.undo()
+            assert adaptive.AdaptiveSolver._looked_at_step is looked
+        net, start = Net(wanted=True), y0.clone().requires_grad_()
+        times = T.clone().requires_grad_(way["gradient"] != "quadrature" and "regularizers" not in way)
+        options = {"method": method, "rtol": 1e-4, "atol": 1e-5, "max_step": 0.2, "step_control": control}
+        solution = solve(net, start, times, **options, **way)
+        loss = solution.ys.square().sum() + sum(value.sum() for value in solution.regularizers.values())
+        loss.backward()
+        inside = [solution.interpolant(0.37)] if way.get("dense") else []
+        grads = [start.grad, *([] if times.grad is None else [times.grad]), *(p.grad for p in net.parameters())]
+        found.append((solution, [solution.ys.detach(), *inside, *grads]))
+    same(found[0][0], found[1][0])
+    for x, y in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
+def test_a_thinned_tape_is_looked_at(y0, ahead):
+    """With max_checkpoints the host looks at each step, for it forgets states on the way."""
+    net, start = Net(wanted=True), y0.clone().requires_grad_()
+    ys = solve(net, start, T, gradient="checkpoint", max_checkpoints=3, rtol=1e-6).ys
+    grad = torch.autograd.grad(ys.square().sum(), start)[0]
+    expected = torch.autograd.grad(solve(net, start, T, gradient="direct", rtol=1e-6).ys.square().sum(), start)[0]
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
+
+
 # ---- which solves share a step ----
 
 

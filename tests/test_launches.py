@@ -159,6 +159,28 @@ def test_per_sample_adjoint(launches, layers):
     assert found == {"stage": 6 + 2, "mul": 1, "error_and_step_size": 1, "advance": 1}
 
 
+@pytest.mark.parametrize("gradient", ["checkpoint", "direct"])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_recorded_forward(launches, control, gradient):
+    """What is kept of a step are copies: the state and the solver state of each, its times or its first slope."""
+    y0 = torch.linspace(-1, 1, 12, dtype=D).view(3, 4).requires_grad_()
+    net, found = Net(2, launches), []
+    for steps in (16, 32):
+        size = 1.0 / steps
+        launches.counts = {}
+        with launches:
+            solve(net, y0, [0.0, 1.0], gradient=gradient, step_control=control, first_step=size, min_step=size, max_step=size)
+        found.append(dict(launches.counts))
+    each = {name: (found[1].get(name, 0) - found[0].get(name, 0)) / 16 for name in found[1]}
+    assert each.pop("copy_") <= 1
+    for name in ("where", "lift_fresh"):  # per sample, after the solve
+        each.pop(name, None)
+    copies = each.pop("clone")
+    assert copies == 3 and {name: count for name, count in each.items() if count} == {
+        "stage": 6, "error_and_step_size": 1, "advance": 1,
+    }  # fmt: skip
+
+
 def test_start(launches):
     """What a solve launches besides its steps does not grow with the parameters or the steps."""
     few, many = (sum(counts(launches, Net(2, launches), steps).values()) for steps in (16, 32))

@@ -91,7 +91,7 @@ class Polynomials(Recorder):
         super().__init__(tableau, problem.t, problem.per_sample, len(problem.state_leaves), dense=dense)
         self.problem, self.pieces = problem, list[Piece]()
         self.slopes = dense or not adaptive  # a method on a grid leaves out slopes that nobody asks for
-        self.every_slope = True
+        self.every_slope = self.at_once = True
         self.degree = len(tableau.p[0])
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         self.starts: list[float] = []
@@ -189,7 +189,7 @@ class ParameterQuadrature(Recorder):
     def __init__(self, tableau: ButcherTableau, backward: Problem, field: AdjointField, params: Sequence[Tensor]):
         super().__init__(tableau, backward.t, backward.per_sample, len(backward.leaves))
         self.problem, self.field, self.params = backward, field, params
-        self.every_slope = True
+        self.every_slope = self.at_once = True
         nodes, weights = np.polynomial.legendre.leggauss(tableau.order // 2 + 1)
         self.nodes, self.weights = [float(x + 1) / 2 for x in nodes], [float(w) / 2 for w in weights]
         self.sums = Accumulator(params, len(nodes), backward.device)

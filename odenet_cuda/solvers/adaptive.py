@@ -2,8 +2,8 @@
 
 All decisions are made by the kernels in the solver state, a small float64 tensor on the device of the problem. On the CPU
 the loop looks into it after each step; on CUDA it runs ahead: it looks late, so that the host never waits, and steps past the
-end find a held state. Only what needs the host at every step (recording for a gradient, discontinuities, callbacks) makes it
-look there.
+end find a held state. What a gradient needs of the steps is kept and looked at after the solve. Only what needs the host at
+every step (discontinuities, callbacks, a tape that is thinned, `quadrature`) makes it look there.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,9 +67,9 @@ class AdaptiveSolver:
         self.jumps = STOPS["jump"] in stop_table(problem, step_t, jump_t)[1]
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
-        needed = recorder is not None or self.jumps or bool(self.callbacks)
+        needed = self.jumps or bool(self.callbacks) or (recorder is not None and not recorder.can_wait)
         self.looks = needed or not runs_ahead(device)
-        self.captures = bool(graph) and not self.looks and after_step is None
+        self.captures = bool(graph) and not self.looks and after_step is None and recorder is None
         self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
@@ -79,6 +79,9 @@ class AdaptiveSolver:
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
         self.stepper.bind_state(self.state, self.table, self.t)
         self.recording = recorder is not None and recorder.slopes
+        self.unseen: list[tuple[Tensor, Any]] = []  # steps that the recorder is told late, with the solver state after each
+        if recorder is not None and not self.looks:
+            recorder.owned = True
         self.ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in self.stepper.y0[: self.stepper.n]]
         self.outputs = [out.data_ptr() for out in self.ys] if len(problem.t) > 2 else []
         self.replay: Callable[[], None] | None = None  # a captured step
@@ -103,30 +106,10 @@ class AdaptiveSolver:
 
     def _looked_at_step(self) -> bool:
         """A step that the host looks at; whether it was the last."""
-        problem, stepper, kernels = self.problem, self.stepper, self.stepper.kernels
-        field, last = problem.field, self.tableau.stages - 1
-        fsal, points, outputs = self.tableau.fsal, len(self.tableau.rows), self.outputs
+        stepper, kernels, outputs = self.stepper, self.stepper.kernels, self.outputs
         if self.callbacks:
             self._call("callback_step", "time", "dt")
-        views, times = stepper.views, stepper.times
-        evaluations: list[Evaluation | None] = []
-        addresses: list[int] = []
-        if self.recording:
-            stepper.new_times()
-            stepper.new_stages()
-            for i in range(1, last + 1):
-                kernels.stage(i, addresses)
-                evaluation = self.recorder.evaluate(field, views[i], stepper.y[i])
-                evaluations.append(evaluation)
-                addresses = stepper.set_slopes(i, evaluation.k, False)
-        else:
-            if self.recorder is not None:
-                times = times.clone()
-            addresses = self._stages()
-        if not fsal:  # y1 is no stage: the next step begins with the slope of the last, which lies beside it
-            kernels.stage(points, addresses)
-            evaluations.append(None)
-            addresses = []
+        times, evaluations, addresses = self._points()
         self._decide(addresses)
         host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
         if self.recorder is not None:
@@ -179,6 +162,10 @@ class AdaptiveSolver:
                 if self.replay is None:
                     self.replay = captured(self._step)
                 self.captures = self.replay is not None
+        if self.unseen:
+            hosts = torch.stack([state for state, _ in self.unseen]).cpu().numpy()
+            for host, (_, seen) in zip(hosts, self.unseen, strict=True):
+                self.recorder.step(host, *seen)
         tried = self.state[FIELDS["num_accepted"]] + self.state[FIELDS["num_rejected"]]
         self.expected = int(tried.max())
         counter.nfe = called + self.expected * (self.tableau.stages - 1)  # steps past the end do not count
@@ -186,18 +173,53 @@ class AdaptiveSolver:
 
     def _step(self) -> None:
         """One step, whatever becomes of it: nothing on the host depends on that."""
-        kernels, addresses = self.stepper.kernels, self._stages()
-        if not self.tableau.fsal:
-            kernels.stage(len(self.tableau.rows), addresses)
-            addresses = []
+        stepper, kernels = self.stepper, self.stepper.kernels
+        times, evaluations, addresses = self._points()
         self._decide(addresses)
         if self.outputs:
             kernels.dense_output(self.outputs)
         if self.after_step is not None:
             self._call_after_step()
+        if self.recorder is not None:
+            self.unseen.append((self.state.clone(), (evaluations, list(stepper.k), stepper.y0, times)))
+            self._leave_behind()
         kernels.advance()
 
     # ---- parts of a step ----------------------------------------------------------------------------------------------
+
+    def _points(self) -> tuple[Tensor, list[Evaluation | None], list[int]]:
+        """All points of a step: their times, the evaluations where they are recorded, and the addresses of the last slopes,
+        which are not bound yet."""
+        stepper, kernels = self.stepper, self.stepper.kernels
+        views, times = stepper.views, stepper.times
+        evaluations: list[Evaluation | None] = []
+        if self.recording:
+            stepper.new_times()  # the next step's are written while these are kept
+            stepper.new_stages()
+            addresses: list[int] = []
+            for i in range(1, self.tableau.stages):
+                kernels.stage(i, addresses)
+                evaluation = self.recorder.evaluate(self.problem.field, views[i], stepper.y[i])
+                evaluations.append(evaluation)
+                addresses = stepper.set_slopes(i, evaluation.k, False)
+        else:
+            if self.recorder is not None:
+                times = times.clone()
+            addresses = self._stages()
+        if not self.tableau.fsal:  # y1 is no stage: the next step begins with the slope of the last, which lies beside it
+            kernels.stage(len(self.tableau.rows), addresses)
+            evaluations.append(None)
+            addresses = []
+        return times, evaluations, addresses
+
+    def _leave_behind(self) -> None:
+        """What was recorded keeps its values: the next step begins in memory of its own."""
+        stepper = self.stepper
+        stepper.y0 = [leaf.detach().clone() for leaf in stepper.y0]
+        stepper.bind()
+        if self.recording or self.recorder.carried:
+            stepper.set_slopes(0, [slope.detach().clone() for slope in stepper.k[0]], False)
+            stepper.kernels.bind_slopes(0, stepper.addresses(0))
 
     def _stages(self) -> list[int]:
         """All slopes, without graphs; the addresses of the last, which are not bound yet."""
@@ -315,11 +337,8 @@ class AdaptiveSolver:
             if host is not None and host[FIELDS["accept"], 0]:
                 stepper.swap_accepted()
             return
-        if self.recording:  # what was recorded keeps its values
-            stepper.y0 = [leaf.detach().clone() for leaf in stepper.y0]
-            stepper.bind()
-            stepper.set_slopes(0, [slope.detach().clone() for slope in stepper.k[0]], False)
-            stepper.kernels.bind_slopes(0, stepper.addresses(0))
+        if self.recording:
+            self._leave_behind()
         stepper.kernels.advance()
 
     def _restart(self, host: Any) -> None:

@@ -104,6 +104,13 @@ class Recorder:
         self.dense_steps: list[DenseStep] = []
         self._first: Any = None
         self._mode = torch.enable_grad() if graphs else torch.no_grad()
+        self.owned = False  # the states that it is handed are its own: nobody writes into them
+        self.at_once = False  # it uses slopes of a step that the next step overwrites
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether it may be told of the steps after the solve, and need not forget some on the way."""
+        return not self.at_once and self.drawn is None and (self.checkpoints is None or self.checkpoints.limit is None)
 
     def evaluate(self, func: Callable[..., list[Tensor]], t: Tensor, y: list[Tensor], y_grad: bool = True) -> Evaluation:
         """Calls func. t and y must be the solver's own: they become leaves of the graph. y_grad: y needs a gradient."""
@@ -211,8 +218,9 @@ class Recorder:
                 self._first_noise = self.drawn[-1]
                 self.drawn.clear()
             keep = self.checkpoints.add(step)
-            step.k = [[leaf.detach().clone() for leaf in step.k[0]]] if keep and self.carried else []
-            step.y0 = [leaf.detach().clone() for leaf in step.y0] if keep else None
+            own = torch.detach if self.owned else lambda leaf: leaf.detach().clone()
+            step.k = [[own(leaf) for leaf in step.k[0]]] if keep and self.carried else []
+            step.y0 = [own(leaf) for leaf in step.y0] if keep else None
             self.tape.append(step)
 
 
