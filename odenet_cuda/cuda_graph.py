@@ -129,6 +129,11 @@ class Graphs:
 graphs = Graphs()
 
 
+def being_captured(device: torch.device) -> bool:
+    """Whether the caller captures a graph, in which there can be no other."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def capture(step: Callable[[], None]) -> Callable[[], None]:
     """A replay of the step, which this does not run. Raises RuntimeError where it cannot be captured.
 

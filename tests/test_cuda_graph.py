@@ -510,6 +510,18 @@ def test_norms_of_the_user(y0, ahead):
         solve(Net(), y0, T, norm=lambda x: x.abs().max(), cuda_graph=True)
 
 
+@pytest.mark.parametrize("method, gradient", [("dopri5", "adjoint"), ("rk4", "adjoint"), ("rk4", "direct")])
+def test_inside_a_graph_of_the_user(y0, ahead, monkeypatch, method, gradient):
+    """There is no graph in a graph."""
+    for module in (by_graph, gradients):
+        monkeypatch.setattr(module, "being_captured", lambda device: True)
+    net = Net(wanted=gradient == "direct")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="a graph is being captured"):
+            solve(net, y0, T, method=method, gradient=gradient, cuda_graph=True)
+    assert ahead.captured == 0
+
+
 def test_capture_that_fails(y0, ahead, monkeypatch):
     def fails(step):
         raise RuntimeError("operation not permitted when stream is capturing\nmore words")

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..cuda_graph import being_captured, graphs
 from ..cuda_graph import captured as replay_of
-from ..cuda_graph import graphs
 from ..integrate import Grid, Options
 from ..problem import Problem, counter_of
 from ..ranges import in_range
@@ -90,6 +90,7 @@ def solve(
         calls, _ = first_call(problem, options.perturb)
         counter.nfe = called
         refusal = refusal or calls.refusal or ("func draws random numbers" if calls.random and not draws else "")
+        refusal = refusal or ("a graph is being captured" if being_captured(problem.device) else "")
         if refusal:
             warnings.warn(f"cuda_graph: {refusal}; the solve goes on without a graph", stacklevel=2)
             return None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..cuda_graph import Calls, graphs
+from ..cuda_graph import Calls, being_captured, graphs
 from ..problem import Problem, counter_of
 from .trajectory import Evaluation, Trajectory
 
@@ -56,7 +56,7 @@ def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], calle
     not count.
     """
     calls, start = first_call(problem, kind.perturb)
-    refusal = kind.refusal or calls.refusal
+    refusal = kind.refusal or calls.refusal or ("a graph is being captured" if being_captured(problem.device) else "")
     if refusal:
         warnings.warn(f"cuda_graph: {refusal}; the solve goes on without a graph", stacklevel=2)
         found = make().run(start)
