@@ -21,7 +21,7 @@ from .gradients.autocast import autocast_state
 from .gradients.by_graph import solve as solve_by_graphs
 from .integrate import MOST_CAPTURED, Grid, Options, integrate
 from .ops import FIELDS
-from .problem import Field, Problem, Structure, check_state, own_tensors
+from .problem import Field, Problem, Structure, check_state, own_tensors, to_device
 from .regularizers import OF_STEPS, RUNNING, StepCosts
 from .sharding import is_plain, no_sharded_calls, refuse_sharded
 from .solution import Interpolant, Solution, Stats, failure
@@ -340,7 +340,7 @@ class Job:
         interpolant = None
         t = self.t.detach()
         if t.dtype != torch.float64 or t.device != self.problem.device:
-            t = torch.tensor(self.problem.t, dtype=torch.float64, device=self.problem.device)
+            t = to_device(torch.tensor(self.problem.t, dtype=torch.float64), self.problem.device)
         if self.dense and recorder is not None:
             interpolant = Interpolant(
                 self.options.tableau,

@@ -153,6 +153,11 @@ def with_arguments(func: Any, args: Any) -> Callable:
     return WithArguments(func, args) if args and callable(func) else func
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on the device. The host does not wait for it: they leave from pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @dataclass
 class Problem:
     """An initial value problem over leaves.
@@ -204,7 +209,7 @@ class Problem:
         times = torch.full((1, self.rows), self.t[0], dtype=self.real)
         if perturb:
             times = torch.nextafter(times, torch.full_like(times, self.direction * math.inf))
-        return self.time_views(times.to(self.device))[0]
+        return self.time_views(to_device(times, self.device))[0]
 
     def time_views(self, times: Tensor) -> list[Tensor]:
         """times [stages, rows] as func sees them: 0-dimensional, or [batch, 1, ...] of the first leaf's rank."""

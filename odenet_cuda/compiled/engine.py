@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _C
 from ..integrate import Grid, Options, fixed_grid
 from ..ops import FIELDS, NUM_FIELDS
-from ..problem import Problem
+from ..problem import Problem, to_device
 from ..ranges import marked
 from ..solvers.adaptive import stop_table
 from ..solvers.fixed import calls_on_grid
@@ -100,7 +100,7 @@ class Engine:
         times, kinds = stop_table(problem, options.step_t, options.jump_t)
         addresses = np.array(self.constants.addresses, np.int64).view(np.float64)
         parts: list[Any] = [problem.t, times, kinds, problem.rtol, problem.atol, addresses, () if grid is None else grid[0]]
-        table = torch.from_numpy(np.concatenate([np.asarray(part, np.float64) for part in parts])).to(problem.device)
+        table = to_device(torch.from_numpy(np.concatenate([np.asarray(part, np.float64) for part in parts])), problem.device)
         places = [table.data_ptr() + 8 * place for place in accumulate(map(len, parts), initial=0)]
         tiles, leaves = self._tiles(library), len(self.plan.leaf_sizes) * (columns // self.state)
         kept = self._new(tiles * library.tile_bytes, dtype=torch.uint8)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import formulas
 from ..cuda_graph import Watch, captured, repeated
 from ..ops import FIELDS, STOPS
-from ..problem import Problem, counter_of
+from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
 from ..step_control import RUNNING, StepControl, initial_state
 from ..stepper import Stepper
@@ -63,7 +63,7 @@ class AdaptiveSolver:
         self.after_step, self.callbacks = after_step, callbacks or {}
         device = problem.device
         self.stop_times = step_t, jump_t
-        self.state, self.table, self.t = (x.to(device) for x in self._numbers(problem))
+        self.state, self.table, self.t = self._numbers(problem)
         self.jumps = STOPS["jump"] in stop_table(problem, step_t, jump_t)[1]
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
@@ -88,10 +88,11 @@ class AdaptiveSolver:
         self.expected = 0  # steps, by the last solve
 
     def _numbers(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """The solver state before the first step, the stops and the output times, on the host."""
+        """The solver state before the first step, the stops and the output times."""
         times, kinds = stop_table(problem, *self.stop_times)
-        table = torch.tensor([times, [float(kind) for kind in kinds]], dtype=torch.float64)
-        return torch.from_numpy(initial_state(problem.t[0], problem.rows)), table, torch.tensor(problem.t, dtype=torch.float64)
+        stops, t = (torch.tensor(x, dtype=torch.float64) for x in ([times, [float(kind) for kind in kinds]], problem.t))
+        state = torch.from_numpy(initial_state(problem.t[0], problem.rows))
+        return to_device(state, problem.device), to_device(stops, problem.device), to_device(t, problem.device)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import formulas, ops
 from ..cuda_graph import captured
-from ..problem import Problem, counter_of
+from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
@@ -65,7 +65,7 @@ def tape_of_grid(
     problem: Problem, tableau: ButcherTableau, nodes: list[float], moves_with: list[int | None], perturb: bool
 ) -> list[Step | Evaluation]:
     """What a solve on this grid does, without its values."""
-    times = stage_times(nodes, tableau, problem.real, perturb).to(problem.device)
+    times = to_device(stage_times(nodes, tableau, problem.real, perturb), problem.device)
     fsal = tableau.fsal and not perturb
     tape: list[Step | Evaluation] = []
     for step, outputs in enumerate(outputs_of_steps(nodes, problem.t, problem.direction)):
@@ -103,13 +103,18 @@ class FixedSolver:
         self.callback = (callbacks or {}).get("callback_step")
         self.rows = tableau.rows
         self.stepper = Stepper(problem, tableau, self.rows)
-        self.dts = torch.tensor(np.diff(nodes), dtype=torch.float64, device=problem.device)
-        self.times = stage_times(nodes, tableau, problem.real, perturb).to(problem.device)
+        self.dts, self.times = self._numbers(problem, nodes)
         self.ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in self.stepper.y0[: self.stepper.n]]
         self.captures = bool(graph)
         self.replay: Callable[[], None] | None = None  # a captured solve
         self.initial = [leaf.clone() for leaf in self.stepper.y0] if graph else []
         self.calls = 0  # of func in a solve, the first not counted
+
+    def _numbers(self, problem: Problem, nodes: list[float]) -> tuple[Tensor, Tensor]:
+        """The sizes of the steps, and the times of their stages."""
+        times = stage_times(nodes, self.tableau, problem.real, self.perturb)
+        dts = torch.tensor(np.diff(nodes), dtype=torch.float64)
+        return to_device(dts, problem.device), to_device(times, problem.device)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
@@ -133,8 +138,8 @@ class FixedSolver:
         """Another problem of the same kind takes the place of the last: in the same memory, for a captured solve. Its outputs
         must lie in the same places of the same steps."""
         self.problem, self.nodes = problem, nodes
-        self.dts.copy_(torch.tensor(np.diff(nodes), dtype=torch.float64))
-        self.times.copy_(stage_times(nodes, self.tableau, problem.real, self.perturb))
+        for own, new in zip((self.dts, self.times), self._numbers(problem, nodes), strict=True):
+            own.copy_(new)
         for own, leaf in zip(self.initial, problem.leaves, strict=True):
             own.copy_(leaf)
 

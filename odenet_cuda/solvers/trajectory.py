@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import FIELDS
+from ..problem import to_device
 from ..solution import DenseStep
 from ..tableau import ButcherTableau
 from .checkpoints import Checkpoints
@@ -176,7 +177,7 @@ class Recorder:
         accept = host[_ACCEPT] != 0
         if not accept.any():
             return
-        to_device = lambda values: torch.from_numpy(np.array(values)).to(y0[0].device)  # noqa: E731
+        sent = lambda values: to_device(torch.from_numpy(np.array(values)), y0[0].device)  # noqa: E731
         t0, dt, time = host[_LAST_TIME], host[_LAST_DT], host[_TIME]
         begin, end = host[_OUTPUT_BEGIN].astype(int), host[_OUTPUT_END].astype(int)
         outputs: list[Output] = []
@@ -184,13 +185,13 @@ class Recorder:
             inside = (begin <= index) & (index < end)
             if inside.any():
                 theta = np.where(self.t[index] == time, 1.0, (self.t[index] - t0) / np.where(dt == 0, 1.0, dt))
-                outputs.append((index, to_device(theta), to_device(inside)))
+                outputs.append((index, sent(theta), sent(inside)))
         ends = []
         for index, rows in ((0, accept & (t0 == self.t[0])), (len(self.t) - 1, accept & (time == self.t[-1]))):
-            ends.append((index, to_device(rows)) if rows.any() else None)
-        rows, ends_of = to_device(accept), (ends[0], ends[1])
-        step = Step(times, self._first, to_device(dt), rows, outputs, ends_of, y0, slopes, evaluations)
-        self._keep(to_device(t0), to_device(time), step)
+            ends.append((index, sent(rows)) if rows.any() else None)
+        rows, ends_of = sent(accept), (ends[0], ends[1])
+        step = Step(times, self._first, sent(dt), rows, outputs, ends_of, y0, slopes, evaluations)
+        self._keep(sent(t0), sent(time), step)
         self._first = torch.where(rows, times[-1], self._first)
 
     def fixed_step(self, t0: float, t1: float, step: Step) -> None:
