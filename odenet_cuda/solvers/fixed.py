@@ -23,7 +23,8 @@ def uniform_grid(t: list[float], step_size: float) -> list[float]:
     span = t[-1] - t[0]
     count = max(1, math.ceil(abs(span) / step_size * (1 - 1e-12)))
     direction = math.copysign(1.0, span)
-    return [*(t[0] + direction * step_size * np.arange(count)).tolist(), t[-1]]
+    step = direction * step_size
+    return [*[t[0] + step * i for i in range(count)], t[-1]]  # torch.compile goes through here, and knows no array's list
 
 
 def stage_times(grid: list[float], tableau: ButcherTableau, real: torch.dtype, perturb: bool) -> Tensor:
