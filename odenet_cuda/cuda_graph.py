@@ -11,6 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,12 +90,34 @@ class Calls(TorchDispatchMode):
             self.refusal = f"func copies between the host and the device, {name}"
 
 
+class Fence:
+    """What the current stream of a device has been given so far. Nothing is behind on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._event = device, None
+        if device.type == "cuda":
+            self._event = torch.cuda.current_stream(device).record_event()
+
+    def pass_(self) -> None:
+        """The stream that is current now goes on once that is done."""
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def wait(self) -> None:
+        """The host goes on once that is done."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class Graphs:
-    """Solvers whose step is captured, by what the step does. One that is in use is not in here."""
+    """Solvers whose step is captured, by what the step does. One that is in use is not in here.
+
+    Each comes with a fence behind its last use: the next may be on another stream.
+    """
 
     def __init__(self, limit: int = _LIMIT):
         self.limit = limit
-        self._kept: OrderedDict[Hashable, list[Any]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, list[tuple[Any, Fence]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def take(self, key: Hashable) -> Any:
@@ -103,20 +126,24 @@ class Graphs:
             found = self._kept.get(key)
             if not found:
                 return None
-            solver = found.pop()
+            solver, fence = found.pop()
             if not found:
                 del self._kept[key]
-            return solver
+        fence.pass_()
+        return solver
 
-    def give(self, key: Hashable, solver: Any) -> None:
+    def give(self, key: Hashable, solver: Any, fence: Fence) -> None:
+        gone = []
         with self._lock:
-            self._kept.setdefault(key, []).append(solver)
+            self._kept.setdefault(key, []).append((solver, fence))
             self._kept.move_to_end(key)
             while sum(map(len, self._kept.values())) > self.limit:
                 oldest = next(iter(self._kept))
-                self._kept[oldest].pop(0)
+                gone.append(self._kept[oldest].pop(0))
                 if not self._kept[oldest]:
                     del self._kept[oldest]
+        for _, last in gone:
+            last.wait()  # then its memory may go
 
     def clear(self) -> None:
         with self._lock:
@@ -134,14 +161,25 @@ def being_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def capture(step: Callable[[], None]) -> Callable[[], None]:
+@cache
+def _stream(device: torch.device) -> Any:
+    """On which all is captured: autograd makes a product where func was called, so a way back must be captured there too."""
+    return torch.cuda.Stream(device)
+
+
+def _record(graph: Any, step: Callable[[], None], device: torch.device) -> None:
+    """Other threads may go on with what they do."""
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
+        step()
+
+
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A replay of the step, which this does not run. Raises RuntimeError where it cannot be captured.
 
-    The step has run before, so that nothing is set up in it for the first time. Other threads may go on with what they do.
+    The step has run before, so that nothing is set up in it for the first time.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    _record(graph, step, device)
     return graph.replay
 
 
@@ -152,8 +190,7 @@ def repeat(step: Callable[[], None], status: Tensor) -> Callable[[], None]:
     host, once a launch. Raises RuntimeError where it cannot be captured. status: float64 [rows], on the device.
     """
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    _record(graph, step, status.device)
     left = torch.empty(1, dtype=torch.int64, device=status.device)
     made = _C.Repeat(
         step=graph.raw_cuda_graph(),
@@ -170,11 +207,11 @@ def repeat(step: Callable[[], None], status: Tensor) -> Callable[[], None]:
     return launch
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None] | None:
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
     """A replay of the step, or None, with a warning, where it cannot be captured."""
     try:
         with _no_cast_is_kept():
-            return capture(step)
+            return capture(step, device)
     except RuntimeError as error:
         _warn(f"func cannot be captured: {_first_line(error)}; the solve goes on without a graph")
         return None

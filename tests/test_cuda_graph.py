@@ -45,7 +45,7 @@ class Capture:
     def __init__(self):
         self.captured = self.replayed = 0
 
-    def __call__(self, step):
+    def __call__(self, step, device):
         self.captured += 1
 
         def replay():
@@ -426,7 +426,7 @@ def test_long_grids_are_not_captured(y0, ahead):
 
 
 def test_a_fixed_solve_whose_capture_fails(y0, ahead, monkeypatch):
-    def fails(step):
+    def fails(step, device):
         raise RuntimeError("not permitted")
 
     monkeypatch.setattr(cuda_graph, "capture", fails)
@@ -523,7 +523,7 @@ def test_inside_a_graph_of_the_user(y0, ahead, monkeypatch, method, gradient):
 
 
 def test_capture_that_fails(y0, ahead, monkeypatch):
-    def fails(step):
+    def fails(step, device):
         raise RuntimeError("operation not permitted when stream is capturing\nmore words")
 
     monkeypatch.setattr(cuda_graph, "capture", fails)
@@ -557,11 +557,25 @@ def test_calls_tell_work_apart():
     assert len({key(func) for func in different}) == len(different)
 
 
+class Passed:
+    """Stands for a fence."""
+
+    waited = passed = 0
+
+    def pass_(self):
+        Passed.passed += 1
+
+    def wait(self):
+        Passed.waited += 1
+
+
 def test_cache_is_bounded():
+    """Who takes one waits for its last use on the device, and the host does before one goes."""
     graphs = Graphs(limit=3)
     for i in range(10):
-        graphs.give(i % 5, object())
+        graphs.give(i % 5, object(), Passed())
     assert len(graphs) == 3 and graphs.take(0) is None and graphs.take(4) is not None
+    assert (Passed.waited, Passed.passed) == (7, 1)
     assert len(graphs) == 2
     graphs.clear()
     assert len(graphs) == 0 and graphs.take(4) is None

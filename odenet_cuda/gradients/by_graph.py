@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..cuda_graph import being_captured, graphs
+from ..cuda_graph import Fence, being_captured, graphs
 from ..cuda_graph import captured as replay_of
 from ..integrate import Grid, Options
 from ..problem import Problem, counter_of
@@ -40,8 +40,8 @@ class GraphedSolve:
         with torch.random.fork_rng([problem.device] if problem.device.type == "cuda" else []):
             self._solve()  # what is done once is done here
             self._walk()
-        self.solve = replay_of(self._solve)
-        self.walk = replay_of(self._walk) if self.solve is not None else None
+        self.solve = replay_of(self._solve, problem.device)
+        self.walk = replay_of(self._walk, problem.device) if self.solve is not None else None
 
     def _solve(self) -> None:
         self.recorder = self.solver.recorder = self.new_recorder()
@@ -56,13 +56,13 @@ class GraphedSolve:
 
 
 class Lease:
-    """Gives the graphs back when it goes."""
+    """Gives the graphs back when it goes. fence: behind their last use."""
 
-    def __init__(self, key: Hashable, graphed: GraphedSolve):
-        self.key, self.graphed, self._give = key, graphed, graphs.give
+    def __init__(self, key: Hashable, graphed: GraphedSolve, fence: Fence):
+        self.key, self.graphed, self.fence, self._give = key, graphed, fence, graphs.give
 
     def __del__(self) -> None:
-        self._give(self.key, self.graphed)
+        self._give(self.key, self.graphed, self.fence)
 
 
 def solve(
@@ -98,7 +98,7 @@ def solve(
         key = ("gradient", kind, *key_of(problem, (options, tuple(grid[0]), tuple(problem.t)), calls), places)
         graphed = graphs.take(key)
         if graphed is None:
-            graphs.give(key, _ONCE)
+            graphs.give(key, _ONCE, Fence(problem.device))
             return None
         if graphed is _ONCE:
             graphed = GraphedSolve(problem, options, grid, new_recorder, way_back)
@@ -108,7 +108,7 @@ def solve(
         graphed.solve()
         counter.nfe = calls_on_grid(options.tableau, grid[0], problem.t, problem.direction, options.perturb)
         ys, last = ([leaf.detach().clone() for leaf in leaves] for leaves in (graphed.solver.ys, graphed.solver.stepper.y0))
-    lease = Lease(key, graphed)
+    lease = Lease(key, graphed, Fence(problem.device))
     return Trajectory(list(_Graphed.apply(lease, problem, tuple(ys), len(y0), t, *y0, *captured)), last, None)
 
 
@@ -136,4 +136,6 @@ class _Graphed(torch.autograd.Function):
                 own.zero_() if grad is None else own.copy_(grad)
             graphed.walk()
             y0, captured = graphed.found
-            return None, None, None, None, None, *[None if x is None else x.clone() for x in (*y0, *captured)]
+            grads = [None if x is None else x.clone() for x in (*y0, *captured)]
+            ctx.lease.fence = Fence(ctx.problem.device)
+            return None, None, None, None, None, *grads

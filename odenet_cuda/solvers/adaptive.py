@@ -161,7 +161,7 @@ class AdaptiveSolver:
                 self.replay = repeated(self._step, self.state[FIELDS["status"]]) if self.loops else None
                 self.loops = self.replay is not None
                 if self.replay is None:
-                    self.replay = captured(self._step)
+                    self.replay = captured(self._step, self.problem.device)
                 self.captures = self.replay is not None
         if self.unseen:
             hosts = torch.stack([state for state, _ in self.unseen]).cpu().numpy()

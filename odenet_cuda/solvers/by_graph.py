@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..cuda_graph import Calls, being_captured, graphs
+from ..cuda_graph import Calls, Fence, being_captured, graphs
 from ..problem import Problem, counter_of
 from .trajectory import Evaluation, Trajectory
 
@@ -77,5 +77,5 @@ def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], calle
     ys, last = ([leaf.clone() for leaf in leaves] for leaves in (found.ys, found.last))
     state = None if found.state is None else found.state.clone()
     if solver.captures:
-        graphs.give(key, solver)
+        graphs.give(key, solver, Fence(problem.device))
     return Trajectory(ys=ys, last=last, state=state)

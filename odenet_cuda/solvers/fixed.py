@@ -125,7 +125,7 @@ class FixedSolver:
         counter = counter_of(self.problem.field)
         called = counter.nfe
         if self.calls and self.replay is None:  # the solve before was not captured: what func does once is done
-            self.replay = captured(self.solve_again)
+            self.replay = captured(self.solve_again, self.problem.device)
             self.captures = self.replay is not None
         if self.replay is None:
             self.solve_again(start)
