@@ -210,7 +210,7 @@ def repeat(step: Callable[[], None], status: Tensor) -> Callable[[], None]:
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
     """A replay of the step, or None, with a warning, where it cannot be captured."""
     try:
-        with _no_cast_is_kept():
+        with no_cast_is_kept():
             return capture(step, device)
     except RuntimeError as error:
         _warn(f"func cannot be captured: {_first_line(error)}; the solve goes on without a graph")
@@ -220,7 +220,7 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 def repeated(step: Callable[[], None], status: Tensor) -> Callable[[], None] | None:
     """The same for `repeat`."""
     try:
-        with _no_cast_is_kept():
+        with no_cast_is_kept():
             return repeat(step, status)
     except RuntimeError as error:
         _warn(f"the device cannot repeat the step: {_first_line(error)}; each is replayed from the host")
@@ -228,7 +228,7 @@ def repeated(step: Callable[[], None], status: Tensor) -> Callable[[], None] | N
 
 
 @contextmanager
-def _no_cast_is_kept() -> Iterator[None]:
+def no_cast_is_kept() -> Iterator[None]:
     """Autocast casts weights in the graph, at each replay: a cast kept from before would be read where it was."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

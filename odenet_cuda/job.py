@@ -137,12 +137,14 @@ class Job:
             return self._recorder(checkpoints=Checkpoints(limit, len(grid[0]) - 1))
 
         cast = autocast_state(problem.device)
+        if checkpoints is None:
+            cast["enabled"] = False  # products are made as func was called
 
         def way_back(recorder: Recorder, grads: list[Tensor]) -> Any:
-            if checkpoints is None:
-                y0, _, found = direct_gradient.way_back(recorder, problem, captured, grads, False)
-            else:
-                with torch.autocast(**cast):
+            with torch.autocast(**cast):
+                if checkpoints is None:
+                    y0, _, found = direct_gradient.way_back(recorder, problem, captured, grads, False)
+                else:
                     (y0, _, found), _ = checkpoint_gradient.way_back(recorder, problem, captured, grads, False, "first")
             return y0, found
 

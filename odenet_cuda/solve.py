@@ -88,7 +88,8 @@ def solve(
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
-        besides (counting its calls, say) is then done a few times only. Not where every step needs the host: jump_t, callbacks,
+        besides (counting its calls, say) is then done a few times only. The last 16 graphs are kept, with their memory, until
+        ``odenet_cuda.cuda_graph.graphs.clear()``. Not where every step needs the host: jump_t, callbacks,
         gradient="direct" and "checkpoint" of adaptive methods. No GPU has run this yet.
     interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).
     norm: of the scaled error, a function of the state; default: the largest of the leaves' root mean squares.

@@ -366,6 +366,30 @@ def test_gradients_on_fixed_grids(y0, ahead, monkeypatch, way, grid, method):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_autocast(ahead, monkeypatch, method, gradient):
+    """Weights are cast in the graph: their updates are seen. The way back is made as it is outside of autocast."""
+    found = {}
+    for graph in (True, False):
+        net = Net(wanted=True).float()
+        found[graph] = []
+        for _ in range(3):
+            start = torch.linspace(-1, 1, 24).view(6, 4).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                ys = solve(net, start, T, method=method, gradient=gradient, rtol=0.1, atol=0.1, cuda_graph=graph).ys
+            found[graph] += [ys.detach(), *torch.autograd.grad(ys.square().sum(), [start, *net.parameters()])]
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.mul_(0.9)
+            del ys
+        if graph:
+            assert ahead.captured == (0 if method == "dopri5" and gradient != "adjoint" else 2)
+            monkeypatch.undo()
+    for x, y in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
 def test_two_solves_before_their_gradients(y0, ahead):
     """Each has graphs for itself until its outputs are gone, and may be walked back twice."""
     net, start = Net(wanted=True), y0.clone().requires_grad_()

@@ -2,8 +2,8 @@
 
 All decisions are made by the kernels in the solver state, a small float64 tensor on the device of the problem. On the CPU
 the loop looks into it after each step; on CUDA it runs ahead: it looks late, so that the host never waits, and steps past the
-end find a held state. What a gradient needs of the steps is kept and looked at after the solve. Only what needs the host at
-every step (discontinuities, callbacks, a tape that is thinned, `quadrature`) makes it look there.
+end find a held state. What a gradient needs of the steps, of rejected ones too, is kept and looked at after the solve. Only
+what needs the host at every step (discontinuities, callbacks, a tape that is thinned, `quadrature`) makes it look there.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..cuda_graph import Calls, Fence, being_captured, graphs
+from ..cuda_graph import Calls, Fence, being_captured, graphs, no_cast_is_kept
 from ..problem import Problem, counter_of
 from .trajectory import Evaluation, Trajectory
 
@@ -36,7 +36,7 @@ def first_call(problem: Problem, perturb: bool) -> tuple[Calls, Evaluation]:
     y0 = [leaf.clone() for leaf in problem.state_leaves]
     time = problem.start_time(perturb)
     calls = Calls([time, *y0])
-    with calls:
+    with no_cast_is_kept(), calls:
         return calls, Evaluation(time, y0, problem.field(time, y0, 0))
 
 
