@@ -8,9 +8,9 @@ No GPU has run this yet; what is captured and replayed is tested on the CPU with
 
 import threading
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -119,9 +119,11 @@ class Graphs:
         self.limit = limit
         self._kept: OrderedDict[Hashable, list[tuple[Any, Fence]]] = OrderedDict()
         self._lock = threading.Lock()
+        self._returned: deque[tuple[Hashable, Any, Fence]] = deque()
 
     def take(self, key: Hashable) -> Any:
         """One for this thread alone, or None."""
+        self._take_back()
         with self._lock:
             found = self._kept.get(key)
             if not found:
@@ -131,6 +133,15 @@ class Graphs:
                 del self._kept[key]
         fence.pass_()
         return solver
+
+    def give_from_anywhere(self, key: Hashable, solver: Any, fence: Fence) -> None:
+        """For `__del__`, which may run in the midst of whatever a thread does, under the lock too."""
+        self._returned.append((key, solver, fence))
+
+    def _take_back(self) -> None:
+        while self._returned:
+            with suppress(IndexError):  # another thread was faster
+                self.give(*self._returned.popleft())
 
     def give(self, key: Hashable, solver: Any, fence: Fence) -> None:
         gone = []
@@ -146,10 +157,12 @@ class Graphs:
             last.wait()  # then its memory may go
 
     def clear(self) -> None:
+        self._take_back()
         with self._lock:
             self._kept.clear()
 
     def __len__(self) -> int:
+        self._take_back()
         return sum(map(len, self._kept.values()))
 
 

@@ -59,7 +59,7 @@ class Lease:
     """Gives the graphs back when it goes. fence: behind their last use."""
 
     def __init__(self, key: Hashable, graphed: GraphedSolve, fence: Fence):
-        self.key, self.graphed, self.fence, self._give = key, graphed, fence, graphs.give
+        self.key, self.graphed, self.fence, self._give = key, graphed, fence, graphs.give_from_anywhere
 
     def __del__(self) -> None:
         self._give(self.key, self.graphed, self.fence)
