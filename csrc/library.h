@@ -18,6 +18,7 @@ class Library {
   int64_t tile_bytes() const { return sizes_[1]; }    // what a tile keeps between calls
   int64_t record_bytes() const { return sizes_[2]; }  // of one step on the tape
   int64_t team() const { return sizes_[3]; }          // tiles that go through the solve together
+  int64_t groups() const { return sizes_[4]; }        // threads of a tile, each of which keeps its own
 
   // Goes on with the solve; returns how much is left: rows, or steps.
   int64_t run(const SolveCall& call) const;
@@ -25,7 +26,7 @@ class Library {
   void launch(const SolveCall& call, int32_t device, unsigned long long* left) const;
 
  private:
-  int64_t sizes_[4];
+  int64_t sizes_[5];
   int64_t (*run_)(const SolveCall*, ParallelFor) = nullptr;
   const char* (*launch_)(const SolveCall*, unsigned long long*, cuda::Stream) = nullptr;
 };

@@ -125,6 +125,7 @@ void add_library(py::module_& m) {
       .def_property_readonly("tile_bytes", &Library::tile_bytes)
       .def_property_readonly("record_bytes", &Library::record_bytes)
       .def_property_readonly("team", &Library::team)
+      .def_property_readonly("groups", &Library::groups)
       .def("run", &Library::run, unlocked)
       .def(
           "launch",

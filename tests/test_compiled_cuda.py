@@ -6,18 +6,21 @@ What a GPU makes of it these tests do not show.
 import hashlib
 import os
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from compile_native import FLAGS, require_compiler, run_compiler, setup_py
-from compiled_fields import Net, Stretched, compare, compare_gradients, lorenz, rows
+from compiled_fields import Flow, Net, Stretched, compare, compare_gradients, gradients, lorenz, rows
 from problems import ADAPTIVE_METHODS
 from test_cuda_compile import CSRC, find_nvcc
 
 import odenet_cuda
 from odenet_cuda import _C, SolverError, solve
-from odenet_cuda.compiled import engine, field, plan
+from odenet_cuda.compiled import engine, field, plan, teams
+from odenet_cuda.compiled.emit import Target
+from odenet_cuda.compiled.teams import ALONE, H100, Card
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.013, 0.3, 0.31, 1.0], dtype=D)
@@ -40,15 +43,19 @@ def emulated(folder, monkeypatch):
         if not path.exists():
             source = path.with_suffix(".cu")
             source.write_text(text)
-            flags = [*FLAGS, "-w", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-DODENET_TEAM=8"]
+            flags = [*FLAGS, "-w", "-O1", "-fPIC", "-shared", "-fno-gnu-unique"]
             flags += [*os.environ.get("ODENET_CXXFLAGS", "").split(), "-include", str(NATIVE / "emulation.h"), "-x", "c++"]
             run_compiler(compiler, *flags, str(source), "-pthread", "-o", str(path))
         return _C.Library(str(path))
 
     monkeypatch.setattr(plan, "load_text", load)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for module in (engine, plan):
+        monkeypatch.setattr(module, "card_of", lambda device: Card((9, 0), 1, 227 << 10))
     for module in (engine, field):
         monkeypatch.setattr(module, "on_cuda", lambda device: True)
+    monkeypatch.setattr(teams, "ALONE", 8)
+    monkeypatch.setattr(teams, "THREADS", 64)
+    monkeypatch.setattr(teams, "_BUSY", 0)
 
 
 @pytest.mark.parametrize("control", ["per_sample", "joint"])
@@ -75,10 +82,7 @@ def test_jumps_and_slices(emulated, monkeypatch):
     compare_gradients(Stretched(), rows(11, 2), TIMES[[0, 2, 4]], 1e-9, step_control="per_sample", rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("control", ["per_sample", "joint", "rk4"])
-@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
-def test_gradients(emulated, control, gradient):
-    """For y0, weights and arguments: sums over the threads of a block, and over blocks."""
+def check_gradients(func: torch.nn.Module, control: str, gradient: str) -> None:
     options = {"method": "rk4", "step_size": 0.1} if control == "rk4" else {"step_control": control}
     tolerance = 1e-9
     if control != "rk4":
@@ -87,7 +91,14 @@ def test_gradients(emulated, control, gradient):
     times = TIMES[[0, 2, 4]] if gradient == "direct" or control == "rk4" else TIMES[[0, 2]]
     if control == "rk4" and gradient == "adjoint":
         tolerance = 1e-3  # on a grid the two backward solves differ by more than rounding
-    compare_gradients(Net(hidden=19), rows(11, 2), times, tolerance, gradient=gradient, **options)
+    compare_gradients(func, rows(11, 2), times, tolerance, gradient=gradient, **options)
+
+
+@pytest.mark.parametrize("control", ["per_sample", "joint", "rk4"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_gradients(emulated, control, gradient):
+    """For y0, weights and arguments: sums over the threads of a block, and over blocks."""
+    check_gradients(Net(hidden=19), control, gradient)
 
 
 def test_arguments_have_gradients(emulated):
@@ -128,12 +139,153 @@ def test_what_cuda_does_not_serve(emulated, monkeypatch):
     assert "one step size for more than 8 samples" in func.explain()
 
 
+# Teams whose samples have several threads
+
+
+@pytest.fixture
+def grouped(emulated, monkeypatch):
+    """Blocks of eight samples, with eight threads each, or sixteen under joint control."""
+    monkeypatch.setattr(teams, "_NARROW", 1)
+    monkeypatch.setattr(teams, "_BUSY", 1 << 20)
+    monkeypatch.setattr(teams, "LANES", (8,))
+
+
+def groups_of(func: odenet_cuda.CompiledField) -> set[int]:
+    """Threads of a sample in the solves so far."""
+    return {target.team.groups for _, target in func._latest.libraries}
+
+
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+@pytest.mark.parametrize("batch", [1, 8, 21])
+def test_groups_solve(grouped, batch, control):
+    func = odenet_cuda.compile(Net(hidden=19))
+    compare(func, rows(batch, 2), TIMES, step_control=control, rtol=1e-5, atol=1e-6)
+    assert groups_of(func) == {16 if control == "joint" else 8}
+
+
+@pytest.mark.parametrize("control", ["per_sample", "joint", "rk4"])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_gradients_of_groups(grouped, control, gradient):
+    check_gradients(Net(hidden=19), control, gradient)
+
+
+def test_groups_deal_all_kinds_of_statements(grouped):
+    """Sums, slices, masks, derivatives of the field, leaves, arguments; a state of more rows than there are groups and of
+    fewer; a jump in time."""
+    compare_gradients(Flow(), rows(9, 3), TIMES[[0, 4]], 1e-9, rtol=1e-4, atol=1e-4, step_control="per_sample")
+    weight, p = rows(23, 23, seed=3) / 4, rows(9, 5, seed=5)
+
+    def mixed(t, y, p):
+        a, b = y
+        pushed = torch.where(a > 0, torch.softmax(a @ weight, 1), a.clamp(-0.5, 0.5) * p.sum(1, keepdim=True))
+        return pushed - a * b.square().sum(1, keepdim=True), torch.cat([a[:, 3:14] * p[:, :1], a[:, :2]], 1) - b
+
+    y0 = rows(9, 23), rows(9, 13, seed=1)
+    options = {"step_control": "per_sample", "rtol": 1e-4, "atol": 1e-4}
+    compare_gradients(mixed, y0, TIMES[[0, 2, 4]], 1e-9, args=(p,), **options)
+    compare_gradients(
+        mixed, y0, [0.0, 0.5], 1e-5, args=(p,), gradient="adjoint", step_control="per_sample", rtol=1e-9, atol=1e-9
+    )
+    compare(odenet_cuda.compile(Net(hidden=19)), rows(9, 2), TIMES, jump_t=[0.5], step_control="per_sample")
+
+
+def test_groups_go_on_where_they_were(grouped, monkeypatch):
+    monkeypatch.setattr(engine, "_SLICE", 1e-9)
+    for control in ("per_sample", "joint"):
+        options = {"step_control": control, "rtol": 1e-3, "atol": 1e-3}
+        compare_gradients(Net(hidden=19), rows(11, 2), TIMES[[0, 2, 4]], 1e-9, **options)
+
+
+class Wide(torch.nn.Module):
+    """Layers 18-36-36-17 of float32, whose sizes no tensor core divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [18, 36, 36, 17]
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(n, m) for n, m in pairwise(sizes)])
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(rows(*parameter.shape, seed=20 + i, dtype=torch.float32) / 4)
+
+    def forward(self, t, y):
+        y = torch.cat([y, torch.ones_like(y[:, :1]) * t], 1)
+        for layer in self.layers[:-1]:
+            y = torch.tanh(layer(y))
+        return self.layers[-1](y)
+
+
+@pytest.mark.parametrize("lanes", [8, 16, 32])
+@pytest.mark.parametrize("matmul, most", [("float32", 1e-5), ("tf32", 2e-3), ("bf16", 2e-2)])
+def test_tensor_cores(grouped, monkeypatch, matmul, most, lanes):
+    """As exact as their operands, and not much more."""
+    monkeypatch.setattr(teams, "LANES", (lanes,))
+    net = Wide()
+    func = odenet_cuda.compile(net, matmul=matmul)
+    y0, options = rows(37, 17, dtype=torch.float32), {"method": "rk4", "step_size": 0.25}
+    for gradient in ("direct", "adjoint"):
+        found = gradients(func, y0, [0.0, 0.4, 1.0], list(net.parameters()), gradient=gradient, **options)
+        expected = gradients(net, y0, [0.0, 0.4, 1.0], list(net.parameters()), gradient=gradient, **options)
+        errors = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(found, expected, strict=True)]
+        assert max(errors) < most
+        assert matmul == "float32" or max(errors) > most / 50
+    assert groups_of(func) == {64 // lanes}
+    assert all(target.team.matmul == matmul for _, target in func._latest.libraries)
+
+
+@pytest.mark.parametrize("memory, groups, staged", [(227 << 10, 8, 2), (12500, 8, 0), (1 << 10, 1, 0)])
+def test_memory_of_a_block(grouped, monkeypatch, memory, groups, staged):
+    """It holds the matrices of the layers, once where they are read transposed too; none where it
+    is too small; and where it is too small for rows of eight samples, a sample has one thread."""
+    for module in (engine, plan):
+        monkeypatch.setattr(module, "card_of", lambda device: Card((9, 0), 1, memory))
+    net = Net(hidden=19)
+    func = odenet_cuda.compile(net)
+    found = gradients(func, rows(9, 2), [0.0, 0.2], list(net.parameters()), step_control="per_sample")
+    expected = gradients(net, rows(9, 2), [0.0, 0.2], list(net.parameters()), step_control="per_sample")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert groups_of(func) == {groups}
+    text = next(
+        func._latest.source(method, target)
+        for (_, target), (method, _) in func._latest.libraries.items()
+        if target.solve == "reverse"
+    )
+    assert text.count("  stage_matrix<") == staged
+
+
+def test_teams_fill_the_card():
+    """More samples, more of them in a block; fields of few operations have a thread a sample."""
+    func = odenet_cuda.compile(Wide())
+    solve(func, rows(3, 17, dtype=torch.float32), [0.0, 0.1])
+    found = [func._latest.team(("per_sample",), batch, H100, "tf32") for batch in (1, 1056, 2112, 4224, 10**6)]
+    assert [(team.lanes, team.groups) for team in found] == [(8, 32), (8, 32), (16, 16), (32, 8), (32, 8)]
+    assert {team.matmul for team in found} == {"tf32"}
+    assert func._latest.team(("joint",), 100, H100, "float32").groups == 16
+    small = odenet_cuda.compile(Net(hidden=50))
+    solve(small, rows(3, 2), [0.0, 0.1])
+    assert [small._latest.team(("per_sample",), batch, H100, "tf32").groups for batch in (20, 10**6)] == [32, 1]
+
+
+def test_matmul_is_checked():
+    with pytest.raises(ValueError, match=r"matmul must be one of .*, got 'fp8'"):
+        odenet_cuda.compile(Net(), matmul="fp8")
+
+
 KINDS = [(kind, "dopri5") for kind in ("per_sample", "joint", "adjoint_per_sample", "adjoint_joint", "reverse")]
 KINDS += [("grid", "rk4"), ("adjoint_grid", "rk4")]
 
 
+@pytest.fixture(scope="module")
+def fields() -> dict[str, odenet_cuda.CompiledField]:
+    """A small net, whose samples have a thread each, and a wide one, with more."""
+    small, wide = odenet_cuda.compile(Net()), odenet_cuda.compile(Wide())
+    solve(small, rows(5, 2), [0.0, 0.1])
+    solve(wide, rows(5, 17, dtype=torch.float32), [0.0, 0.1])
+    return {"alone": small, "float32": wide, "tf32": wide, "bf16": wide}
+
+
+@pytest.mark.parametrize("matmul", ["alone", "float32", "tf32", "bf16"])
 @pytest.mark.parametrize("kind, method", KINDS)
-def test_nvcc_compiles(kind, method, tmp_path):
+def test_nvcc_compiles(fields, kind, method, matmul, tmp_path):
     """Into a library like that of the CPU, for one architecture; no GPU is needed."""
     from odenet_cuda.compiled.build import CUDA_FLAGS
     from odenet_cuda.methods import find_method
@@ -141,16 +293,20 @@ def test_nvcc_compiles(kind, method, tmp_path):
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc was found")
-    func = odenet_cuda.compile(Net())
-    solve(func, rows(5, 2), [0.0, 0.1])
-    text = func._latest.source(find_method(method), odenet_cuda.compiled.emit.Target("double", "one", kind, cuda=True))
+    if matmul in ("tf32", "bf16") and kind not in ("per_sample", "adjoint_per_sample", "reverse"):
+        pytest.skip("the same products as under per-sample control")
+    found = fields[matmul]._latest
+    team = found.team((kind,), 1 << 16, H100, matmul if matmul != "alone" else "float32")
+    dtype = "double" if matmul == "alone" else "float"
+    text = found.source(find_method(method), Target(dtype, "one", kind, team))
     source, library = tmp_path / "field.cu", tmp_path / "field.so"
     source.write_text(text)
     command = [nvcc, *CUDA_FLAGS, "-arch=sm_90", f"-I{CSRC}", str(source), "-o", str(library)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     loaded = _C.Library(str(library))
-    assert (loaded.lanes, loaded.team) == (1, 128) and loaded.tile_bytes > 0
+    assert (loaded.lanes, loaded.team, loaded.groups) == (1, team.lanes, team.groups) and loaded.tile_bytes > 0
+    assert (team.groups == 1) == (matmul == "alone") and (team.lanes == ALONE) == (matmul == "alone")
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

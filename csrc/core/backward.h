@@ -18,23 +18,24 @@ namespace ODENET_LEVEL {
 
 template <class M>
 struct Adjoint : M {
-  static constexpr int state = 2 * M::state, leaves = 2 * M::leaves, taps = M::taps_of_product;
+  static constexpr int state = 2 * M::state, parts = 2, leaves = 2 * M::leaves, taps = M::taps_of_product;
   ODENET_HD static constexpr int leaf_end(int i) {
     return i < M::leaves ? M::leaf_end(i) : M::state + M::leaf_end(i - M::leaves);
   }
   template <class P>
   ODENET_HD static void field(const SolveCall& in, const P& t, const P* y, const P* arguments, P* dy,
                               P* taps_of_stage) {
-    M::slope_and_product(in, t, y, arguments, y + M::state, dy, dy + M::state, taps_of_stage);
-    for (int n = M::state; n < state; ++n) dy[n] = -dy[n];
+    constexpr int half = own(M::state);
+    M::slope_and_product(in, t, y, arguments, y + half, dy, dy + half, taps_of_stage);
+    for (int n = half; n < 2 * half; ++n) dy[n] = -dy[n];
   }
 };
 
 // What a tile keeps on the way back.
 template <class M, class P>
 struct Reverse {
-  P y[M::state];      // dL/dy1
-  P slope[M::state];  // dL/dk of the last slope, from the step after
+  P y[kOwn<M>];      // dL/dy1
+  P slope[kOwn<M>];  // dL/dk of the last slope, from the step after
   P arguments[M::arguments + 1], arguments_grad[M::arguments + 1];
   With<P, double> output;  // the last output not yet taken in
 };
@@ -43,23 +44,24 @@ struct Reverse {
 // arguments are made of.
 template <class M, class P>
 struct StepBack {
-  P y[M::stages][M::state], k[M::stages][M::state], dk[M::stages][M::state];
-  P taps[M::stages][M::taps_of_product + 1];
+  P y[M::stages][kOwn<M>], k[M::stages][kOwn<M>], dk[M::stages][kOwn<M>];
+  P taps[M::stages][own(M::taps_of_product) + 1];
   P kept[M::kept > 0 ? M::stages : 1][M::kept + 1];  // of each stage, what the way back needs of the way there
-  P start[M::state];                                 // dL/dy0 so far
+  P start[kOwn<M>];                                  // dL/dy0 so far
 };
 
-// Undoes the step of a record but for the evaluation that was made for it alone.
+// Undoes the step of a record but for the evaluation that was made for it alone. Where it is not present nothing
+// changes.
 template <class M, class P>
-ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, const Record<M, P>& record,
+ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, const Record<M, P>& record, bool present,
                          StepBack<M, P>& x) {
   using T = Number<P>;
   using D = With<P, double>;
-  constexpr int N = M::state, S = M::stages;
+  constexpr int N = kOwn<M>, S = M::stages;
   const StepSize& s = in.step;
   const T* grad_ys = static_cast<const T*>(in.grad_ys);
   const P none(T(0));
-  const MaskOf<D> accept = record.dt != D(0.0);
+  const MaskOf<D> accept = MaskOf<D>(present) & (record.dt != D(0.0));
   const MaskOf<P> counts = accept;
   const P dt = convert<T>(record.dt);
   const auto time_of = [&](double c) { return c == 1 ? record.last : convert<T>(record.time + D(c) * record.dt); };
@@ -98,8 +100,8 @@ ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, co
       for (int i = 0; i < Lanes<P>::width; ++i) {
         if (!lane(here, i)) continue;
         const int64_t row = static_cast<int64_t>(lane(g.output, i)) * in.batch + sample_of<P>(tile, i, in.batch);
-        const bool valid = tile * Lanes<P>::width + i < in.batch;
-        set_lane(grad, i, valid ? grad_ys[row * N + n] : T(0));
+        const bool valid = tile * Lanes<P>::width + i < in.batch && row_of<M>(n) >= 0;
+        set_lane(grad, i, valid ? grad_ys[row * M::state + row_of<M>(n)] : T(0));
       }
       g.y[n] = g.y[n] + select(landed, grad, none);
       x.start[n] = x.start[n] + select(landed, none, grad);
@@ -146,8 +148,8 @@ template <class M, class P, class Team>
 ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t tile) {
   using T = Number<P>;
   using D = With<P, double>;
-  constexpr int N = M::state, S = M::stages;
-  Reverse<M, P>& g = static_cast<Reverse<M, P>*>(in.tiles)[tile];
+  constexpr int N = kOwn<M>, S = M::stages;
+  Reverse<M, P>& g = static_cast<Reverse<M, P>*>(in.tiles)[place_of(tile)];
   T* sums = constant_sums<T>(in, tile);
   const P none(T(0));
   if (in.begun == 0) {
@@ -156,19 +158,19 @@ ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t ti
     g.output = D(double(in.step.num_outputs - 1));
     if constexpr (M::arguments > 0) load_lanes(g.arguments, in.arguments, M::arguments, tile, in.batch);
   }
-  const int64_t count = in.tape_count[tile] - in.begun;
+  const int64_t count = in.tape_count[place_of(tile)] - in.begun;
   const int64_t stop = count > in.max_steps ? count - in.max_steps : 0;
   StepBack<M, P> x;
   for (int64_t place = count - 1; team.any(place >= stop); --place) {
     const bool here = place >= stop;  // else another member of the team has a step left
-    const Record<M, P>& record = static_cast<const Record<M, P>*>(in.tape)[tile * in.capacity + (here ? place : 0)];
+    const Record<M, P>& record =
+        static_cast<const Record<M, P>*>(in.tape)[place_of(tile) * in.capacity + (here ? place : 0)];
     P weights[S];
     for (int i = 0; i < S; ++i) weights[i] = P(T(here));
-    if (here) {
-      undo_step(in, tile, g, record, x);
-    } else {
+    if (here || kGroups > 1) undo_step(in, tile, g, record, here, x);
+    if (!here) {
       for (int i = 0; i < S; ++i) {
-        for (int n = 0; n < M::taps_of_product; ++n) x.taps[i][n] = none;
+        for (int n = 0; n < own(M::taps_of_product); ++n) x.taps[i][n] = none;
       }
     }
     M::template accumulate<S - 1>(team, x.taps + 1, weights, sums, g.arguments_grad);
@@ -177,9 +179,12 @@ ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t ti
     if (team.any(any(fresh))) {
       P product[N];
       for (int n = 0; n < N; ++n) x.k[0][n] = select(fresh, x.dk[0][n], none);
-      if (here) {
+      if (here || kGroups > 1) {
         M::product(in, record.first, x.y[0], g.arguments, x.k[0], product, x.taps[0]);
         for (int n = 0; n < N; ++n) x.start[n] = x.start[n] + select(fresh, product[n], none);
+      }
+      if (!here) {
+        for (int n = 0; n < own(M::taps_of_product); ++n) x.taps[0][n] = none;
       }
       M::template accumulate<1>(team, x.taps, weights, sums, g.arguments_grad);
     }
@@ -190,11 +195,11 @@ ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t ti
   }
   if (stop == 0) {
     P grad[N];
-    load_lanes(grad, in.grad_ys, N, tile, in.batch);
+    load_state<M>(grad, in.grad_ys, tile, in.batch);
     for (int n = 0; n < N; ++n) grad[n] = grad[n] + g.y[n];
-    store_lanes(in.grad_y0, grad, N, tile, in.batch);
-    if constexpr (M::arguments > 0) store_lanes(in.grad_arguments, g.arguments_grad, M::arguments, tile, in.batch);
+    store_state<M>(in.grad_y0, grad, tile, in.batch);
   }
+  store_arguments_grad<M>(in, g.arguments_grad, tile);
   return stop;
 }
 

@@ -28,13 +28,21 @@ ODENET_HD void add_taps(const Team& team, const SolveCall& in, Tile<M, P>& x, in
   M::template accumulate<M::stages>(team, x.taps, weights, sums, x.arguments_grad);
 }
 
+// Writes the gradients of the arguments, once the members of the team have added up theirs.
+template <class M, class P>
+ODENET_HD void store_arguments_grad(const SolveCall& in, const P* grad, int64_t tile) {
+  if constexpr (M::arguments > 0) {
+    P sums[M::arguments];
+    for (int n = 0; n < M::arguments; ++n) sums[n] = add_groups(grad[n]);
+    if (group() == 0) store_lanes(in.grad_arguments, sums, M::arguments, tile, in.batch);
+  }
+}
+
 // Writes where the tile has got to.
 template <class M, class P>
 ODENET_HD void end_tile(const SolveCall& in, const Tile<M, P>& x, int64_t tile) {
-  store_lanes(in.y_last, x.y, M::state, tile, in.batch);
-  if constexpr (M::taps > 0 && M::arguments > 0) {
-    store_lanes(in.grad_arguments, x.arguments_grad, M::arguments, tile, in.batch);
-  }
+  store_state<M>(in.y_last, x.y, tile, in.batch);
+  if constexpr (M::taps > 0) store_arguments_grad<M>(in, x.arguments_grad, tile);
 }
 
 // Whether a row of the tile has not ended yet, by the solver state.
@@ -53,7 +61,7 @@ ODENET_HD int64_t solve_tile(const Team& team, const SolveCall& in, int64_t tile
   using T = Number<P>;
   using D = With<P, double>;
   const StepSize& s = in.step;
-  Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[tile];
+  Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[place_of(tile)];
   if (in.begun != 0 && !team.any(tile_runs<P>(in, tile))) return 0;
   Tile<M, P> x;
   Row<D> r;
@@ -81,7 +89,7 @@ ODENET_HD int64_t solve_tile(const Team& team, const SolveCall& in, int64_t tile
       norms(d0, d1, d2);
     }
     plan_first_step(s, r, d0, d1, d2, in.first_step, 1);
-    if (in.tape_count != nullptr) in.tape_count[tile] = 0;
+    if (in.tape_count != nullptr) in.tape_count[place_of(tile)] = 0;
   } else {
     x = kept.tile;
     r = kept.row;
@@ -109,12 +117,12 @@ ODENET_HD int64_t solve_tile(const Team& team, const SolveCall& in, int64_t tile
     accept_step(x, accept);
     fresh = select(accept, r[kJumped], fresh);
     const MaskOf<D> jumped = r[kJumped] != D(0.0);
-    if (any(jumped)) {
+    if (team.any(any(jumped))) {
       Tile<M, P> after = x;
       first = select(MaskOf<P>(jumped), stage_time<T>(s, r, 0.0), first);
       M::field(in, first, x.y, x.arguments, after.k[0], after.taps[0]);
-      for (int n = 0; n < M::state; ++n) x.k[0][n] = select(MaskOf<P>(jumped), after.k[0][n], x.k[0][n]);
-      for (int n = 0; n < M::taps; ++n) x.taps[0][n] = select(MaskOf<P>(jumped), after.taps[0][n], x.taps[0][n]);
+      for (int n = 0; n < kOwn<M>; ++n) x.k[0][n] = select(MaskOf<P>(jumped), after.k[0][n], x.k[0][n]);
+      for (int n = 0; n < own(M::taps); ++n) x.taps[0][n] = select(MaskOf<P>(jumped), after.taps[0][n], x.taps[0][n]);
     }
   }
   end_tile(in, x, tile);
@@ -122,6 +130,7 @@ ODENET_HD int64_t solve_tile(const Team& team, const SolveCall& in, int64_t tile
   for (int i = 0; i < Lanes<P>::width; ++i) {
     const int64_t row = tile * Lanes<P>::width + i;
     if (row >= in.batch) break;
+    if (group() != 0) continue;
     for (int name = 0; name < kNumFields; ++name) s.state[name * in.batch + row] = lane(r[name], i);
     running += lane(r.running(), i);
   }
@@ -172,7 +181,8 @@ struct JointStep {
     const P dt = P(T(r[kDt]));
     try_step(in, x, dt, [&](double c) { return P(stage_time<T>(in.step, r, c)); });
     for (int leaf = 0; leaf < M::leaves; ++leaf) {
-      in.sums[tile * 3 * M::leaves + leaf] = sum_lanes(error_squares<M>(in, x, dt, leaf), tile, in.batch);
+      const double sum = sum_lanes(error_squares<M>(in, x, dt, leaf), tile, in.batch);
+      if (group() == 0) in.sums[tile * 3 * M::leaves + leaf] = sum;
     }
   }
 };
@@ -202,13 +212,14 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, int64_t til
       for (int leaf = 0; leaf < M::leaves; ++leaf) {
         P d[3];
         start_squares<M>(in, x, leaf, d[0], d[1], d[2]);
+        if (group() != 0) continue;
         for (int i = 0; i < 3; ++i) in.sums[(tile * 3 + i) * M::leaves + leaf] = sum_lanes(d[i], tile, in.batch);
       }
     };
     for_tiles([&](Tile<M, P>& x, int64_t tile) {
       begin_tile(in, x, tile);
       norms(x, tile);
-      if (in.tape_count != nullptr) in.tape_count[tile] = 0;
+      if (in.tape_count != nullptr) in.tape_count[place_of(tile)] = 0;
     });
     const double d0 = joint_norm<M>(in, tiles, 0), d1 = joint_norm<M>(in, tiles, 1);
     if (!(in.first_step > 0)) {
@@ -248,7 +259,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, int64_t til
     end_tile(in, x, tile);
   });
   next();
-  if (team.rank() == 0) {
+  if (team.leads()) {
     Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
     kept.fresh = With<P, double>(step.fresh);
     kept.first = P(T(step.first));
@@ -264,11 +275,11 @@ ODENET_HD int64_t solve_grid(const Team& team, const SolveCall& in, int64_t tile
   using D = With<P, double>;
   const StepSize& s = in.step;
   const double direction = s.controller.direction;
-  Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[tile];
+  Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[place_of(tile)];
   Tile<M, P> x;
   if (in.begun == 0) {
     begin_tile(in, x, tile);
-    if (in.tape_count != nullptr) in.tape_count[tile] = 0;
+    if (in.tape_count != nullptr) in.tape_count[place_of(tile)] = 0;
   } else {
     x = kept.tile;
   }
@@ -305,15 +316,13 @@ inline unsigned blocks_of(const SolveCall& in) {
   return static_cast<unsigned>((in.batch + in.chunk - 1) / in.chunk);
 }
 
-// body(tile) for the tiles of a block, which are those of one chunk, a thread a tile. The sum of what it gives.
+// body(tile) for the tiles of a block, which are those of one chunk, a lane a tile. The sum of what it gives.
 template <class Body>
 ODENET_HD int64_t for_block(const SolveCall& in, const Body& body) {
   int64_t left = 0;
   const int64_t begin = blockIdx.x * in.chunk;
-  for (int64_t tile = begin + threadIdx.x; tile - threadIdx.x < begin + in.chunk && tile - threadIdx.x < in.batch;
-       tile += kTeam) {
-    left += body(tile);
-  }
+  const int lane = Block{}.lane();
+  for (int64_t tile = begin; tile < begin + in.chunk && tile < in.batch; tile += kTeam) left += body(tile + lane);
   return left;
 }
 
@@ -325,10 +334,13 @@ ODENET_HD int64_t solve_block(const SolveCall& in) {
     Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
     const int64_t left = solve_joint<M, P>(team, in, in.batch, [&](const auto& body) {
       team.sync();
-      for (int64_t tile = team.rank(); tile - team.rank() < in.batch; tile += kTeam) body(kept[tile].tile, tile);
+      for (int64_t first = 0; first < in.batch; first += kTeam) {
+        const int64_t tile = first + team.lane();
+        body(kept[place_of(tile)].tile, tile);
+      }
       team.sync();
     });
-    return team.rank() == 0 ? left : 0;
+    return team.leads() ? left : 0;
   } else {
     return for_block(in, [&](int64_t tile) {
       return control == kGrid ? solve_grid<M, P>(team, in, tile) : solve_tile<M, P>(team, in, tile);

@@ -1,9 +1,11 @@
 // A tile: as many samples as a pack has lanes, which go through all steps together. What a step does to one.
 //
 // M: the tableau and the equation, written by the emitter (odenet_cuda/compiled/emit.py), with
-//   T, state, arguments, stages, degree, leaves, fsal, taps; a(i, j), b(j), c(i), e(j), p(j, d), leaf_end(i):
+//   T, state, parts, arguments, stages, degree, leaves, fsal, taps; a(i, j), b(j), c(i), e(j), p(j, d), leaf_end(i):
 //   constants, field(in, t, y, arguments, dy, taps): the slope of a pack of samples, product(in, t, y, arguments, g,
 //   dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants and arguments are made.
+//
+// Where a sample has several threads, a team's groups, each has some rows of everything [state] and [taps]: see row_of.
 #pragma once
 
 #include <type_traits>
@@ -12,6 +14,7 @@
 #include "dense_output.h"
 #include "error.h"
 #include "step_size.h"
+#include "team.h"
 
 namespace odenet {
 
@@ -27,9 +30,9 @@ struct SolveCall {
   void* ys;             // [num_outputs, batch, state]; the first is y0
   void* y_last;         // [batch, state]
   const double* nodes;  // [num_nodes]: the grid of a method without step control
-  void* tiles;          // [tiles] what a tile keeps between calls, see tile_bytes
-  void* tape;           // [tiles, capacity] records of accepted steps, or null
-  int64_t* tape_count;  // [tiles] steps that the tape should hold
+  void* tiles;          // [tiles, groups] what a tile keeps between calls, see tile_bytes
+  void* tape;           // [tiles, groups, capacity] records of accepted steps, or null
+  int64_t* tape_count;  // [tiles, groups] steps that the tape should hold
   double* sums;         // [tiles, 3 leaves] of joint control
   // Gradients, of a solve backwards.
   const void* grad_ys;   // [num_outputs, batch, state]
@@ -62,15 +65,46 @@ ODENET_HD void unrolled(const Body& body) {
   unrolled(std::make_integer_sequence<int, count>{}, body);
 }
 
+// Rows of the state that a member of the team has: of each part, the state and its adjoint, some.
+template <class M>
+constexpr int kOwn = M::parts * own(M::state / M::parts);
+
+// The row of the state that a member has at place i, or -1: then the number there is of no use.
+template <class M>
+ODENET_HD int row_of(int i) {
+  if constexpr (kGroups == 1) return i;
+  constexpr int part = M::state / M::parts;
+  const int row = i % own(part) * kGroups + group();
+  return row < part ? i / own(part) * part + row : -1;
+}
+
+// body(i) for the places of a leaf's rows.
+template <class M, class Body>
+ODENET_HD void for_leaf(int leaf, const Body& body) {
+  const int begin = leaf == 0 ? 0 : M::leaf_end(leaf - 1), end = M::leaf_end(leaf);
+  if constexpr (kGroups == 1) {
+    for (int n = begin; n < end; ++n) body(n);
+  } else {
+    for (int i = 0; i < kOwn<M>; ++i) {
+      if (row_of<M>(i) >= begin && row_of<M>(i) < end) body(i);
+    }
+  }
+}
+
 template <class M, class P>
 struct Tile {
-  P y[M::state];   // at the start of the step
-  P y1[M::state];  // at its end
-  P k[M::stages][M::state];
+  P y[kOwn<M>];   // at the start of the step
+  P y1[kOwn<M>];  // at its end
+  P k[M::stages][kOwn<M>];
   P arguments[M::arguments + 1];
-  P arguments_grad[M::arguments + 1];
-  P taps[M::taps > 0 ? M::stages : 1][M::taps + 1];  // beside each slope, where the solve integrates those too
+  P arguments_grad[M::arguments + 1];                     // what this member of the team has added to it
+  P taps[M::taps > 0 ? M::stages : 1][own(M::taps) + 1];  // beside each slope, where the solve integrates those too
 };
+
+// Where a member of the team keeps what a tile has between calls, and its records.
+ODENET_HD int64_t place_of(int64_t tile) {
+  return tile * kGroups + group();
+}
 
 // What a tile keeps between calls.
 template <class M, class P>
@@ -84,8 +118,8 @@ struct Kept {
 // One accepted step, lane by lane.
 template <class M, class P>
 struct Record {
-  P y[M::state];
-  P slope[M::state];
+  P y[kOwn<M>];
+  P slope[kOwn<M>];
   P first, last;             // times of its first stage, and of those at its end
   With<P, double> time, dt;  // dt: 0 where the lane did not accept
   With<P, double> end;
@@ -116,6 +150,23 @@ ODENET_HD void store_lanes(void* to, const P* from, int columns, int64_t tile, i
   }
 }
 
+// The rows of a state [batch, state], from and to memory.
+template <class M, class P>
+ODENET_HD void load_state(P* to, const void* from, int64_t tile, int64_t batch) {
+  if constexpr (kGroups == 1) return load_lanes(to, from, M::state, tile, batch);
+  const P* p = static_cast<const P*>(from) + sample_of<P>(tile, 0, batch) * M::state;
+  for (int i = 0; i < kOwn<M>; ++i) to[i] = row_of<M>(i) < 0 ? P(0) : p[row_of<M>(i)];
+}
+template <class M, class P>
+ODENET_HD void store_state(void* to, const P* from, int64_t tile, int64_t batch) {
+  if constexpr (kGroups == 1) return store_lanes(to, from, M::state, tile, batch);
+  if (tile >= batch) return;
+  P* p = static_cast<P*>(to) + tile * M::state;
+  for (int i = 0; i < kOwn<M>; ++i) {
+    if (row_of<M>(i) >= 0) p[row_of<M>(i)] = from[i];
+  }
+}
+
 // sum_j weight(j) k[j][n] of the first `count` slopes; constants that are 0 cost nothing.
 template <int count, class P, int N, class Weight>
 ODENET_HD P weigh(const P (*k)[N], int n, Weight) {
@@ -133,15 +184,15 @@ ODENET_HD void try_step(const SolveCall& in, Tile<M, P>& x, const P& dt, const T
   unrolled<M::stages - 1>([&](auto before) {
     constexpr int i = before + 1;
     constexpr bool end = M::fsal && i == M::stages - 1;
-    P between[end ? 1 : M::state];
+    P between[end ? 1 : kOwn<M>];
     P* y = end ? x.y1 : between;
-    for (int n = 0; n < M::state; ++n) {
+    for (int n = 0; n < kOwn<M>; ++n) {
       y[n] = x.y[n] + dt * weigh<i>(x.k, n, [](auto j) { return M::a(i, j); });
     }
     M::field(in, time_of(M::c(i)), y, x.arguments, x.k[i], x.taps[M::taps > 0 ? i : 0]);
   });
   if constexpr (!M::fsal) {
-    for (int n = 0; n < M::state; ++n) {
+    for (int n = 0; n < kOwn<M>; ++n) {
       x.y1[n] = x.y[n] + dt * weigh<M::stages>(x.k, n, [](auto j) { return M::b(j); });
     }
   }
@@ -153,13 +204,13 @@ ODENET_HD P error_squares(const SolveCall& in, const Tile<M, P>& x, const P& dt,
   using T = Number<P>;
   const T rtol = T(in.rtol[leaf]), atol = T(in.atol[leaf]);
   P sum(T(0));
-  for (int n = leaf == 0 ? 0 : M::leaf_end(leaf - 1); n < M::leaf_end(leaf); ++n) {
+  for_leaf<M>(leaf, [&](int n) {
     const P error = dt * weigh<M::stages>(x.k, n, [](auto j) { return M::e(j); });
     const P size = maximum(abs(x.y[n]), abs(x.y1[n]));
     const P scaled = error / (P(atol) + size * rtol);
     sum = sum + scaled * scaled + (size - size);
-  }
-  return sum;
+  });
+  return add_groups(sum);
 }
 
 template <class M>
@@ -202,14 +253,15 @@ ODENET_HD void write_outputs(const SolveCall& in, const Tile<M, P>& x, int64_t t
     const MaskOf<P> landed = output == reached;
     P weights[M::stages];
     interpolant<M>(theta, convert<T>(dt), weights);
-    for (int n = 0; n < M::state; ++n) {
+    for (int n = 0; n < kOwn<M>; ++n) {
       P sum = x.y[n];
       for (int j = 0; j < M::stages; ++j) sum = sum + weights[j] * x.k[j][n];
       sum = select(landed, x.y1[n], sum);
+      const int row = row_of<M>(n);
       for (int i = 0; i < Lanes<P>::width; ++i) {
         const int64_t sample = tile * Lanes<P>::width + i;
-        if (sample < in.batch && lane(left, i)) {
-          ys[(static_cast<int64_t>(lane(begin, i)) * in.batch + sample) * M::state + n] = lane(sum, i);
+        if (sample < in.batch && row >= 0 && lane(left, i)) {
+          ys[(static_cast<int64_t>(lane(begin, i)) * in.batch + sample) * M::state + row] = lane(sum, i);
         }
       }
     }
@@ -221,15 +273,15 @@ ODENET_HD void write_outputs(const SolveCall& in, const Tile<M, P>& x, int64_t t
 // Where the tape holds the next record of a tile, or null. Counts it in any case.
 template <class M, class P>
 ODENET_HD Record<M, P>* next_record(const SolveCall& in, int64_t tile) {
-  const int64_t place = in.tape_count[tile]++;
+  const int64_t place = in.tape_count[place_of(tile)]++;
   if (in.tape == nullptr || place >= in.capacity) return nullptr;
-  return static_cast<Record<M, P>*>(in.tape) + tile * in.capacity + place;
+  return static_cast<Record<M, P>*>(in.tape) + place_of(tile) * in.capacity + place;
 }
 
 template <class M, class P, class D = With<P, double>>
 ODENET_HD void write_record(Record<M, P>& record, const Tile<M, P>& x, const P& first, const P& last, const D& time,
                             const D& dt, const D& end, const D& fresh) {
-  for (int n = 0; n < M::state; ++n) {
+  for (int n = 0; n < kOwn<M>; ++n) {
     record.y[n] = x.y[n];
     record.slope[n] = x.k[0][n];
   }
@@ -243,11 +295,11 @@ ODENET_HD void write_record(Record<M, P>& record, const Tile<M, P>& x, const P& 
 
 template <class M, class P>
 ODENET_HD void accept_step(Tile<M, P>& x, const MaskOf<P>& accept) {
-  for (int n = 0; n < M::state; ++n) {
+  for (int n = 0; n < kOwn<M>; ++n) {
     x.y[n] = select(accept, x.y1[n], x.y[n]);
     x.k[0][n] = select(accept, x.k[M::stages - 1][n], x.k[0][n]);
   }
-  for (int n = 0; n < M::taps; ++n) x.taps[0][n] = select(accept, x.taps[M::stages - 1][n], x.taps[0][n]);
+  for (int n = 0; n < own(M::taps); ++n) x.taps[0][n] = select(accept, x.taps[M::stages - 1][n], x.taps[0][n]);
 }
 
 template <class D>
@@ -274,31 +326,32 @@ template <class M, class P>
 ODENET_HD void start_squares(const SolveCall& in, const Tile<M, P>& x, int leaf, P& d0, P& d1, P& d2) {
   using T = Number<P>;
   d0 = d1 = d2 = P(T(0));
-  for (int n = leaf == 0 ? 0 : M::leaf_end(leaf - 1); n < M::leaf_end(leaf); ++n) {
+  for_leaf<M>(leaf, [&](int n) {
     const P scale = P(T(in.atol[leaf])) + abs(x.y[n]) * T(in.rtol[leaf]);
     const P y = x.y[n] / scale, f = x.k[0][n] / scale, change = (x.k[1][n] - x.k[0][n]) / scale;
     d0 = d0 + y * y;
     d1 = d1 + f * f;
     d2 = d2 + change * change;
-  }
+  });
+  d0 = add_groups(d0), d1 = add_groups(d1), d2 = add_groups(d2);
 }
 
 template <class M, class P>
 ODENET_HD void begin_tile(const SolveCall& in, Tile<M, P>& x, int64_t tile) {
-  load_lanes(x.y, in.y0, M::state, tile, in.batch);
+  load_state<M>(x.y, in.y0, tile, in.batch);
   for (int n = 0; n <= M::arguments; ++n) x.arguments[n] = x.arguments_grad[n] = P(Number<P>(0));
   if constexpr (M::arguments > 0) load_lanes(x.arguments, in.arguments, M::arguments, tile, in.batch);
-  store_lanes(in.ys, x.y, M::state, tile, in.batch);
+  store_state<M>(in.ys, x.y, tile, in.batch);
   M::field(in, P(Number<P>(in.step.t[0])), x.y, x.arguments, x.k[0], x.taps[0]);
   if constexpr (M::stages > 1) {
-    for (int n = 0; n < M::state; ++n) x.k[1][n] = x.k[0][n];
+    for (int n = 0; n < kOwn<M>; ++n) x.k[1][n] = x.k[0][n];
   }
 }
 
 // The slope after an explicit Euler step, into k[1].
 template <class M, class P>
 ODENET_HD void euler(const SolveCall& in, Tile<M, P>& x, const P& time, const P& dt) {
-  for (int n = 0; n < M::state; ++n) x.y1[n] = x.y[n] + dt * x.k[0][n];
+  for (int n = 0; n < kOwn<M>; ++n) x.y1[n] = x.y[n] + dt * x.k[0][n];
   M::field(in, time, x.y1, x.arguments, x.k[1], x.taps[M::taps > 0]);
 }
 

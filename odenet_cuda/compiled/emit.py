@@ -3,14 +3,17 @@
 The same text is compiled for the CPU, where P is a pack of lanes, and for CUDA, where P is a number and every thread a lane.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..tableau import ButcherTableau
-from .function_text import FunctionText, needed_for
+from .function_text import needed_for
+from .functions import Function, functions_for
 from .program import Program, Refs
+from .team_text import Memory
+from .teams import Team
 
 SOLVES = ("per_sample", "joint", "grid", "adjoint_per_sample", "adjoint_joint", "adjoint_grid", "reverse")
 
@@ -18,12 +21,12 @@ SOLVES = ("per_sample", "joint", "grid", "adjoint_per_sample", "adjoint_joint", 
 @dataclass(frozen=True)
 class Target:
     """What is compiled. dtype: "float" or "double". lanes: "pack", or "one" for a single sample. solve: one of SOLVES.
-    cuda: a kernel instead of a function."""
+    team: of a kernel on CUDA, instead of a function of the CPU."""
 
     dtype: str
     lanes: str
     solve: str
-    cuda: bool = False
+    team: Team | None = None
 
 
 def kept_buffers(program: Program) -> tuple[dict[int, int], int]:
@@ -104,35 +107,14 @@ def emit(
     target: Target,
     kept: tuple[dict[int, int], int],
 ) -> str:
-    """The text of one library. kept: see `kept_buffers`; empty: the way back computes the field again."""
+    """The text of one library. kept: see `kept_buffers`; empty: the way back computes the field again. Raises TooLarge."""
     backward = target.solve not in ("per_sample", "joint", "grid")
     state, arguments = sum(leaf_sizes), len(program.argument_products)
     taps, _, _ = tap_layout(program)
     ends = [(f"i == {i}", float(end)) for i, end in enumerate(np.cumsum(leaf_sizes).tolist())]
     leaf_end = "".join(f"    if ({condition}) return {int(value)};\n" for condition, value in ends)
-    head = "const SolveCall& in, const P& t, const P* y, const P* arguments"
-    unused = "(void)in, (void)t, (void)y, (void)arguments;"
-    slope, gradient = [("dy", program.slopes)], [("gy", program.products), ("taps", taps)]
-    functions = [("field", f"{head}, P* dy, P*", unused, FunctionText(program, slope))]
-    with_g = f"{unused} (void)g, (void)taps;"
-    if target.solve == "reverse":
-        text = FunctionText(program, gradient)
-        functions.append(("product", f"{head}, const P* g, P* gy, P* taps", with_g, text))
-        places = kept[0]
-        text = FunctionText(program, slope, places)
-        functions.append(("field_and_keep", f"{head}, P* dy, P* kept", f"{unused} (void)kept;", text))
-        text = FunctionText(program, gradient, places, given=True)
-        functions.append(
-            ("product_of_kept", f"{head}, const P* g, const P* kept, P* gy, P* taps", f"{with_g} (void)kept;", text)
-        )
-    elif backward:
-        text = FunctionText(program, [*slope, *gradient])
-        functions.append(("slope_and_product", f"{head}, const P* g, P* dy, P* gy, P* taps", with_g, text))
-    bodies = "".join(
-        f"\n  template <class P>\n  {text.linkage} static void {name}({given}) {{\n    using T = Number<P>;\n    {marks}\n"
-        f"{text.text}\n  }}\n"
-        for name, given, marks, text in functions
-    )
+    functions, memory = functions_for(program, taps, target.solve, kept[0], target.team)
+    bodies = "".join([_body(function, target.team is not None and target.team.groups > 1) for function in functions])
     if backward:
         bodies += (
             "\n  template <int steps, class Team, class P, int N, class T>\n"
@@ -142,49 +124,79 @@ def emit(
         )
     return (
         f"// {title}\n"
-        + ("#define ODENET_BLOCKS\n" if target.cuda else "")
+        + ("" if memory is None else memory.defines())
         + f'#include "core/{"backward" if backward else "solve"}.h"\n#include "core/layers.h"\n'
-        + ('#include "core/run.h"\n\n' if target.cuda else "\n")
+        + ('#include "core/run.h"\n\n' if target.team else "\n")
         + "namespace odenet {\nnamespace ODENET_LEVEL {\n\n"
         "struct Equation {\n"
-        f"  static constexpr int state = {state}, arguments = {arguments}, leaves = {len(leaf_sizes)}, taps = 0;\n"
+        f"  static constexpr int state = {state}, parts = 1, arguments = {arguments}, leaves = {len(leaf_sizes)}, taps = 0;\n"
         f"  static constexpr int taps_of_product = {len(taps)}, kept = {kept[1]};\n"
         f"  ODENET_HD static constexpr int leaf_end(int i) {{\n{leaf_end}    return 0;\n  }}\n"
         f"{_method(tableau)}{bodies}}};\n\n"
-        "}  // namespace ODENET_LEVEL\n\n" + _entry(target) + "\n}  // namespace odenet\n"
+        "}  // namespace ODENET_LEVEL\n\n"
+        + (_entry(target) if memory is None else _kernel(target, memory, program))
+        + "\n}  // namespace odenet\n"
+    )
+
+
+def _body(function: Function, shared: bool) -> str:
+    """shared: y and g come as what a thread has of its own, and the text shares them."""
+    head, names = function.head, ["in", "t", "y", "arguments", "g", "kept", "taps"]
+    if shared:
+        head = head.replace("P* y", "P* own_y").replace("P* g,", "P* own_g,")
+        names = ["own_" + name if name in "yg" else name for name in names]
+    unused = ", ".join(f"(void){name}" for name in names if re.search(rf"[&* ]{name}\b", head))
+    return (
+        f"\n  template <class P>\n  {function.text.linkage} static void {function.name}({head}) {{\n"
+        f"    using T = Number<P>;\n    {unused};\n{function.text.text}\n  }}\n"
+    )
+
+
+def _types(target: Target) -> tuple[str, str, str]:
+    """Of a pack, of what is solved, and of its control."""
+    pack = target.dtype if target.lanes == "one" or target.team else f"Pack<{target.dtype}, kWidth>"
+    equation = "Adjoint<Equation>" if target.solve.startswith("adjoint") else "Equation"
+    control = {"per_sample": "kPerSample", "joint": "kJoint", "grid": "kGrid"}.get(target.solve.removeprefix("adjoint_"), "")
+    return pack, equation, control
+
+
+def _sizes(target: Target) -> str:
+    pack, equation, _ = _types(target)
+    kept = f"Reverse<Equation, {pack}>" if target.solve == "reverse" else f"Kept<{equation}, {pack}>"
+    return (
+        'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
+        f"  sizes[0] = Lanes<{pack}>::width;\n  sizes[1] = sizeof({kept});\n"
+        f"  sizes[2] = sizeof(Record<{equation}, {pack}>);\n"
+        f"  sizes[3] = {'kTeam' if target.team else '1'};\n  sizes[4] = kGroups;\n}}\n"
     )
 
 
 def _entry(target: Target) -> str:
-    pack = target.dtype if target.lanes == "one" or target.cuda else f"Pack<{target.dtype}, kWidth>"
-    equation: Any = "Adjoint<Equation>" if target.solve.startswith("adjoint") else "Equation"
-    kept = f"Reverse<Equation, {pack}>" if target.solve == "reverse" else f"Kept<{equation}, {pack}>"
-    control = {"per_sample": "kPerSample", "joint": "kJoint", "grid": "kGrid"}.get(target.solve.removeprefix("adjoint_"), "")
-    sizes = (
-        'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
-        f"  sizes[0] = Lanes<{pack}>::width;\n  sizes[1] = sizeof({kept});\n"
-        f"  sizes[2] = sizeof(Record<Equation, {pack}>);\n  sizes[3] = {'kTeam' if target.cuda else '1'};\n}}\n"
-    )
-    if target.cuda:
-        if target.solve == "reverse":
-            call = f"for_block(in, [&](int64_t tile) {{ return reverse_tile<Equation, {pack}>(Block{{}}, in, tile); }})"
-        else:
-            call = f"solve_block<{equation}, {pack}, {control}>(in)"
-        blocks = "1" if control == "kJoint" else "blocks_of(*in)"
-        return (
-            "// A thread a sample, a block a chunk of them. left: rows, or steps, that are not done.\n"
-            "__global__ void __launch_bounds__(kTeam)\n"
-            "    odenet_kernel(const __grid_constant__ SolveCall in, unsigned long long* left) {\n"
-            f"  const int64_t rest = {call};\n"
-            "  if (rest > 0) atomicAdd(left, static_cast<unsigned long long>(rest));\n}\n"
-            f"{sizes}"
-            'extern "C" ODENET_EXPORT const char* odenet_launch(const SolveCall* in, unsigned long long* left,\n'
-            "                                                   void* stream) {\n"
-            f"  return cuda::run<kTeam>(odenet_kernel, {blocks}, stream, *in, left);\n}}\n"
-        )
+    pack, equation, control = _types(target)
     run = f"reverse<Equation, {pack}>" if target.solve == "reverse" else f"solve<{equation}, {pack}, {control}>"
     return (
-        f"{sizes}"
+        f"{_sizes(target)}"
         'extern "C" ODENET_EXPORT int64_t odenet_run(const SolveCall* in, ParallelFor parallel_for) {\n'
         f"  return {run}(*in, parallel_for);\n}}\n"
+    )
+
+
+def _kernel(target: Target, memory: Memory, program: Program) -> str:
+    pack, equation, control = _types(target)
+    if target.solve == "reverse":
+        call = f"for_block(in, [&](int64_t tile) {{ return reverse_tile<Equation, {pack}>(Block{{}}, in, tile); }})"
+    else:
+        call = f"solve_block<{equation}, {pack}, {control}>(in)"
+    blocks = "1" if control == "kJoint" else "blocks_of(*in)"
+    return (
+        "// A lane a sample, a block a chunk of them. left: rows, or steps, that are not done.\n"
+        "__global__ void __launch_bounds__(Block::size)\n"
+        "    odenet_kernel(const __grid_constant__ SolveCall in, unsigned long long* left) {\n"
+        f"{memory.stage(program, pack)}"
+        f"  const int64_t rest = {call};\n"
+        "  if (rest > 0) atomicAdd(left, static_cast<unsigned long long>(rest));\n}\n"
+        f"{_sizes(target)}"
+        'extern "C" ODENET_EXPORT const char* odenet_launch(const SolveCall* in, unsigned long long* left,\n'
+        "                                                   void* stream) {\n"
+        f"  return cuda::run<Block::size, {memory.bytes}>(odenet_kernel, {blocks}, stream, *in, left);\n}}\n"
     )

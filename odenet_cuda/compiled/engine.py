@@ -21,6 +21,7 @@ from ..solvers.trajectory import Trajectory
 from ..tableau import ButcherTableau
 from .emit import Target
 from .plan import Plan
+from .teams import card_of
 
 _MOST_CHUNKS = 64  # partial sums of gradients, whatever the number of threads, so that a sum has one order
 _MOST_BLOCKS = 1024  # the same on CUDA, as long as they fit in
@@ -38,7 +39,9 @@ def on_cuda(device: torch.device) -> bool:
 class Engine:
     """One problem and the plan of its field."""
 
-    def __init__(self, plan: Plan, problem: Problem, options: Options, args: Sequence[Any], grid: Grid | None):
+    def __init__(
+        self, plan: Plan, problem: Problem, options: Options, args: Sequence[Any], grid: Grid | None, matmul: str = "float32"
+    ):
         self.plan, self.problem, self.options, self.grid = plan, problem, options, grid
         self.tableau: ButcherTableau = options.tableau
         self.batch = 1 if plan.whole else problem.leaves[0].shape[0]
@@ -47,13 +50,19 @@ class Engine:
         self.arguments = _rows([args[i].detach() for i in plan.batched], self.batch, problem.leaves[0])
         self.control = "grid" if not options.adaptive else "per_sample" if problem.per_sample else "joint"
         self.cuda = on_cuda(problem.device)
+        self.card = card_of(problem.device) if self.cuda else None
+        self.matmul, self.taped = matmul, False
         self.tape: Tensor | None = None
         self.sources: Any = None
 
     def target(self, solve: str) -> Target:
         one = self.batch == 1 and not self.problem.per_sample
         dtype = "float" if self.plan.dtype == torch.float32 else "double"
-        return Target(dtype, "one" if one or self.cuda else "pack", solve, self.cuda)
+        if self.card is None:
+            return Target(dtype, "one" if one else "pack", solve)
+        taped = self.taped and solve in (self.control, "reverse")  # the tape is written and read by the same threads
+        solves = (self.control, "reverse") if taped else (solve,)
+        return Target(dtype, "one", solve, self.plan.team(solves, self.batch, self.card, self.matmul))
 
     def build(self, gradient: str, backward: Any) -> None:
         """Compiles what the solve and its backward pass need, side by side. Raises NoCompiler."""
@@ -61,7 +70,8 @@ class Engine:
         if self.sources.wanted and gradient == "adjoint":
             wanted.append((backward.options.tableau, self.target(self.adjoint_control(backward.options))))
         elif self.sources.wanted:
-            wanted.append((self.tableau, self.target("reverse")))
+            self.taped = True
+            wanted = [(self.tableau, self.target(solve)) for solve in (self.control, "reverse")]
         self.plan.build(wanted)
 
     def adjoint_control(self, options: Options) -> str:
@@ -103,7 +113,7 @@ class Engine:
         table = to_device(torch.from_numpy(np.concatenate([np.asarray(part, np.float64) for part in parts])), problem.device)
         places = [table.data_ptr() + 8 * place for place in accumulate(map(len, parts), initial=0)]
         tiles, leaves = self._tiles(library), len(self.plan.leaf_sizes) * (columns // self.state)
-        kept = self._new(tiles * library.tile_bytes, dtype=torch.uint8)
+        kept = self._new(tiles * library.groups * library.tile_bytes, dtype=torch.uint8)
         sums = self._new(tiles * 3 * leaves if joint else 0)
         grain = 1
         if joint:  # tiles meet after every step, which is short
@@ -198,11 +208,11 @@ class Engine:
             call.bind_gradients(0, 0, arguments.data_ptr(), constants.data_ptr(), constants.shape[1])
         if keep:
             tiles = self._tiles(library)
-            counts = torch.zeros(tiles, dtype=torch.int64, device=y0.device)
+            counts = torch.zeros(tiles * library.groups, dtype=torch.int64, device=y0.device)
             key = (tableau, solve, batch)
             capacity = len(grid[0]) - 1 if grid is not None else self.plan.steps.get(key, 32)
             while True:
-                self.tape = self._new(tiles * capacity * library.record_bytes, dtype=torch.uint8)
+                self.tape = self._new(len(counts) * capacity * library.record_bytes, dtype=torch.uint8)
                 call.bind_tape(self.tape.data_ptr(), counts.data_ptr(), capacity)
                 self._run(library, call, columns)
                 needed = int(counts.max())

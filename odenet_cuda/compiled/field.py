@@ -17,10 +17,12 @@ from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import MOST_JOINT, Engine, on_cuda
 from .plan import Plan, modules_of
+from .teams import H100, MATMULS
 from .trace import Unreadable
 
 _SERVED = (torch.float32, torch.float64)
 _SMALL = 64  # numbers: a batch of no more, whose samples are mixed, is read as one sample
+_MANY = 1 << 16  # samples
 _warned = False
 
 
@@ -30,9 +32,9 @@ class CompiledField(nn.Module):
     Numbers that func reads from Python, and its branches, are read once for every kind of state; `reset` forgets them.
     """
 
-    def __init__(self, func: Callable[..., Any], cuda: bool = False):
+    def __init__(self, func: Callable[..., Any], cuda: bool = False, matmul: str = "float32"):
         super().__init__()
-        self.func, self._cuda = func, cuda
+        self.func, self._cuda, self._matmul = func, cuda, matmul
         self._plans: dict[Any, Plan | Unreadable] = {}
         self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
         self._latest: Plan | None = None
@@ -65,13 +67,15 @@ class CompiledField(nn.Module):
 
     def source(self, method: str = "dopri5", solve: str = "per_sample", *, cuda: bool = False, lanes: str = "pack") -> str:
         """The C++ text of the field read last, with one method. solve: one of "per_sample", "joint", "grid", and for gradients
-        "adjoint_per_sample", "adjoint_joint", "adjoint_grid", "reverse". Raises RuntimeError before the first solve."""
+        "adjoint_per_sample", "adjoint_joint", "adjoint_grid", "reverse". cuda: the kernel for many samples on an H100. Raises
+        RuntimeError before the first solve."""
         if solve not in SOLVES:
             raise ValueError(f"solve must be one of {SOLVES}, got {solve!r}")
         if self._latest is None:
             raise RuntimeError("the field has not been read yet: solve with it once; " + self.explain())
         dtype = "float" if self._latest.dtype == torch.float32 else "double"
-        return self._latest.source(find_method(method), Target(dtype, lanes, solve, cuda))
+        team = self._latest.team((solve,), _MANY, H100, self._matmul) if cuda else None
+        return self._latest.source(find_method(method), Target(dtype, "one" if cuda else lanes, solve, team))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}, "_latest": None, "_why": []}  # libraries stay behind; the cache has them
@@ -149,7 +153,7 @@ def _describe(module: nn.Module, found: list[Any]) -> None:
             _describe(child, found)
 
 
-def compile(func: Callable[..., Any], *, cuda: bool = False) -> CompiledField:
+def compile(func: Callable[..., Any], *, cuda: bool = False, matmul: str = "float32") -> CompiledField:
     """A field that is compiled to C++ when it is first solved: the whole solve, and its backward, then run in one call each.
 
     func: ``func(t, y)`` or ``func(t, y, *args)``, a Module or a function, made of linear layers, matrix products with
@@ -157,6 +161,9 @@ def compile(func: Callable[..., Any], *, cuda: bool = False) -> CompiledField:
         of these by `torch.autograd.grad`. Arguments given to `solve(args=...)` with one entry a sample are read as such.
 
     cuda: whether solves of states on CUDA run the compiled field too, which needs nvcc. No GPU has run that yet.
+    matmul: on CUDA, what the operands of wide linear layers are rounded to where the state is float32: "float32" (not at all),
+        "tf32" (11 bits) or "bf16" (8 bits). Tensor cores then multiply them and add up in float32; tolerances below some 1e-3
+        or 1e-2 cost steps and bring nothing. Elsewhere it changes nothing.
 
     The result is a Module that can be used wherever func is. Training never compiles anew; another shape, type, method or
     control does, once, and the cache on disk keeps it. A solve that cannot be served so, because func cannot be read, the
@@ -166,7 +173,7 @@ def compile(func: Callable[..., Any], *, cuda: bool = False) -> CompiledField:
     Beside the stepper: results agree to rounding, gradient="direct" is computed as "checkpoint" is, and the error norm of
     gradient="adjoint" leaves the parameters out.
 
-    Raises TypeError if func is not callable.
+    Raises TypeError if func is not callable, and ValueError if matmul is not one of these.
 
     >>> import torch, odenet_cuda
     >>> field = odenet_cuda.compile(lambda t, y: -y)
@@ -177,7 +184,9 @@ def compile(func: Callable[..., Any], *, cuda: bool = False) -> CompiledField:
     """
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
-    return func if isinstance(func, CompiledField) else CompiledField(func, cuda)
+    if matmul not in MATMULS:
+        raise ValueError(f"matmul must be one of {tuple(MATMULS)}, got {matmul!r}")
+    return func if isinstance(func, CompiledField) else CompiledField(func, cuda, matmul)
 
 
 def compiled_field(func: Any) -> tuple[CompiledField | None, tuple]:
@@ -228,7 +237,7 @@ def prepare(
         why.append("callbacks of func need it")
     if not why:
         try:
-            engine = Engine(field.plan(structure, args, problem.per_sample), problem, options, args, grid)
+            engine = Engine(field.plan(structure, args, problem.per_sample), problem, options, args, grid, field._matmul)
             engine.sources = Sources(engine, structure, args)
             engine.build(gradient, backward)
             return engine

@@ -56,9 +56,12 @@ class FunctionText:
         if not given:
             wanted += [program.addresses(buffer) for buffer in self.kept]
         needed, used = needed_for(program, wanted, stop)
+        self.needed = needed
+        self.height = 0  # rows of a team's memory in use at once, at most
         size = sum(program.buffers[statement.out].size if isinstance(statement, Pointwise) else INLINED for statement in needed)
         self.linkage = "ODENET_HD" if size < INLINED else "ODENET_CALLED"
         self.lines += [f"const P* {program.buffers[b].name} = kept + {self.kept[b]};" for b in sorted(used & stop)]
+        self._begin(needed, results)
         for buffer in self._constants(needed, results):
             place = [b for b in range(len(program.buffers)) if program.buffers[b].kind == "constant"].index(buffer)
             kind = "bool" if program.buffers[buffer].mask else "T"
@@ -67,7 +70,30 @@ class FunctionText:
             )
         self._emit(needed, buffers_of([refs for _, refs in results]) | set(self.kept))
         for name, refs in results:
-            self._copy(name, refs)
+            self._before([refs])
+            self._copy_result(name, refs)
+
+    # What is done otherwise where a sample has several threads (team_text.py)
+
+    def _begin(self, needed: list[Statement], results: list[tuple[str, Refs]]) -> None:
+        """Before the first statement."""
+
+    def _before(self, operands: list[Refs], dealt: bool = False) -> None:
+        """Before these are read; dealt: by a loop that has a turn for each of their numbers."""
+
+    def _after(self, statements: list[Statement]) -> None:
+        """After these, which are written in one piece."""
+
+    def _loop(self, start: int, end: int, out: int | None = None) -> str:
+        """out: the buffer that is written, where every thread may have all of it."""
+        return f"for (int i = {start}; i < {end}; ++i)"
+
+    def _guard(self, buffer: int, row: int) -> str:
+        """Ahead of a statement that writes this row."""
+        return ""
+
+    def _copy_result(self, name: str, refs: Refs) -> None:
+        self._copy(name, refs)
 
     def _constants(self, needed: list[Statement], results: list[tuple[str, Refs]]) -> list[int]:
         found = {statement.weight for statement in needed if isinstance(statement, Linear)}
@@ -141,10 +167,13 @@ class FunctionText:
             group = []
             if isinstance(statement, Pointwise):
                 group = [statement]
-            elif isinstance(statement, Reduce):
+                continue
+            self._before(operands_of(statement))
+            if isinstance(statement, Reduce):
                 self._write_reduce(statement)
             else:
                 self._write_linear(statement)
+            self._after([statement])
         self._write_group(group, readers, results)
 
     def _joins(self, group: list[Pointwise], statement: Pointwise) -> bool:
@@ -175,6 +204,7 @@ class FunctionText:
             return
         size = len(group[0].operands[0])
         inside = {statement.out for statement in group}
+        self._before([refs for statement in group for refs in statement.operands], size > UNROLLED)
         members = set(map(id, group))
         stored = {out for out in inside if out in results or any(id(r) not in members for r in readers.get(out, []))}
         for out in sorted(stored):
@@ -196,14 +226,16 @@ class FunctionText:
                     texts = [local(refs) or self._element(int(refs[i])) for refs in statement.operands]
                     self.lines += assign(statement, texts, str(i))
                 self.lines.append("}")
+            self._after(list(group))
             return
         outside = [refs for statement in group for refs in statement.operands if local(refs) is None]
         for start, end in self._segments(outside or [group[0].operands[0]]):
-            self.lines.append(f"for (int i = {start}; i < {end}; ++i) {{")
+            self.lines.append(self._loop(start, end) + " {")
             for statement in group:
                 texts = [local(refs) or self._in_loop(refs, start, end, "i") for refs in statement.operands]
                 self.lines += assign(statement, texts, "i")
             self.lines.append("}")
+        self._after(list(group))
 
     @staticmethod
     def _fill(text: str, operands: list[str]) -> str:
@@ -224,7 +256,7 @@ class FunctionText:
             rest = f"{index} + {self._index(0, column, 'j')}" if column else index
             first, other = self._at(int(buffers[0, 0]), index, base), self._at(int(buffers[0, 0]), rest, base)
             self.lines += [
-                f"for (int i = 0; i < {rows}; ++i) {{",
+                self._loop(0, rows, statement.out) + " {",
                 f"P sum = {first};",
                 f"for (int j = 1; j < {columns}; ++j) sum = {join.format('sum', other)};",
                 f"{name}[i] = sum;",
@@ -232,32 +264,32 @@ class FunctionText:
             ]
             return
         for i in range(rows):
-            text = self._element(int(statement.operand[i, 0]))
-            self.lines.append(f"{name}[{i}] = {text};")
+            text, guard = self._element(int(statement.operand[i, 0])), self._guard(statement.out, i)
+            self.lines.append(f"{guard}{name}[{i}] = {text};")
             for start, end in self._segments([statement.operand[i, 1:]]):
                 other = self._in_loop(statement.operand[i, 1:], start, end, "j")
-                self.lines.append(f"for (int j = {start}; j < {end}; ++j) {name}[{i}] = {join.format(f'{name}[{i}]', other)};")
+                loop = f"for (int j = {start}; j < {end}; ++j)"
+                self.lines.append(f"{guard}{loop} {name}[{i}] = {join.format(f'{name}[{i}]', other)};")
 
     def _write_linear(self, s: Linear) -> None:
         self._declare(s.out)
-        out, weight = self.program.buffers[s.out].name, self.program.buffers[s.weight].name
+        weight, x, out = self._names(s)
         if s.bias is None:
             self.lines.append(f"for (int i = 0; i < {s.rows}; ++i) {out}[i] = P(T(0));")
         else:
             self._copy(out, s.bias)
-        x = f"{self.program.buffers[int(s.x[0]) >> 32].name} + {int(s.x[0]) & 0xFFFFFFFF}".removesuffix(" + 0")
-        offset = f" + {s.offset}" if s.offset else ""
-        self.lines.append(f"linear<{s.rows}, {s.columns}, {s.row}, {s.column}>({weight}{offset}, {x}, {out});")
+        self.lines.append(f"linear<{s.rows}, {s.columns}, {s.row}, {s.column}>({weight}, {x}, {out});")
 
-    def _copy(self, name: str, refs: Refs) -> None:
+    def _names(self, s: Linear) -> tuple[str, str, str]:
+        """Of its weights, operand and result."""
+        weight, x, out = (self.program.buffers[b].name for b in (s.weight, int(s.x[0]) >> 32, s.out))
+        place = int(s.x[0]) & 0xFFFFFFFF
+        return f"{weight} + {s.offset}" if s.offset else weight, f"{x} + {place}" if place else x, out
+
+    def _copy(self, name: str, refs: Refs, place: str = "i") -> None:
         """name[i] = number at refs[i]"""
-        if len(refs) == 0:
-            return
-        for start, end in self._segments([refs]):
-            if end - start == 1:
-                self.lines.append(f"{name}[{start}] = {self._element(int(refs[start]))};")
-            else:
-                self.lines.append(f"for (int i = {start}; i < {end}; ++i) {name}[i] = {self._in_loop(refs, start, end, 'i')};")
+        for start, end in self._segments([refs]) if len(refs) else ():
+            self.lines.append(f"{self._loop(start, end)} {name}[{place}] = {self._in_loop(refs, start, end, 'i')};")
 
     @property
     def text(self) -> str:

@@ -15,8 +15,10 @@ from ..tableau import ButcherTableau
 from .build import load as load_text
 from .check import check_program
 from .emit import Target, emit, kept_buffers, tap_layout
+from .functions import TooLarge, functions_for
 from .lower import Lowering
 from .program import Linear, Program
+from .teams import Card, Team, card_of, teams_for
 from .trace import Recording, Unreadable, record, value_of
 
 LARGEST = 1024  # numbers of a sample in one value
@@ -48,6 +50,7 @@ class Plan:
         check_program(self, func, structure, t, args)
         self._find_constants(func, args)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
+        self.teams: dict[Any, Team] = {}
         self.steps: dict[Any, int] = {}  # how many the last solve of a kind took
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)
@@ -97,6 +100,11 @@ class Plan:
         with torch.no_grad():
             for node in self.program.constants:
                 self.views.append(_view(node, value_of(node, seen), seen, self.dtype, self.device))
+        first: dict[Any, int] = {}
+        for node, view in zip(self.program.constants, self.views, strict=True):
+            if view is not None:
+                buffer = self.lowering.constants[node]
+                self.program.same[buffer] = first.setdefault((view.base, view.offset), buffer)
 
     def stale(self, args: Sequence[Any]) -> bool:
         """Whether a tensor of func requires a gradient now that did not when it was read, or the other way round."""
@@ -130,9 +138,25 @@ class Plan:
 
     # Libraries
 
+    def team(self, solves: tuple[str, ...], batch: int, card: Card, matmul: str) -> Team:
+        """The first that suits so many samples on this card and whose memory holds what these kinds of solve share."""
+        teams = teams_for(self.program, self.dtype.itemsize, batch, solves[0].endswith("joint"), card, matmul)
+        key = solves, tuple(teams)
+        if key not in self.teams:
+            self.teams[key] = next(team for team in teams if self._suits(solves, team))
+        return self.teams[key]
+
+    def _suits(self, solves: tuple[str, ...], team: Team) -> bool:
+        try:
+            for solve in solves:
+                functions_for(self.program, tap_layout(self.program)[0], solve, {}, team)
+        except TooLarge:
+            return False
+        return True
+
     def source(self, tableau: ButcherTableau, target: Target) -> str:
         kept = kept_buffers(self.program)
-        if target.cuda or kept[1] * tableau.stages * 128 > _MOST_BYTES:
+        if target.team or kept[1] * tableau.stages * 128 > _MOST_BYTES:
             kept = {}, 0
         return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target, kept)
 
@@ -149,7 +173,7 @@ class Plan:
     def load(self, tableau: ButcherTableau, target: Target) -> _C.Library:
         key = (id(tableau), target)
         if key not in self.libraries:
-            capability = torch.cuda.get_device_capability(self.device) if target.cuda else None
+            capability = card_of(self.device).capability if target.team else None
             self.libraries[key] = tableau, load_text(self.source(tableau, target), capability)
         return self.libraries[key][1]
 

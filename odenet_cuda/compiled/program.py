@@ -85,6 +85,7 @@ class Program:
     products: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
     argument_products: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
     sums: list[Sum] = field(default_factory=list)
+    same: dict[int, int] = field(default_factory=dict)  # constants that are views of the same numbers -> the first of them
     tainted: set[int] = field(default_factory=set)  # buffers that depend on the incoming gradient
 
     def new(self, kind: str, size: int, name: str = "", mask: bool = False) -> int:

@@ -7,6 +7,7 @@
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <type_traits>
@@ -27,6 +28,8 @@ struct Index {
 inline thread_local Index thread_index{0};
 inline Index block_index{0}, grid_size{1}, block_size{1};
 inline std::unique_ptr<std::barrier<>> meeting;
+inline std::vector<std::unique_ptr<std::barrier<>>> warps;
+inline std::unique_ptr<unsigned char[]> memory;  // of the block
 
 inline void meet() {
   meeting->arrive_and_wait();
@@ -65,13 +68,89 @@ inline double __ldcg(const double* at) {
   return *at;
 }
 
+// The tensor cores' products, by the fragments that the PTX ISA gives to each thread of a warp.
+namespace emulation {
+
+struct Fragment {
+  float left[4][2], right[2][2];
+};
+inline std::vector<Fragment> fragments;  // of each thread
+
+// The right operand's number at (j, k) lies in thread 4 k + j % (2 each) / each, and the left one's at (i, j) likewise.
+template <int depth>
+void multiply(float (&sums)[4], const Fragment& own) {
+  constexpr int each = depth / 8;  // numbers in a register
+  const unsigned warp = threadIdx.x / 32, place = threadIdx.x % 32;
+  Fragment* all = fragments.data() + warp * 32;
+  all[place] = own;
+  warps[warp]->arrive_and_wait();
+  for (unsigned q = 0; q < 4; ++q) {
+    const unsigned i = place / 4 + q / 2 * 8, k = place % 4 * 2 + q % 2;
+    for (unsigned j = 0; j < depth; ++j) {
+      const unsigned high = j / (4 * each), member = j % (4 * each) / each, half = j % each;
+      sums[q] += all[i % 8 * 4 + member].left[high * 2 + i / 8][half] * all[k * 4 + member].right[high][half];
+    }
+  }
+  warps[warp]->arrive_and_wait();
+}
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(x));
+  return bits;
+}
+
+}  // namespace emulation
+
+namespace odenet {
+
+inline void* team_memory(int offset) {
+  return emulation::memory.get() + offset;
+}
+inline uint32_t round_to_tf32(float x) {
+  return x - x == 0 ? (emulation::to_bits(x) + 0x1000) & ~0x1fffu : emulation::to_bits(x);
+}
+inline uint32_t round_to_bf16(float first, float second) {
+  const auto half = [](float x) {
+    const uint32_t bits = emulation::to_bits(x);
+    return (x - x == 0 ? bits + 0x7fff + (bits >> 16 & 1) : bits) >> 16;
+  };
+  return half(first) | half(second) << 16;
+}
+inline void multiply_tf32(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  emulation::Fragment own{};
+  for (int n = 0; n < 4; ++n) own.left[n][0] = emulation::from_bits(left[n]);
+  for (int n = 0; n < 2; ++n) own.right[n][0] = emulation::from_bits(right[n]);
+  emulation::multiply<8>(sums, own);
+}
+inline void multiply_bf16(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  emulation::Fragment own{};
+  for (int half = 0; half < 2; ++half) {
+    const auto number = [&](uint32_t bits) { return emulation::from_bits(half ? bits & 0xffff0000u : bits << 16); };
+    for (int n = 0; n < 4; ++n) own.left[n][half] = number(left[n]);
+    for (int n = 0; n < 2; ++n) own.right[n][half] = number(right[n]);
+  }
+  emulation::multiply<16>(sums, own);
+}
+
+}  // namespace odenet
+
 namespace odenet::cuda {
 
-template <int threads, class... Parameters, class... Args>
+template <int threads, int bytes = 0, class... Parameters, class... Args>
 const char* run(void (*kernel)(Parameters...), unsigned blocks, void*, const Args&... args) {
   emulation::grid_size.x = blocks;
   emulation::block_size.x = threads;
   emulation::meeting = std::make_unique<std::barrier<>>(threads);
+  emulation::memory.reset(new unsigned char[bytes]);
+  emulation::warps.clear();
+  for (int warp = 0; warp < threads / 32; ++warp) emulation::warps.push_back(std::make_unique<std::barrier<>>(32));
+  emulation::fragments.resize(threads);
   std::vector<std::thread> block;
   for (int thread = 0; thread < threads; ++thread) {
     block.emplace_back([&, thread] {

@@ -1,0 +1,60 @@
+"""The functions of a field that a kind of solve needs, written for packs of lanes or for the team of a block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .function_text import FunctionText
+from .program import Program, Refs
+from .team_text import Memory, TeamText
+from .teams import Team
+
+Results = list[tuple[str, Refs]]  # the names of arrays to write, and the addresses of what goes there
+Writer = Callable[..., FunctionText]  # of results, what is kept, and whether that is given
+
+
+class TooLarge(Exception):
+    """The rows of a function do not fit into the team's memory."""
+
+
+@dataclass
+class Function:
+    name: str
+    head: str  # its parameters
+    text: FunctionText
+
+
+def functions_for(
+    program: Program, taps: Refs, solve: str, kept: dict[int, int], team: Team | None
+) -> tuple[list[Function], Memory | None]:
+    """For one of emit.SOLVES. Raises TooLarge."""
+    if team is None:
+        return _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args)), None
+    slabs = 0 if solve in ("per_sample", "joint", "grid") else team.slabs
+    if team.groups == 1:
+        functions = _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args))
+        return functions, Memory(team, bytes=slabs)
+    memory = Memory(team)
+    functions = _functions(program, taps, solve, kept, lambda results, *_: TeamText(program, results, memory))
+    rows = max(function.text.height for function in functions)
+    memory.bytes = max(team.row_bytes * max(rows, team.groups), slabs)
+    if memory.bytes > team.memory:
+        raise TooLarge(f"{memory.bytes} bytes of a block's memory are needed, and {team.memory} are there")
+    if memory.stage_all(program, [s for function in functions for s in function.text.needed]):
+        functions = _functions(program, taps, solve, kept, lambda results, *_: TeamText(program, results, memory))
+    return functions, memory
+
+
+def _functions(program: Program, taps: Refs, solve: str, kept: dict[int, int], write: Writer) -> list[Function]:
+    head = "const SolveCall& in, const P& t, const P* y, const P* arguments"
+    slope, gradient = [("dy", program.slopes)], [("gy", program.products), ("taps", taps)]
+    functions = [Function("field", f"{head}, P* dy, P*", write(slope))]
+    if solve == "reverse":
+        functions += [
+            Function("product", f"{head}, const P* g, P* gy, P* taps", write(gradient)),
+            Function("field_and_keep", f"{head}, P* dy, P* kept", write(slope, kept)),
+            Function("product_of_kept", f"{head}, const P* g, const P* kept, P* gy, P* taps", write(gradient, kept, True)),
+        ]
+    elif solve.startswith("adjoint"):
+        text = write([*slope, *gradient])
+        functions.append(Function("slope_and_product", f"{head}, const P* g, P* dy, P* gy, P* taps", text))
+    return functions

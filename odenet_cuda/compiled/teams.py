@@ -1,0 +1,76 @@
+"""The team that solves a compiled field on CUDA: how many samples a block of threads has, and how many threads a sample has.
+
+Fields of few operations have a thread a sample, whose numbers lie in registers. In wider ones every sample has several, so that
+the layers of a few samples fill a block, and small batches fill the card. See core/team.h.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from .program import Linear, Program
+
+THREADS = 256  # of a block whose samples have several each
+ALONE = 128  # of one whose samples have one
+LANES = (32, 16, 8)  # samples of a block of THREADS
+_WIDE = 1024  # products in a layer from which a sample has several threads, however many samples there are
+_NARROW = 64  # and below which it never has
+_BUSY = 64  # samples for each multiprocessor that keep it busy with a thread each
+MATMULS = {"float32": "void", "tf32": "Tf32", "bf16": "Bf16"}  # to what operands are rounded -> core/tensor_core.h
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a team is chosen for. memory: bytes that the threads of a block can share."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory: int
+
+
+H100 = Card((9, 0), 132, 227 << 10)
+
+
+@functools.cache
+def card_of(device: torch.device) -> Card:
+    found = torch.cuda.get_device_properties(device)
+    return Card((found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Team:
+    """lanes: samples of a block. groups: threads of a sample. item: bytes of a number. memory: at most, in bytes."""
+
+    lanes: int
+    groups: int
+    matmul: str
+    item: int
+    memory: int
+
+    @property
+    def row_bytes(self) -> int:
+        """From one row of the team's memory to the next; kRow in core/team.h."""
+        return (self.lanes + 8 if self.lanes % 32 == 0 or self.lanes == 16 else self.lanes) * self.item
+
+    @property
+    def slabs(self) -> int:
+        """Bytes of the two slabs in core/layers.h."""
+        return 2 * (16 if self.groups == 1 else 64) * (self.lanes + 4) * self.item
+
+    def uses_tensor_cores(self, rows: int, columns: int) -> bool:
+        return self.matmul != "float32" and rows >= 16 and columns >= 8
+
+
+def teams_for(program: Program, item: int, batch: int, joint: bool, card: Card, matmul: str) -> list[Team]:
+    """The best first. The last needs no memory for its rows."""
+    products = max((s.rows * s.columns for s in program.statements if isinstance(s, Linear)), default=0)
+    alone = Team(ALONE, 1, "float32", item, card.memory)
+    few = joint or batch <= _BUSY * card.multiprocessors  # under joint control one block has all samples
+    if products < _NARROW or (products < _WIDE and not few):
+        return [alone]
+    tensor_cores = item == 4 and matmul != "float32"
+    filling = [lanes for lanes in LANES if joint or lanes * card.multiprocessors <= batch] or [LANES[-1]]
+    lanes = [n for n in LANES if n <= filling[0]]
+    threads = 2 * THREADS if joint else THREADS  # one block has the work of all
+    return [*(Team(n, threads // n, matmul if tensor_cores else "float32", item, card.memory) for n in lanes), alone]
