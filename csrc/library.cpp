@@ -24,6 +24,7 @@ Library::Library(const std::string& path) {
   reinterpret_cast<void (*)(int64_t*)>(symbol(library, "odenet_sizes"))(sizes_);
   if (void* found = dlsym(library, "odenet_launch")) {
     launch_ = reinterpret_cast<decltype(launch_)>(found);
+    resident_ = reinterpret_cast<decltype(resident_)>(symbol(library, "odenet_resident"));
   } else {
     run_ = reinterpret_cast<decltype(run_)>(symbol(library, "odenet_run"));
   }
@@ -39,6 +40,13 @@ void Library::launch(const SolveCall& call, int32_t device, unsigned long long* 
   on_device(
       device, [&] { launch_(&call, left, nullptr); },
       [&](cuda::Stream stream) { return launch_(&call, left, stream); });
+}
+
+int64_t Library::resident(int32_t device) const {
+  if (resident_ == nullptr) throw std::runtime_error("this compiled field was compiled for the CPU");
+  int64_t blocks = 0;
+  on_device(device, [&] { resident_(&blocks); }, [&](cuda::Stream) { return resident_(&blocks); });
+  return blocks;
 }
 
 }  // namespace odenet

@@ -22,13 +22,17 @@ class Library {
 
   // Goes on with the solve; returns how much is left: rows, or steps.
   int64_t run(const SolveCall& call) const;
-  // The same on torch's current stream of a CUDA device, which adds what is left to *left, an address there.
+  // The same on torch's current stream of a CUDA device, which adds what is left to *left, an address there of two
+  // numbers that are 0.
   void launch(const SolveCall& call, int32_t device, unsigned long long* left) const;
+  // How many blocks of it run at once there, at most.
+  int64_t resident(int32_t device) const;
 
  private:
   int64_t sizes_[5];
   int64_t (*run_)(const SolveCall*, ParallelFor) = nullptr;
   const char* (*launch_)(const SolveCall*, unsigned long long*, cuda::Stream) = nullptr;
+  const char* (*resident_)(int64_t*) = nullptr;
 };
 
 }  // namespace odenet

@@ -132,7 +132,8 @@ void add_library(py::module_& m) {
           [](const Library& library, const SolveCall& call, int32_t device, Address left) {
             library.launch(call, device, reinterpret_cast<unsigned long long*>(left));
           },
-          unlocked);
+          unlocked)
+      .def("resident", &Library::resident);
   py::class_<SolveCall>(m, "SolveCall")
       .def(py::init([](Address y0, Address arguments, Address constants, Address rtol, Address atol, Address state,
                        Address stops, int64_t num_stops, Address t, int64_t num_outputs, Address nodes,

@@ -18,7 +18,7 @@ from test_cuda_compile import CSRC, find_nvcc
 
 import odenet_cuda
 from odenet_cuda import _C, SolverError, solve
-from odenet_cuda.compiled import engine, field, plan, teams
+from odenet_cuda.compiled import engine, plan, teams
 from odenet_cuda.compiled.emit import Target
 from odenet_cuda.compiled.teams import ALONE, H100, Card
 
@@ -51,8 +51,7 @@ def emulated(folder, monkeypatch):
     monkeypatch.setattr(plan, "load_text", load)
     for module in (engine, plan):
         monkeypatch.setattr(module, "card_of", lambda device: Card((9, 0), 1, 227 << 10))
-    for module in (engine, field):
-        monkeypatch.setattr(module, "on_cuda", lambda device: True)
+    monkeypatch.setattr(engine, "on_cuda", lambda device: True)
     monkeypatch.setattr(teams, "ALONE", 8)
     monkeypatch.setattr(teams, "THREADS", 64)
     monkeypatch.setattr(teams, "_BUSY", 0)
@@ -132,11 +131,15 @@ def test_failure(emulated):
     torch.testing.assert_close(found[1, :9], torch.full((9, 1), 1.0, dtype=D), rtol=1e-5, atol=1e-5)
 
 
-def test_what_cuda_does_not_serve(emulated, monkeypatch):
-    monkeypatch.setattr(field, "MOST_JOINT", 8)
-    func = odenet_cuda.compile(lambda t, y: -y)
-    solve(func, rows(9, 2), [0.0, 1.0])
-    assert "one step size for more than 8 samples" in func.explain()
+def test_joint_control_of_many_blocks(emulated, monkeypatch):
+    """Three run at once and have two or three times eight samples each; the numbers do not depend on who is first."""
+    monkeypatch.setattr(engine, "_SLICE", 1e-9)
+    func, y0 = Stretched(), rows(61, 2)
+    options = {"rtol": 1e-4, "atol": 1e-4, "jump_t": [0.5]}
+    found = [compare(odenet_cuda.compile(func), y0, TIMES, **options).ys for _ in range(2)]
+    assert torch.equal(*found)
+    compare_gradients(func, y0, TIMES[[0, 2, 4]], 1e-9, rtol=1e-4, atol=1e-4)
+    compare_gradients(func, y0, TIMES[[0, 2]], 1e-5, gradient="adjoint", rtol=1e-9, atol=1e-9)
 
 
 # Teams whose samples have several threads
@@ -144,7 +147,7 @@ def test_what_cuda_does_not_serve(emulated, monkeypatch):
 
 @pytest.fixture
 def grouped(emulated, monkeypatch):
-    """Blocks of eight samples, with eight threads each, or sixteen under joint control."""
+    """Blocks of eight samples, with eight threads each."""
     monkeypatch.setattr(teams, "_NARROW", 1)
     monkeypatch.setattr(teams, "_BUSY", 1 << 20)
     monkeypatch.setattr(teams, "LANES", (8,))
@@ -160,7 +163,7 @@ def groups_of(func: odenet_cuda.CompiledField) -> set[int]:
 def test_groups_solve(grouped, batch, control):
     func = odenet_cuda.compile(Net(hidden=19))
     compare(func, rows(batch, 2), TIMES, step_control=control, rtol=1e-5, atol=1e-6)
-    assert groups_of(func) == {16 if control == "joint" else 8}
+    assert groups_of(func) == {8}
 
 
 @pytest.mark.parametrize("control", ["per_sample", "joint", "rk4"])
@@ -259,7 +262,6 @@ def test_teams_fill_the_card():
     found = [func._latest.team(("per_sample",), batch, H100, "tf32") for batch in (1, 1056, 2112, 4224, 10**6)]
     assert [(team.lanes, team.groups) for team in found] == [(8, 32), (8, 32), (16, 16), (32, 8), (32, 8)]
     assert {team.matmul for team in found} == {"tf32"}
-    assert func._latest.team(("joint",), 100, H100, "float32").groups == 16
     small = odenet_cuda.compile(Net(hidden=50))
     solve(small, rows(3, 2), [0.0, 0.1])
     assert [small._latest.team(("per_sample",), batch, H100, "tf32").groups for batch in (20, 10**6)] == [32, 1]

@@ -49,8 +49,8 @@ struct alignas(16) Several {
   T numbers[count];
 };
 
-// y[r] = start(r, lane) + sum_c w[r * row + c * column] x[c], each group for its rows. aligned: w may be read in sixteen
-// bytes.
+// y[r] = start(r, lane) + sum_c w[r * row + c * column] x[c], each group for its rows. aligned: w may be read in
+// sixteen bytes.
 template <int rows, int columns, int row, int column, bool aligned, class X, class T, class Start>
 ODENET_HD void linear_of_groups(const T* w, const X& x, const Shared<T>& y, const Start& start) {
   constexpr int of_pass = own(rows) < 8 ? own(rows) : 8;
@@ -101,7 +101,7 @@ ODENET_HD void linear_of_warps(const float* w, const Shared<float>& x, const Sha
   for (int top = 0; top < rows; top += high * 16) {
     const auto first_row = [&](int job) { return top + job % high * 16; };
     const auto first_lane = [&](int job) { return job / high * together * 8; };
-    WarpSums<TensorCore, high * (wide / together), together> sums;
+    WarpSums<TensorCore, high*(wide / together), together> sums;
     sums.each([&](int job, int i, int k, float& sum) {
       if (first_row(job) + i < rows) sum = start(first_row(job) + i, first_lane(job) + k);
     });

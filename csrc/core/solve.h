@@ -176,57 +176,56 @@ struct JointStep {
     }
   }
 
-  ODENET_HD void attempt(Tile<M, P>& x, int64_t tile) const {
+  // sums: to which the tile adds those of its error.
+  ODENET_HD void attempt(Tile<M, P>& x, int64_t tile, double* sums) const {
     using T = Number<P>;
     const P dt = P(T(r[kDt]));
     try_step(in, x, dt, [&](double c) { return P(stage_time<T>(in.step, r, c)); });
     for (int leaf = 0; leaf < M::leaves; ++leaf) {
-      const double sum = sum_lanes(error_squares<M>(in, x, dt, leaf), tile, in.batch);
-      if (group() == 0) in.sums[tile * 3 * M::leaves + leaf] = sum;
+      sums[leaf] += own_sum(error_squares<M>(in, x, dt, leaf), tile, in.batch);
     }
   }
 };
 
-// max over leaves of the root mean square, from the sums of all tiles; which: of the three.
-template <class M>
-ODENET_HD double joint_norm(const SolveCall& in, int64_t tiles, int which) {
+// max over leaves of the root mean square; which: of the three sums that the tiles have added to.
+template <class M, class Tiles>
+ODENET_HD double joint_norm(const SolveCall& in, const Tiles& tiles, int which) {
   double norm = 0;
   for (int leaf = 0; leaf < M::leaves; ++leaf) {
-    double sum = 0;
-    for (int64_t tile = 0; tile < tiles; ++tile) sum += in.sums[(tile * 3 + which) * M::leaves + leaf];
+    const double sum = tiles.sum(which * M::leaves + leaf);
     norm = error_fold(norm, sum, static_cast<int64_t>(leaf_size<M>(leaf)) * in.batch, leaf == 0);
   }
   return norm;
 }
 
-// All tiles under joint control. for_tiles(body): body(x, tile) for every tile, perhaps in several threads, which meet
-// before and after it. The members of a team all decide, alike.
-template <class M, class P, class Team, class ForTiles>
-ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, int64_t tiles, const ForTiles& for_tiles) {
+// All tiles under joint control. tiles: tiles.each(body) does body(x, tile, sums) for every tile, perhaps in several
+// threads or blocks, which meet after it; then tiles.sum(i) is what they have added to sums[i]. All members of all
+// teams decide, alike.
+template <class M, class P, class Team, class Tiles>
+ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tiles) {
   using T = Number<P>;
   const StepSize& s = in.step;
   JointStep<M, P, Team> step{team, in};
   if (in.begun == 0) {
     step.r = first_row<double>(s);
-    const auto norms = [&](Tile<M, P>& x, int64_t tile) {
+    const auto norms = [&](Tile<M, P>& x, int64_t tile, double* sums) {
       for (int leaf = 0; leaf < M::leaves; ++leaf) {
         P d[3];
         start_squares<M>(in, x, leaf, d[0], d[1], d[2]);
-        if (group() != 0) continue;
-        for (int i = 0; i < 3; ++i) in.sums[(tile * 3 + i) * M::leaves + leaf] = sum_lanes(d[i], tile, in.batch);
+        for (int i = 0; i < 3; ++i) sums[i * M::leaves + leaf] += own_sum(d[i], tile, in.batch);
       }
     };
-    for_tiles([&](Tile<M, P>& x, int64_t tile) {
+    tiles.each([&](Tile<M, P>& x, int64_t tile, double* sums) {
       begin_tile(in, x, tile);
-      norms(x, tile);
+      norms(x, tile, sums);
       if (in.tape_count != nullptr) in.tape_count[place_of(tile)] = 0;
     });
     const double d0 = joint_norm<M>(in, tiles, 0), d1 = joint_norm<M>(in, tiles, 1);
     if (!(in.first_step > 0)) {
       plan_first_step(s, step.r, d0, d1, 0.0, 0.0, 0);
-      for_tiles([&](Tile<M, P>& x, int64_t tile) {
+      tiles.each([&](Tile<M, P>& x, int64_t tile, double* sums) {
         euler(in, x, P(T(step.r[kStepEnd])), P(T(step.r[kDt])));
-        norms(x, tile);
+        norms(x, tile, sums);
       });
     }
     plan_first_step(s, step.r, d0, d1, joint_norm<M>(in, tiles, 2), in.first_step, 1);
@@ -243,9 +242,9 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, int64_t til
     if (step.fresh != 0) step.first = stage_time<T>(s, step.before, 0.0);
   };
   for (int64_t i = 0; i < in.max_steps && step.r.running(); ++i) {
-    for_tiles([&](Tile<M, P>& x, int64_t tile) {
+    tiles.each([&](Tile<M, P>& x, int64_t tile, double* sums) {
       step.finish(x, tile);
-      step.attempt(x, tile);
+      step.attempt(x, tile, sums);
     });
     next();
     step.last = stage_time<T>(s, step.r, 1.0);
@@ -254,12 +253,12 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, int64_t til
     step.accepted = step.r[kAccept] != 0;
     step.before = step.r;
   }
-  for_tiles([&](Tile<M, P>& x, int64_t tile) {
+  tiles.each([&](Tile<M, P>& x, int64_t tile, double*) {
     step.finish(x, tile);
     end_tile(in, x, tile);
   });
   next();
-  if (team.leads()) {
+  if (tiles.leads()) {
     Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
     kept.fresh = With<P, double>(step.fresh);
     kept.first = P(T(step.first));
@@ -326,21 +325,67 @@ ODENET_HD int64_t for_block(const SolveCall& in, const Body& body) {
   return left;
 }
 
-// All of it on CUDA; under joint control by one block.
+// The tiles of joint control: each block has those of a chunk, and all blocks run at once. Their sums lie there twice,
+// so that a block that is ahead leaves those alone that another still reads.
+template <class M, class P>
+struct BlockTiles {
+  const SolveCall& in;
+  unsigned* met;  // how often a block has come to a meeting
+  unsigned meetings = 0;
+
+  ODENET_HD bool leads() const { return blockIdx.x == 0 && Block{}.leads(); }
+  ODENET_HD double* sums(unsigned meeting, unsigned block) const {
+    return in.sums + (meeting % 2 * int64_t(gridDim.x) + block) * 3 * M::leaves;
+  }
+
+  ODENET_HD void meet() {
+    const Block team;
+    ++meetings;
+    team.sync();
+    if (team.leads()) {
+      __threadfence();
+      atomicAdd(met, 1u);
+      while (read_through(met) < meetings * gridDim.x) {
+      }
+      __threadfence();
+    }
+    team.sync();
+  }
+
+  template <class Body>
+  ODENET_HD void each(const Body& body) {
+    const Block team;
+    Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
+    double own[3 * M::leaves] = {};
+    const int64_t begin = blockIdx.x * in.chunk;
+    for (int64_t first = begin; first < begin + in.chunk && first < in.batch; first += kTeam) {
+      const int64_t tile = first + team.lane();
+      body(kept[place_of(tile)].tile, tile, own);
+    }
+    for (int i = 0; i < 3 * M::leaves; ++i) {
+      const double sum = team.add(own[i]);
+      if (team.leads()) sums(meetings + 1, blockIdx.x)[i] = sum;
+    }
+    meet();
+  }
+
+  ODENET_HD double sum(int i) const {
+    double own = 0;
+    for (unsigned block = Block{}.thread(); block < gridDim.x; block += Block::size) {
+      own += read_through(sums(meetings, block) + i);
+    }
+    return Block{}.add(own);
+  }
+};
+
+// All of it on CUDA. met: 0, where blocks meet under joint control.
 template <class M, class P, int control>
-ODENET_HD int64_t solve_block(const SolveCall& in) {
+ODENET_HD int64_t solve_block(const SolveCall& in, unsigned* met) {
   const Block team;
   if constexpr (control == kJoint) {
-    Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
-    const int64_t left = solve_joint<M, P>(team, in, in.batch, [&](const auto& body) {
-      team.sync();
-      for (int64_t first = 0; first < in.batch; first += kTeam) {
-        const int64_t tile = first + team.lane();
-        body(kept[place_of(tile)].tile, tile);
-      }
-      team.sync();
-    });
-    return team.leads() ? left : 0;
+    BlockTiles<M, P> tiles{in, met};
+    const int64_t left = solve_joint<M, P>(team, in, tiles);
+    return tiles.leads() ? left : 0;
   } else {
     return for_block(in, [&](int64_t tile) {
       return control == kGrid ? solve_grid<M, P>(team, in, tile) : solve_tile<M, P>(team, in, tile);
@@ -366,21 +411,45 @@ void for_chunks(const SolveCall& in, ParallelFor parallel_for, const Body& body)
       [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(range)*>(context))(begin, end); }, &range);
 }
 
+// The tiles of joint control on the CPU, in the threads that parallel_for has.
+template <class M, class P>
+struct ThreadTiles {
+  const SolveCall& in;
+  ParallelFor parallel_for;
+  int64_t count;
+  Tile<M, P>* alone = nullptr;  // of the only tile, where there is one
+
+  bool leads() const { return true; }
+  double* sums(int64_t tile) const { return in.sums + tile * 3 * M::leaves; }
+  template <class Body>
+  void each(const Body& body) const {
+    const auto of_tile = [&](Tile<M, P>& x, int64_t tile) {
+      for (int i = 0; i < 3 * M::leaves; ++i) sums(tile)[i] = 0;
+      body(x, tile, sums(tile));
+    };
+    if (alone != nullptr) return of_tile(*alone, 0);
+    Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
+    for_chunks<P>(in, parallel_for, [&](int64_t tile) { of_tile(kept[tile].tile, tile); });
+  }
+  double sum(int i) const {
+    double sum = 0;
+    for (int64_t tile = 0; tile < count; ++tile) sum += sums(tile)[i];
+    return sum;
+  }
+};
+
 // All of it on the CPU. Returns how much is left: rows, or steps.
 template <class M, class P, int control>
 int64_t solve(const SolveCall& in, ParallelFor parallel_for) {
   constexpr int width = Lanes<P>::width;
-  const int64_t tiles = (in.batch + width - 1) / width;
-  Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
   if constexpr (control == kJoint) {
-    if (tiles > 1) {
-      return solve_joint<M, P>(Alone{}, in, tiles, [&](const auto& body) {
-        for_chunks<P>(in, parallel_for, [&](int64_t tile) { body(kept[tile].tile, tile); });
-      });
-    }
-    Tile<M, P> x = kept->tile;
-    const int64_t left = solve_joint<M, P>(Alone{}, in, 1, [&](const auto& body) { body(x, 0); });
-    kept->tile = x;
+    ThreadTiles<M, P> tiles{in, parallel_for, (in.batch + width - 1) / width};
+    if (tiles.count > 1) return solve_joint<M, P>(Alone{}, in, tiles);
+    Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
+    Tile<M, P> x = kept.tile;
+    tiles.alone = &x;
+    const int64_t left = solve_joint<M, P>(Alone{}, in, tiles);
+    kept.tile = x;
     return left;
   } else {
     int64_t left = 0;

@@ -65,6 +65,16 @@ ODENET_HD void* team_memory(int offset) {
 }
 #endif  // else tests/native/emulation.h
 
+// What another block may have written meanwhile.
+#if defined(__CUDACC__)
+ODENET_HD unsigned read_through(const unsigned* at) {
+  return *static_cast<const volatile unsigned*>(at);
+}
+ODENET_HD double read_through(const double* at) {
+  return *static_cast<const volatile double*>(at);
+}
+#endif  // else tests/native/emulation.h
+
 struct Block {
   static constexpr int size = kTeam * kGroups;  // threads
   ODENET_HD int thread() const { return static_cast<int>(threadIdx.x); }
@@ -72,6 +82,24 @@ struct Block {
   ODENET_HD bool leads() const { return thread() == 0; }
   ODENET_HD void sync() const { __syncthreads(); }
   ODENET_HD bool any(bool some) const { return __syncthreads_or(some) != 0; }
+  // The sum over all threads, in the same order for each.
+  ODENET_HD double add(double x) const {
+    double* parts = static_cast<double*>(team_memory(kStaged));
+    constexpr int few = 16;
+    sync();
+    parts[thread()] = x;
+    sync();
+    double sum = 0;
+    if (thread() < few) {
+      for (int i = thread(); i < size; i += few) sum += parts[i];
+    }
+    sync();
+    if (thread() < few) parts[thread()] = sum;
+    sync();
+    sum = 0;
+    for (int i = 0; i < few && i < size; ++i) sum += parts[i];
+    return sum;
+  }
 };
 
 // Numbers between two rows of the team's memory, [row][lane]: so that the tensor cores' loads meet no bank twice.

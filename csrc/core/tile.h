@@ -33,7 +33,7 @@ struct SolveCall {
   void* tiles;          // [tiles, groups] what a tile keeps between calls, see tile_bytes
   void* tape;           // [tiles, groups, capacity] records of accepted steps, or null
   int64_t* tape_count;  // [tiles, groups] steps that the tape should hold
-  double* sums;         // [tiles, 3 leaves] of joint control
+  double* sums;         // of joint control: of each tile, or twice of each block, the sums [3, leaves]
   // Gradients, of a solve backwards.
   const void* grad_ys;   // [num_outputs, batch, state]
   void* grad_y0;         // [batch, state]
@@ -319,6 +319,12 @@ ODENET_HD double sum_lanes(const P& x, int64_t tile, int64_t batch) {
   double sum = 0;
   for (int i = 0; i < Lanes<P>::width && tile * Lanes<P>::width + i < batch; ++i) sum += lane(x, i);
   return sum;
+}
+
+// The same of what all groups of a lane know; it counts once.
+template <class P>
+ODENET_HD double own_sum(const P& x, int64_t tile, int64_t batch) {
+  return group() == 0 ? sum_lanes(x, tile, batch) : 0;
 }
 
 // Norms of the start, lane by lane, as squares of leaf `leaf`: of y0, f0, and of f1 - f0, where f1 lies in k[1].

@@ -1,5 +1,6 @@
 // A captured step as the body of a WHILE node of a CUDA graph.
 // https://docs.nvidia.com/cuda/cuda-programming-guide/04-special-topics/cuda-graphs.html#conditional-graph-nodes
+#include "../core/run.h"
 #include "../core/step_size.h"
 #include "../repeat.h"
 
@@ -21,10 +22,6 @@ __global__ void decide_kernel(cudaGraphConditionalHandle again, const double* st
   if (threadIdx.x != 0) return;
   *left = first ? steps : *left - 1;
   cudaGraphSetConditional(again, some && *left > 0);
-}
-
-const char* words(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <class... Parameters>

@@ -186,10 +186,11 @@ def _kernel(target: Target, memory: Memory, program: Program) -> str:
     if target.solve == "reverse":
         call = f"for_block(in, [&](int64_t tile) {{ return reverse_tile<Equation, {pack}>(Block{{}}, in, tile); }})"
     else:
-        call = f"solve_block<{equation}, {pack}, {control}>(in)"
-    blocks = "1" if control == "kJoint" else "blocks_of(*in)"
+        call = f"solve_block<{equation}, {pack}, {control}>(in, reinterpret_cast<unsigned*>(left + 1))"
+    sizes = f"Block::size, {memory.bytes}"
+    together = control == "kJoint"  # blocks wait for each other
     return (
-        "// A lane a sample, a block a chunk of them. left: rows, or steps, that are not done.\n"
+        "// A lane a sample, a block a chunk of them. left: rows, or steps, that are not done; behind it how often blocks met.\n"
         "__global__ void __launch_bounds__(Block::size)\n"
         "    odenet_kernel(const __grid_constant__ SolveCall in, unsigned long long* left) {\n"
         f"{memory.stage(program, pack)}"
@@ -198,5 +199,7 @@ def _kernel(target: Target, memory: Memory, program: Program) -> str:
         f"{_sizes(target)}"
         'extern "C" ODENET_EXPORT const char* odenet_launch(const SolveCall* in, unsigned long long* left,\n'
         "                                                   void* stream) {\n"
-        f"  return cuda::run<Block::size, {memory.bytes}>(odenet_kernel, {blocks}, stream, *in, left);\n}}\n"
+        f"  return cuda::run{'_together' * together}<{sizes}>(odenet_kernel, blocks_of(*in), stream, *in, left);\n}}\n"
+        'extern "C" ODENET_EXPORT const char* odenet_resident(int64_t* blocks) {\n'
+        f"  return cuda::resident<{sizes}>(odenet_kernel, blocks);\n}}\n"
     )

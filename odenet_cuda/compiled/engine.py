@@ -28,7 +28,6 @@ _MOST_BLOCKS = 1024  # the same on CUDA, as long as they fit in
 _SUM_BYTES = 256 << 20
 _MEETING = 1e-4  # seconds of work that a second thread is worth, where threads meet after every step
 _SLICE = 0.05  # seconds a call may take, about: between two, Python sees an interrupt
-MOST_JOINT = 4096  # samples under joint control on CUDA, where one block has them all
 
 
 def on_cuda(device: torch.device) -> bool:
@@ -52,6 +51,7 @@ class Engine:
         self.cuda = on_cuda(problem.device)
         self.card = card_of(problem.device) if self.cuda else None
         self.matmul, self.taped = matmul, False
+        self._device = -1 if problem.device.type == "cpu" else problem.device.index or 0
         self.tape: Tensor | None = None
         self.sources: Any = None
 
@@ -87,11 +87,12 @@ class Engine:
         return -(-self.batch // (library.lanes * library.team)) * library.team
 
     def _chunks(self, library: _C.Library, joint: bool) -> tuple[int, int]:
-        """How many sums of gradients there are, and how many tiles add to each. On CUDA each is the work of one block."""
+        """How many sums of gradients there are, and how many tiles add to each. On CUDA each is the work of one block, and
+        those of joint control all run at once."""
         tiles, team = self._tiles(library), library.team
-        if joint and self.cuda:
-            return 1, tiles
         most = max(1, min(_MOST_BLOCKS, _SUM_BYTES // (8 * self.plan.sums_at[2] + 1))) if self.cuda else _MOST_CHUNKS
+        if joint and self.cuda:
+            most = min(most, library.resident(self._device))
         chunk = -(-tiles // (team * most)) * team
         return -(-tiles // chunk), chunk
 
@@ -114,7 +115,7 @@ class Engine:
         places = [table.data_ptr() + 8 * place for place in accumulate(map(len, parts), initial=0)]
         tiles, leaves = self._tiles(library), len(self.plan.leaf_sizes) * (columns // self.state)
         kept = self._new(tiles * library.groups * library.tile_bytes, dtype=torch.uint8)
-        sums = self._new(tiles * 3 * leaves if joint else 0)
+        sums = self._new(2 * tiles * 3 * leaves if joint else 0)
         grain = 1
         if joint:  # tiles meet after every step, which is short
             grain = max(1, int(_MEETING / (self._seconds(columns) * library.lanes * chunk)))
@@ -157,10 +158,9 @@ class Engine:
         """Goes on with the solve; how much of it is left."""
         if not self.cuda:
             return library.run(call)
-        left = torch.zeros(1, dtype=torch.int64, device=self.problem.device)
-        device = self.problem.device
-        library.launch(call, -1 if device.type == "cpu" else device.index or 0, left.data_ptr())
-        return int(left)
+        left = torch.zeros(2, dtype=torch.int64, device=self.problem.device)
+        library.launch(call, self._device, left.data_ptr())
+        return int(left[0])
 
     def _seconds(self, columns: int) -> float:
         """About what a step of one sample takes."""
@@ -200,7 +200,7 @@ class Engine:
         batch, columns = y0.shape
         state = torch.zeros(NUM_FIELDS, batch if problem.per_sample else 1, dtype=torch.float64, device=y0.device)
         ys, self.y_last = y0.new_empty(len(problem.t), batch, columns), torch.empty_like(y0)
-        chunk = sums[2] if sums is not None else self._tiles(library) if joint and self.cuda else library.team
+        chunk = sums[2] if sums is not None else self._chunks(library, True)[1] if joint and self.cuda else library.team
         tensors = {"y0": y0, "ys": ys, "y_last": self.y_last, "state": state}
         call, kept = self._call(library, problem, options, columns, chunk, joint, grid, tensors)
         if sums is not None:

@@ -15,7 +15,7 @@ from ..problem import Problem, Structure, WithArguments
 from ..ranges import in_range
 from .build import NoCompiler
 from .emit import SOLVES, Target
-from .engine import MOST_JOINT, Engine, on_cuda
+from .engine import Engine
 from .plan import Plan, modules_of
 from .teams import H100, MATMULS
 from .trace import Unreadable
@@ -219,9 +219,6 @@ def prepare(
     why = [f"{name} needs it" for name, needed in needs.items() if needed]
     if problem.device.type != "cpu" and not field._cuda:
         why.append(f"the state is on {problem.device}; compile(func, cuda=True) serves it, which no GPU has run yet")
-    joint = options.adaptive and not problem.per_sample
-    if on_cuda(problem.device) and joint and structure.leaves[0].dim() and structure.leaves[0].shape[0] > MOST_JOINT:
-        why.append(f"one step size for more than {MOST_JOINT} samples on CUDA")
     kinds = {leaf.dtype for leaf in structure.leaves}
     if len(kinds) > 1 or not kinds <= set(_SERVED):
         why.append("the state is not all float32 or all float64")

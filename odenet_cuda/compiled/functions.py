@@ -29,14 +29,14 @@ def functions_for(
     """For one of emit.SOLVES. Raises TooLarge."""
     if team is None:
         return _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args)), None
-    slabs = 0 if solve in ("per_sample", "joint", "grid") else team.slabs
+    scratch = max(0 if solve in ("per_sample", "joint", "grid") else team.slabs, team.sums if solve.endswith("joint") else 0)
     if team.groups == 1:
         functions = _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args))
-        return functions, Memory(team, bytes=slabs)
+        return functions, Memory(team, bytes=scratch)
     memory = Memory(team)
     functions = _functions(program, taps, solve, kept, lambda results, *_: TeamText(program, results, memory))
     rows = max(function.text.height for function in functions)
-    memory.bytes = max(team.row_bytes * max(rows, team.groups), slabs)
+    memory.bytes = max(team.row_bytes * max(rows, team.groups), scratch)
     if memory.bytes > team.memory:
         raise TooLarge(f"{memory.bytes} bytes of a block's memory are needed, and {team.memory} are there")
     if memory.stage_all(program, [s for function in functions for s in function.text.needed]):

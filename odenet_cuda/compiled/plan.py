@@ -140,7 +140,7 @@ class Plan:
 
     def team(self, solves: tuple[str, ...], batch: int, card: Card, matmul: str) -> Team:
         """The first that suits so many samples on this card and whose memory holds what these kinds of solve share."""
-        teams = teams_for(self.program, self.dtype.itemsize, batch, solves[0].endswith("joint"), card, matmul)
+        teams = teams_for(self.program, self.dtype.itemsize, batch, card, matmul)
         key = solves, tuple(teams)
         if key not in self.teams:
             self.teams[key] = next(team for team in teams if self._suits(solves, team))

@@ -58,19 +58,23 @@ class Team:
         """Bytes of the two slabs in core/layers.h."""
         return 2 * (16 if self.groups == 1 else 64) * (self.lanes + 4) * self.item
 
+    @property
+    def sums(self) -> int:
+        """Bytes in which its threads add up; Block::add in core/team.h."""
+        return 8 * self.lanes * self.groups
+
     def uses_tensor_cores(self, rows: int, columns: int) -> bool:
         return self.matmul != "float32" and rows >= 16 and columns >= 8
 
 
-def teams_for(program: Program, item: int, batch: int, joint: bool, card: Card, matmul: str) -> list[Team]:
+def teams_for(program: Program, item: int, batch: int, card: Card, matmul: str) -> list[Team]:
     """The best first. The last needs no memory for its rows."""
     products = max((s.rows * s.columns for s in program.statements if isinstance(s, Linear)), default=0)
     alone = Team(ALONE, 1, "float32", item, card.memory)
-    few = joint or batch <= _BUSY * card.multiprocessors  # under joint control one block has all samples
+    few = batch <= _BUSY * card.multiprocessors
     if products < _NARROW or (products < _WIDE and not few):
         return [alone]
     tensor_cores = item == 4 and matmul != "float32"
-    filling = [lanes for lanes in LANES if joint or lanes * card.multiprocessors <= batch] or [LANES[-1]]
+    filling = [lanes for lanes in LANES if lanes * card.multiprocessors <= batch] or [LANES[-1]]
     lanes = [n for n in LANES if n <= filling[0]]
-    threads = 2 * THREADS if joint else THREADS  # one block has the work of all
-    return [*(Team(n, threads // n, matmul if tensor_cores else "float32", item, card.memory) for n in lanes), alone]
+    return [*(Team(n, THREADS // n, matmul if tensor_cores else "float32", item, card.memory) for n in lanes), alone]

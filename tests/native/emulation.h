@@ -1,6 +1,7 @@
-// CUDA C++ as far as csrc/cuda/ uses it, run by the threads of a CPU: the blocks of a launch one after the other, the
-// threads of a block each a std::thread, which meet at __syncthreads. What a kernel computes, and what its threads race
-// for, can then be tested where no GPU is. Given to the compiler before each .cu file.
+// CUDA C++ as far as csrc/cuda/ uses it, run by the threads of a CPU: the blocks of a launch one after the other, or at
+// once where they wait for each other, the threads of a block each a std::thread, which meet at __syncthreads. What a
+// kernel computes, and what its threads race for, can then be tested where no GPU is. Given to the compiler before each
+// .cu file.
 #pragma once
 
 #include <atomic>
@@ -25,14 +26,29 @@ namespace emulation {
 struct Index {
   unsigned x;
 };
-inline thread_local Index thread_index{0};
-inline Index block_index{0}, grid_size{1}, block_size{1};
-inline std::unique_ptr<std::barrier<>> meeting;
-inline std::vector<std::unique_ptr<std::barrier<>>> warps;
-inline std::unique_ptr<unsigned char[]> memory;  // of the block
+struct Fragment {  // of a thread: what it has of the operands of a tensor core's product
+  float left[4][2], right[2][2];
+};
+
+// What the threads of a block share.
+struct Block {
+  Block(int threads, int bytes) : meeting(threads), memory(new unsigned char[bytes]), fragments(threads) {
+    for (int warp = 0; warp < threads / 32; ++warp) warps.push_back(std::make_unique<std::barrier<>>(32));
+  }
+  std::barrier<> meeting;
+  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  std::unique_ptr<unsigned char[]> memory;
+  std::vector<Fragment> fragments;
+  std::atomic<int> votes{0};
+};
+
+inline thread_local Index thread_index{0}, block_index{0};
+inline thread_local Block* block = nullptr;
+inline Index grid_size{1}, block_size{1};
+constexpr int kResident = 3;  // blocks that run at once
 
 inline void meet() {
-  meeting->arrive_and_wait();
+  block->meeting.arrive_and_wait();
 }
 
 }  // namespace emulation
@@ -48,7 +64,7 @@ inline void __syncthreads() {
 #endif
 }
 inline int __syncthreads_or(int some) {
-  static std::atomic<int> votes{0};
+  std::atomic<int>& votes = emulation::block->votes;
   if (some) votes = 1;
   emulation::meet();
   const int found = votes;
@@ -57,7 +73,7 @@ inline int __syncthreads_or(int some) {
   emulation::meet();
   return found;
 }
-inline void __threadfence() {}  // blocks never run at the same time
+inline void __threadfence() {}  // atomicAdd is one
 inline unsigned atomicAdd(unsigned* at, unsigned value) {
   return std::atomic_ref<unsigned>(*at).fetch_add(value);
 }
@@ -71,19 +87,14 @@ inline double __ldcg(const double* at) {
 // The tensor cores' products, by the fragments that the PTX ISA gives to each thread of a warp.
 namespace emulation {
 
-struct Fragment {
-  float left[4][2], right[2][2];
-};
-inline std::vector<Fragment> fragments;  // of each thread
-
 // The right operand's number at (j, k) lies in thread 4 k + j % (2 each) / each, and the left one's at (i, j) likewise.
 template <int depth>
 void multiply(float (&sums)[4], const Fragment& own) {
   constexpr int each = depth / 8;  // numbers in a register
   const unsigned warp = threadIdx.x / 32, place = threadIdx.x % 32;
-  Fragment* all = fragments.data() + warp * 32;
+  Fragment* all = block->fragments.data() + warp * 32;
   all[place] = own;
-  warps[warp]->arrive_and_wait();
+  block->warps[warp]->arrive_and_wait();
   for (unsigned q = 0; q < 4; ++q) {
     const unsigned i = place / 4 + q / 2 * 8, k = place % 4 * 2 + q % 2;
     for (unsigned j = 0; j < depth; ++j) {
@@ -91,7 +102,7 @@ void multiply(float (&sums)[4], const Fragment& own) {
       sums[q] += all[i % 8 * 4 + member].left[high * 2 + i / 8][half] * all[k * 4 + member].right[high][half];
     }
   }
-  warps[warp]->arrive_and_wait();
+  block->warps[warp]->arrive_and_wait();
 }
 
 inline float from_bits(uint32_t bits) {
@@ -110,7 +121,7 @@ inline uint32_t to_bits(float x) {
 namespace odenet {
 
 inline void* team_memory(int offset) {
-  return emulation::memory.get() + offset;
+  return emulation::block->memory.get() + offset;
 }
 inline uint32_t round_to_tf32(float x) {
   return x - x == 0 ? (emulation::to_bits(x) + 0x1000) & ~0x1fffu : emulation::to_bits(x);
@@ -140,30 +151,71 @@ inline void multiply_bf16(float (&sums)[4], const uint32_t (&left)[4], const uin
 
 }  // namespace odenet
 
+namespace odenet {
+
+inline unsigned read_through(const unsigned* at) {
+  std::this_thread::yield();
+  return std::atomic_ref<unsigned>(*const_cast<unsigned*>(at)).load();
+}
+inline double read_through(const double* at) {
+  return *at;
+}
+
+}  // namespace odenet
+
 namespace odenet::cuda {
 
-template <int threads, int bytes = 0, class... Parameters, class... Args>
-const char* run(void (*kernel)(Parameters...), unsigned blocks, void*, const Args&... args) {
-  emulation::grid_size.x = blocks;
+// body(thread) in the threads of a block.
+template <class Body>
+void start(std::vector<std::thread>& all, emulation::Block& block, int threads, const Body& body) {
   emulation::block_size.x = threads;
-  emulation::meeting = std::make_unique<std::barrier<>>(threads);
-  emulation::memory.reset(new unsigned char[bytes]);
-  emulation::warps.clear();
-  for (int warp = 0; warp < threads / 32; ++warp) emulation::warps.push_back(std::make_unique<std::barrier<>>(32));
-  emulation::fragments.resize(threads);
-  std::vector<std::thread> block;
   for (int thread = 0; thread < threads; ++thread) {
-    block.emplace_back([&, thread] {
+    all.emplace_back([&block, body, thread] {
+      emulation::block = &block;
       emulation::thread_index.x = thread;
-      for (unsigned b = 0; b < blocks; ++b) {
-        if (thread == 0) emulation::block_index.x = b;
-        emulation::meet();
-        kernel(args...);
-        emulation::meet();
-      }
+      body();
     });
   }
-  for (std::thread& thread : block) thread.join();
+}
+
+// One block after the other, so that memory declared __shared__ is theirs in turn.
+template <int threads, int bytes = 0, class... Parameters, class... Args>
+const char* run(void (*kernel)(Parameters...), unsigned blocks, void*, const Args&... args) {
+  emulation::Block block(threads, bytes);
+  emulation::grid_size.x = blocks;
+  std::vector<std::thread> all;
+  start(all, block, threads, [&] {
+    for (unsigned b = 0; b < blocks; ++b) {
+      emulation::block_index.x = b;
+      emulation::meet();
+      kernel(args...);
+      emulation::meet();
+    }
+  });
+  for (std::thread& thread : all) thread.join();
+  return nullptr;
+}
+
+template <int threads, int bytes = 0, class... Parameters>
+const char* run_together(void (*kernel)(Parameters...), unsigned count, void*, Parameters... args) {
+  if (count > emulation::kResident) return "too many blocks to run at once";
+  emulation::grid_size.x = count;
+  std::vector<std::unique_ptr<emulation::Block>> blocks;
+  std::vector<std::thread> all;
+  for (unsigned b = 0; b < count; ++b) {
+    blocks.push_back(std::make_unique<emulation::Block>(threads, bytes));
+    start(all, *blocks[b], threads, [&, b] {
+      emulation::block_index.x = b;
+      kernel(args...);
+    });
+  }
+  for (std::thread& thread : all) thread.join();
+  return nullptr;
+}
+
+template <int threads, int bytes = 0, class... Parameters>
+const char* resident(void (*)(Parameters...), int64_t* blocks) {
+  *blocks = emulation::kResident;
   return nullptr;
 }
 
