@@ -417,19 +417,16 @@ struct ThreadTiles {
   const SolveCall& in;
   ParallelFor parallel_for;
   int64_t count;
-  Tile<M, P>* alone = nullptr;  // of the only tile, where there is one
 
   bool leads() const { return true; }
   double* sums(int64_t tile) const { return in.sums + tile * 3 * M::leaves; }
   template <class Body>
   void each(const Body& body) const {
-    const auto of_tile = [&](Tile<M, P>& x, int64_t tile) {
-      for (int i = 0; i < 3 * M::leaves; ++i) sums(tile)[i] = 0;
-      body(x, tile, sums(tile));
-    };
-    if (alone != nullptr) return of_tile(*alone, 0);
     Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
-    for_chunks<P>(in, parallel_for, [&](int64_t tile) { of_tile(kept[tile].tile, tile); });
+    for_chunks<P>(in, parallel_for, [&](int64_t tile) {
+      for (int i = 0; i < 3 * M::leaves; ++i) sums(tile)[i] = 0;
+      body(kept[tile].tile, tile, sums(tile));
+    });
   }
   double sum(int i) const {
     double sum = 0;
@@ -438,18 +435,34 @@ struct ThreadTiles {
   }
 };
 
+// The only one: it and its sums stay in registers.
+template <class M, class P>
+struct OneTile {
+  Tile<M, P> x;
+  double sums[3 * M::leaves];
+
+  bool leads() const { return true; }
+  double sum(int i) const { return sums[i]; }
+  template <class Body>
+  ODENET_HD void each(const Body& body) {
+    for (double& sum : sums) sum = 0;
+    body(x, 0, sums);
+  }
+};
+
 // All of it on the CPU. Returns how much is left: rows, or steps.
 template <class M, class P, int control>
 int64_t solve(const SolveCall& in, ParallelFor parallel_for) {
   constexpr int width = Lanes<P>::width;
   if constexpr (control == kJoint) {
-    ThreadTiles<M, P> tiles{in, parallel_for, (in.batch + width - 1) / width};
-    if (tiles.count > 1) return solve_joint<M, P>(Alone{}, in, tiles);
+    if (in.batch > width) {
+      ThreadTiles<M, P> tiles{in, parallel_for, (in.batch + width - 1) / width};
+      return solve_joint<M, P>(Alone{}, in, tiles);
+    }
     Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
-    Tile<M, P> x = kept.tile;
-    tiles.alone = &x;
-    const int64_t left = solve_joint<M, P>(Alone{}, in, tiles);
-    kept.tile = x;
+    OneTile<M, P> tile{kept.tile, {}};
+    const int64_t left = solve_joint<M, P>(Alone{}, in, tile);
+    kept.tile = tile.x;
     return left;
   } else {
     int64_t left = 0;
