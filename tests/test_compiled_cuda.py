@@ -131,9 +131,8 @@ def test_failure(emulated):
     torch.testing.assert_close(found[1, :9], torch.full((9, 1), 1.0, dtype=D), rtol=1e-5, atol=1e-5)
 
 
-def test_joint_control_of_many_blocks(emulated, monkeypatch):
+def test_joint_control_of_many_blocks(emulated):
     """Three run at once and have two or three times eight samples each; the numbers do not depend on who is first."""
-    monkeypatch.setattr(engine, "_SLICE", 1e-9)
     func, y0 = Stretched(), rows(61, 2)
     options = {"rtol": 1e-4, "atol": 1e-4, "jump_t": [0.5]}
     found = [compare(odenet_cuda.compile(func), y0, TIMES, **options).ys for _ in range(2)]
@@ -193,6 +192,7 @@ def test_groups_deal_all_kinds_of_statements(grouped):
 
 
 def test_groups_go_on_where_they_were(grouped, monkeypatch):
+    """In many short calls, two blocks of joint control included."""
     monkeypatch.setattr(engine, "_SLICE", 1e-9)
     for control in ("per_sample", "joint"):
         options = {"step_control": control, "rtol": 1e-3, "atol": 1e-3}
