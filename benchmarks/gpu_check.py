@@ -53,7 +53,13 @@ CLOCKS = (
 CUDA_TESTS = "cuda and not test_cuda_compile"
 # Under compute-sanitizer: complex128 and float32 run the kernels of float64 and complex64 too.
 SANITIZED_TESTS = "cuda and not (float64 or complex64 or wrong_arguments)"
-KERNEL_TESTS = ["tests/test_ops.py", "tests/test_stepper.py", "tests/test_compiled_cuda.py::test_gpu"]
+KERNEL_TESTS = ["tests/test_ops.py", "tests/test_stepper.py"]
+KERNEL_TESTS += [
+    f"tests/test_compiled_cuda.py::test_gpu[{g}-{c}-300]" for g in ("direct", "adjoint") for c in ("per_sample", "joint")
+]
+KERNEL_TESTS += [
+    f"tests/test_compiled_cuda.py::test_gpu_tensor_cores[{m}-37]" for m in ("float32-1e-05", "tf32-0.002", "bf16-0.02")
+]
 
 
 def find_tool(name: str) -> str | None:

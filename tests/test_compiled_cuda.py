@@ -315,19 +315,40 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_gpu
+@pytest.mark.parametrize("batch", [300, 20_000])
 @pytest.mark.parametrize("control", ["per_sample", "joint"])
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
-def test_gpu(control, gradient):
-    """On a GPU: values and gradients of 300 samples beside the stepper's on the CPU."""
+def test_gpu(control, gradient, batch):
+    """On a GPU: values and gradients beside the stepper's on the CPU; joint control in many blocks."""
     results = []
     for device in ("cuda", "cpu"):
         net = Net().to(device)
         func = odenet_cuda.compile(net, cuda=True) if device == "cuda" else net
-        y0 = rows(300, 2).to(device).requires_grad_()
+        y0 = rows(batch, 2).to(device).requires_grad_()
         ys = solve(func, y0, TIMES[[0, 2, 4]], step_control=control, gradient=gradient, rtol=1e-9, atol=1e-9).ys
-        ys.square().sum().backward()
+        ys.square().mean().backward()
         results.append([x.detach().cpu() for x in (ys, y0.grad, *(p.grad for p in net.parameters()))])
         if device == "cuda":
             assert func.explain() == "compiled"
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [37, 3000, 20_000])
+@pytest.mark.parametrize("matmul, most", [("float32", 1e-5), ("tf32", 2e-3), ("bf16", 2e-2)])
+def test_gpu_tensor_cores(matmul, most, batch):
+    """Blocks of 8, 16 and 32 samples beside the stepper on the CPU."""
+    net, results = Wide(), []
+    for device in ("cuda", "cpu"):
+        net = net.to(device)
+        func = odenet_cuda.compile(net, cuda=True, matmul=matmul) if device == "cuda" else net
+        y0 = rows(batch, 17, dtype=torch.float32).to(device)
+        for gradient in ("direct", "adjoint"):
+            options = {"method": "rk4", "step_size": 0.25, "gradient": gradient}
+            results.append([x.cpu() for x in gradients(func, y0, [0.0, 0.4, 1.0], list(net.parameters()), **options)])
+        if device == "cuda":
+            assert func.explain() == "compiled" and 1 not in groups_of(func)
+    for found, expected in ((results[0], results[2]), (results[1], results[3])):
+        errors = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(found, expected, strict=True)]
+        assert max(errors) < most

@@ -74,7 +74,7 @@ def teams_for(program: Program, item: int, batch: int, card: Card, matmul: str) 
     few = batch <= _BUSY * card.multiprocessors
     if products < _NARROW or (products < _WIDE and not few):
         return [alone]
-    tensor_cores = item == 4 and matmul != "float32"
+    tensor_cores = item == 4 and card.capability >= (8, 0)
     filling = [lanes for lanes in LANES if lanes * card.multiprocessors <= batch] or [LANES[-1]]
     lanes = [n for n in LANES if n <= filling[0]]
     return [*(Team(n, THREADS // n, matmul if tensor_cores else "float32", item, card.memory) for n in lanes), alone]
