@@ -20,7 +20,7 @@ import odenet_cuda
 from odenet_cuda import _C, SolverError, solve
 from odenet_cuda.compiled import engine, plan, teams
 from odenet_cuda.compiled.emit import Target
-from odenet_cuda.compiled.teams import ALONE, H100, Card
+from odenet_cuda.compiled.teams import H100, Card
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.013, 0.3, 0.31, 1.0], dtype=D)
@@ -52,7 +52,7 @@ def emulated(folder, monkeypatch):
     for module in (engine, plan):
         monkeypatch.setattr(module, "card_of", lambda device: Card((9, 0), 1, 227 << 10))
     monkeypatch.setattr(engine, "on_cuda", lambda device: True)
-    monkeypatch.setattr(teams, "ALONE", 8)
+    monkeypatch.setattr(teams, "ALONE", (8,))
     monkeypatch.setattr(teams, "THREADS", 64)
     monkeypatch.setattr(teams, "_BUSY", 0)
 
@@ -264,7 +264,8 @@ def test_teams_fill_the_card():
     assert {team.matmul for team in found} == {"tf32"}
     small = odenet_cuda.compile(Net(hidden=50))
     solve(small, rows(3, 2), [0.0, 0.1])
-    assert [small._latest.team(("per_sample",), batch, H100, "tf32").groups for batch in (20, 10**6)] == [32, 1]
+    found = [small._latest.team(("per_sample",), batch, H100, "tf32") for batch in (20, 8448, 8449, 10**6)]
+    assert [(team.lanes, team.groups) for team in found] == [(8, 32), (32, 8), (64, 1), (128, 1)]
 
 
 def test_matmul_is_checked():
@@ -308,7 +309,7 @@ def test_nvcc_compiles(fields, kind, method, matmul, tmp_path):
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     loaded = _C.Library(str(library))
     assert (loaded.lanes, loaded.team, loaded.groups) == (1, team.lanes, team.groups) and loaded.tile_bytes > 0
-    assert (team.groups == 1) == (matmul == "alone") and (team.lanes == ALONE) == (matmul == "alone")
+    assert (team.groups == 1) == (matmul == "alone")
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,8 +12,8 @@ import torch
 from .program import Linear, Program
 
 THREADS = 256  # of a block whose samples have several each
-ALONE = 128  # of one whose samples have one
-LANES = (32, 16, 8)  # samples of a block of THREADS
+LANES = (32, 16, 8)  # samples of such a block
+ALONE = (128, 64, 32)  # of one whose samples have one thread each
 _WIDE = 1024  # products in a layer from which a sample has several threads, however many samples there are
 _NARROW = 64  # and below which it never has
 _BUSY = 64  # samples for each multiprocessor that keep it busy with a thread each
@@ -70,11 +70,15 @@ class Team:
 def teams_for(program: Program, item: int, batch: int, card: Card, matmul: str) -> list[Team]:
     """The best first. The last needs no memory for its rows."""
     products = max((s.rows * s.columns for s in program.statements if isinstance(s, Linear)), default=0)
-    alone = Team(ALONE, 1, "float32", item, card.memory)
+    alone = Team(_filling(ALONE, batch, card)[0], 1, "float32", item, card.memory)
     few = batch <= _BUSY * card.multiprocessors
     if products < _NARROW or (products < _WIDE and not few):
         return [alone]
-    tensor_cores = item == 4 and card.capability >= (8, 0)
-    filling = [lanes for lanes in LANES if lanes * card.multiprocessors <= batch] or [LANES[-1]]
-    lanes = [n for n in LANES if n <= filling[0]]
-    return [*(Team(n, THREADS // n, matmul if tensor_cores else "float32", item, card.memory) for n in lanes), alone]
+    matmul = matmul if item == 4 and card.capability >= (8, 0) else "float32"
+    lanes = _filling(LANES, batch, card)
+    return [*(Team(n, THREADS // n, matmul, item, card.memory) for n in lanes), alone]
+
+
+def _filling(lanes: tuple[int, ...], batch: int, card: Card) -> tuple[int, ...]:
+    """Those with which every multiprocessor has a block; the last, if there are none."""
+    return tuple(n for n in lanes if n * card.multiprocessors <= batch) or lanes[-1:]
