@@ -11,7 +11,7 @@
 // backwards by solve.h; its error norm leaves the parameters out (Kidger et al. 2021, arXiv:2009.09457).
 #pragma once
 
-#include "solve.h"
+#include "driver.h"
 
 namespace odenet {
 namespace ODENET_LEVEL {

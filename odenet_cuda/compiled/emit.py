@@ -125,7 +125,7 @@ def emit(
     return (
         f"// {title}\n"
         + ("" if memory is None else memory.defines())
-        + f'#include "core/{"backward" if backward else "solve"}.h"\n#include "core/layers.h"\n'
+        + f'#include "core/{"backward" if backward else "driver"}.h"\n#include "core/layers.h"\n'
         + ('#include "core/run.h"\n\n' if target.team else "\n")
         + "namespace odenet {\nnamespace ODENET_LEVEL {\n\n"
         "struct Equation {\n"
