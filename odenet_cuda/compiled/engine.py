@@ -27,6 +27,8 @@ _MOST_CHUNKS = 64  # partial sums of gradients, whatever the number of threads, 
 _MOST_BLOCKS = 1024  # the same on CUDA, as long as they fit in
 _SUM_BYTES = 256 << 20
 _MEETING = 1e-4  # seconds of work that a second thread is worth, where threads meet after every step
+_LANES = 128  # of a multiprocessor
+_SLOWER = 10  # than a core of the CPU is one of them
 _SLICE = 0.05  # seconds a call may take, about: between two, Python sees an interrupt
 
 
@@ -143,7 +145,7 @@ class Engine:
         return call, [table, kept, sums, *tensors.values()]
 
     def _run(self, library: _C.Library, call: _C.SolveCall, columns: int) -> None:
-        cost = self._seconds(columns) * (self.batch + library.lanes)
+        cost = self._seconds(columns) * self._turns(library)
         begun, steps = 0, max(1, int(_SLICE / cost))
         while True:
             call.plan(begun, steps)
@@ -161,6 +163,12 @@ class Engine:
         left = torch.zeros(2, dtype=torch.int64, device=self.problem.device)
         library.launch(call, self._device, left.data_ptr())
         return int(left[0])
+
+    def _turns(self, library: _C.Library) -> float:
+        """How many samples are solved one after the other, as it were; of a card, whose lanes are slower, about."""
+        if self.card is None:
+            return self.batch + library.lanes
+        return _SLOWER * -(-self.batch // (_LANES * self.card.multiprocessors))
 
     def _seconds(self, columns: int) -> float:
         """About what a step of one sample takes."""
