@@ -180,19 +180,25 @@ def _stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
-def _record(graph: Any, step: Callable[[], None], device: torch.device) -> None:
+def pool(device: torch.device) -> tuple[Any, ...]:
+    """Memory for graphs that are never replayed at the same time, and none of which leaves results in it for another."""
+    return (torch.cuda.graph_pool_handle(),) if device.type == "cuda" else ()
+
+
+def _record(graph: Any, step: Callable[[], None], device: torch.device, memory: Any = None) -> None:
     """Other threads may go on with what they do."""
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
+    how: dict[str, Any] = {"pool": memory, "stream": _stream(device), "capture_error_mode": "thread_local"}
+    with torch.cuda.device(device), torch.cuda.graph(graph, **how):
         step()
 
 
-def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A replay of the step, which this does not run. Raises RuntimeError where it cannot be captured.
+def capture(step: Callable[[], None], device: torch.device, *memory: Any) -> Callable[[], None]:
+    """A replay of the step, which this does not run. memory: of a `pool`. Raises RuntimeError where it cannot be captured.
 
     The step has run before, so that nothing is set up in it for the first time.
     """
     graph = torch.cuda.CUDAGraph()
-    _record(graph, step, device)
+    _record(graph, step, device, *memory)
     return graph.replay
 
 
@@ -220,11 +226,11 @@ def repeat(step: Callable[[], None], status: Tensor) -> Callable[[], None]:
     return launch
 
 
-def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
-    """A replay of the step, or None, with a warning, where it cannot be captured."""
+def captured(step: Callable[[], None], device: torch.device, memory: tuple[Any, ...] = ()) -> Callable[[], None] | None:
+    """A replay of the step, or None, with a warning, where it cannot be captured. memory: a `pool`."""
     try:
         with no_cast_is_kept():
-            return capture(step, device)
+            return capture(step, device, *memory)
     except RuntimeError as error:
         _warn(f"func cannot be captured: {_first_line(error)}; the solve goes on without a graph")
         return None

@@ -14,12 +14,14 @@ from .captured import captured_tensors, earlier_results, sequence_number
 from .compiled.engine import Engine, evaluations
 from .compiled.field import attach as attach_compiled
 from .gradients import adjoint as adjoint_gradient
+from .gradients import by_graph
 from .gradients import checkpoint as checkpoint_gradient
 from .gradients import direct as direct_gradient
 from .gradients import quadrature as quadrature_gradient
+from .gradients.accumulator import SHORT
 from .gradients.autocast import autocast_state
-from .gradients.by_graph import solve as solve_by_graphs
-from .integrate import MOST_CAPTURED, Grid, Options, integrate
+from .gradients.graphed_steps import GraphedSteps
+from .integrate import MOST_CAPTURED, Grid, Options, adaptive_kind, integrate
 from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_state, own_tensors, to_device
 from .regularizers import OF_STEPS, RUNNING, StepCosts
@@ -75,10 +77,10 @@ class Job:
                 "func has parameters that are made of other tensors, such as DTensor: gradient='adjoint' would add up their "
                 "gradients in its own state; use gradient='direct' or 'checkpoint'"
             )
-        if wanted and self.options.cuda_graph and self.grid is not None and gradient in ("direct", "checkpoint"):
+        if wanted and self.options.cuda_graph and gradient in ("direct", "checkpoint"):
             replayed = self._by_graph(gradient, checkpoints, captured, closed)
             if replayed is not None:
-                return self._solution(replayed.ys, replayed, None, self._stats(replayed))
+                return self._replayed(*replayed, captured, on_failure)
         checkpoints = checkpoints if wanted else None
         step_costs = self._step_costs()
         recorder = self._recorder_for(gradient if wanted else None, checkpoints, step_costs)
@@ -109,58 +111,72 @@ class Job:
             outputs[:n] = [leaf[None].clone() for leaf in self.structure.leaves]
         solution = self._solution(outputs[:n], trajectory, recorder, stats)
         names = [name for kind in (RUNNING, OF_STEPS) for name in self.regularizers if name in kind]
-        found = dict(zip(names, outputs[n:], strict=True))
-        solution.regularizers = {name: found[name] for name in self.regularizers}
+        costs = dict(zip(names, outputs[n:], strict=True))
+        solution.regularizers = {name: costs[name] for name in self.regularizers}
         return solution
+
+    def _replayed(self, trajectory: Trajectory, lease: by_graph.Lease, captured: Sequence[Tensor], on_failure: str) -> Solution:
+        """The solution of a solve by graphs."""
+        stats, outputs = self._stats(trajectory), trajectory.ys
+        host = None if trajectory.state is None else trajectory.state.cpu().numpy()
+        error = self._failure(host, trajectory, outputs, stats)
+        if error is not None and on_failure == "raise":
+            raise error
+        outputs = by_graph.attach(lease, self.problem, outputs, self.structure.leaves, self.t, captured, stats)
+        return self._solution(outputs, trajectory, None, stats)
 
     def _by_graph(
         self, gradient: str, checkpoints: Checkpoints | None, captured: Sequence[Tensor], closed: bool
-    ) -> Trajectory | None:
-        """A solve on a grid, with its gradient, by captured graphs; None where it is to be done without."""
+    ) -> tuple[Trajectory, by_graph.Lease] | None:
+        """A solve whose gradient is by captured graphs; None where it is to be done without."""
         problem, options, grid = self.problem, self.options, self.grid
-        if grid is None or not runs_ahead(problem.device):
+        if not runs_ahead(problem.device):
             return None
-        calls = calls_on_grid(options.tableau, grid[0], problem.t, problem.direction, options.perturb)
+        calls = 0 if grid is None else calls_on_grid(options.tableau, grid[0], problem.t, problem.direction, options.perturb)
+        limit = None if checkpoints is None else checkpoints.limit
+        fused = problem.fused_error and options.tableau.fsal
         refusals = {
             "dense=True": self.dense,
             "regularizers": bool(self.regularizers),
-            "callbacks of func": bool(find_callbacks(self.field.func, self.structure, False)),
+            "callbacks of func": bool(find_callbacks(self.field.func, self.structure, options.adaptive)),
             "a gradient for t": self.t.requires_grad,
             "func is no module that depends on its parameters alone": not closed,
             f"the grid takes {calls} calls of func, a graph at most {MOST_CAPTURED}": calls > MOST_CAPTURED,
+            "max_checkpoints": grid is None and limit is not None,
+            "jump_t": bool(options.jump_t),
+            "a norm of the user, or tolerances that are tensors": grid is None and not problem.fused_error,
+            f"{options.method} begins a step with the last slope of the step before": grid is None and not fused,
+            "parameters of 16 bits": grid is None and any(x.dtype in SHORT for x in captured),
         }
-        limit = None if checkpoints is None else checkpoints.limit
+        cast = autocast_state(problem.device)
+        if gradient == "direct" and grid is not None:
+            cast["enabled"] = False  # products are made as func was called
+        kind: Any = gradient, limit, options
+        if grid is None:
+            kind = "steps", adaptive_kind(problem, options).key
+            make: Any = lambda: GraphedSteps(problem, options, new_recorder, captured, cast)  # noqa: E731
+        else:
+            kind = gradient, limit, options, tuple(grid[0]), tuple(problem.t)
+            make = lambda: by_graph.GraphedSolve(problem, options, grid, new_recorder, way_back)  # noqa: E731
 
         def new_recorder() -> Recorder:
+            if grid is None:
+                return self._recorder(checkpoints=Checkpoints(None, None))
             if checkpoints is None:
                 return self._recorder(graphs=True)
             return self._recorder(checkpoints=Checkpoints(limit, len(grid[0]) - 1))
-
-        cast = autocast_state(problem.device)
-        if checkpoints is None:
-            cast["enabled"] = False  # products are made as func was called
 
         def way_back(recorder: Recorder, grads: list[Tensor]) -> Any:
             with torch.autocast(**cast):
                 if checkpoints is None:
                     y0, _, found = direct_gradient.way_back(recorder, problem, captured, grads, False)
-                else:
-                    (y0, _, found), _ = checkpoint_gradient.way_back(recorder, problem, captured, grads, False, "first")
-            return y0, found
+                    return y0, found, 0
+                (y0, _, found), calls = checkpoint_gradient.way_back(recorder, problem, captured, grads, False, "first")
+            return y0, found, calls
 
-        return solve_by_graphs(
-            problem,
-            options,
-            grid,
-            (gradient, limit),
-            new_recorder,
-            way_back,
-            self.structure.leaves,
-            self.t,
-            captured,
-            next((name for name, refused in refusals.items() if refused), ""),
-            draws=gradient == "direct",
-        )
+        refusal = next((name for name, refused in refusals.items() if refused), "")
+        draws = gradient == "direct" and grid is not None
+        return by_graph.solve(problem, kind, options.perturb, make, captured, refusal, draws)
 
     def run_compiled(self, engine: Engine, gradient: str, backward: Any, on_failure: str) -> Solution:
         """The solve by a compiled field."""

@@ -93,6 +93,13 @@ class Accumulator:
         if len(self.kept) == self.slots:
             self.flush()
 
+    def clear(self) -> None:
+        """Nothing was added; what was added before lies there again."""
+        assert not self.others
+        for slot, i in enumerate(self.fused):
+            if self.totals[i] is not None:
+                self.sums[slot].zero_()
+
     def results(self) -> list[Any]:
         """The sums in the tensors' own types."""
         return [None if x is None else x.to(dtype) for x, dtype in zip(self.totals, self.dtypes, strict=True)]

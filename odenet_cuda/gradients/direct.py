@@ -133,22 +133,8 @@ class BackwardWalk:
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, list(captured), t_grad
         self.cuts = cut_points(captured)
         self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
-        self.grad_ys = []
-        for i, leaf in enumerate(problem.leaves):
-            grad = grad_outputs[i]
-            if grad is None or i >= self.n:
-                zeros = torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device)
-                if grad is not None:  # a running cost is an output at the end alone
-                    zeros[-1] = grad
-                grad = zeros
-            self.grad_ys.append(grad)
         self.step_costs = recorder.step_costs
-        self.grad_costs = [
-            torch.zeros(problem.rows if problem.per_sample else (), device=problem.device) if grad is None else grad
-            for grad in grad_outputs[self.leaves :]
-        ]
-        self.lam = [torch.zeros_like(leaf) for leaf in problem.leaves]  # dL/dy where the walk has come to
-        self.kappa: list[Tensor] | None = None  # dL/dk of the slope there; None: zero
+        self.begin(grad_outputs)
         self.sums = Accumulator(self.captured, max(len(a), 1), problem.device)
         self.grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device)
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
@@ -162,6 +148,25 @@ class BackwardWalk:
         self.steppers = [Stepper(flat, tableau, [*self.columns, [1.0] * points], zero_base=True) for _ in range(2)]
         for stepper in self.steppers:
             stepper.new_stages()
+
+    def begin(self, grad_outputs: Sequence[Tensor | None]) -> None:
+        """At the end of the tape."""
+        problem = self.problem
+        self.grad_ys = []
+        for i, leaf in enumerate(problem.leaves):
+            grad = grad_outputs[i]
+            if grad is None or i >= self.n:
+                zeros = torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device)
+                if grad is not None:  # a running cost is an output at the end alone
+                    zeros[-1] = grad
+                grad = zeros
+            self.grad_ys.append(grad)
+        self.grad_costs = [
+            torch.zeros(problem.rows if problem.per_sample else (), device=problem.device) if grad is None else grad
+            for grad in grad_outputs[self.leaves :]
+        ]
+        self.lam = [torch.zeros_like(leaf) for leaf in problem.leaves]  # dL/dy where the walk has come to
+        self.kappa: list[Tensor] | None = None  # dL/dk of the slope there; None: zero
 
     def undo(self, entry: Step | Evaluation) -> None:
         with marked("step backwards"):
@@ -216,8 +221,21 @@ class BackwardWalk:
     # ---- one step -----------------------------------------------------------------------------------------------------
 
     def _undo_step(self, step: Step) -> None:
-        points, leaves = self.points, range(self.leaves)
-        lam, kappa = self.lam, self.kappa
+        dt = step.dt if isinstance(step.dt, Tensor) else torch.full_like(self.one, step.dt)
+        base, lam, into_y0 = self.outputs(step, self.lam, dt) if step.outputs else (None, self.lam, None)
+        self.undo_points(step, lam, dt, base, into_y0)
+
+    def undo_points(
+        self,
+        step: Step,
+        lam: list[Tensor],
+        dt: Tensor,
+        base: list[list[Tensor]] | None,
+        into_y0: list[Tensor] | None,
+    ) -> None:
+        """lam: dL/dy1 with the outputs at the end. dt: float64 [rows]. base and into_y0: what outputs inside the step add to
+        each kappa_j and to dL/dy0."""
+        points, leaves, kappa = self.points, range(self.leaves), self.kappa
         held_lam = held_kappa = None
         if step.accept is not None:  # rows that were rejected passed y0 and k0 on
             held_lam = [self._rows(~step.accept, x) * x for x in lam]
@@ -225,8 +243,6 @@ class BackwardWalk:
             if kappa is not None:
                 held_kappa = [self._rows(~step.accept, x) * x for x in kappa]
                 kappa = [self._rows(step.accept, x) * x for x in kappa]
-        dt = step.dt if isinstance(step.dt, Tensor) else torch.full_like(self.one, step.dt)
-        base, lam, into_y0 = self._outputs(step, lam, dt) if step.outputs else (None, lam, None)
         by_ends: dict[int, list[Tensor]] = {}
         if self.grad_costs:
             base, by_ends, costs_by_dt = self._costs(step, base)
@@ -281,7 +297,7 @@ class BackwardWalk:
                 self._add_end(step.ends[0], -costs_by_dt)
                 self._add_end(step.ends[1], costs_by_dt)
 
-    def _outputs(
+    def outputs(
         self, step: Step, lam: list[Tensor], dt: Tensor
     ) -> tuple[list[list[Tensor]] | None, list[Tensor], list[Tensor] | None]:
         """(what outputs add to each kappa_j, dL/dy1 with the outputs at the end, what outputs add to dL/dy0)."""

@@ -69,7 +69,8 @@ class AdaptiveSolver:
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         needed = self.jumps or bool(self.callbacks) or (recorder is not None and not recorder.can_wait)
         self.looks = needed or not runs_ahead(device)
-        self.captures = bool(graph) and not self.looks and after_step is None and recorder is None
+        self.recording = recorder is not None and recorder.slopes
+        self.captures = bool(graph) and not self.looks and after_step is None and not self.recording
         self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
@@ -78,13 +79,13 @@ class AdaptiveSolver:
             self.stepper.new_stages()
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
         self.stepper.bind_state(self.state, self.table, self.t)
-        self.recording = recorder is not None and recorder.slopes
         self.unseen: list[tuple[Tensor, Any]] = []  # steps that the recorder is told late, with the solver state after each
         if recorder is not None and not self.looks:
             recorder.owned = True
         self.ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in self.stepper.y0[: self.stepper.n]]
         self.outputs = [out.data_ptr() for out in self.ys] if len(problem.t) > 2 else []
         self.replay: Callable[[], None] | None = None  # a captured step
+        self.pool: tuple[Any, ...] = ()  # whose memory it works in
         self.expected = 0  # steps, by the last solve
 
     def _numbers(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,22 +152,26 @@ class AdaptiveSolver:
         ended = False
         while not ended:
             with marked("step"):
+                before = self._before_step() if self.recorder is not None and not self.recording else None
                 if self.replay is not None:
                     self.replay()
                 else:
                     self._step()
+                if before is not None:
+                    self.unseen.append((self.state.clone(), before))
             steps += 1
             ended = watch.ended_now() if self.loops and self.replay is not None else watch.ended(steps)
             if not ended and self.captures and self.replay is None:  # after a step in which what func does once is done
                 self.replay = repeated(self._step, self.state[FIELDS["status"]]) if self.loops else None
                 self.loops = self.replay is not None
                 if self.replay is None:
-                    self.replay = captured(self._step, self.problem.device)
+                    self.replay = captured(self._step, self.problem.device, self.pool)
                 self.captures = self.replay is not None
         if self.unseen:
             hosts = torch.stack([state for state, _ in self.unseen]).cpu().numpy()
             for host, (_, seen) in zip(hosts, self.unseen, strict=True):
                 self.recorder.step(host, *seen)
+            self.unseen = []
         tried = self.state[FIELDS["num_accepted"]] + self.state[FIELDS["num_rejected"]]
         self.expected = int(tried.max())
         counter.nfe = called + self.expected * (self.tableau.stages - 1)  # steps past the end do not count
@@ -181,10 +186,16 @@ class AdaptiveSolver:
             kernels.dense_output(self.outputs)
         if self.after_step is not None:
             self._call_after_step()
-        if self.recorder is not None:
+        if self.recording:
             self.unseen.append((self.state.clone(), (evaluations, list(stepper.k), stepper.y0, times)))
             self._leave_behind()
         kernels.advance()
+
+    def _before_step(self) -> tuple[list[Evaluation | None], list[list[Tensor]], list[Tensor], Tensor]:
+        """What the recorder keeps of a step that it is not told the slopes of."""
+        stepper = self.stepper
+        slopes = [[slope.clone() for slope in stepper.k[0]]] if self.recorder.carried else []
+        return [], slopes, [leaf.clone() for leaf in stepper.y0], stepper.times.clone()
 
     # ---- parts of a step ----------------------------------------------------------------------------------------------
 
@@ -204,7 +215,7 @@ class AdaptiveSolver:
                 evaluations.append(evaluation)
                 addresses = stepper.set_slopes(i, evaluation.k, False)
         else:
-            if self.recorder is not None:
+            if self.recorder is not None and self.looks:
                 times = times.clone()
             addresses = self._stages()
         if not self.tableau.fsal:  # y1 is no stage: the next step begins with the slope of the last, which lies beside it
@@ -218,9 +229,8 @@ class AdaptiveSolver:
         stepper = self.stepper
         stepper.y0 = [leaf.detach().clone() for leaf in stepper.y0]
         stepper.bind()
-        if self.recording or self.recorder.carried:
-            stepper.set_slopes(0, [slope.detach().clone() for slope in stepper.k[0]], False)
-            stepper.kernels.bind_slopes(0, stepper.addresses(0))
+        stepper.set_slopes(0, [slope.detach().clone() for slope in stepper.k[0]], False)
+        stepper.kernels.bind_slopes(0, stepper.addresses(0))
 
     def _stages(self) -> list[int]:
         """All slopes, without graphs; the addresses of the last, which are not bound yet."""

@@ -1,0 +1,157 @@
+"""The gradient of an adaptive solve by captured steps: one forwards, and one that is made again and undone on the way back.
+
+The tape holds the states at the start of the steps, as for `checkpoint`, which is what `direct` is served by too. A step on
+the way back lies on memory of its own, into which state, time and size of each step of the tape are put in turn. What outputs
+inside a step add to its slopes' gradients is put there too, for a second graph that takes it in.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cuda_graph import captured as replay_of
+from ..cuda_graph import pool
+from ..integrate import Options
+from ..problem import Problem, counter_of
+from ..solvers.adaptive import AdaptiveSolver
+from ..solvers.trajectory import Evaluation, Recorder, Step, Trajectory
+from .checkpoint import Recomputation, way_back
+from .direct import BackwardWalk
+
+
+class GraphedSteps:
+    """The graphs of one adaptive solve. cast: of autocast, on the way back; wanted: the tensors that get gradients."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        options: Options,
+        new_recorder: Callable[[], Recorder],
+        wanted: Sequence[Tensor],
+        cast: dict[str, Any],
+    ):
+        self.own = replace(problem, leaves=[leaf.clone() for leaf in problem.leaves])
+        self.options, self.new_recorder, self.wanted, self.cast = options, new_recorder, wanted, cast
+        self.recorder = new_recorder()
+        common: dict[str, Any] = {"first_step": options.first_step, "step_t": options.step_t, "recorder": self.recorder}
+        self.solver = AdaptiveSolver(self.own, options.tableau, options.control, graph="step", **common)
+        self.solver.pool = pool(problem.device)
+        self.back: StepBack | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self.solver.captures and (self.back is None or self.back.usable)
+
+    def solve(self, problem: Problem, start: Evaluation) -> Trajectory:
+        self.recorder = self.solver.recorder = self.new_recorder()
+        self.recorder.owned = True
+        self.solver.reset(problem, self.options.first_step)
+        counter_of(problem.field).nfe = 1  # start
+        found = self.solver.run(start)
+        if self.back is None and self.usable and self._steps():
+            with torch.autocast(**self.cast):
+                self.back = StepBack(self.own, self.recorder, self._steps()[-1], self.wanted, self.solver.pool)
+        return found
+
+    def _steps(self) -> list[Step]:
+        return [entry for entry in self.recorder.tape if isinstance(entry, Step)]
+
+    def walk(self, grad_ys: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], int]:
+        """The gradients for y0 and for the wanted tensors, and how often func was called."""
+        with torch.autocast(**self.cast):
+            if self.back is not None:
+                return self.back.walk(self._steps(), grad_ys)
+            # No step was ever accepted.
+            (y0, _, found), calls = way_back(self.recorder, self.own, self.wanted, grad_ys, False, "")
+            return y0, found, calls
+
+
+class StepBack:
+    """One step of a tape, made again and undone, captured with and without outputs inside it.
+
+    example: a step to begin with. Everything that is done once, such as finding a tensor that is not among the wanted ones, is
+    done with it. memory: that of the step forwards, which is never made at the same time.
+    """
+
+    def __init__(self, problem: Problem, recorder: Recorder, example: Step, wanted: Sequence[Tensor], memory: tuple[Any, ...]):
+        tableau = recorder.tableau
+        self.tableau, self.device = tableau, problem.device
+        self.undoing = BackwardWalk(problem, recorder, wanted, [None] * len(problem.leaves), False, keep_graphs=False)
+        self.again = Recomputation(problem, recorder, wanted, "first", False)
+        self.start = self.again.start
+        self.dt = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
+        self.step = replace(example, times=example.times.clone(), first=example.first.clone(), dt=self.dt, k=[], evaluations=())
+        if example.accept is not None:
+            self.step.accept = example.accept.clone()
+        self.step.ends = None, None
+        zeros = lambda: [torch.zeros_like(leaf) for leaf in problem.leaves]  # noqa: E731
+        self.lam, self.into_y0, self.into_slopes = zeros(), zeros(), [zeros() for _ in range(tableau.stages)]
+        self.replays: dict[bool, Callable[[], None] | None] = {}
+        self.usable = True
+        self._put(example)
+        for inside in {False, len(problem.t) > 2}:
+            self._undo(inside)
+            undo = partial(self._undo, inside)
+            self.replays[inside] = replay_of(undo, problem.device, memory)
+            self.usable = self.usable and self.replays[inside] is not None
+
+    def _put(self, step: Step) -> None:
+        """This step is the next to be undone."""
+        assert step.y0 is not None
+        with torch.no_grad():
+            for own, leaf in zip(
+                (*self.start, self.step.times, self.step.first), (*step.y0, step.times, step.first), strict=True
+            ):
+                own.copy_(leaf)
+            if isinstance(step.dt, Tensor):
+                self.dt.copy_(step.dt)
+            else:
+                self.dt.fill_(step.dt)
+            if self.step.accept is not None and step.accept is not None:
+                self.step.accept.copy_(step.accept)
+
+    def _undo(self, inside: bool) -> None:
+        """inside: outputs have added to the gradients of slopes; then that of the last slope counts too."""
+        walk, again = self.undoing, self.again
+        self.step.outputs = [(0, 0.0, None)] if inside else []
+        again.steps, again.restarts = [self.step], [[]]
+        first, step = again.record(0, (self.start, None))
+        assert isinstance(step, Step)
+        walk.kappa = None
+        walk.undo_points(step, self.lam, self.dt, *((self.into_slopes, self.into_y0) if inside else (None, None)))
+        walk.sums.flush()
+        walk.undo(first)
+        for own, new in zip(self.lam, walk.lam, strict=True):
+            own.copy_(new)
+
+    def walk(self, steps: Sequence[Step], grad_ys: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], int]:
+        """The gradients for y0 and for the wanted tensors, and how often func was called."""
+        walk, calls = self.undoing, 0
+        walk.begin(grad_ys)
+        for leaf in self.lam:
+            leaf.zero_()
+        walk.sums.clear()
+        for step in reversed(steps):
+            self._put(step)
+            lam, into_slopes, into_y0 = self.lam, None, None
+            if step.outputs:
+                into_slopes, lam, into_y0 = walk.outputs(step, self.lam, self.dt)
+            inside = into_slopes is not None
+            filled = zip(self.lam, lam, strict=True) if lam is not self.lam else ()
+            for own, new in filled:
+                own.copy_(new)
+            if into_slopes is not None and into_y0 is not None:
+                for owns, news in zip((*self.into_slopes, self.into_y0), (*into_slopes, into_y0), strict=True):
+                    for own, new in zip(owns, news, strict=True):
+                        own.copy_(new)
+            replay = self.replays[inside]
+            assert replay is not None
+            replay()
+            calls += self.tableau.stages - 1 + inside
+        walk.lam = self.lam
+        grad_y0, _, found = walk.result()
+        return grad_y0, found, calls
