@@ -374,7 +374,9 @@ def test_autocast(ahead, monkeypatch, method, gradient):
     for graph in (True, False):
         net = Net(wanted=True).float()
         found[graph] = []
-        for _ in range(3):
+        for i in range(3):
+            if i == 1 and not graph and method == "dopri5" and gradient == "direct":
+                gradient = "checkpoint"  # as which it is computed by graphs
             start = torch.linspace(-1, 1, 24).view(6, 4).requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
                 ys = solve(net, start, T, method=method, gradient=gradient, rtol=0.1, atol=0.1, cuda_graph=graph).ys
