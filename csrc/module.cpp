@@ -24,6 +24,7 @@ void add_layout(py::module_& m) {
   fields["jumped"] = int{kJumped};
   fields["last_time"] = int{kLastTime};
   fields["last_dt"] = int{kLastDt};
+  fields["accepted_dt"] = int{kAcceptedDt};
   fields["error_ratio"] = int{kErrorRatio};
   fields["inverse1"] = int{kInverse1};
   fields["inverse2"] = int{kInverse2};
@@ -102,6 +103,7 @@ void add_stepper(py::module_& m) {
       .def("bind_dt", &Stepper::bind_dt)
       .def("workspace_size", &Stepper::workspace_size)
       .def("bind_buffers", &Stepper::bind_buffers)
+      .def("bind_times", &Stepper::bind_times)
       .def("bind_slopes", &Stepper::bind_slopes)
       .def("stage", &Stepper::stage, unlocked)
       .def("error", &Stepper::error, unlocked)

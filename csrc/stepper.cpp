@@ -84,6 +84,10 @@ void Stepper::bind_buffers(const Addresses& y0, const Addresses& y, const Addres
   y0_ = y0;
   y_ = y;
   q1_ = q1;
+  bind_times(times);
+}
+
+void Stepper::bind_times(Address times) {
   times_ = times;
 }
 

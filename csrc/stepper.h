@@ -43,6 +43,7 @@ class Stepper {
   void bind_dt(Address dt);  // [rows]; that of the solver state unless bound
   // y0: [leaves]; y: stage-major, [stages - 1, leaves without quadratures]; q1: [quadratures]; times: [stages, rows].
   void bind_buffers(const Addresses& y0, const Addresses& y, const Addresses& q1, Address times);
+  void bind_times(Address times);
   void bind_slopes(int stage, const Addresses& k);  // [leaves]; 0 keeps what was there
 
   void stage(int i, const Addresses& k);  // k: the slopes of stage i - 1; then Y_i

@@ -72,7 +72,7 @@ def integrate(
     callbacks: dict[str, Callable] | None = None,
     recorder: Recorder | None = None,
     start: Evaluation | None = None,
-    after_step: Callable[[Tensor, list[Tensor], Tensor, Tensor], None] | None = None,
+    after_step: Callable[[Tensor, list[Tensor], Tensor], None] | None = None,
     grid: Grid | None = None,
 ) -> Trajectory:
     """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`.

@@ -61,6 +61,7 @@ class Stepper:
         self.k: list[list[Any]] = [[] for _ in range(tableau.stages)]
         self.times = torch.empty(tableau.stages, rows, dtype=problem.real, device=device)
         self.views = problem.time_views(self.times)
+        self._other_times: tuple[Tensor, list[Tensor]] | None = None
         self.q1 = [torch.empty_like(leaf) for leaf in self.y0[self.n :]]
         start = self.y0[: self.n]
         between, end = ([torch.empty_like(leaf) for leaf in start] for _ in range(2))
@@ -90,6 +91,15 @@ class Stepper:
         self.times = torch.empty_like(self.times)
         self.views = self.problem.time_views(self.times)
 
+    def turn_times(self) -> None:
+        """The next step's are written elsewhere: those of this step are there until it has been decided on too."""
+        if self._other_times is None:
+            times = torch.empty_like(self.times)
+            self._other_times = times, self.problem.time_views(times)
+            self._owned = set()
+        (self.times, self.views), self._other_times = self._other_times, (self.times, self.views)
+        self.kernels.bind_times(self.times.data_ptr())
+
     def bind(self) -> None:
         self.kernels.bind_buffers(
             [0 if self.zero_base else leaf.data_ptr() for leaf in self.y0],
@@ -102,6 +112,7 @@ class Stepper:
     def _own_storages(self) -> set[int]:
         """Addresses of the memory that the solver writes again."""
         buffers = [*(leaf for y in (*self.y[1:], self.y0) for leaf in y), self.times]
+        buffers += [] if self._other_times is None else [self._other_times[0]]
         self._owned = {buffer.untyped_storage().data_ptr() for buffer in buffers}
         return self._owned
 

@@ -198,6 +198,33 @@ def test_gradients_on_each_device(device, gradient):
     assert_close([x.cpu().double() for x in found], REFERENCES[1], 2e-4)
 
 
+class Driven(nn.Module):
+    """The graph of a slope keeps the time itself, as a factor of the parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, t, y):
+        return (self.rate * t) * torch.sin(y)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "fehlberg2"])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+def test_the_time_in_the_graph_of_a_slope(gradient, control, method):
+    """It is that of the slope when the product is made, for the solver writes its times again."""
+    func, y0 = Driven(), torch.linspace(-1, 1, 6, dtype=torch.float64).view(3, 2)
+    options = {"rtol": 1e-9, "atol": 1e-9} if method == "dopri5" else {"rtol": 1e-6, "atol": 1e-6}
+    ys = solve(func, y0, [0.0, 0.5, 2.0], gradient=gradient, step_control=control, method=method, **options).ys
+    found = torch.autograd.grad(ys.square().sum(), func.rate)[0]
+    # y(t) = 2 atan(tan(y0 / 2) exp(rate t^2 / 2))
+    rate, expected = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), 0
+    for t in (0.5, 2.0):
+        expected = expected + (2 * torch.atan(torch.tan(y0 / 2) * torch.exp(rate * t * t / 2))).square().sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, rate)[0], rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_adjoint_with_other_tolerances_and_method(gradient):
     """The backward solve may use its own; direct gradients take no notice."""

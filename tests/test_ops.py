@@ -502,11 +502,12 @@ class Row(dict):
         """What step_size does to one row."""
         self.update(jumped=0, output_begin=self["output_end"])
         if self["status"] != STATUS["running"]:
-            self["accept"] = 0
+            self["accept"] = self["accepted_dt"] = 0
             return
         size, ratio = abs(self["dt"]), self["error_ratio"]
         accept = ratio <= 1 or (math.isfinite(ratio) and size <= self.control.min_step)
         self.update(accept=float(accept), last_time=self["time"], last_dt=self["dt"])
+        self.update(accepted_dt=self["dt"] if accept else 0.0)
         size *= self.factor(ratio, accept)
         self["steps_since_output"] += 1
         if accept:
@@ -1211,7 +1212,7 @@ WRONG = [
     pytest.param(replaced("error", 6, shorter), r"rtol must hold one number a leaf, 2, got 1", id="error-rtol-count"),
     pytest.param(replaced("error", 7, shorter), r"atol must hold one number a leaf, 2, got 1", id="error-atol-count"),
     pytest.param(
-        replaced("step_size", 0, longer), r"state must have shape \[18, rows\], got \[19, 3\]", id="step-size-state-shape"
+        replaced("step_size", 0, longer), r"state must have shape \[19, rows\], got \[20, 3\]", id="step-size-state-shape"
     ),
     pytest.param(replaced("step_size", 0, single), r"state must be float64", id="step-size-state-dtype"),
     pytest.param(replaced("step_size", 0, spread), r"state must be contiguous", id="step-size-state-not-contiguous"),
@@ -1289,7 +1290,7 @@ WRONG = [
         r"state must have shape \[fields, rows\], got \[3\]",
         id="dense-output-state-shape",
     ),
-    pytest.param(replaced("dense_output", 6, longer), r"state must have 54 elements, got 57", id="dense-output-state-size"),
+    pytest.param(replaced("dense_output", 6, longer), r"state must have 57 elements, got 60", id="dense-output-state-size"),
     pytest.param(replaced("dense_output", 7, single), r"t must be float64", id="dense-output-t-dtype"),
     pytest.param(
         replaced("advance", 0, whole, 0),

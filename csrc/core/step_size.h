@@ -20,6 +20,7 @@ enum Field : int {
   kJumped,      // 1: the last step ended on a discontinuity of f
   kLastTime,    // start of the last step tried
   kLastDt,      // its signed size
+  kAcceptedDt,  // the same, or 0 where it was not accepted
   kErrorRatio,  // its error ratio, written by `error`
   kInverse1,    // 1 / error_ratio of the accepted step before
   kInverse2,    // and of the one before that
@@ -180,6 +181,7 @@ ODENET_HD void control_step(const StepSize& s, Row<D>& r) {
   r[kAccept] = select(accept, D(1), D(0));
   set(running, r[kLastTime], r[kTime]);
   set(running, r[kLastDt], dt);
+  r[kAcceptedDt] = select(accept, dt, D(0));
   const D next = clamp_step(q, size * step_factor<F>(q, r, ratio, accept));
   r[kStepsSinceOutput] = r[kStepsSinceOutput] + select(running, D(1), D(0));
   r[kNumAccepted] = r[kNumAccepted] + r[kAccept];

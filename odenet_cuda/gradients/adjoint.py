@@ -191,13 +191,12 @@ class PerSampleField(AugmentedField):
         slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
         return [*(slope.detach() for slope in k[:n]), *slopes]
 
-    def after_step(self, t0: Tensor, y0: Sequence[Tensor], accept: Tensor, dt: Tensor) -> None:
+    def after_step(self, t0: Tensor, y0: Sequence[Tensor], dt: Tensor) -> None:
         if not self.params:
             return
         if self.b[0] != 0:
             self.kept[0] = self.evaluate(t0, y0[: self.leaves]), y0[self.leaves :]
-        weight = accept * dt
-        self.kernels.bind_dt(weight.data_ptr())
+        self.kernels.bind_dt(dt.data_ptr())
         self.kernels.stage(1, [x.data_ptr() for stage in self.cotangents for x in (*self.kept[stage][1], *self.costs)])
         for stage, (k, _) in self.kept.items():
             self.sums.add(self.product(k, self.cotangents[stage], self.params, False))

@@ -23,7 +23,7 @@ from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .trajectory import Evaluation, Recorder, Trajectory
 
-AfterStep = Callable[[Tensor, list[Tensor], Tensor, Tensor], None]
+AfterStep = Callable[[Tensor, list[Tensor], Tensor], None]
 
 
 def some(host: np.ndarray, name: str, value: int) -> bool:
@@ -40,8 +40,8 @@ def runs_ahead(device: torch.device) -> bool:
 class AdaptiveSolver:
     """One adaptive solve, and after `reset` another of the same kind.
 
-    after_step: called after each step with (t0 as func sees it, y0, accept [rows], dt [rows]). graph: where the host runs
-    ahead, capture a "step" and replay it, or let the device "loop" over it.
+    after_step: called after each step with (t0 as func sees it, y0, dt [rows]: 0 where the step was not accepted). graph:
+    where the host runs ahead, capture a "step" and replay it, or let the device "loop" over it.
     """
 
     def __init__(
@@ -235,6 +235,8 @@ class AdaptiveSolver:
     def _stages(self) -> list[int]:
         """All slopes, without graphs; the addresses of the last, which are not bound yet."""
         stepper, kernels, views, field = self.stepper, self.stepper.kernels, self.stepper.views, self.problem.field
+        if self.after_step is not None:  # what the slopes' graphs have kept of the times is looked at then
+            stepper.turn_times()
         addresses: list[int] = []
         for i in range(1, self.tableau.stages):
             kernels.stage(i, addresses)
@@ -369,7 +371,7 @@ class AdaptiveSolver:
     def _call_after_step(self) -> None:
         assert self.after_step is not None
         t0 = self.problem.time_views(self.state[FIELDS["last_time"]].to(self.problem.real)[None])[0]
-        self.after_step(t0, self.stepper.y0, self.state[FIELDS["accept"]], self.state[FIELDS["last_dt"]])
+        self.after_step(t0, self.stepper.y0, self.state[FIELDS["accepted_dt"]])
 
     def _mask(self, mask: Tensor, leaf: Tensor) -> Tensor:
         return mask.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else mask[0]
