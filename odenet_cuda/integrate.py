@@ -12,7 +12,7 @@ from torch import Tensor
 from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .ranges import marked
-from .solvers.adaptive import AdaptiveSolver, runs_ahead, stop_table
+from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
 from .solvers.by_graph import Kind, solve_by_graph
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
@@ -72,7 +72,7 @@ def integrate(
     callbacks: dict[str, Callable] | None = None,
     recorder: Recorder | None = None,
     start: Evaluation | None = None,
-    after_step: Callable[[Tensor, list[Tensor], Tensor], None] | None = None,
+    after_step: AfterStep | None = None,
     grid: Grid | None = None,
 ) -> Trajectory:
     """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`.
@@ -85,7 +85,7 @@ def integrate(
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder}
-        alone = not callbacks and recorder is None and after_step is None and not options.jump_t
+        alone = not callbacks and recorder is None and not options.jump_t
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         if options.adaptive:
             make: Any = partial(
@@ -99,7 +99,8 @@ def integrate(
                 after_step=after_step,
                 **common,
             )
-            kind = adaptive_kind(problem, options) if by_graph else None
+            refusal = "" if after_step is None else after_step.refusal
+            kind = adaptive_kind(problem, options, refusal) if by_graph else None
         else:
             nodes, moves_with = grid or fixed_grid(options, problem.t)
             make = partial(FixedSolver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
@@ -107,9 +108,9 @@ def integrate(
         return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)
 
 
-def adaptive_kind(problem: Problem, options: Options) -> Kind:
+def adaptive_kind(problem: Problem, options: Options, refusal: str = "") -> Kind:
     """The first step is tried before any that is captured."""
-    refusal = "" if problem.fused_error else "a norm of the user, or tolerances that are tensors"
+    refusal = refusal or ("" if problem.fused_error else "a norm of the user, or tolerances that are tensors")
     stops = len(stop_table(problem, options.step_t, options.jump_t)[0])
     key = replace(options, first_step=None), stops
     return Kind(key, (problem, options.first_step), False, options.cuda_graph, refusal)

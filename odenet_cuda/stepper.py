@@ -96,7 +96,7 @@ class Stepper:
         if self._other_times is None:
             times = torch.empty_like(self.times)
             self._other_times = times, self.problem.time_views(times)
-            self._owned = set()
+            self._owned.clear()
         (self.times, self.views), self._other_times = self._other_times, (self.times, self.views)
         self.kernels.bind_times(self.times.data_ptr())
 

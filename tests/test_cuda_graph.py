@@ -250,23 +250,38 @@ def test_copies_of_a_module(y0, ahead):
     assert ahead.captured == 2
 
 
-def test_adjoint(y0, ahead, monkeypatch):
-    """The solve backwards is captured too, once for all intervals and training steps."""
-    net, start = Net(wanted=True), y0.clone().requires_grad_()
-    grads = []
-    for _ in range(2):
-        start.grad = None
-        net.zero_grad()
-        solve(net, start, T, gradient="adjoint", rtol=1e-6, atol=1e-6, cuda_graph=True).ys.square().sum().backward()
-        grads.append([start.grad.clone(), *(p.grad.clone() for p in net.parameters())])
-    assert ahead.captured == 2
-    monkeypatch.undo()
-    start.grad = None
-    net.zero_grad()
-    solve(net, start, T, gradient="adjoint", rtol=1e-6, atol=1e-6).ys.square().sum().backward()
-    for found in grads:
-        for x, y in zip(found, [start.grad, *(p.grad for p in net.parameters())], strict=True):
+class Clocked(Net):
+    """The graph of a slope keeps the time, as a factor of the parameters."""
+
+    def forward(self, t, y):
+        return self.net(y) * t - y
+
+
+@pytest.mark.parametrize("graph", [True, "loop"])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "fehlberg2"])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_adjoint(y0, ahead, monkeypatch, control, method, graph):
+    """The solve backwards is captured too, once for all intervals and training steps; weights change between them."""
+    found = {}
+    for mode in (graph, False):
+        net, start = Clocked(wanted=True), y0.clone().requires_grad_()
+        optimizer = torch.optim.SGD([*net.parameters(), start], lr=0.05)
+        options = {"gradient": "adjoint", "rtol": 1e-5, "atol": 1e-5, "method": method, "step_control": control}
+        found[mode] = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            solution = solve(net, start, T, cuda_graph=mode, **options)
+            solution.ys.square().mean().backward()
+            found[mode].append([start.grad.clone(), *(p.grad.clone() for p in net.parameters())])
+            found[mode][-1].append(torch.tensor(solution.stats.nfe_backward))
+            optimizer.step()
+        if mode:
+            assert ahead.captured == 2
+            monkeypatch.undo()
+    for one, other in zip(found[graph], found[False], strict=True):
+        for x, y in zip(one[:-1], other[:-1], strict=True):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+        assert one[-1] == other[-1]
 
 
 def test_threads(y0, ahead):

@@ -94,8 +94,9 @@ class Accumulator:
             self.flush()
 
     def clear(self) -> None:
-        """Nothing was added; what was added before lies there again."""
-        assert not self.others
+        """The sums begin anew, where they lie: also those of a captured step."""
+        for i in self.others:
+            self.totals[i] = None
         for slot, i in enumerate(self.fused):
             if self.totals[i] is not None:
                 self.sums[slot].zero_()

@@ -191,7 +191,19 @@ class PerSampleField(AugmentedField):
         slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
         return [*(slope.detach() for slope in k[:n]), *slopes]
 
-    def after_step(self, t0: Tensor, y0: Sequence[Tensor], dt: Tensor) -> None:
+    @property
+    def calls(self) -> int:
+        return int(bool(self.params) and self.b[0] != 0)
+
+    @property
+    def refusal(self) -> str:
+        return "parameters of 16 bits, or on another device" if self.sums.others else ""
+
+    def resume(self, field: Any) -> "PerSampleField":
+        self.field = field.field
+        return self
+
+    def add(self, t0: Tensor, y0: Sequence[Tensor], dt: Tensor) -> None:
         if not self.params:
             return
         if self.b[0] != 0:
@@ -203,9 +215,11 @@ class PerSampleField(AugmentedField):
         self.sums.flush()
         self.kept.clear()
 
-    def integral(self) -> list[Tensor]:
-        totals = zip(self.sums.results(), self.params, strict=True)
-        return [torch.zeros_like(param) if total is None else total for total, param in totals]
+    def take(self) -> list[Tensor]:
+        totals = zip(self.sums.totals, self.params, strict=True)
+        found = [torch.zeros_like(_as_leaf(x)) if total is None else total.clone() for total, x in totals]
+        self.sums.clear()
+        return found
 
 
 def solve_backwards(
@@ -255,7 +269,7 @@ def solve_backwards(
         signs=[*[1.0] * n, *[-1.0] * (n + quadratures)],
     )
     callbacks = {name: _with_all_parts(callback) for name, callback in adjoint.callbacks.items()}
-    after_step = augmented.after_step if isinstance(augmented, PerSampleField) else None
+    after_step = augmented if isinstance(augmented, PerSampleField) else None
     for i in range(len(problem.t) - 1, 0, -1):
         y = [out[i] for out in ys]
         a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
@@ -275,11 +289,11 @@ def solve_backwards(
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
-        integral = augmented.integral() if isinstance(augmented, PerSampleField) else trajectory.last[2 * n :]
+        integral = [x + y for x, y in zip(integral, trajectory.sums, strict=True)] if per_sample else trajectory.last[2 * n :]
     if grad_t is not None:
         grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], [*a, *costs])
     stats.nfe_backward = field.nfe
-    grad_params = integral if per_sample else [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
+    grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
 
 

@@ -7,7 +7,8 @@ what needs the host at every step (discontinuities, callbacks, a tape that is th
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,24 @@ from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .trajectory import Evaluation, Recorder, Trajectory
 
-AfterStep = Callable[[Tensor, list[Tensor], Tensor], None]
+
+class AfterStep(Protocol):
+    """Adds something up over the steps. calls: of func, that it makes for each. refusal: why no graph can hold it, or ""."""
+
+    @property
+    def calls(self) -> int: ...
+    @property
+    def refusal(self) -> str: ...
+
+    def add(self, t0: Tensor, y0: list[Tensor], dt: Tensor) -> None:
+        """After a step, before the move to the next. t0: as func sees it. dt: [rows], 0 where the step was not accepted."""
+
+    def take(self) -> list[Tensor]:
+        """The sums, which begin anew."""
+
+    def resume(self, field: Any) -> Any:
+        """The field of another solve that the same captured step makes: itself, for it adds up where it did, but as that
+        other one calls func."""
 
 
 def some(host: np.ndarray, name: str, value: int) -> bool:
@@ -40,8 +58,7 @@ def runs_ahead(device: torch.device) -> bool:
 class AdaptiveSolver:
     """One adaptive solve, and after `reset` another of the same kind.
 
-    after_step: called after each step with (t0 as func sees it, y0, dt [rows]: 0 where the step was not accepted). graph:
-    where the host runs ahead, capture a "step" and replay it, or let the device "loop" over it.
+    graph: where the host runs ahead, capture a "step" and replay it, or let the device "loop" over it.
     """
 
     def __init__(
@@ -70,7 +87,8 @@ class AdaptiveSolver:
         needed = self.jumps or bool(self.callbacks) or (recorder is not None and not recorder.can_wait)
         self.looks = needed or not runs_ahead(device)
         self.recording = recorder is not None and recorder.slopes
-        self.captures = bool(graph) and not self.looks and after_step is None and not self.recording
+        self.captures = bool(graph) and not self.looks and not self.recording
+        self._held: tuple[Tensor, list[Tensor]] | None = None  # the times of a captured step, where they must outlive it
         self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
@@ -131,12 +149,15 @@ class AdaptiveSolver:
         if len(self.problem.t) == 2:
             for out, leaf in zip(self.ys, self.stepper.y0, strict=False):
                 out[1] = leaf
-        return Trajectory(ys=self.ys, last=self.stepper.y0, state=self.state)
+        sums = [] if self.after_step is None else self.after_step.take()
+        return Trajectory(ys=self.ys, last=self.stepper.y0, state=self.state, sums=sums)
 
     # ---- ahead of the device ------------------------------------------------------------------------------------------
 
     def reset(self, problem: Problem, first_step: float | None) -> None:
         """Another problem of the same kind takes the place of the last: in the same memory, for a captured step."""
+        if self.after_step is not None:
+            problem = replace(problem, field=self.after_step.resume(problem.field))
         self.problem, self.first_step = problem, first_step
         with torch.no_grad():
             for own, new in zip((self.state, self.table, self.t), self._numbers(problem), strict=True):
@@ -174,7 +195,8 @@ class AdaptiveSolver:
             self.unseen = []
         tried = self.state[FIELDS["num_accepted"]] + self.state[FIELDS["num_rejected"]]
         self.expected = int(tried.max())
-        counter.nfe = called + self.expected * (self.tableau.stages - 1)  # steps past the end do not count
+        calls = self.tableau.stages - 1 + (0 if self.after_step is None else self.after_step.calls)
+        counter.nfe = called + self.expected * calls  # steps past the end do not count
         return self._trajectory()
 
     def _step(self) -> None:
@@ -235,13 +257,27 @@ class AdaptiveSolver:
     def _stages(self) -> list[int]:
         """All slopes, without graphs; the addresses of the last, which are not bound yet."""
         stepper, kernels, views, field = self.stepper, self.stepper.kernels, self.stepper.views, self.problem.field
-        if self.after_step is not None:  # what the slopes' graphs have kept of the times is looked at then
-            stepper.turn_times()
+        if self.after_step is not None:
+            views = self._times_to_keep()
         addresses: list[int] = []
         for i in range(1, self.tableau.stages):
             kernels.stage(i, addresses)
             addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
         return addresses
+
+    def _times_to_keep(self) -> list[Tensor]:
+        """Those of the step, as func sees them, where the decision about it does not write the next step's: the slopes' graphs
+        may have kept them."""
+        stepper = self.stepper
+        views = stepper.views
+        if not self.captures:
+            stepper.turn_times()
+            return views
+        if self._held is None:  # a captured step has its times in one place
+            times = torch.empty_like(stepper.times)
+            self._held = times, self.problem.time_views(times)
+        self._held[0].copy_(stepper.times)
+        return self._held[1]
 
     def _decide(self, addresses: list[int]) -> None:
         """The error, whether the step is accepted, and the next. addresses: slopes that are not bound yet."""
@@ -371,7 +407,7 @@ class AdaptiveSolver:
     def _call_after_step(self) -> None:
         assert self.after_step is not None
         t0 = self.problem.time_views(self.state[FIELDS["last_time"]].to(self.problem.real)[None])[0]
-        self.after_step(t0, self.stepper.y0, self.state[FIELDS["accepted_dt"]])
+        self.after_step.add(t0, self.stepper.y0, self.state[FIELDS["accepted_dt"]])
 
     def _mask(self, mask: Tensor, leaf: Tensor) -> Tensor:
         return mask.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else mask[0]

@@ -78,4 +78,4 @@ def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], calle
     state = None if found.state is None else found.state.clone()
     if solver.captures:
         graphs.give(key, solver, Fence(problem.device))
-    return Trajectory(ys=ys, last=last, state=state)
+    return Trajectory(ys=ys, last=last, state=state, sums=found.sums)

@@ -17,11 +17,13 @@ from .checkpoints import Checkpoints
 
 @dataclass
 class Trajectory:
-    """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control."""
+    """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
+    sums: what was added up after the steps."""
 
     ys: list[Tensor]
     last: list[Tensor]
     state: Tensor | None
+    sums: Sequence[Tensor] = ()
 
 
 @dataclass(slots=True)
