@@ -6,6 +6,7 @@ that every solve begins with: the same operations with the same numbers on the s
 No GPU has run this yet; what is captured and replayed is tested on the CPU with a stand-in for the graph.
 """
 
+import gc
 import threading
 import warnings
 from collections import OrderedDict, deque
@@ -20,9 +21,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _C
+from .sharding import is_plain
 from .step_control import RUNNING
 
 _LIMIT = 16  # steps that are kept captured, those used longest ago let go first
+_REMEMBERED = 256  # solves that are known to have none
 _EXPECTED_SHARE = 10  # a solve may take a tenth less steps than the last one did
 _LOOK_SHARE = 20
 _STEPS_A_LAUNCH = 256  # where the device repeats a step; an interrupt is seen between two launches
@@ -31,21 +34,23 @@ MODES = ("step", "loop")
 # Operations whose result the host must wait for, or whose shape depends on values.
 _WAITING = (
     "_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "unique_dim", "is_nonzero",
-    "equal", "bincount", "histc", "repeat_interleave",
+    "equal", "bincount", "histc", "repeat_interleave", "_linalg_check_errors",
 )  # fmt: skip
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")  # by masks they wait
 
 
 class Calls(TorchDispatchMode):
     """The operations of a call of func. own: tensors that the solver gives it, by name; they lie elsewhere in another solve.
 
     refusal: why the call cannot be captured, or "". random: whether it draws numbers. key: equal for calls that do the same
-    on the same memory.
+    on the same memory, and return the same of it.
     """
 
     def __init__(self, own: Sequence[Tensor]):
         super().__init__()
         self.refusal, self.random = "", False
         self._own = {tensor.untyped_storage().data_ptr(): place for place, tensor in enumerate(own)}
+        self._device = own[0].device.type
         self._made: dict[int, int] = {}
         self._alive: list[Tensor] = []  # so that no other tensor gets the id of one
         self._calls: list[Hashable] = []
@@ -53,6 +58,10 @@ class Calls(TorchDispatchMode):
     @property
     def key(self) -> Hashable:
         return tuple(self._calls)
+
+    def returned(self, slopes: Sequence[Tensor | None]) -> None:
+        """What the call gave."""
+        self._calls.append(tuple([None if slope is None else self._tensor(slope) for slope in slopes]))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -73,8 +82,10 @@ class Calls(TorchDispatchMode):
     def _tensor(self, x: Tensor) -> Hashable:
         if id(x) in self._made:
             return self._made[id(x)]
-        if x.device.type == "meta" or x.layout is not torch.strided:
-            return repr(x)
+        if x.device.type == "meta" or x.layout is not torch.strided or not is_plain(x):
+            return type(x).__name__, tuple(x.shape)
+        if x.device.type == "cpu" and self._device != "cpu" and x.dim() == 0:
+            return x.item()  # a kernel is launched with the number itself
         storage = x.untyped_storage().data_ptr()
         place: Hashable = ("own", self._own[storage]) if storage in self._own else ("at", storage)
         return place, x.storage_offset(), tuple(x.shape), x.stride(), str(x.dtype), str(x.device)
@@ -84,7 +95,11 @@ class Calls(TorchDispatchMode):
         devices = {x.device.type for x in (*inputs, *results) if x.dim() > 0 or x.device.type != "cpu"}
         if self.refusal:
             return
-        if name in _WAITING:
+        if not all([is_plain(x) and x.layout is torch.strided for x in (*inputs, *results)]):
+            self.refusal = f"func works on tensors that are sparse or made of others, {name}"
+        elif name in _INDEXING and any([x.dtype in (torch.bool, torch.uint8) for x in inputs[1:]]):
+            self.refusal = f"func waits for the device, {name} by a mask"
+        elif name in _WAITING:
             self.refusal = f"func waits for the device, {name}"
         elif len(devices) > 1:
             self.refusal = f"func copies between the host and the device, {name}"
@@ -119,6 +134,7 @@ class Graphs:
         self.limit = limit
         self._kept: OrderedDict[Hashable, list[tuple[Any, Fence]]] = OrderedDict()
         self._lock = threading.Lock()
+        self._marks: OrderedDict[Hashable, str] = OrderedDict()
         self._returned: deque[tuple[Hashable, Any, Fence]] = deque()
 
     def take(self, key: Hashable) -> Any:
@@ -156,16 +172,33 @@ class Graphs:
         for _, last in gone:
             last.wait()  # then its memory may go
 
+    def mark(self, key: Hashable) -> str:
+        """What is known of a solve: "", MET or NEVER."""
+        with self._lock:
+            return self._marks.get(key, "")
+
+    def set_mark(self, key: Hashable, mark: str) -> None:
+        with self._lock:
+            self._marks[key] = mark
+            self._marks.move_to_end(key)
+            while len(self._marks) > _REMEMBERED:
+                self._marks.popitem(last=False)
+
     def clear(self) -> None:
         self._take_back()
         with self._lock:
-            self._kept.clear()
+            gone, self._kept = self._kept, OrderedDict()
+            self._marks.clear()
+        for kept in gone.values():
+            for _, last in kept:
+                last.wait()
 
     def __len__(self) -> int:
         self._take_back()
         return sum(map(len, self._kept.values()))
 
 
+MET, NEVER = "met", "never"  # a solve that was met once; one that cannot be captured
 graphs = Graphs()
 
 
@@ -185,11 +218,42 @@ def pool(device: torch.device) -> tuple[Any, ...]:
     return (torch.cuda.graph_pool_handle(),) if device.type == "cuda" else ()
 
 
+class Busy(RuntimeError):
+    """Another thread captures a graph: a process can capture one at a time."""
+
+
+_capturing = threading.Lock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One capture at a time. Nobody waits for another, who may wait for this thread's backward pass. No garbage is collected:
+    a graph that goes while one is captured would end it. Matrix products have workspaces of the capture's own."""
+    if not _capturing.acquire(blocking=False):
+        raise Busy("another thread captures a graph")
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        torch._C._cuda_clearCublasWorkspaces()
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+        if collects:
+            gc.enable()
+        _capturing.release()
+
+
 def _record(graph: Any, step: Callable[[], None], device: torch.device, memory: Any = None) -> None:
-    """Other threads may go on with what they do."""
+    """Other threads may go on with what they do, but for capturing. Raises Busy."""
     how: dict[str, Any] = {"pool": memory, "stream": _stream(device), "capture_error_mode": "thread_local"}
-    with torch.cuda.device(device), torch.cuda.graph(graph, **how):
-        step()
+    with _alone(), torch.cuda.device(device):
+        before = torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph, **how):
+                step()
+        finally:  # torch leaves its own stream current where a capture fails as it ends
+            torch.cuda.set_stream(before)
 
 
 def capture(step: Callable[[], None], device: torch.device, *memory: Any) -> Callable[[], None]:
@@ -227,10 +291,12 @@ def repeat(step: Callable[[], None], status: Tensor) -> Callable[[], None]:
 
 
 def captured(step: Callable[[], None], device: torch.device, memory: tuple[Any, ...] = ()) -> Callable[[], None] | None:
-    """A replay of the step, or None, with a warning, where it cannot be captured. memory: a `pool`."""
+    """A replay of the step, or None, with a warning, where it cannot be captured. memory: a `pool`. Raises Busy."""
     try:
         with no_cast_is_kept():
             return capture(step, device, *memory)
+    except Busy:
+        raise
     except RuntimeError as error:
         _warn(f"func cannot be captured: {_first_line(error)}; the solve goes on without a graph")
         return None
@@ -241,6 +307,8 @@ def repeated(step: Callable[[], None], status: Tensor) -> Callable[[], None] | N
     try:
         with no_cast_is_kept():
             return repeat(step, status)
+    except Busy:
+        raise
     except RuntimeError as error:
         _warn(f"the device cannot repeat the step: {_first_line(error)}; each is replayed from the host")
         return None
@@ -305,4 +373,5 @@ class Watch:
     def _ask(self) -> None:
         self._seen.copy_(self._status, non_blocking=True)
         if self._event is not None:
-            self._event.record()
+            status = self._status
+            self._event.record(torch.cuda.current_stream(status.device) if status.is_cuda else None)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,35 +149,23 @@ class Job:
             f"{options.method} begins a step with the last slope of the step before": grid is None and not fused,
             "parameters of 16 bits": grid is None and any(x.dtype in SHORT for x in captured),
         }
-        cast = autocast_state(problem.device)
-        if gradient == "direct" and grid is not None:
-            cast["enabled"] = False  # products are made as func was called
-        kind: Any = gradient, limit, options
-        if grid is None:
-            kind = "steps", adaptive_kind(problem, options).key
-            make: Any = lambda: GraphedSteps(problem, options, new_recorder, captured, cast)  # noqa: E731
-        else:
-            kind = gradient, limit, options, tuple(grid[0]), tuple(problem.t)
-            make = lambda: by_graph.GraphedSolve(problem, options, grid, new_recorder, way_back)  # noqa: E731
-
-        def new_recorder() -> Recorder:
-            if grid is None:
-                return self._recorder(checkpoints=Checkpoints(None, None))
-            if checkpoints is None:
-                return self._recorder(graphs=True)
-            return self._recorder(checkpoints=Checkpoints(limit, len(grid[0]) - 1))
-
-        def way_back(recorder: Recorder, grads: list[Tensor]) -> Any:
-            with torch.autocast(**cast):
-                if checkpoints is None:
-                    y0, _, found = direct_gradient.way_back(recorder, problem, captured, grads, False)
-                    return y0, found, 0
-                (y0, _, found), calls = checkpoint_gradient.way_back(recorder, problem, captured, grads, False, "first")
-            return y0, found, calls
-
         refusal = next((name for name, refused in refusals.items() if refused), "")
+        # What is kept with the graphs holds nothing of this solve but numbers.
+        record = partial(
+            Recorder, options.tableau, per_sample=problem.per_sample, leaves=len(problem.state_leaves), carried=self._carried
+        )
+        cast = autocast_state(problem.device)
+        if grid is None:
+            kind: Any = "steps", adaptive_kind(problem, options).key
+            make: Any = lambda: GraphedSteps(problem, options, captured, record, cast)  # noqa: E731
+        else:
+            if gradient == "direct":
+                cast["enabled"] = False  # products are made as func was called
+            kind = gradient, limit, options, tuple(grid[0]), tuple(problem.t)
+            kept = partial(Checkpoints, limit, len(grid[0]) - 1) if checkpoints is not None else None
+            make = lambda: by_graph.GraphedSolve(problem, options, grid, captured, record, kept, cast)  # noqa: E731
         draws = gradient == "direct" and grid is not None
-        return by_graph.solve(problem, kind, options.perturb, make, captured, refusal, draws)
+        return by_graph.solve(problem, options, kind, make, captured, refusal, draws)
 
     def run_compiled(self, engine: Engine, gradient: str, backward: Any, on_failure: str) -> Solution:
         """The solve by a compiled field."""
@@ -310,12 +299,13 @@ class Job:
             start = Evaluation(start.t, start.y, [slope.detach() for slope in start.k])
         return start, list(known.values()), closed
 
+    @property
+    def _carried(self) -> bool:
+        return self.options.adaptive and not self.options.tableau.fsal
+
     def _recorder(self, **keep: Any) -> Recorder:
         tableau, problem = self.options.tableau, self.problem
-        count = len(problem.state_leaves)
-        return Recorder(
-            tableau, problem.t, problem.per_sample, count, carried=self.options.adaptive and not tableau.fsal, **keep
-        )
+        return Recorder(tableau, problem.t, problem.per_sample, len(problem.state_leaves), carried=self._carried, **keep)
 
     def _captured_at_end(self, trajectory: Trajectory, captured: list[Tensor], since: int) -> list[Tensor]:
         """captured, and what func depends on at the end but not at the start: it may branch on the time."""

@@ -1,5 +1,6 @@
 """What the user gave, made regular once: leaves of the state, times, tolerances, norm, and func over leaves."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ class Structure:
                 raise TypeError(f"{name} must be a tensor or a tuple, list or dict of tensors, got {type(leaf).__name__} in it")
         self.leaves: list[Tensor] = leaves
         self.flat_tuple = type(state) is tuple and all(isinstance(part, Tensor) for part in state)
+
+    def without_graph(self) -> "Structure":
+        """The same, for whoever outlives the solve."""
+        other = copy.copy(self)
+        other.leaves = [leaf.detach() for leaf in self.leaves]
+        return other
 
     def unflatten(self, leaves: Sequence[Tensor]) -> Any:
         if self.single:
@@ -62,7 +69,7 @@ class Field:
     def __init__(self, func: Callable, structure: Structure):
         if not callable(func):
             raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
-        self.func, self.structure = func, structure
+        self.func, self.structure = func, structure.without_graph()
         self.nfe = 0
         self._unknown = 2  # calls until it is known whether func returns one buffer
         self._first: list[Tensor] = []
@@ -74,6 +81,13 @@ class Field:
         field = Field(self.func, self.structure)
         field._unknown, field._first, field._returns_one_buffer = self._unknown, self._first, self._returns_one_buffer
         return field
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that func is known to have, which a captured graph reads where they lie."""
+        func = self.func._func if isinstance(self.func, WithArguments) else self.func
+        buffers = list(func.buffers()) if isinstance(func, torch.nn.Module) else []
+        return [*own_tensors(self.func)[0], *buffers]
 
     def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         """The slopes at (t, y), each with the shape, type and device of its leaf. stage: which one of a step; not used here."""
@@ -145,6 +159,32 @@ def own_tensors(func: Any) -> tuple[list[Tensor], bool]:
         func = func._func
     parameters = list(func.parameters()) if isinstance(func, torch.nn.Module) else []
     return [*parameters, *arguments], bool(parameters)
+
+
+def aliased(field: Field, tensors: Sequence[Tensor]) -> tuple[Field, list[Tensor]] | None:
+    """A field that has other leaves in place of these parameters and arguments of func, on the same memory, and those leaves.
+    None where one of them is no parameter and no argument.
+
+    A leaf's gradient is accumulated on the stream on which the leaf was first used. In a captured graph that must be the
+    graph's own, so these leaves are first used there.
+    """
+    func: Any = field.func
+    args: Any = ()
+    if isinstance(func, WithArguments):
+        func, args = func._func, func._args
+    leaves = {id(x): x.detach().requires_grad_() for x in tensors}
+    names = (
+        {name: leaves[id(x)] for name, x in func.named_parameters() if id(x) in leaves}
+        if isinstance(func, torch.nn.Module)
+        else {}
+    )
+    args = pytree.tree_map(lambda x: leaves.get(id(x), x), args)
+    found = {id(x) for x in (*names.values(), *pytree.tree_leaves(args))}
+    if not all(id(leaf) in found for leaf in leaves.values()):
+        return None
+    other = field.again()
+    other.func = (lambda t, y: torch.func.functional_call(func, names, (t, y, *args))) if names else with_arguments(func, args)
+    return other, [leaves[id(x)] for x in tensors]
 
 
 def with_arguments(func: Any, args: Any) -> Callable:

@@ -433,7 +433,8 @@ def test_second_derivatives_and_changed_weights(y0, ahead):
         ys = solve(net, start, T, **{**options, "cuda_graph": graph}).ys
         first = torch.autograd.grad(ys.square().sum(), start, create_graph=True)[0]
         found.append(torch.autograd.grad(first.square().sum(), start)[0])
-    assert ahead.captured == 2 and ahead.replayed == 2
+        del ys, first  # and with them the graphs are free for the next
+    assert ahead.captured == 2 and ahead.replayed == 4
     for grad in found[:-1]:
         torch.testing.assert_close(grad, found[-1], rtol=1e-12, atol=1e-14)
     ys = solve(net, start, T, **options).ys
@@ -610,6 +611,70 @@ class Passed:
         Passed.waited += 1
 
 
+def key(func, own, *more):
+    calls = Calls([own])
+    with calls:
+        k = func(own)
+    calls.returned([k])
+    return (calls.key, *more)
+
+
+def test_calls_tell_results_and_numbers_apart():
+    own, a, b = torch.ones(3, device="meta"), torch.ones(3, device="meta"), torch.tensor(2.0)
+    assert key(lambda y: y * b, own) == key(lambda y: y * b, own)
+    before = key(lambda y: y * b, own)
+    b.fill_(5.0)  # a kernel on a device is launched with the number
+    assert key(lambda y: y * b, own) != before
+    u, v = (lambda y: [y * 1, y + 1][0]), (lambda y: [y * 1, y + 1][1])
+    assert key(u, own) != key(v, own)
+    del a
+
+
+REFUSED_CALLS = {
+    "by a mask": lambda y: y[y > 0],
+    "_linalg_check_errors": lambda y: torch.linalg.inv(torch.eye(3)) @ y,
+    "sparse or made of others": lambda y: torch.sparse.mm(torch.eye(3).to_sparse(), y[:, None]),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_CALLS)
+def test_calls_that_cannot_be_captured(words):
+    calls = Calls([torch.ones(3)])
+    with calls:
+        REFUSED_CALLS[words](torch.ones(3))
+    assert words in calls.refusal
+
+
+def test_settings_that_choose_kernels(y0, ahead):
+    net, before = Net(), torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            solve(net, y0, T, cuda_graph=True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert ahead.captured == 2
+
+
+def test_adjoint_for_other_parameters(y0, ahead):
+    """The gradients are those of the parameters asked for, in their order."""
+    from odenet_cuda import odeint_adjoint
+
+    net = Net(wanted=True)
+    first, second = net.net[2].weight, net.net[0].weight.t().contiguous().requires_grad_()
+    field = lambda t, y: torch.tanh(y @ second) @ first.t() * t  # noqa: E731
+    for params in ((first, second), (second, first), (first, second)):
+        found = {}
+        for graph in (True, False):
+            options = {"cuda_graph": graph} if graph else {}
+            ys = odeint_adjoint(
+                field, y0, T, rtol=1e-7, atol=1e-7, adjoint_params=params, options=options, adjoint_options=options
+            )
+            found[graph] = torch.autograd.grad(ys.square().sum(), params)
+        for x, y in zip(found[True], found[False], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
 def test_cache_is_bounded():
     """Who takes one waits for its last use on the device, and the host does before one goes."""
     graphs = Graphs(limit=3)
@@ -628,7 +693,7 @@ class Event:
     def __init__(self, behind):
         self.behind, self.asked, self.waited = behind, 0, 0
 
-    def record(self):
+    def record(self, stream=None):
         self.asked = 0
 
     def query(self):

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -147,6 +149,7 @@ def test_second_derivatives_and_changed_weights(y0, ahead):  # noqa: F811
         ys = solve(net, start, T, gradient="direct", cuda_graph=graph, **OPTIONS).ys
         first = torch.autograd.grad(ys.square().sum(), start, create_graph=True)[0]
         found.append(torch.autograd.grad(first.square().sum(), start)[0])
+        del ys, first  # and with them the graphs are free for the next
     assert ahead.captured == 3
     for grad in found[:-1]:
         torch.testing.assert_close(grad, found[-1], rtol=1e-11, atol=1e-13)
@@ -207,6 +210,109 @@ def test_what_is_served_without_graphs(y0, ahead, words):  # noqa: F811
         ys = solve(func, start, times, cuda_graph=True, **options).ys
     ys.sum().backward()
     assert net.net[0].weight.grad is not None and ahead.captured == 0
+
+
+def solved(net, start, times, graph, **options):
+    """Values and gradients."""
+    ys = solve(net, start, times, gradient="checkpoint", cuda_graph=graph, **{**OPTIONS, **options}).ys
+    return [ys.detach(), *torch.autograd.grad(ys.square().sum(), [start, *(p for p in net.parameters() if p.requires_grad)])]
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_other_times_and_first_steps(ahead, control):  # noqa: F811
+    """The same graphs serve them: they are numbers in memory, and on the tape of each solve."""
+    net, start = Net(wanted=True), torch.linspace(-1, 1, 24, dtype=D).view(6, 4).requires_grad_()
+    cases = [([0.0, 0.3, 1.0], {})] * 2 + [
+        ([0.0, 0.31, 1.0], {}),
+        ([0.1, 0.6, 2.0], {}),
+        ([0.0, 0.5, 1.0], {"first_step": 0.05}),
+    ]
+    for times, options in cases:
+        found, expected = (solved(net, start, times, graph, step_control=control, **options) for graph in (True, False))
+        gc.collect()
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
+    assert ahead.captured == 3
+
+
+def test_frozen_weights_that_change(y0, ahead):  # noqa: F811
+    """Between a solve and its backward pass: a replay would mix what was with what is."""
+    for method in ({"method": "rk4"}, {}):
+        net, start = Net(wanted=True), y0.clone().requires_grad_()
+        net.net[0].requires_grad_(False)
+        for _ in range(2):
+            ys = solve(net, start, T, gradient="direct", cuda_graph=True, **OPTIONS, **method).ys
+        with torch.no_grad():
+            net.net[0].weight.mul_(3)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            ys.sum().backward()
+
+
+def test_hooks_for_saved_tensors(y0, ahead):  # noqa: F811
+    """torch.utils.checkpoint solves twice and must find the same."""
+    net, start = Net(wanted=True), y0.clone().requires_grad_()
+    for _ in range(2):
+        solve(net, start, T, gradient="direct", cuda_graph=True, **OPTIONS)
+    run = lambda x: solve(net, x, T, gradient="direct", cuda_graph=True, **OPTIONS).ys  # noqa: E731
+    with pytest.warns(UserWarning, match="hooks for saved tensors are active"):
+        ys = torch.utils.checkpoint.checkpoint(run, start, use_reentrant=False)
+        found = torch.autograd.grad(ys.square().sum(), start)[0]
+    expected = torch.autograd.grad(solve(net, start, T, **OPTIONS).ys.square().sum(), start)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_kept_graphs_hold_no_graph_of_autograd(ahead):  # noqa: F811
+    """What y0 was made from goes with the solve."""
+    net = Net(wanted=True)
+    for options in (OPTIONS, {"method": "rk4"}):
+        for way in WAYS:
+            for _ in range(2):
+                upstream = torch.ones(6, 4, dtype=D, requires_grad=True)
+                start = upstream * 1
+                node = weakref.ref(start)
+                solve(net, start, T, gradient=way, cuda_graph=True, **options).ys.sum().backward()
+                del start
+                gc.collect()
+                assert node() is None
+
+
+def test_failed_captures_are_remembered(y0, ahead, monkeypatch):  # noqa: F811
+    """They are not tried at each solve."""
+    tried = []
+
+    def failing(step, device):
+        tried.append(step)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graph, "capture", failing)
+    net, start = Net(wanted=True), y0.clone().requires_grad_()
+    for options in ({"gradient": "direct"}, {"gradient": "direct", "method": "rk4"}, {"gradient": "adjoint"}):
+        tried.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(5):
+                solve(net, start, T, cuda_graph=True, **{**OPTIONS, **options}).ys.sum().backward()
+        assert len(tried) == (2 if options["gradient"] == "adjoint" else 1)
+
+
+def test_a_capture_waits_for_no_other(y0, ahead, monkeypatch):  # noqa: F811
+    """Where another thread captures, the solve goes on without a graph, and the next one has one."""
+    capture, busy = cuda_graph.capture, [True]
+
+    def sometimes(step, device):
+        if busy[0]:
+            raise cuda_graph.Busy("another thread captures a graph")
+        return capture(step, device)
+
+    monkeypatch.setattr(cuda_graph, "capture", sometimes)
+    net, start = Net(wanted=True), y0.clone().requires_grad_()
+    expected = solved(net, start, T, False)
+    for busy[0] in (True, True, True, False, False):
+        found = solved(net, start, T, True)
+        gc.collect()
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
+    assert ahead.captured == 3
 
 
 @pytest.mark.parametrize("fails", [1, 2, 3])

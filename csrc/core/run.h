@@ -8,8 +8,11 @@ namespace odenet::cuda {
 using Stream = void*;
 
 #if defined(__CUDACC__)
+// The words for an error, or null. The runtime forgets it then, else it would be told of the next launch.
 inline const char* words(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
 }
 
 // Lets a kernel's blocks have so many bytes that their threads share; without asking they have 48 KiB.

@@ -17,7 +17,7 @@ from ..captured import cut_points, gradients, refuse_unknown, sequence_number
 from ..formulas import rms_norm
 from ..integrate import Options, fixed_grid, integrate
 from ..ops import FIELDS, readable
-from ..problem import Field, Problem
+from ..problem import Field, Problem, aliased
 from ..ranges import in_range
 from ..solution import Solution, Stats, failure
 from .accumulator import SHORT, Accumulator, combinations
@@ -112,6 +112,10 @@ class AugmentedField:
         self.recording = torch.enable_grad()
         self.check = check
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.field.tensors, *self.params]
+
     def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
         n, with_params = self.leaves, self.quadrature_stages[stage]
         y = state[:n]
@@ -200,7 +204,7 @@ class PerSampleField(AugmentedField):
         return "parameters of 16 bits, or on another device" if self.sums.others else ""
 
     def resume(self, field: Any) -> "PerSampleField":
-        self.field = field.field
+        self.field, self.params = field.field, field.params
         return self
 
     def add(self, t0: Tensor, y0: Sequence[Tensor], dt: Tensor) -> None:
@@ -239,6 +243,8 @@ def solve_backwards(
     tableau = adjoint.options.tableau
     forward: Any = problem.field
     field = forward.again()
+    others = aliased(field, params) if adjoint.options.cuda_graph else None
+    field, params = others or (field, params)
     in_norm = not adjoint.seminorm and not problem.per_sample
     per_sample = problem.per_sample
     if per_sample:

@@ -8,19 +8,22 @@ himself until the outputs' graph of autograd is gone, for the way back reads wha
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cuda_graph import Fence, being_captured, graphs, pool
+from ..cuda_graph import MET, NEVER, Busy, Fence, being_captured, graphs
 from ..cuda_graph import captured as replay_of
 from ..integrate import Grid, Options
-from ..problem import Problem, counter_of
+from ..problem import Problem, aliased, counter_of, own_tensors
 from ..ranges import in_range
 from ..solution import Stats
 from ..solvers.by_graph import first_call, key_of
+from ..solvers.checkpoints import Checkpoints
 from ..solvers.fixed import FixedSolver, calls_on_grid
 from ..solvers.trajectory import Evaluation, Recorder, Trajectory
+from . import checkpoint, direct
 from .autocast import autocast_state
 from .graphed_steps import GraphedSteps
 from .replay import second_gradients
@@ -28,38 +31,57 @@ from .replay import second_gradients
 Found = tuple[
     list[Tensor], list[Tensor | None], int
 ]  # gradients for y0 and the captured tensors, and how often func was called
-WayBack = Callable[[Recorder, list[Tensor]], Found]  # (what the solve left behind, the outputs' gradients)
-_ONCE = object()  # a solve that was met once
 
 
 class GraphedSolve:
-    """The graphs of a solve on a grid. new_recorder: of what the way back needs."""
+    """The graphs of a solve on a grid. captured: the tensors of func that get gradients. record(t): a recorder of the solve;
+    kept(): the states that it keeps, None: the graphs of func. cast: of autocast, on the way back.
 
-    def __init__(self, problem: Problem, options: Options, grid: Grid, new_recorder: Callable[[], Recorder], way_back: WayBack):
-        own = replace(problem, leaves=[leaf.clone() for leaf in problem.leaves])
-        self.new_recorder, self.way_back = new_recorder, way_back
-        self.solver = FixedSolver(own, options.tableau, *grid, perturb=options.perturb, graph="step")
+    Each has memory of its own: the way back reads what the solve left behind, and lets it go while it is captured.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        options: Options,
+        grid: Grid,
+        captured: Sequence[Tensor],
+        record: Callable[..., Recorder],
+        kept: Callable[[], Checkpoints] | None,
+        cast: dict[str, Any],
+    ):
+        func: Any = problem.field
+        field, self.captured = aliased(func, captured) or (func, list(captured))
+        self.own = replace(problem, field=field, leaves=[leaf.clone() for leaf in problem.leaves])
+        self.record, self.kept, self.cast = record, kept, cast
+        self.solver = FixedSolver(self.own, options.tableau, *grid, perturb=options.perturb, graph="step")
         self.calls = calls_on_grid(options.tableau, grid[0], problem.t, problem.direction, options.perturb)
         self.grads = [torch.zeros_like(y) for y in self.solver.ys]
         with torch.random.fork_rng([problem.device] if problem.device.type == "cuda" else []):
             self._solve()  # what is done once is done here
             self._walk()
-        memory = pool(problem.device)
-        self._replays = [replay_of(self._solve, problem.device, memory)]
-        self._replays += [replay_of(self._walk, problem.device, memory)] if self._replays[0] is not None else []
+        self._replays = [replay_of(self._solve, problem.device)]
+        self._replays += [replay_of(self._walk, problem.device)] if self._replays[0] is not None else []
 
     @property
     def usable(self) -> bool:
         return None not in self._replays
 
     def _solve(self) -> None:
-        self.recorder = self.solver.recorder = self.new_recorder()
+        keep: dict[str, Any] = {"graphs": True} if self.kept is None else {"checkpoints": self.kept()}
+        self.recorder = self.solver.recorder = self.record(t=self.own.t, **keep)
         self.solver.solve_again()
 
     def _walk(self) -> None:
-        self.found = self.way_back(self.recorder, self.grads)
+        arguments = self.recorder, self.own, self.captured, self.grads, False
+        with torch.autocast(**self.cast):
+            if self.kept is None:
+                (y0, _, found), calls = direct.way_back(*arguments), 0
+            else:
+                (y0, _, found), calls = checkpoint.way_back(*arguments, "first")
+        self.found = y0, found, calls
 
-    def solve(self, problem: Problem, start: Evaluation) -> Trajectory:
+    def solve(self, problem: Problem, options: Options, start: Evaluation) -> Trajectory:
         """start: is made again in the graph."""
         for own, leaf in zip(self.solver.initial, problem.leaves, strict=True):
             own.copy_(leaf)
@@ -94,8 +116,8 @@ class Lease:
 
 def solve(
     problem: Problem,
+    options: Options,
     kind: Hashable,
-    perturb: bool,
     make: Callable[[], Graphed],
     captured: Sequence[Tensor],
     refusal: str,
@@ -110,27 +132,30 @@ def solve(
     counter = counter_of(problem.field)
     called = counter.nfe
     with torch.no_grad():
-        calls, start = first_call(problem, perturb)
+        calls, start = first_call(problem, options.perturb)
         counter.nfe = called
         refusal = refusal or calls.refusal or ("func draws random numbers" if calls.random and not draws else "")
         refusal = refusal or ("a graph is being captured" if being_captured(problem.device) else "")
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        refusal = refusal or ("hooks for saved tensors are active" if hooks else "")
         if refusal:
             warnings.warn(f"cuda_graph: {refusal}; the solve goes on without a graph", stacklevel=2)
             return None
-        places = tuple([(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in captured])
-        key = ("gradient", *key_of(problem, kind, calls), places)
-        graphed = graphs.take(key)
-        if graphed is None:
-            graphs.give(key, _ONCE, Fence(problem.device))
+        key = ("gradient", *key_of(problem, kind, calls), tuple([x.data_ptr() for x in captured]))
+        graphed, mark = graphs.take(key), graphs.mark(key)
+        if graphed is None and mark != MET:
+            graphs.set_mark(key, mark or MET)
             return None
-        found = None
-        if graphed is _ONCE:
-            graphed = make()
-            found = graphed.solve(problem, start) if graphed.usable else None
-            if not graphed.usable:
-                counter.nfe = called
-                return None
-        found = found or graphed.solve(problem, start)
+        try:
+            graphed = graphed or make()
+            found = graphed.solve(problem, options, start) if graphed.usable else None
+        except Busy:
+            found = None
+        if found is None or not graphed.usable:
+            if graphed is not None and not graphed.usable:
+                graphs.set_mark(key, NEVER)
+            counter.nfe = called
+            return None
         ys, last = ([leaf.detach().clone() for leaf in leaves] for leaves in (found.ys, found.last))
         state = None if found.state is None else found.state.clone()
     return Trajectory(ys, last, state), Lease(key, graphed, Fence(problem.device))
@@ -154,6 +179,8 @@ class _Graphed(torch.autograd.Function):
     def forward(ctx, lease, problem, ys, stats, count, t, *tensors):
         ctx.lease, ctx.problem, ctx.stats, ctx.count = lease, problem, stats, count
         ctx.autocast = autocast_state(problem.device)
+        own, _ = own_tensors(counter_of(problem.field).func)
+        ctx.frozen = [(x, x._version) for x in own if not x.requires_grad and not x.is_inference()]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(t, *tensors)
         return ys
@@ -168,6 +195,10 @@ class _Graphed(torch.autograd.Function):
             with torch.autocast(**ctx.autocast):
                 again = second_gradients(graphed.recorder, problem, problem.field, y0, t, captured, grad_ys)
             return None, None, None, None, None, None, *again[:count], *again[count + 1 :]
+        if any(x._version != version for x, version in ctx.frozen):
+            raise RuntimeError(
+                "a tensor of func has been modified by an inplace operation since the solve, and its gradient needs it"
+            )
         with torch.no_grad():
             y0, captured, ctx.stats.nfe_backward = graphed.walk(grad_ys)
             grads = [None if x is None else x.clone() for x in (*y0, *captured)]

@@ -16,27 +16,29 @@ from torch import Tensor
 from ..cuda_graph import captured as replay_of
 from ..cuda_graph import pool
 from ..integrate import Options
-from ..problem import Problem, counter_of
+from ..problem import Problem, aliased, counter_of
 from ..solvers.adaptive import AdaptiveSolver
+from ..solvers.checkpoints import Checkpoints
 from ..solvers.trajectory import Evaluation, Recorder, Step, Trajectory
 from .checkpoint import Recomputation, way_back
 from .direct import BackwardWalk
 
 
 class GraphedSteps:
-    """The graphs of one adaptive solve. cast: of autocast, on the way back; wanted: the tensors that get gradients."""
+    """The graphs of adaptive solves. captured: the tensors of func that get gradients. record(t): a recorder of a solve. cast:
+    of autocast, on the way back."""
 
     def __init__(
         self,
         problem: Problem,
         options: Options,
-        new_recorder: Callable[[], Recorder],
-        wanted: Sequence[Tensor],
+        captured: Sequence[Tensor],
+        record: Callable[..., Recorder],
         cast: dict[str, Any],
     ):
         self.own = replace(problem, leaves=[leaf.clone() for leaf in problem.leaves])
-        self.options, self.new_recorder, self.wanted, self.cast = options, new_recorder, wanted, cast
-        self.recorder = new_recorder()
+        self.record, self.captured, self.cast = record, captured, cast
+        self.recorder = record(t=problem.t, checkpoints=Checkpoints(None, None))
         common: dict[str, Any] = {"first_step": options.first_step, "step_t": options.step_t, "recorder": self.recorder}
         self.solver = AdaptiveSolver(self.own, options.tableau, options.control, graph="step", **common)
         self.solver.pool = pool(problem.device)
@@ -46,42 +48,47 @@ class GraphedSteps:
     def usable(self) -> bool:
         return self.solver.captures and (self.back is None or self.back.usable)
 
-    def solve(self, problem: Problem, start: Evaluation) -> Trajectory:
-        self.recorder = self.solver.recorder = self.new_recorder()
+    def solve(self, problem: Problem, options: Options, start: Evaluation) -> Trajectory:
+        self.recorder = self.solver.recorder = self.record(t=problem.t, checkpoints=Checkpoints(None, None))
         self.recorder.owned = True
-        self.solver.reset(problem, self.options.first_step)
+        self.solver.reset(problem, options.first_step)
         counter_of(problem.field).nfe = 1  # start
         found = self.solver.run(start)
         if self.back is None and self.usable and self._steps():
+            func: Any = self.own.field
+            field, captured = aliased(func, self.captured) or (func, list(self.captured))
+            own = replace(self.own, field=field)
             with torch.autocast(**self.cast):
-                self.back = StepBack(self.own, self.recorder, self._steps()[-1], self.wanted, self.solver.pool)
+                self.back = StepBack(own, self.recorder, self._steps()[-1], captured, self.solver.pool)
         return found
 
     def _steps(self) -> list[Step]:
         return [entry for entry in self.recorder.tape if isinstance(entry, Step)]
 
     def walk(self, grad_ys: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], int]:
-        """The gradients for y0 and for the wanted tensors, and how often func was called."""
+        """The gradients for y0 and for the captured tensors, and how often func was called."""
         with torch.autocast(**self.cast):
             if self.back is not None:
                 return self.back.walk(self._steps(), grad_ys)
             # No step was ever accepted.
-            (y0, _, found), calls = way_back(self.recorder, self.own, self.wanted, grad_ys, False, "")
+            (y0, _, found), calls = way_back(self.recorder, self.own, self.captured, grad_ys, False, "")
             return y0, found, calls
 
 
 class StepBack:
     """One step of a tape, made again and undone, captured with and without outputs inside it.
 
-    example: a step to begin with. Everything that is done once, such as finding a tensor that is not among the wanted ones, is
-    done with it. memory: that of the step forwards, which is never made at the same time.
+    example: a step to begin with. Everything that is done once, such as finding a tensor that is not among the captured ones,
+    is done with it. memory: that of the step forwards, which is never made at the same time.
     """
 
-    def __init__(self, problem: Problem, recorder: Recorder, example: Step, wanted: Sequence[Tensor], memory: tuple[Any, ...]):
+    def __init__(
+        self, problem: Problem, recorder: Recorder, example: Step, captured: Sequence[Tensor], memory: tuple[Any, ...]
+    ):
         tableau = recorder.tableau
         self.tableau, self.device = tableau, problem.device
-        self.undoing = BackwardWalk(problem, recorder, wanted, [None] * len(problem.leaves), False, keep_graphs=False)
-        self.again = Recomputation(problem, recorder, wanted, "first", False)
+        self.undoing = BackwardWalk(problem, recorder, captured, [None] * len(problem.leaves), False, keep_graphs=False)
+        self.again = Recomputation(problem, recorder, captured, "first", False)
         self.start = self.again.start
         self.dt = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         self.step = replace(example, times=example.times.clone(), first=example.first.clone(), dt=self.dt, k=[], evaluations=())
@@ -129,7 +136,7 @@ class StepBack:
             own.copy_(new)
 
     def walk(self, steps: Sequence[Step], grad_ys: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], int]:
-        """The gradients for y0 and for the wanted tensors, and how often func was called."""
+        """The gradients for y0 and for the captured tensors, and how often func was called."""
         walk, calls = self.undoing, 0
         walk.begin(grad_ys)
         for leaf in self.lam:

@@ -7,6 +7,7 @@ what needs the host at every step (discontinuities, callbacks, a tape that is th
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import formulas
-from ..cuda_graph import Watch, captured, repeated
+from ..cuda_graph import Busy, Watch, being_captured, captured, repeated
 from ..ops import FIELDS, STOPS
 from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
@@ -166,6 +167,11 @@ class AdaptiveSolver:
                 own.copy_(leaf)
 
     def _run_ahead(self, start: Evaluation | None) -> Trajectory:
+        if being_captured(self.problem.device):
+            raise RuntimeError(
+                "an adaptive solve cannot be part of a CUDA graph that the caller captures: the host must learn of its end; "
+                "capture a solve on a grid (step_size), or leave it to cuda_graph=True"
+            )
         self._start(start)
         counter = counter_of(self.problem.field)
         called, steps = counter.nfe, 0
@@ -183,11 +189,8 @@ class AdaptiveSolver:
             steps += 1
             ended = watch.ended_now() if self.loops and self.replay is not None else watch.ended(steps)
             if not ended and self.captures and self.replay is None:  # after a step in which what func does once is done
-                self.replay = repeated(self._step, self.state[FIELDS["status"]]) if self.loops else None
-                self.loops = self.replay is not None
-                if self.replay is None:
-                    self.replay = captured(self._step, self.problem.device, self.pool)
-                self.captures = self.replay is not None
+                with suppress(Busy):
+                    self._capture()
         if self.unseen:
             hosts = torch.stack([state for state, _ in self.unseen]).cpu().numpy()
             for host, (_, seen) in zip(hosts, self.unseen, strict=True):
@@ -198,6 +201,13 @@ class AdaptiveSolver:
         calls = self.tableau.stages - 1 + (0 if self.after_step is None else self.after_step.calls)
         counter.nfe = called + self.expected * calls  # steps past the end do not count
         return self._trajectory()
+
+    def _capture(self) -> None:
+        self.replay = repeated(self._step, self.state[FIELDS["status"]]) if self.loops else None
+        self.loops = self.replay is not None
+        if self.replay is None:
+            self.replay = captured(self._step, self.problem.device, self.pool)
+        self.captures = self.replay is not None
 
     def _step(self) -> None:
         """One step, whatever becomes of it: nothing on the host depends on that."""

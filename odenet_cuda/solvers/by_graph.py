@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..cuda_graph import Calls, Fence, being_captured, graphs, no_cast_is_kept
+from ..cuda_graph import NEVER, Calls, Fence, being_captured, graphs, no_cast_is_kept
 from ..problem import Problem, counter_of
+from ..sharding import is_plain
 from .trajectory import Evaluation, Trajectory
 
 
@@ -37,7 +38,9 @@ def first_call(problem: Problem, perturb: bool) -> tuple[Calls, Evaluation]:
     time = problem.start_time(perturb)
     calls = Calls([time, *y0])
     with no_cast_is_kept(), calls:
-        return calls, Evaluation(time, y0, problem.field(time, y0, 0))
+        k = problem.field(time, y0, 0)
+    calls.returned(k)
+    return calls, Evaluation(time, y0, k)
 
 
 def key_of(problem: Problem, kind: Hashable, calls: Calls) -> tuple[Hashable, ...]:
@@ -45,8 +48,19 @@ def key_of(problem: Problem, kind: Hashable, calls: Calls) -> tuple[Hashable, ..
     shapes = tuple([(leaf.shape, leaf.dtype) for leaf in problem.leaves])
     tolerances = *problem.rtol, *problem.atol, problem.quadratures, problem.quadratures_in_norm, *(problem.signs or ())
     cast = torch.is_autocast_enabled(problem.device.type), torch.get_autocast_dtype(problem.device.type)
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
-    return kind, problem.device, shapes, len(problem.t), problem.direction, problem.per_sample, tolerances, modes, calls.key
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, kernels_of_torch()
+    # Not all that reads a tensor is an operation of torch, and the adjoint has gradients of some in order.
+    field: Any = problem.field
+    places = tuple([(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in field.tensors if is_plain(x)])
+    rest = problem.direction, problem.per_sample, tolerances, modes, calls.key, places
+    return kind, problem.device, shapes, len(problem.t), *rest
+
+
+def kernels_of_torch() -> tuple[Hashable, ...]:
+    """Settings by which torch chooses them."""
+    cudnn: Any = torch.backends.cudnn
+    precision = torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
+    return *precision, torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic
 
 
 def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], called: bool) -> Trajectory:
@@ -69,13 +83,16 @@ def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], calle
     key = (mode, *key_of(problem, kind.key, calls))
     solver = graphs.take(key)
     if solver is None:
-        solver = make(graph=mode)
+        solver = make() if graphs.mark(key) == NEVER else make(graph=mode)
     else:
         solver.reset(*kind.reset)
+    wanted = solver.captures
     found = solver.run(start)
     counter_of(problem.field).nfe -= called
     ys, last = ([leaf.clone() for leaf in leaves] for leaves in (found.ys, found.last))
     state = None if found.state is None else found.state.clone()
     if solver.captures:
         graphs.give(key, solver, Fence(problem.device))
+    elif wanted:
+        graphs.set_mark(key, NEVER)
     return Trajectory(ys=ys, last=last, state=state, sums=found.sums)
