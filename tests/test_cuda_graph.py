@@ -564,6 +564,13 @@ def test_inside_a_graph_of_the_user(y0, ahead, monkeypatch, method, gradient):
     assert ahead.captured == 0
 
 
+def test_no_adaptive_solve_in_a_graph_of_the_user(y0, ahead, monkeypatch):
+    """The host could not learn of its end."""
+    monkeypatch.setattr(adaptive, "being_captured", lambda device: True)
+    with pytest.raises(RuntimeError, match="cannot be part of a CUDA graph that the caller captures"):
+        solve(Net(), y0, T)
+
+
 def test_capture_that_fails(y0, ahead, monkeypatch):
     def fails(step, device):
         raise RuntimeError("operation not permitted when stream is capturing\nmore words")
