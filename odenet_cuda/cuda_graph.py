@@ -60,8 +60,9 @@ class Calls(TorchDispatchMode):
         return tuple(self._calls)
 
     def returned(self, slopes: Sequence[Tensor | None]) -> None:
-        """What the call gave."""
+        """What the call gave, which ends the key. What it made may go: kept, its graph would be a part of later ones."""
         self._calls.append(tuple([None if slope is None else self._tensor(slope) for slope in slopes]))
+        self._alive.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -216,6 +217,20 @@ def _stream(device: torch.device) -> Any:
 def pool(device: torch.device) -> tuple[Any, ...]:
     """Memory for graphs that are never replayed at the same time, and none of which leaves results in it for another."""
     return (torch.cuda.graph_pool_handle(),) if device.type == "cuda" else ()
+
+
+@contextmanager
+def warming_up(device: torch.device) -> Iterator[None]:
+    """What is to be captured is done for the first time, on the stream of captures: leaves that are first used there get their
+    gradients there."""
+    if device.type != "cuda":
+        yield
+        return
+    own, users = _stream(device), torch.cuda.current_stream(device)
+    own.wait_stream(users)
+    with torch.cuda.stream(own):
+        yield
+    users.wait_stream(own)
 
 
 class Busy(RuntimeError):

@@ -165,8 +165,8 @@ def aliased(field: Field, tensors: Sequence[Tensor]) -> tuple[Field, list[Tensor
     """A field that has other leaves in place of these parameters and arguments of func, on the same memory, and those leaves.
     None where one of them is no parameter and no argument.
 
-    A leaf's gradient is accumulated on the stream on which the leaf was first used. In a captured graph that must be the
-    graph's own, so these leaves are first used there.
+    A leaf's gradient is made on the stream on which the leaf was first used. In a captured graph that must be the graph's own,
+    so these leaves are first used there.
     """
     func: Any = field.func
     args: Any = ()

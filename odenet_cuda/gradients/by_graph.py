@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cuda_graph import MET, NEVER, Busy, Fence, being_captured, graphs
+from ..cuda_graph import MET, NEVER, Busy, Fence, being_captured, graphs, warming_up
 from ..cuda_graph import captured as replay_of
 from ..integrate import Grid, Options
 from ..problem import Problem, aliased, counter_of, own_tensors
@@ -57,7 +57,8 @@ class GraphedSolve:
         self.solver = FixedSolver(self.own, options.tableau, *grid, perturb=options.perturb, graph="step")
         self.calls = calls_on_grid(options.tableau, grid[0], problem.t, problem.direction, options.perturb)
         self.grads = [torch.zeros_like(y) for y in self.solver.ys]
-        with torch.random.fork_rng([problem.device] if problem.device.type == "cuda" else []):
+        draws = torch.random.fork_rng([problem.device] if problem.device.type == "cuda" else [])
+        with draws, warming_up(problem.device):
             self._solve()  # what is done once is done here
             self._walk()
         self._replays = [replay_of(self._solve, problem.device)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_graph import captured as replay_of
-from ..cuda_graph import pool
+from ..cuda_graph import pool, warming_up
 from ..integrate import Options
 from ..problem import Problem, aliased, counter_of
 from ..solvers.adaptive import AdaptiveSolver
@@ -101,7 +101,8 @@ class StepBack:
         self.usable = True
         self._put(example)
         for inside in {False, len(problem.t) > 2}:
-            self._undo(inside)
+            with warming_up(problem.device):
+                self._undo(inside)
             undo = partial(self._undo, inside)
             self.replays[inside] = replay_of(undo, problem.device, memory)
             self.usable = self.usable and self.replays[inside] is not None
