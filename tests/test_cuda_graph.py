@@ -664,22 +664,19 @@ def test_settings_that_choose_kernels(y0, ahead):
 
 
 def test_adjoint_for_other_parameters(y0, ahead):
-    """The gradients are those of the parameters asked for, in their order."""
-    from odenet_cuda import odeint_adjoint
-
-    net = Net(wanted=True)
-    first, second = net.net[2].weight, net.net[0].weight.t().contiguous().requires_grad_()
-    field = lambda t, y: torch.tanh(y @ second) @ first.t() * t  # noqa: E731
-    for params in ((first, second), (second, first), (first, second)):
-        found = {}
-        for graph in (True, False):
-            options = {"cuda_graph": graph} if graph else {}
-            ys = odeint_adjoint(
-                field, y0, T, rtol=1e-7, atol=1e-7, adjoint_params=params, options=options, adjoint_options=options
-            )
-            found[graph] = torch.autograd.grad(ys.square().sum(), params)
-        for x, y in zip(found[True], found[False], strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+    """The gradients are those of the parameters asked for, in their order; also of a method whose first slope has no weight."""
+    first, second = (torch.linspace(-1, 1, 16, dtype=D).view(4, 4).mul(x).requires_grad_() for x in (1.0, -0.5))
+    field = lambda t, y: torch.tanh(y @ second) @ first * t  # noqa: E731
+    for method in ({}, {"method": "midpoint", "step_size": 0.1}):
+        for params in ((first, second), (second, first), (first,), (second,)):
+            found = {}
+            for graph in (True, False):
+                options = {"gradient": "adjoint", "adjoint_params": params, "cuda_graph": graph, "rtol": 1e-7, "atol": 1e-7}
+                ys = solve(field, y0, T, **options, **method).ys
+                found[graph] = torch.autograd.grad(ys.square().sum(), params)
+            for x, y in zip(found[True], found[False], strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+    assert ahead.captured >= 8
 
 
 def test_cache_is_bounded():
