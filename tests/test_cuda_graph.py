@@ -676,7 +676,7 @@ def test_adjoint_for_other_parameters(y0, ahead):
                 found[graph] = torch.autograd.grad(ys.square().sum(), params)
             for x, y in zip(found[True], found[False], strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
-    assert ahead.captured >= 8
+    assert ahead.captured >= 4
 
 
 def test_cache_is_bounded():
