@@ -28,9 +28,8 @@ from .autocast import autocast_state
 from .graphed_steps import GraphedSteps
 from .replay import second_gradients
 
-Found = tuple[
-    list[Tensor], list[Tensor | None], int
-]  # gradients for y0 and the captured tensors, and how often func was called
+# Gradients for y0 and the captured tensors, and how often func was called.
+Found = tuple[list[Tensor], list[Tensor | None], int]
 
 
 class GraphedSolve:

@@ -111,10 +111,7 @@ class StepBack:
         """This step is the next to be undone."""
         assert step.y0 is not None
         with torch.no_grad():
-            for own, leaf in zip(
-                (*self.start, self.step.times, self.step.first), (*step.y0, step.times, step.first), strict=True
-            ):
-                own.copy_(leaf)
+            torch._foreach_copy_([*self.start, self.step.times, self.step.first], [*step.y0, step.times, step.first])
             if isinstance(step.dt, Tensor):
                 self.dt.copy_(step.dt)
             else:
@@ -133,29 +130,28 @@ class StepBack:
         walk.undo_points(step, self.lam, self.dt, *((self.into_slopes, self.into_y0) if inside else (None, None)))
         walk.sums.flush()
         walk.undo(first)
-        for own, new in zip(self.lam, walk.lam, strict=True):
-            own.copy_(new)
+        torch._foreach_copy_(self.lam, walk.lam)
+
+    def _take_in(self, step: Step) -> bool:
+        """The gradients of outputs in the step; whether some lie inside it."""
+        into_slopes, lam, into_y0 = self.undoing.outputs(step, self.lam, self.dt)
+        if lam is not self.lam:
+            torch._foreach_copy_(self.lam, lam)
+        if into_slopes is None or into_y0 is None:
+            return False
+        for own, new in zip((*self.into_slopes, self.into_y0), (*into_slopes, into_y0), strict=True):
+            torch._foreach_copy_(own, new)
+        return True
 
     def walk(self, steps: Sequence[Step], grad_ys: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], int]:
         """The gradients for y0 and for the captured tensors, and how often func was called."""
         walk, calls = self.undoing, 0
         walk.begin(grad_ys)
-        for leaf in self.lam:
-            leaf.zero_()
+        torch._foreach_zero_(self.lam)
         walk.sums.clear()
         for step in reversed(steps):
             self._put(step)
-            lam, into_slopes, into_y0 = self.lam, None, None
-            if step.outputs:
-                into_slopes, lam, into_y0 = walk.outputs(step, self.lam, self.dt)
-            inside = into_slopes is not None
-            filled = zip(self.lam, lam, strict=True) if lam is not self.lam else ()
-            for own, new in filled:
-                own.copy_(new)
-            if into_slopes is not None and into_y0 is not None:
-                for owns, news in zip((*self.into_slopes, self.into_y0), (*into_slopes, into_y0), strict=True):
-                    for own, new in zip(owns, news, strict=True):
-                        own.copy_(new)
+            inside = bool(step.outputs) and self._take_in(step)
             replay = self.replays[inside]
             assert replay is not None
             replay()
