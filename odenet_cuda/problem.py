@@ -32,7 +32,8 @@ class Structure:
     def without_graph(self) -> "Structure":
         """The same, for whoever outlives the solve."""
         other = copy.copy(self)
-        other.leaves = [leaf.detach() for leaf in self.leaves]
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        other.leaves = [leaf if wrapped(leaf) else leaf.detach() for leaf in self.leaves]
         return other
 
     def unflatten(self, leaves: Sequence[Tensor]) -> Any:

@@ -42,6 +42,9 @@ JOINT = {
 PER_SAMPLE = {f"{name}, per sample": {**options, "step_control": "per_sample"} for name, options in JOINT.items()}
 ALL = {**FIXED, **JOINT, **PER_SAMPLE}
 FEW = ["rk4", "cubic", "dopri5", "dopri5, per sample", "tsit5, PI, jump"]
+# Mapped products may be rounded otherwise than those alone. The error estimate of dopri8 is near rounding here, so that its steps
+# differ then, and results by as much as a solve at its tolerance may.
+DIFFERENT_STEPS = {"dopri8": 1e-8}
 OF_VMAP = {**JOINT, "norms of elements": {"rtol": torch.tensor([1e-4, 1e-6]).double(), "atol": 1e-6}}
 
 
@@ -379,9 +382,10 @@ def test_vmap_over_closed_over_tensors(name):
     """The state is the same for all, or has samples itself."""
     matrices = torch.stack([MATRIX, -MATRIX, 2 * MATRIX])
     function = lambda y0, matrix: solve(field(matrix, BIAS), y0, TIMES, **OF_VMAP[name]).ys  # noqa: E731
-    assert_as_alone(function, [Y0[0], matrices], [None, 0], ROUNDING)
-    assert_as_alone(function, [Y0, matrices], [0, 0], ROUNDING)
-    assert_as_alone(function, [Y0, matrices.movedim(0, 2)], [None, 2], ROUNDING)
+    tolerance = DIFFERENT_STEPS.get(name, ROUNDING)
+    assert_as_alone(function, [Y0[0], matrices], [None, 0], tolerance)
+    assert_as_alone(function, [Y0, matrices], [0, 0], tolerance)
+    assert_as_alone(function, [Y0, matrices.movedim(0, 2)], [None, 2], tolerance)
 
 
 def test_vmap_over_states_of_elementwise_fields_is_bit_for_bit():
@@ -461,6 +465,7 @@ def test_autograd_around_vmap(name):
     assert_close(
         torch.autograd.grad((found * weights).sum(), inputs),
         torch.autograd.grad((expected * weights).sum(), inputs),
+        DIFFERENT_STEPS.get(name, ROUNDING),
     )
 
 
