@@ -42,8 +42,8 @@ JOINT = {
 PER_SAMPLE = {f"{name}, per sample": {**options, "step_control": "per_sample"} for name, options in JOINT.items()}
 ALL = {**FIXED, **JOINT, **PER_SAMPLE}
 FEW = ["rk4", "cubic", "dopri5", "dopri5, per sample", "tsit5, PI, jump"]
-# Mapped products may be rounded otherwise than those alone. The error estimate of dopri8 is near rounding here, so that its steps
-# differ then, and results by as much as a solve at its tolerance may.
+# Mapped products may be rounded otherwise than those alone. The error estimate of dopri8 is near rounding here, so that its
+# steps differ then, and results by as much as a solve at its tolerance may.
 DIFFERENT_STEPS = {"dopri8": 1e-8}
 OF_VMAP = {**JOINT, "norms of elements": {"rtol": torch.tensor([1e-4, 1e-6]).double(), "atol": 1e-6}}
 
