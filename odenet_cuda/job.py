@@ -79,7 +79,7 @@ class Job:
                 "gradients in its own state; use gradient='direct' or 'checkpoint'"
             )
         if wanted and self.options.cuda_graph and gradient in ("direct", "checkpoint"):
-            replayed = self._by_graph(gradient, checkpoints, captured, closed)
+            replayed = self._by_graph(gradient, checkpoints, captured, closed, params is not None)
             if replayed is not None:
                 return self._replayed(*replayed, captured, on_failure)
         checkpoints = checkpoints if wanted else None
@@ -127,7 +127,7 @@ class Job:
         return self._solution(outputs, trajectory, None, stats)
 
     def _by_graph(
-        self, gradient: str, checkpoints: Checkpoints | None, captured: Sequence[Tensor], closed: bool
+        self, gradient: str, checkpoints: Checkpoints | None, captured: Sequence[Tensor], closed: bool, chosen: bool
     ) -> tuple[Trajectory, by_graph.Lease] | None:
         """A solve whose gradient is by captured graphs; None where it is to be done without."""
         problem, options, grid = self.problem, self.options, self.grid
@@ -141,6 +141,7 @@ class Job:
             "regularizers": bool(self.regularizers),
             "callbacks of func": bool(find_callbacks(self.field.func, self.structure, options.adaptive)),
             "a gradient for t": self.t.requires_grad,
+            "adjoint_params": chosen,
             "func is no module that depends on its parameters alone": not closed,
             f"the grid takes {calls} calls of func, a graph at most {MOST_CAPTURED}": calls > MOST_CAPTURED,
             "max_checkpoints": grid is None and limit is not None,

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from graph_stand_ins import Capture, run_ahead
 from problems import ADAPTIVE_METHODS, FIXED_METHODS
 from torch import nn
 
@@ -39,48 +40,10 @@ def y0():
     return torch.linspace(-1, 1, 24, dtype=D).view(6, 4)
 
 
-class Capture:
-    """Stands for a graph: a replay makes the step again. captured: how many steps were captured, replayed: how many made."""
-
-    def __init__(self):
-        self.captured = self.replayed = 0
-
-    def __call__(self, step, device):
-        self.captured += 1
-
-        def replay():
-            self.replayed += 1
-            step()
-
-        return replay
-
-    def repeat(self, step, status):
-        """Stands for a graph that repeats the step."""
-        self.captured += 1
-
-        def launch():
-            self.replayed += 1
-            for _ in range(cuda_graph._STEPS_A_LAUNCH):
-                if not (status == RUNNING).any():
-                    break
-                step()
-
-        return launch
-
-
 @pytest.fixture
 def ahead(monkeypatch):
     """The host runs ahead, as it does on CUDA."""
-    monkeypatch.setattr(adaptive, "runs_ahead", lambda device: True)
-    monkeypatch.setattr("odenet_cuda.integrate.runs_ahead", lambda device: True)
-    monkeypatch.setattr("odenet_cuda.job.runs_ahead", lambda device: True)
-    capture = Capture()
-    monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(cuda_graph, "repeat", capture.repeat)
-    monkeypatch.setattr(cuda_graph, "graphs", Graphs())
-    for module in (by_graph, gradients):
-        monkeypatch.setattr(module, "graphs", cuda_graph.graphs)
-    return capture
+    return run_ahead(monkeypatch, Capture())
 
 
 def same(found, expected):

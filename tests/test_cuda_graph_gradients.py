@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 import torch
-from test_cuda_graph import Capture, Net, T, ahead, same, y0  # noqa: F401
+from graph_stand_ins import Graph, run_ahead
+from test_cuda_graph import Clocked, Net, T, same, y0  # noqa: F401
 
 from odenet_cuda import SolverError, cuda_graph, solve
 from odenet_cuda.gradients import graphed_steps
@@ -16,6 +17,12 @@ D = torch.float64
 WAYS = ["direct", "checkpoint"]
 FSAL = ["dopri5", "dopri8", "tsit5", "bosh3"]
 OPTIONS = {"rtol": 1e-4, "atol": 1e-5, "max_step": 0.2}
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The host runs ahead, as it does on CUDA. A replay makes what was done, where it was done, without Python."""
+    return run_ahead(monkeypatch, Graph())
 
 
 def trained(way, options, times, graph, solves=4, wanted=True):
@@ -53,7 +60,7 @@ def compare(found, expected):
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 @pytest.mark.parametrize("method", FSAL)
 @pytest.mark.parametrize("way", WAYS)
-def test_training(ahead, monkeypatch, way, method, control):  # noqa: F811
+def test_training(ahead, monkeypatch, way, method, control):
     """From the second solve on every step is a replay, but for the first of each solve that captures, which is made before."""
     options = {"method": method, "step_control": control}
     found = trained(way, options, T, True)
@@ -67,9 +74,35 @@ def test_training(ahead, monkeypatch, way, method, control):  # noqa: F811
     assert back[0] in (0, again[0]) and all(0 < a <= b for a, b in zip(back[1:], again[1:], strict=True))
 
 
+@pytest.mark.parametrize("method", ["dopri5", "fehlberg2", "rk4"])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_adjoint(ahead, monkeypatch, control, method):
+    """The same of the adjoint, whose integral for the weights is in the graph."""
+    if (method, control) == ("rk4", "per_sample"):
+        pytest.skip("a grid has no step control")
+    found = {}
+    for graph in (True, False):
+        net, start = Clocked(wanted=True), torch.linspace(-1, 1, 24, dtype=D).view(6, 4).requires_grad_()
+        optimizer = torch.optim.SGD([start, *net.parameters()], lr=0.05)
+        options = {"gradient": "adjoint", "method": method, **({"step_size": 0.1} if method == "rk4" else OPTIONS)}
+        found[graph] = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            ys = solve(net, start, T, step_control=control, cuda_graph=graph, **options).ys
+            ys.square().sum().backward()
+            found[graph].append([ys.detach(), start.grad.clone(), *(p.grad.clone() for p in net.parameters())])
+            optimizer.step()
+        if graph:
+            assert ahead.captured >= 2
+            monkeypatch.undo()
+    for one, other in zip(found[True], found[False], strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 0.01, 0.02, 0.03, 0.5, 0.6, 1.0], [1.0, 0.4, 0.0]], ids=str)
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
-def test_outputs(ahead, monkeypatch, times, control):  # noqa: F811
+def test_outputs(ahead, monkeypatch, times, control):
     """None between the ends, for which nothing is captured; many in one step; back in time."""
     found = trained("checkpoint", {"step_control": control}, times, True, 3)
     assert ahead.captured == (2 if len(times) == 2 else 3)
@@ -78,14 +111,14 @@ def test_outputs(ahead, monkeypatch, times, control):  # noqa: F811
 
 
 @pytest.mark.parametrize("options", [{"first_step": 0.01}, {"step_t": [0.5]}, {"controller": "PI"}], ids=str)
-def test_options(ahead, monkeypatch, options):  # noqa: F811
+def test_options(ahead, monkeypatch, options):
     found = trained("direct", options, T, True, 3)
     assert ahead.captured == 3
     monkeypatch.undo()
     compare(found, trained("direct", options, T, False, 3))
 
 
-def test_frozen_weights(ahead, monkeypatch):  # noqa: F811
+def test_frozen_weights(ahead, monkeypatch):
     found = trained("checkpoint", {}, T, True, 3, wanted=False)
     assert ahead.captured == 3
     monkeypatch.undo()
@@ -104,7 +137,7 @@ class Pair(torch.nn.Module):
         return torch.tanh(self.a * x) * z.sum(1, keepdim=True), -z * x.square().sum(1, keepdim=True) + torch.cos(t)
 
 
-def test_leaves_and_unused_parameters(ahead, monkeypatch):  # noqa: F811
+def test_leaves_and_unused_parameters(ahead, monkeypatch):
     found = {}
     for graph in (True, False):
         func = Pair()
@@ -219,7 +252,7 @@ def solved(net, start, times, graph, **options):
 
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
-def test_other_times_and_first_steps(ahead, control):  # noqa: F811
+def test_other_times_and_first_steps(ahead, control):
     """The same graphs serve them: they are numbers in memory, and on the tape of each solve."""
     net, start = Net(wanted=True), torch.linspace(-1, 1, 24, dtype=D).view(6, 4).requires_grad_()
     cases = [([0.0, 0.3, 1.0], {})] * 2 + [
@@ -261,7 +294,7 @@ def test_hooks_for_saved_tensors(y0, ahead):  # noqa: F811
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 
 
-def test_kept_graphs_hold_no_graph_of_autograd(ahead):  # noqa: F811
+def test_kept_graphs_hold_no_graph_of_autograd(ahead):
     """What y0 was made from goes with the solve."""
     net = Net(wanted=True)
     for options in (OPTIONS, {"method": "rk4"}):
@@ -315,6 +348,19 @@ def test_a_capture_waits_for_no_other(y0, ahead, monkeypatch):  # noqa: F811
     assert ahead.captured == 3
 
 
+@pytest.mark.parametrize("method", [{"method": "rk4"}, OPTIONS], ids=str)
+def test_chosen_parameters(y0, ahead, method):  # noqa: F811
+    """`direct` has gradients for all that func depends on, `checkpoint` for those asked for."""
+    net, start = Net(wanted=True), y0.clone().requires_grad_()
+    for way in WAYS:
+        options = {"gradient": way, "adjoint_params": [net.net[0].weight], **method}
+        for _ in range(3):
+            with pytest.warns(UserWarning, match="adjoint_params"):
+                ys = solve(net, start, T, cuda_graph=True, **options).ys
+        grads = torch.autograd.grad(ys.sum(), list(net.parameters()), allow_unused=True)
+        assert [grad is not None for grad in grads] == [way == "direct" or i == 0 for i in range(len(grads))]
+
+
 @pytest.mark.parametrize("fails", [1, 2, 3])
 def test_captures_that_fail(y0, ahead, monkeypatch, fails):  # noqa: F811
     """Forwards, back, or back with outputs: the solve and its gradient go on without graphs, in words."""
@@ -336,7 +382,7 @@ def test_captures_that_fail(y0, ahead, monkeypatch, fails):  # noqa: F811
     torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-13)
 
 
-def test_the_memory_of_a_solve(ahead):  # noqa: F811
+def test_the_memory_of_a_solve(ahead):
     """Steps lie on the tape as states alone: what func computes is not kept."""
     net, start = Net(wanted=True), torch.ones(6, 4, dtype=D, requires_grad=True)
     for _ in range(2):
