@@ -160,7 +160,7 @@ class Recomputation:
         evaluations: list[Evaluation | None] = []
         addresses: list[int] = []
         for i in range(1, points + 1):
-            if i == self.tableau.stages or (i == points and not step.outputs and self.step_costs is None):
+            if i == self.tableau.stages or (i == points and not _inside(step) and self.step_costs is None):
                 stepper.k[i:] = [[] for _ in stepper.k[i:]]
                 evaluations.append(None)
                 break
@@ -219,6 +219,12 @@ class Recomputation:
 
     def _shaped(self, mask: Tensor, leaf: Tensor) -> Tensor:
         return mask.reshape(-1, *[1] * (leaf.dim() - 1))
+
+
+def _inside(step: Step) -> bool:
+    """Whether an output lies inside the step: then the slope at its end counts."""
+    end = step.ends[1]
+    return any(end is None or end[0] != index for index, _, _ in step.outputs)
 
 
 def _rows_of(dt: float | Tensor, problem: Problem) -> Tensor:
