@@ -11,7 +11,8 @@ from problems import ADAPTIVE_METHODS, FIXED_METHODS
 from torch import nn
 
 from odenet_cuda import SolverError, cuda_graph, solve
-from odenet_cuda.cuda_graph import Calls, Graphs, Watch
+from odenet_cuda.calls import Calls
+from odenet_cuda.cuda_graph import Graphs, Watch
 from odenet_cuda.gradients import by_graph as gradients
 from odenet_cuda.solvers import adaptive, by_graph
 from odenet_cuda.step_control import RUNNING, SUCCESS

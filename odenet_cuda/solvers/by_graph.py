@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..cuda_graph import NEVER, Calls, Fence, being_captured, graphs, no_cast_is_kept
+from ..calls import Calls
+from ..cuda_graph import NEVER, Fence, being_captured, graphs, no_cast_is_kept
 from ..problem import Problem, counter_of
 from ..sharding import is_plain
 from .trajectory import Evaluation, Trajectory
