@@ -70,7 +70,8 @@ class Field:
     def __init__(self, func: Callable, structure: Structure):
         if not callable(func):
             raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
-        self.func, self.structure = func, structure.without_graph()
+        self.func = func
+        self.structure = structure if torch.compiler.is_compiling() else structure.without_graph()
         self.nfe = 0
         self._unknown = 2  # calls until it is known whether func returns one buffer
         self._first: list[Tensor] = []
