@@ -135,7 +135,6 @@ class Job:
             return None
         calls = 0 if grid is None else calls_on_grid(options.tableau, grid[0], problem.t, problem.direction, options.perturb)
         limit = None if checkpoints is None else checkpoints.limit
-        fused = problem.fused_error and options.tableau.fsal
         refusals = {
             "dense=True": self.dense,
             "regularizers": bool(self.regularizers),
@@ -147,7 +146,7 @@ class Job:
             "max_checkpoints": grid is None and limit is not None,
             "jump_t": bool(options.jump_t),
             "a norm of the user, or tolerances that are tensors": grid is None and not problem.fused_error,
-            f"{options.method} begins a step with the last slope of the step before": grid is None and not fused,
+            f"{options.method} begins a step with the last slope of the step before": grid is None and not options.tableau.fsal,
             "parameters of 16 bits": grid is None and any(x.dtype in SHORT for x in captured),
         }
         refusal = next((name for name, refused in refusals.items() if refused), "")

@@ -55,7 +55,7 @@ class Team:
 
     @property
     def slabs(self) -> int:
-        """Bytes of the two slabs in core/layers.h."""
+        """Bytes of the two slabs in core/team_layers.h."""
         return 2 * (16 if self.groups == 1 else 64) * (self.lanes + 4) * self.item
 
     @property

@@ -86,7 +86,7 @@ class StepBack:
         self, problem: Problem, recorder: Recorder, example: Step, captured: Sequence[Tensor], memory: tuple[Any, ...]
     ):
         tableau = recorder.tableau
-        self.tableau, self.device = tableau, problem.device
+        self.tableau = tableau
         self.undoing = BackwardWalk(problem, recorder, captured, [None] * len(problem.leaves), False, keep_graphs=False)
         self.again = Recomputation(problem, recorder, captured, "first", False)
         self.start = self.again.start
