@@ -34,6 +34,8 @@ FLAGS = (
     "-DNDEBUG",
     "-w",
 )
+# g++ 12.2 takes the stores of an array for dead that a later loop still reads; right without either of these passes.
+GNU_FLAGS = ("-fno-dse", "-fno-ivopts")
 LEVEL_FLAGS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -84,6 +86,14 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
                 return (path, *command[1:]), run.stdout.splitlines()[0]
     where = f" as CXX, {given}" if given else ""
     raise NoCompiler(f"no C++ compiler was found{where}; install g++ 11 or clang++ 14, or newer, or set CXX")
+
+
+@functools.cache
+def compiler_flags() -> tuple[str, ...]:
+    """FLAGS, and GNU_FLAGS where the compiler knows them. Raises NoCompiler."""
+    command = [*find_compiler()[0], *GNU_FLAGS, "-fsyntax-only", "-xc++", os.devnull]
+    known = subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
+    return FLAGS + GNU_FLAGS if known else FLAGS
 
 
 @functools.cache
@@ -138,7 +148,7 @@ def load(text: str, capability: Capability | None = None) -> _C.Library:
         compiler, version = find_compiler()
         level = _C.cpu_level()
         given = shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))
-        flags = (*FLAGS, f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
+        flags = (*compiler_flags(), f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
     else:
         compiler, version = find_nvcc()
         flags = (*CUDA_FLAGS, f"-arch=sm_{capability[0]}{capability[1]}")
