@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -248,10 +249,18 @@ class Problem:
 
     def start_time(self, perturb: bool) -> Tensor:
         """t[0] as func sees it; perturb: just inside."""
-        times = torch.full((1, self.rows), self.t[0], dtype=self.real)
-        if perturb:
-            times = torch.nextafter(times, torch.full_like(times, self.direction * math.inf))
+        return self.time_beside(0, 1.0 if perturb else 0.0)
+
+    def time_beside(self, index: int, side: float) -> Tensor:
+        """t[index] as func sees it. side: +1: just after it in the direction of the solve, -1: just before, 0: itself."""
+        times = torch.full((1, self.rows), self.t[index], dtype=self.real)
+        if side:
+            times = torch.nextafter(times, torch.full_like(times, self.direction * side * math.inf))
         return self.time_views(to_device(times, self.device))[0]
+
+    def same_time(self, x: float, y: float) -> bool:
+        """Whether func sees two times as one: they may come from numbers of float32."""
+        return x == y or (self.real != torch.float64 and bool(np.float32(x) == np.float32(y)))
 
     def time_views(self, times: Tensor) -> list[Tensor]:
         """times [stages, rows] as func sees them: 0-dimensional, or [batch, 1, ...] of the first leaf's rank."""

@@ -110,7 +110,8 @@ class Engine:
         tensors: dict[str, Tensor],
     ) -> tuple[_C.SolveCall, list[Tensor]]:
         """A call with those tensors, and all that it points to, to be kept alive. columns: numbers of a sample in its state."""
-        times, kinds = stop_table(problem, options.step_t, options.jump_t)
+        stops = (options.step_t, options.jump_t) if grid is None else ((), ())
+        times, kinds = stop_table(problem, *stops)
         addresses = np.array(self.constants.addresses, np.int64).view(np.float64)
         parts: list[Any] = [problem.t, times, kinds, problem.rtol, problem.atol, addresses, () if grid is None else grid[0]]
         table = to_device(torch.from_numpy(np.concatenate([np.asarray(part, np.float64) for part in parts])), problem.device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import noise
 from ..captured import cut_points, gradients, refuse_unknown, sequence_number
 from ..formulas import rms_norm
 from ..integrate import Options, fixed_grid, integrate
@@ -242,7 +243,7 @@ def solve_backwards(
     grad_ys, costs = grads[:n], grads[n:]
     tableau = adjoint.options.tableau
     forward: Any = problem.field
-    field = forward.again()
+    field, generators = forward.again(), noise.states(problem.device)
     others = aliased(field, params) if adjoint.options.cuda_graph else None
     field, params = others or (field, params)
     in_norm = not adjoint.seminorm and not problem.per_sample
@@ -281,7 +282,7 @@ def solve_backwards(
         a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         if grad_t is not None:
             g = [*(grad[i] for grad in grad_ys), *(costs if i == len(problem.t) - 1 else ())]
-            grad_t[i] = slope_product(field, problem, i, y, g)
+            grad_t[i] = slope_product(field, problem, adjoint.options, i, y, g)
         backward.leaves = [*y, *a, *([] if per_sample else integral)]
         backward.t = [problem.t[i], problem.t[i - 1]]
         grid = None if options.adaptive else fixed_grid(options, backward.t)
@@ -297,8 +298,9 @@ def solve_backwards(
         a = trajectory.last[n : 2 * n]
         integral = [x + y for x, y in zip(integral, trajectory.sums, strict=True)] if per_sample else trajectory.last[2 * n :]
     if grad_t is not None:
-        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], [*a, *costs])
+        grad_t[0] = -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs])
     stats.nfe_backward = field.nfe
+    noise.warn_of_other_numbers(generators, problem.device, "adjoint")
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
 
@@ -308,10 +310,10 @@ def _as_leaf(x: Tensor) -> Tensor:
     return x.float() if x.dtype in SHORT else x
 
 
-def slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
-    """g . f(t_i, y), and the rates of running costs if g goes on to them"""
-    times = torch.full((1, problem.rows), problem.t[i], dtype=problem.real, device=problem.device)
-    k = field(problem.time_views(times)[0], y)
+def slope_product(field: Field, problem: Problem, options: Options, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
+    """g . f(t_i, y), and the rates of running costs if g goes on to them; at a discontinuity of func with the slope that the
+    forward solve came to t_i with, or for i = 0 went from it with."""
+    k = field(problem.time_beside(i, options.on_side(problem, i)), y)
     return torch.stack([real_product(x, slope.detach()).sum() for x, slope in zip(g, k, strict=False)]).sum()
 
 

@@ -80,6 +80,7 @@ def way_back(
     again = Recomputation(problem, recorder, captured, check, t_grad)
     with again.generators():
         undo_all(again, walk, recorder.checkpoints.limit)
+    again.refuse_others()
     return walk.result(), again.field.nfe
 
 
@@ -101,6 +102,9 @@ class Recomputation:
         shape = [problem.rows, *[1] * (problem.leaves[0].dim() - 1)] if problem.per_sample else []
         self.as_seen: list[int] = shape  # a time as func sees it
         self.recorder = Recorder(self.tableau, problem.t, problem.per_sample, self.n, graphs=True, t_grad=t_grad)
+        self.expected = recorder.last  # the state that the next step to be recorded came to; another is refused
+        self._rounding = noise.rounding(problem.leaves)
+        self._others: list[Tensor] = []  # on CUDA, whether steps ended elsewhere
         self.steps: list[Step] = []
         self.restarts: list[list[Evaluation]] = []  # before each step, first slopes that are not carried
         waiting: list[Evaluation] = []
@@ -161,6 +165,8 @@ class Recomputation:
         addresses: list[int] = []
         for i in range(1, points + 1):
             if i == self.tableau.stages or (i == points and not _inside(step) and self.step_costs is None):
+                if self.expected is not None:
+                    kernels.stage(i, addresses)
                 stepper.k[i:] = [[] for _ in stepper.k[i:]]
                 evaluations.append(None)
                 break
@@ -168,8 +174,29 @@ class Recomputation:
             evaluation = self._evaluate(views[i], stepper.y[i])
             evaluations.append(evaluation)
             addresses = stepper.set_slopes(i, evaluation.k, True)
+        if self.expected is not None:
+            self._compare(step, y, self.expected)
         done = Step(step.times, step.first, self.dt, step.accept, step.outputs, step.ends, y, list(stepper.k), evaluations)
         return [*entries, done]
+
+    def _compare(self, step: Step, y0: list[Tensor], expected: list[Tensor]) -> None:
+        """Whether the step made again ended where it did."""
+        with torch.no_grad():
+            ends = self.stepper.y[-1]
+            if step.accept is not None:
+                ends = [torch.where(self._shaped(step.accept, end), end, y) for end, y in zip(ends, y0, strict=False)]
+            on_host = self.problem.device.type == "cpu"
+            for y, end, other, rounding in zip(y0, ends, expected, self._rounding, strict=False):
+                if not (on_host and torch.equal(end, other)):
+                    self._others.append(noise.beyond_rounding(y, end, other, rounding))
+            if on_host:
+                self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """Raises RuntimeError where a step made again ended elsewhere."""
+        if self._others and bool(torch.stack(self._others).any()):
+            raise RuntimeError(noise.OTHER_STEP)
+        self._others.clear()
 
     def generators(self) -> Any:
         """Random generators stand afterwards where they stood before, if func draws numbers."""
@@ -260,3 +287,5 @@ def undo_all(again: Recomputation, walk: BackwardWalk, limit: int | None) -> Non
         end -= 1
         for entry in reversed(again.record(end, state)):
             walk.undo(entry)
+        if again.expected is not None:
+            again.expected = state[0]

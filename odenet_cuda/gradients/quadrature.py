@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import formulas, ops
+from .. import formulas, noise, ops
 from ..captured import cut_points, gradients, refuse_unknown, sequence_number
 from ..integrate import fixed_grid, integrate
 from ..ops import FIELDS
@@ -230,6 +230,7 @@ def solve_backwards(
     outputs = [*ys, *problem.leaves[n:]]
     grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
     field, grad_ys, costs = forward.again(), grads[:n], grads[n:]
+    generators = noise.states(problem.device)
     on_solution = AdjointField(field, solution, params, costs, adjoint.check)
     options, tableau = adjoint.options, adjoint.options.tableau
     a = [torch.zeros_like(leaf) for leaf in problem.state_leaves]
@@ -250,7 +251,7 @@ def solve_backwards(
     for i in range(len(problem.t) - 1, 0, -1):
         if grad_t is not None:
             g = [*(grad[i] for grad in grad_ys), *(costs if i == len(problem.t) - 1 else ())]
-            grad_t[i] = slope_product(field, problem, i, [out[i] for out in ys], g)
+            grad_t[i] = slope_product(field, problem, adjoint.options, i, [out[i] for out in ys], g)
         backward.leaves = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         backward.t = recorder.t = [problem.t[i], problem.t[i - 1]]
         grid = None if options.adaptive else fixed_grid(options, backward.t)
@@ -265,8 +266,9 @@ def solve_backwards(
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last
     if grad_t is not None:
-        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], [*a, *costs])
+        grad_t[0] = -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs])
     stats.nfe_backward = field.nfe
+    noise.warn_of_other_numbers(generators, problem.device, "quadrature")
     totals = zip(recorder.sums.results(), params, strict=True)
     grad_params = [torch.zeros_like(param) if total is None else total for total, param in totals]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
