@@ -367,6 +367,7 @@ class Job:
         if error is not None:
             reached = torch.from_numpy(state[FIELDS["output_end"]]).to(ys[0].device)
             missing = torch.arange(len(self.problem.t), device=ys[0].device)[:, None] >= reached  # [T, rows]
+            self.problem.missing = missing
             for out in ys:
                 columns = [missing.shape[1], *[1] * (out.dim() - 2)] if out.dim() > 1 else []
                 out.masked_fill_(missing.reshape(-1, *columns), math.nan)

@@ -209,7 +209,8 @@ class Problem:
     control (one error ratio), else the number of samples. rtol, atol: one number or tensor a leaf. norm: the user's, of
     leaves, or None for the largest of the leaves' RMS norms. quadratures: how many of the last leaves func does not depend
     on; they have slopes but no stages. quadratures_in_norm: whether their error counts. signs: of the slopes of each leaf, -1
-    where field gives them for the opposite direction of time; none: all +1.
+    where field gives them for the opposite direction of time; none: all +1. held: bool [rows], those that take no part and
+    stay at t[0]. missing: after a solve in which rows failed, the outputs that they did not reach, [T, rows].
     """
 
     field: Callable[..., list[Any]]
@@ -223,6 +224,8 @@ class Problem:
     quadratures: int = 0
     quadratures_in_norm: bool = True
     signs: list[float] | None = None
+    held: Tensor | None = None
+    missing: Tensor | None = None
 
     @property
     def state_leaves(self) -> list[Tensor]:

@@ -21,6 +21,8 @@ from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .autocast import autocast_state
 from .direct import BackwardWalk
+from .failed import known_cotangents, with_nan
+from .release import kept
 from .replay import second_gradients
 
 _FEW = 32  # states, of which the best may be looked for; with more the gaps between are short, and the search is not
@@ -54,16 +56,19 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        recorder, problem, count, t_grad = ctx.recorder, ctx.problem, ctx.count, ctx.needs_input_grad[6]
+        problem, count, t_grad = ctx.problem, ctx.count, ctx.needs_input_grad[6]
         t, *tensors = ctx.saved_tensors
+        recorder, _ = kept(ctx, "recorder")
+        grad_ys, spoilt = known_cotangents(problem, grad_ys)
         y0, captured = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():
             with torch.autocast(**ctx.autocast):
                 found = second_gradients(recorder, problem, problem.field, y0, t, captured, grad_ys)
-            return None, None, None, None, None, None, found[count], *found[:count], *found[count + 1 :]
+            grad_y0, grad_t, others = with_nan(spoilt, problem, found[:count], found[count], found[count + 1 :])
+            return None, None, None, None, None, None, grad_t, *grad_y0, *others
         with torch.autocast(**ctx.autocast):
             grads, ctx.stats.nfe_backward = way_back(recorder, problem, captured, grad_ys, t_grad, ctx.check)
-        grad_y0, grad_t, grad_captured = grads
+        grad_y0, grad_t, grad_captured = with_nan(spoilt, problem, *grads)
         return None, None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 
 
@@ -220,6 +225,8 @@ class Recomputation:
         """Binds the size and first slope of a step; gives the times of its stages as func sees them."""
         stepper, kernels = self.stepper, self.stepper.kernels
         self.dt = _rows_of(step.dt, self.problem)
+        if step.accept is not None:  # the others stay where they are: what they tried may have been no number
+            self.dt = torch.where(step.accept, self.dt, 0.0)
         kernels.bind_dt(self.dt.data_ptr())
         kernels.bind_slopes(0, stepper.set_slopes(0, k, True))
         return self.problem.time_views(step.times)

@@ -20,7 +20,7 @@ from ..cuda_graph import Busy, Watch, being_captured, captured, repeated
 from ..ops import FIELDS, STOPS
 from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
-from ..step_control import RUNNING, StepControl, initial_state
+from ..step_control import RUNNING, SUCCESS, StepControl, initial_state
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .trajectory import Evaluation, Recorder, Trajectory
@@ -113,7 +113,10 @@ class AdaptiveSolver:
         stops, t = (torch.tensor(x, dtype=torch.float64) for x in ([times, [float(kind) for kind in kinds]], problem.t))
         self.starts_on_jump = times[0] == problem.t[0]
         state = torch.from_numpy(initial_state(problem.t[0], problem.rows, self.starts_on_jump))
-        return to_device(state, problem.device), to_device(stops, problem.device), to_device(t, problem.device)
+        state = to_device(state, problem.device)
+        if problem.held is not None:
+            state[FIELDS["status"]].masked_fill_(problem.held, SUCCESS)
+        return state, to_device(stops, problem.device), to_device(t, problem.device)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
