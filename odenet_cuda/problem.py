@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -208,7 +209,8 @@ class Problem:
     control (one error ratio), else the number of samples. rtol, atol: one number or tensor a leaf. norm: the user's, of
     leaves, or None for the largest of the leaves' RMS norms. quadratures: how many of the last leaves func does not depend
     on; they have slopes but no stages. quadratures_in_norm: whether their error counts. signs: of the slopes of each leaf, -1
-    where field gives them for the opposite direction of time; none: all +1.
+    where field gives them for the opposite direction of time; none: all +1. held: bool [rows], those that take no part and
+    stay at t[0]. missing: after a solve in which rows failed, the outputs that they did not reach, [T, rows].
     """
 
     field: Callable[..., list[Any]]
@@ -222,6 +224,8 @@ class Problem:
     quadratures: int = 0
     quadratures_in_norm: bool = True
     signs: list[float] | None = None
+    held: Tensor | None = None
+    missing: Tensor | None = None
 
     @property
     def state_leaves(self) -> list[Tensor]:
@@ -248,10 +252,18 @@ class Problem:
 
     def start_time(self, perturb: bool) -> Tensor:
         """t[0] as func sees it; perturb: just inside."""
-        times = torch.full((1, self.rows), self.t[0], dtype=self.real)
-        if perturb:
-            times = torch.nextafter(times, torch.full_like(times, self.direction * math.inf))
+        return self.time_beside(0, 1.0 if perturb else 0.0)
+
+    def time_beside(self, index: int, side: float) -> Tensor:
+        """t[index] as func sees it. side: +1: just after it in the direction of the solve, -1: just before, 0: itself."""
+        times = torch.full((1, self.rows), self.t[index], dtype=self.real)
+        if side:
+            times = torch.nextafter(times, torch.full_like(times, self.direction * side * math.inf))
         return self.time_views(to_device(times, self.device))[0]
+
+    def same_time(self, x: float, y: float) -> bool:
+        """Whether func sees two times as one: they may come from numbers of float32."""
+        return x == y or (self.real != torch.float64 and bool(np.float32(x) == np.float32(y)))
 
     def time_views(self, times: Tensor) -> list[Tensor]:
         """times [stages, rows] as func sees them: 0-dimensional, or [batch, 1, ...] of the first leaf's rank."""

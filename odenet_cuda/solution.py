@@ -47,11 +47,14 @@ class Stats:
 
     nfe: calls of func. num_accepted, num_rejected: steps; an int under joint control, an int64 tensor [batch] per sample.
     nfe_backward: calls of func in the last backward pass through this solve; 0 before one.
+    adjoint_drift: how far the adjoint's backward solve came back from the stored outputs, at most, as a multiple of its
+        tolerance; a float, or float64 [batch] per sample. Far above 1 its gradient cannot be trusted; 0 without such a solve.
     """
 
     def __init__(self, nfe: int, num_accepted: Tensor, num_rejected: Tensor, per_sample: bool):
         self.nfe = nfe
         self.nfe_backward = 0
+        self.drift: Tensor | None = None  # [rows]
         self._accepted, self._rejected, self._per_sample = num_accepted, num_rejected, per_sample
 
     @property
@@ -61,6 +64,12 @@ class Stats:
     @property
     def num_rejected(self) -> int | Tensor:
         return self._count(self._rejected)
+
+    @property
+    def adjoint_drift(self) -> float | Tensor:
+        if self.drift is None:
+            return torch.zeros(len(self._accepted), dtype=torch.float64) if self._per_sample else 0.0
+        return self.drift if self._per_sample else float(self.drift[0])
 
     def _count(self, counts: Tensor) -> int | Tensor:
         return counts.long() if self._per_sample else int(counts[0])
