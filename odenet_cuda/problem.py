@@ -65,6 +65,8 @@ class Field:
     """func over leaves: counts its calls and checks what it returns.
 
     The tensors handed to func belong to the solver and are written again after the call; func must copy what it keeps.
+    with_gradients: func is called with gradients on even where nobody keeps its graph, as torchdiffeq calls it: it may
+    differentiate inside itself.
     """
 
     def __init__(self, func: Callable, structure: Structure):
@@ -72,6 +74,7 @@ class Field:
             raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
         self.func = func
         self.structure = structure if torch.compiler.is_compiling() else structure.without_graph()
+        self.with_gradients = False
         self.nfe = 0
         self._unknown = 2  # calls until it is known whether func returns one buffer
         self._first: list[Tensor] = []
@@ -93,6 +96,9 @@ class Field:
 
     def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         """The slopes at (t, y), each with the shape, type and device of its leaf. stage: which one of a step; not used here."""
+        if self.with_gradients and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return [slope.detach() for slope in Field.__call__(self, t, y, stage)]
         self.nfe += 1
         structure = self.structure
         if structure.single:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import cuda_graph as graphs
@@ -144,8 +145,10 @@ def solve(
             raise ValueError(f"step_control='per_sample' needs an adaptive method, got {method!r}, which has no step control")
     regularizers = check_regularizers(regularizers, options.tableau, method, gradient)
     running = [name for name in regularizers if name in RUNNING]
+    field = CostField(func, structure, running, per_sample) if running else Field(func, structure)
+    field.with_gradients = gradient == "direct" and torch.is_grad_enabled()
     problem = Problem(
-        field=CostField(func, structure, running, per_sample) if running else Field(func, structure),
+        field=field,
         leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
         t=values,
         direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,

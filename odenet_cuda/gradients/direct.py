@@ -11,6 +11,7 @@ end depends on t only at the times of t themselves.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -190,16 +191,16 @@ class BackwardWalk:
             outputs = [k for k in outputs if k.requires_grad]
             if not outputs:
                 return [None] * self.leaves, None
-        # The first evaluation has no gradient for y0 where none is wanted.
-        y = evaluation.y if evaluation.y[0].requires_grad else []
-        inputs = [*y, *([evaluation.t] if self.t_grad else []), *self.captured]
+        # The first evaluation has no gradient for y0 where none is wanted, but func may differentiate by a part of it itself.
+        wanted = [leaf.requires_grad for leaf in evaluation.y]
+        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if self.t_grad else []), *self.captured]
         grads = gradients(outputs, inputs, kappa, self.cuts, self.keep_graphs)
-        n = self.n
-        if not y:
-            grads = [None] * n + list(grads)
+        n = sum(wanted)
+        by_y = iter(grads[:n])
         if self.captured:
             self.sums.add(grads[n + self.t_grad :])
-        return [*grads[:n], *[None] * (self.leaves - n)], grads[n] if self.t_grad else None
+        found = [next(by_y) if needed else None for needed in wanted]
+        return [*found, *[None] * (self.leaves - self.n)], grads[n] if self.t_grad else None
 
     def _undo_evaluation(self, evaluation: Evaluation) -> None:
         """A slope evaluated for itself: at the start, or anew beyond a discontinuity for the rows of its mask."""
