@@ -2,9 +2,11 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,16 +18,21 @@ from .sharding import is_plain
 
 
 class Structure:
-    """How the leaves of a state make up what the user sees: one tensor, or a nest of tuples, lists and dicts."""
+    """How the leaves of a state make up what the user sees: one tensor, or a nest of tuples, lists and dicts.
 
-    def __init__(self, state: Any, name: str = "y0"):
+    any_shape: as in torchdiffeq, a slope may have the shape of its leaf with axes merged, split, or of length 1 added or left
+    out, and those of a tuple may be anything that gives them one by one.
+    """
+
+    def __init__(self, state: Any, any_shape: bool = False):
+        self.any_shape = any_shape
         self.single = isinstance(state, Tensor)
         leaves, self.spec = pytree.tree_flatten(state)
         if not leaves:
-            raise ValueError(f"{name} must hold at least one tensor, got {state!r}")
+            raise ValueError(f"y0 must hold at least one tensor, got {state!r}")
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{name} must be a tensor or a tuple, list or dict of tensors, got {type(leaf).__name__} in it")
+                raise TypeError(f"y0 must be a tensor or a tuple, list or dict of tensors, got {type(leaf).__name__} in it")
         self.leaves: list[Tensor] = leaves
         self.flat_tuple = type(state) is tuple and all(isinstance(part, Tensor) for part in state)
 
@@ -49,16 +56,47 @@ class Structure:
             if isinstance(value, Tensor):
                 return [value]
             raise TypeError(f"func must return a tensor, as y0 is one, got {type(value).__name__}")
+        if self.any_shape and isinstance(value, (Tensor, Iterator)):
+            value = tuple(value)
         if self.flat_tuple and type(value) is tuple and len(value) == len(self.leaves):
             leaves, spec = list(value), self.spec
         else:
             leaves, spec = pytree.tree_flatten(value)
-        if len(leaves) != len(self.leaves) or (spec != self.spec and not isinstance(value, (tuple, list))):
-            raise ValueError(f"func must return the structure of y0, {self.spec}, got {spec}")
+        if spec != self.spec:
+            try:
+                leaves = list(_matched(self.spec, value))
+            except ValueError:
+                raise ValueError(f"func must return the structure of y0, {self.spec}, got {spec}") from None
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"func must return tensors in the structure of y0, got {type(leaf).__name__}")
         return leaves
+
+
+def _matched(spec: Any, value: Any) -> Iterator[Any]:
+    """The leaves of value in the order of spec: entries of dicts by their keys, those of tuples and lists by their places.
+    Raises ValueError where the structure is another."""
+    if spec.is_leaf():
+        yield value
+        return
+    kind, parts = spec.type, spec.children()
+    if isinstance(kind, type) and issubclass(kind, dict):
+        keys = spec.context[1] if kind is defaultdict else spec.context
+        if not isinstance(value, Mapping) or set(value) != set(keys):
+            raise ValueError
+        value = [value[key] for key in keys]
+    else:
+        fields = getattr(spec.context, "_fields", ())  # of a named tuple
+        if not isinstance(value, (tuple, list)) or len(value) != len(parts) or getattr(value, "_fields", fields) != fields:
+            raise ValueError
+    for part, of_part in zip(parts, value, strict=True):
+        yield from _matched(part, of_part)
+
+
+def _regrouped(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one shape is the other with neighbouring axes merged, and axes of length 1 added or left out."""
+    a, b = ({*accumulate(x, operator.mul, initial=1)} for x in (shape, other))
+    return math.prod(shape) == math.prod(other) and (a <= b or b <= a)
 
 
 class Field:
@@ -133,7 +171,10 @@ class Field:
         if slope.device != leaf.device:
             raise ValueError(f"func must return the device of y0{part}, {leaf.device}, got {slope.device}")
         if slope.shape != leaf.shape:
-            raise ValueError(f"func must return the shape of y0{part}, {list(leaf.shape)}, got {list(slope.shape)}")
+            if self.structure.any_shape and _regrouped(slope.shape, leaf.shape):
+                slope = slope.reshape(leaf.shape)
+            else:
+                raise ValueError(f"func must return the shape of y0{part}, {list(leaf.shape)}, got {list(slope.shape)}")
         if slope.dtype.is_complex and not leaf.dtype.is_complex:
             raise ValueError(f"func must return real numbers for a real y0{part}, got {slope.dtype}")
         return slope.to(leaf.dtype)  # a field under autocast, say
@@ -267,7 +308,8 @@ class Problem:
 
 
 def check_state(y0: Any) -> Structure:
-    structure = Structure(y0)
+    """y0: a state, or the Structure of one."""
+    structure = y0 if isinstance(y0, Structure) else Structure(y0)
     first = structure.leaves[0]
     for i, leaf in enumerate(structure.leaves):
         name = "y0" if structure.single else f"leaf {i} of y0"

@@ -161,7 +161,7 @@ def solve(
         problem = with_costs(problem, running)
     grid = None
     if not options.adaptive:
-        grid = fixed_grid(options, values, func, y0, times)
+        grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), times)
     job = Job(problem, options, structure, times, dense, grid, regularizers)
     if transforms.active():
         if compiled is not None:
