@@ -65,7 +65,7 @@ class ODEBlock(nn.Module):
         # Times stay float64 on the CPU whatever the model is cast to: they are numbers, not weights.
         self.t: Any = t
         if not isinstance(t, nn.Parameter):
-            self.t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+            self.t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
         self._numbers = tuple(self.t.detach().tolist())  # torch.compile cannot read them out of a tensor
         if len(self.t) < 2:
             raise ValueError(f"t must hold at least two times, the first that of the input, got {self.t.tolist()}")

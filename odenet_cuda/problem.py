@@ -295,7 +295,7 @@ class Problem:
 
     def start_time(self, perturb: bool) -> Tensor:
         """t[0] as func sees it; perturb: just inside."""
-        times = torch.full((1, self.rows), self.t[0], dtype=self.real)
+        times = torch.full((1, self.rows), self.t[0], dtype=self.real, device="cpu")
         if perturb:
             times = torch.nextafter(times, torch.full_like(times, self.direction * math.inf))
         return self.time_views(to_device(times, self.device))[0]
@@ -341,10 +341,10 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     values: Any = None
     if isinstance(t, (tuple, list)) and all(isinstance(x, (int, float)) for x in t):
         values = [float(x) for x in t]  # torch.compile cannot read numbers out of a tensor
-        t = torch.tensor(values, dtype=torch.float64)
+        t = torch.tensor(values, dtype=torch.float64, device="cpu")
     elif not isinstance(t, Tensor):
         try:
-            t = torch.as_tensor(t, dtype=torch.float64)
+            t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be a one-dimensional tensor of times, got {type(t).__name__}") from None
     if not t.dtype.is_floating_point:
@@ -352,6 +352,8 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     if t.dim() != 1 or t.numel() == 0:
         raise ValueError(f"{name} must be one-dimensional with at least one time, got shape {list(t.shape)}")
     if values is None:
+        if t.is_meta:
+            raise ValueError(f"{name} must hold numbers, got a tensor on the meta device, which has none")
         if torch._C._functorch.is_batchedtensor(t):
             raise NotImplementedError(f"{name} must not be mapped by torch.vmap: the steps of a solve follow from numbers")
         values = t.detach().double().tolist()

@@ -327,7 +327,10 @@ def adjoint_norm(adjoint: Adjoint, problem: Problem, n: int) -> Callable[[list[T
         return None
 
     def norm(leaves: list[Tensor]) -> Tensor:
-        values = [torch.as_tensor(state_norm(part)).double().reshape(-1) for part in (leaves[:n], leaves[n : 2 * n])]
+        values = [
+            torch.as_tensor(state_norm(part), device=problem.device).double().reshape(-1)
+            for part in (leaves[:n], leaves[n : 2 * n])
+        ]
         if not adjoint.seminorm:
             values += [rms_norm(leaf) for leaf in leaves[2 * n :]]
         return torch.stack(values).amax(0)
@@ -345,4 +348,10 @@ def _with_all_parts(callback: Callable) -> Callable:
 
 
 def last_state(leaves: list[Tensor], problem: Problem, stats: Stats) -> Solution:
-    return Solution(ys=None, t=torch.tensor(problem.t), stats=stats, y_last=leaves, per_sample=problem.per_sample)
+    return Solution(
+        ys=None,
+        t=torch.tensor(problem.t, dtype=torch.float64, device="cpu"),
+        stats=stats,
+        y_last=leaves,
+        per_sample=problem.per_sample,
+    )

@@ -110,7 +110,7 @@ class AdaptiveSolver:
     def _numbers(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         """The solver state before the first step, the stops and the output times."""
         times, kinds = stop_table(problem, *self.stop_times)
-        stops, t = (torch.tensor(x, dtype=torch.float64) for x in ([times, [float(kind) for kind in kinds]], problem.t))
+        stops, t = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in ([times, kinds], problem.t))
         state = torch.from_numpy(initial_state(problem.t[0], problem.rows))
         return to_device(state, problem.device), to_device(stops, problem.device), to_device(t, problem.device)
 
