@@ -45,11 +45,11 @@ def odeint(
 ) -> Any:
     """The state at every t, as torchdiffeq's ``odeint`` gives it; gradients are those of the discrete solve.
 
-    func, y0, t, rtol, atol: as in `solve`; a slope may have its leaf's numbers in another shape, [n, 1] for [n]. method: "dopri5"
-    unless given. options: for adaptive methods first_step, safety, ifactor, dfactor, max_num_steps, step_t, jump_t, norm,
-    min_step, max_step, dtype (of time; float64 always), and ours: step_control ("joint" or "per_sample"), controller. For fixed
-    methods step_size or grid_constructor, perturb, interp ("linear" or "cubic"). A key that the method does not know is warned
-    of.
+    func, y0, t, rtol, atol: as in `solve`; a slope may have its leaf's numbers in another shape, [n, 1] for [n]. method:
+    "dopri5" unless given. options: for adaptive methods first_step, safety, ifactor, dfactor, max_num_steps, step_t, jump_t,
+    norm, min_step, max_step, dtype (of time; float64 always), and ours: step_control ("joint" or "per_sample"), controller.
+    For fixed methods step_size or grid_constructor, perturb, interp ("linear" or "cubic"). A key that the method does not know
+    is warned of.
 
     Returns a tensor [len(t), *y0.shape], or the structure of y0 with such leaves. Raises as `solve` does.
     """

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .ops import DTYPES, REAL
-from .sharding import is_plain
+from .sharding import has_memory
+
+_STRIDED = torch.strided
 
 
 class Structure:
@@ -146,7 +148,12 @@ class Field:
             k = structure.flatten(self.func(t, structure.unflatten(y)))
         for i, leaf in enumerate(y):
             slope = k[i]
-            if slope.dtype is not leaf.dtype or slope.shape != leaf.shape or slope.get_device() != self._device:
+            if (
+                slope.dtype is not leaf.dtype
+                or slope.shape != leaf.shape
+                or slope.get_device() != self._device
+                or slope.layout is not _STRIDED
+            ):
                 k[i] = self._conform(slope, leaf, i)
         if self._unknown or self._returns_one_buffer:
             return self._own(k)
@@ -170,6 +177,8 @@ class Field:
         part = "" if self.structure.single else f" in leaf {i}"
         if slope.device != leaf.device:
             raise ValueError(f"func must return the device of y0{part}, {leaf.device}, got {slope.device}")
+        if slope.layout is not _STRIDED:
+            slope = slope.to_dense()
         if slope.shape != leaf.shape:
             if self.structure.any_shape and _regrouped(slope.shape, leaf.shape):
                 slope = slope.reshape(leaf.shape)
@@ -313,8 +322,11 @@ def check_state(y0: Any) -> Structure:
     first = structure.leaves[0]
     for i, leaf in enumerate(structure.leaves):
         name = "y0" if structure.single else f"leaf {i} of y0"
-        if not (type(leaf) is Tensor or is_plain(leaf)):
+        if not (type(leaf) is Tensor or has_memory(leaf)):
             raise TypeError(f"{name} must be a plain tensor, got {type(leaf).__name__}")
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            kind = "a nested one" if leaf.is_nested else leaf.layout
+            raise TypeError(f"{name} must be a dense tensor, got {kind}; a field may be sparse, its state is not")
         if leaf.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name} must be of one of the types {known}, got {leaf.dtype}")
@@ -342,6 +354,8 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     if isinstance(t, (tuple, list)) and all(isinstance(x, (int, float)) for x in t):
         values = [float(x) for x in t]  # torch.compile cannot read numbers out of a tensor
         t = torch.tensor(values, dtype=torch.float64, device="cpu")
+    elif isinstance(t, (tuple, list)) and any(isinstance(x, Tensor) and x.dim() == 0 for x in t):
+        t = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in t])  # with their gradients
     elif not isinstance(t, Tensor):
         try:
             t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
@@ -375,6 +389,16 @@ def check_tolerance(name: str, value: Any, structure: Structure) -> list[Any]:
     else:
         parts = [value] * len(leaves)
     return [_check_one_tolerance(name, part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+def check_zero_tolerance(problem: Problem) -> None:
+    """Raises ValueError where the error test would divide by zero at the start: atol is 0, and a number of y0 too."""
+    for i, (leaf, rtol, atol) in enumerate(zip(problem.leaves, problem.rtol, problem.atol, strict=True)):
+        absolute = bool((atol > 0).all()) if isinstance(atol, Tensor) else atol > 0
+        if not absolute and not bool((atol + rtol * leaf.abs() > 0).all()) and not bool(leaf.isnan().any()):
+            raise ValueError(
+                f"atol must be above 0 where y0 is 0: in leaf {i} of y0 atol + rtol * |y0| is 0, and no error is within it"
+            )
 
 
 def _check_one_tolerance(name: str, value: Any, leaf: Tensor) -> Any:

@@ -14,7 +14,16 @@ from .gradients.adjoint_setup import adjoint_setup
 from .integrate import Options, fixed_grid, stop_times
 from .job import Job
 from .methods import ADAPTIVE
-from .problem import Field, Problem, check_samples, check_state, check_times, check_tolerance, with_arguments
+from .problem import (
+    Field,
+    Problem,
+    check_samples,
+    check_state,
+    check_times,
+    check_tolerance,
+    check_zero_tolerance,
+    with_arguments,
+)
 from .regularizers import RUNNING, CostField, check_regularizers, with_costs
 from .solution import Solution
 from .solvers.checkpoints import Checkpoints
@@ -157,6 +166,8 @@ def solve(
         atol=check_tolerance("atol", atol, structure),
         norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves[: len(structure.leaves)])),
     )
+    if options.adaptive and norm is None:
+        check_zero_tolerance(problem)
     if running:
         problem = with_costs(problem, running)
     grid = None
