@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..callbacks import find_callbacks
+from ..gradients.one_by_one import one_by_one
 from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
@@ -279,6 +280,7 @@ class _Compiled(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         gradient, backward, stats, again = ctx.how

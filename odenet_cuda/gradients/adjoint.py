@@ -23,6 +23,7 @@ from ..solution import Solution, Stats, failure
 from .accumulator import SHORT, Accumulator, combinations
 from .autocast import autocast_state
 from .direct import real_product
+from .one_by_one import one_by_one
 
 NO_SECOND_DERIVATIVE = (
     "gradient='adjoint' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
@@ -72,6 +73,7 @@ class _Adjoint(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():

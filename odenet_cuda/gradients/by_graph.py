@@ -26,6 +26,7 @@ from ..solvers.trajectory import Evaluation, Recorder, Trajectory
 from . import checkpoint, direct
 from .autocast import autocast_state
 from .graphed_steps import GraphedSteps
+from .one_by_one import one_by_one
 from .replay import second_gradients
 
 # Gradients for y0 and the captured tensors, and how often func was called.
@@ -186,6 +187,7 @@ class _Graphed(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         graphed, count = ctx.lease.graphed, ctx.count

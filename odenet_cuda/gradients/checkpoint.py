@@ -21,6 +21,7 @@ from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .autocast import autocast_state
 from .direct import BackwardWalk
+from .one_by_one import one_by_one
 from .replay import second_gradients
 
 _FEW = 32  # states, of which the best may be looked for; with more the gaps between are short, and the search is not
@@ -52,6 +53,7 @@ class _Checkpoint(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         recorder, problem, count, t_grad = ctx.recorder, ctx.problem, ctx.count, ctx.needs_input_grad[6]

@@ -25,6 +25,7 @@ from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .accumulator import Accumulator
 from .autocast import autocast_state
+from .one_by_one import one_by_one
 from .replay import second_gradients
 
 
@@ -90,6 +91,7 @@ class _Direct(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         recorder = ctx.recorder

@@ -28,6 +28,7 @@ from ..tableau import ButcherTableau
 from .accumulator import Accumulator
 from .adjoint import Adjoint, last_state, slope_product
 from .autocast import autocast_state
+from .one_by_one import one_by_one
 
 NO_SECOND_DERIVATIVE = (
     "gradient='quadrature' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
@@ -58,6 +59,7 @@ class _Quadrature(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
