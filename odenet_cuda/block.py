@@ -12,6 +12,7 @@ from .compiled.field import compile as compile_field
 from .methods import ADAPTIVE
 from .solution import Stats
 from .solve import solve
+from .tracing import written_down
 from .transforms import between_graphs
 
 
@@ -80,10 +81,11 @@ class ODEBlock(nn.Module):
 
     @between_graphs(lambda self, y0: self.method in ADAPTIVE)
     def forward(self, y0: Any) -> Any:
+        constant = (torch.compiler.is_compiling() or written_down()) and not isinstance(self.t, nn.Parameter)
         solution = solve(
             self._compiled[0] if self._compiled else self.func,
             y0,
-            self._numbers if torch.compiler.is_compiling() and not isinstance(self.t, nn.Parameter) else self.t,
+            self._numbers if constant else self.t,
             method=self.method,
             rtol=self.rtol,
             atol=self.atol,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .ops import DTYPES, REAL
-from .sharding import has_memory
+from .tracing import has_memory, refuse_traced_times, stands_for_others, written_down
 
 _STRIDED = torch.strided
 
@@ -149,7 +149,8 @@ class Field:
         for i, leaf in enumerate(y):
             slope = k[i]
             if (
-                slope.dtype is not leaf.dtype
+                type(slope) is not Tensor
+                or slope.dtype is not leaf.dtype
                 or slope.shape != leaf.shape
                 or slope.get_device() != self._device
                 or slope.layout is not _STRIDED
@@ -175,6 +176,10 @@ class Field:
 
     def _conform(self, slope: Any, leaf: Tensor, i: int) -> Tensor:
         part = "" if self.structure.single else f" in leaf {i}"
+        if not (type(slope) is Tensor or has_memory(slope) or stands_for_others(slope)):
+            slope = slope * 1  # a tensor that another process still sends is then here
+            if not has_memory(slope):
+                raise TypeError(f"func must return plain tensors for y0{part}, got {type(slope).__name__}")
         if slope.device != leaf.device:
             raise ValueError(f"func must return the device of y0{part}, {leaf.device}, got {slope.device}")
         if slope.layout is not _STRIDED:
@@ -322,7 +327,7 @@ def check_state(y0: Any) -> Structure:
     first = structure.leaves[0]
     for i, leaf in enumerate(structure.leaves):
         name = "y0" if structure.single else f"leaf {i} of y0"
-        if not (type(leaf) is Tensor or has_memory(leaf)):
+        if not (type(leaf) is Tensor or has_memory(leaf) or stands_for_others(leaf)):
             raise TypeError(f"{name} must be a plain tensor, got {type(leaf).__name__}")
         if leaf.layout is not torch.strided or leaf.is_nested:
             kind = "a nested one" if leaf.is_nested else leaf.layout
@@ -366,8 +371,11 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     if t.dim() != 1 or t.numel() == 0:
         raise ValueError(f"{name} must be one-dimensional with at least one time, got shape {list(t.shape)}")
     if values is None:
-        if t.is_meta:
-            raise ValueError(f"{name} must hold numbers, got a tensor on the meta device, which has none")
+        if not torch.compiler.is_compiling() and (t.is_meta or not has_memory(t)):
+            what = "tensor on the meta device" if t.is_meta else type(t).__name__
+            raise ValueError(f"{name} must hold numbers, got a {what}, which has none; give a list of numbers")
+        if written_down():
+            refuse_traced_times(t, name)
         if torch._C._functorch.is_batchedtensor(t):
             raise NotImplementedError(f"{name} must not be mapped by torch.vmap: the steps of a solve follow from numbers")
         values = t.detach().double().tolist()

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -39,11 +38,6 @@ def no_sharded_calls() -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def has_memory(x: Tensor) -> bool:
-    """Whether the numbers of x lie at its address, unlike those of a subclass that answers for its operations itself."""
-    return type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
 def is_plain(x: Tensor) -> bool:

@@ -28,6 +28,8 @@ from .regularizers import RUNNING, CostField, check_regularizers, with_costs
 from .solution import Solution
 from .solvers.checkpoints import Checkpoints
 from .step_control import STEP_CONTROLS, StepControl
+from .tracing import ADAPTIVE as NOT_TRACED
+from .tracing import stands_for_others, written_down
 
 GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
 FAILURES = ("raise", "return")
@@ -174,7 +176,10 @@ def solve(
     if not options.adaptive:
         grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), times)
     job = Job(problem, options, structure, times, dense, grid, regularizers)
-    if transforms.active():
+    traced = written_down() or any([stands_for_others(leaf) for leaf in structure.leaves])
+    if traced and options.adaptive:
+        raise NotImplementedError(NOT_TRACED)
+    if traced or transforms.active():
         if compiled is not None:
             compiled.served_by_stepper("inside torch.func transforms, forward mode and torch.compile")
         return job.run_transformed(on_failure)
