@@ -352,7 +352,7 @@ class Job:
         else:
             rows = self.problem.rows
             steps = len(self.grid[0]) - 1 if self.grid is not None and self.problem.leaves[0].numel() else 0
-            counts = torch.full((rows,), steps), torch.zeros(rows, dtype=torch.int64)
+            counts = torch.tensor([[steps], [0]], device="cpu").expand(2, rows).unbind()
         return Stats(self.field.nfe, *counts, self.problem.per_sample)
 
     def _failure(self, state: Any, trajectory: Trajectory, ys: list[Tensor], stats: Stats):
@@ -377,7 +377,7 @@ class Job:
         interpolant = None
         t = self.t.detach()
         if t.dtype != torch.float64 or t.device != self.problem.device:
-            t = to_device(torch.tensor(self.problem.t, dtype=torch.float64), self.problem.device)
+            t = to_device(torch.tensor(self.problem.t, dtype=torch.float64, device="cpu"), self.problem.device)
         if self.dense and recorder is not None:
             interpolant = Interpolant(
                 self.options.tableau,

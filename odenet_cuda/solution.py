@@ -22,7 +22,8 @@ STATUS_WORDS = {
 _REMEDIES = {
     UNDERFLOW: "the error test cannot be met however small the step: loosen rtol and atol, solve in float64, give the "
     "discontinuities of func in jump_t, or set min_step",
-    NON_FINITE: "look for overflow or a division by zero in func near this time, and at the initial state",
+    NON_FINITE: "look for overflow or a division by zero in func near this time, and at the initial state; where atol is 0, a "
+    "number that is 0 has no tolerance, in the backward solve of an adjoint too: give an atol above 0",
     MAX_NUM_STEPS: "raise max_num_steps, loosen rtol and atol, or use an output in between; a problem this expensive for an "
     "explicit method is often stiff",
 }
@@ -147,8 +148,8 @@ class Interpolant:
     """The solution at any time between the first and the last output: ``interpolant(t)``.
 
     t: a number or a tensor of any shape, float. Returns the state in the structure of y0, each leaf
-    [*t.shape, *leaf.shape], detached, exact at the ends of steps and of the method's interpolation order between.
-    Raises ValueError outside the interval.
+    [*t.shape, *leaf.shape], detached, exact at the ends of steps and of the method's interpolation order between. The ends of
+    the interval may come as float32 writes them. Raises ValueError outside the interval.
     """
 
     def __init__(
@@ -166,9 +167,12 @@ class Interpolant:
         with torch.no_grad():
             wanted = torch.as_tensor(t, dtype=torch.float64, device=self._y0[0].device)
             low, high = min(self.t0, self.t1), max(self.t0, self.t1)
-            if wanted.numel() and not (float(wanted.min()) >= low and float(wanted.max()) <= high):
+            # An end may come as float32, or the type of t, writes it.
+            short = isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16)
+            written, ends = (x.to(t.dtype if short else torch.float32) for x in (wanted, wanted.new_tensor([low, high])))
+            if not bool((((wanted >= low) | (written == ends[0])) & ((wanted <= high) | (written == ends[1]))).all()):
                 raise ValueError(f"t must lie in [{low}, {high}], where the solution is known, got {t}")
-            flat = wanted.reshape(-1)
+            flat = wanted.reshape(-1).clamp(low, high)
             leaves = [y0.expand(len(flat), *y0.shape).clone() for y0 in self._y0]
             for step in self.steps:
                 self._fill(step, flat, leaves)

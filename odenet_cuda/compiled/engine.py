@@ -328,7 +328,7 @@ class Engine:
             return
         counts = state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]]
         last = self._leaves(self.y_last[:, : self.state])
-        t = torch.tensor(problem.t, dtype=torch.float64)
+        t = torch.tensor(problem.t, dtype=torch.float64, device="cpu")
         solution = Solution(last, t, Stats(0, *counts, problem.per_sample), last, None, problem.per_sample)
         error = failure(state.cpu().numpy(), solution, self.options.control.max_num_steps)
         if error is not None:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..callbacks import find_callbacks
 from ..gradients.failed import known_cotangents, with_nan
+from ..gradients.one_by_one import one_by_one
 from ..gradients.release import kept
 from ..integrate import Grid, Options
 from ..methods import find_method
@@ -281,6 +282,7 @@ class _Compiled(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         gradient, backward, stats, again = ctx.how

@@ -26,6 +26,7 @@ from .autocast import autocast_state
 from .direct import real_product
 from .drift import add_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
+from .one_by_one import one_by_one
 from .release import kept
 
 NO_SECOND_DERIVATIVE = (
@@ -76,6 +77,7 @@ class _Adjoint(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
@@ -350,7 +352,10 @@ def adjoint_norm(adjoint: Adjoint, problem: Problem, n: int) -> Callable[[list[T
         return None
 
     def norm(leaves: list[Tensor]) -> Tensor:
-        values = [torch.as_tensor(state_norm(part)).double().reshape(-1) for part in (leaves[:n], leaves[n : 2 * n])]
+        values = [
+            torch.as_tensor(state_norm(part), device=problem.device).double().reshape(-1)
+            for part in (leaves[:n], leaves[n : 2 * n])
+        ]
         if not adjoint.seminorm:
             values += [rms_norm(leaf) for leaf in leaves[2 * n :]]
         return torch.stack(values).amax(0)
@@ -368,4 +373,10 @@ def _with_all_parts(callback: Callable) -> Callable:
 
 
 def last_state(leaves: list[Tensor], problem: Problem, stats: Stats) -> Solution:
-    return Solution(ys=None, t=torch.tensor(problem.t), stats=stats, y_last=leaves, per_sample=problem.per_sample)
+    return Solution(
+        ys=None,
+        t=torch.tensor(problem.t, dtype=torch.float64, device="cpu"),
+        stats=stats,
+        y_last=leaves,
+        per_sample=problem.per_sample,
+    )

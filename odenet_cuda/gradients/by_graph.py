@@ -27,6 +27,7 @@ from . import checkpoint, direct
 from .autocast import autocast_state
 from .failed import known_cotangents, with_nan
 from .graphed_steps import GraphedSteps
+from .one_by_one import one_by_one
 from .release import kept
 from .replay import second_gradients
 
@@ -188,6 +189,7 @@ class _Graphed(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         t, *tensors = ctx.saved_tensors  # says so where one was changed since

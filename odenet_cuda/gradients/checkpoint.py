@@ -22,6 +22,7 @@ from ..stepper import Stepper
 from .autocast import autocast_state
 from .direct import BackwardWalk
 from .failed import known_cotangents, with_nan
+from .one_by_one import one_by_one
 from .release import kept
 from .replay import second_gradients
 
@@ -54,6 +55,7 @@ class _Checkpoint(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         problem, count, t_grad = ctx.problem, ctx.count, ctx.needs_input_grad[6]

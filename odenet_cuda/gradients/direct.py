@@ -11,6 +11,7 @@ end depends on t only at the times of t themselves.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..stepper import Stepper
 from .accumulator import Accumulator
 from .autocast import autocast_state
 from .failed import known_cotangents, with_nan
+from .one_by_one import one_by_one
 from .release import kept
 from .replay import second_gradients
 
@@ -91,6 +93,7 @@ class _Direct(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         (t, *tensors), func = ctx.saved_tensors, ctx.problem.field
@@ -206,16 +209,16 @@ class BackwardWalk:
             outputs = [k for k in outputs if k.requires_grad]
             if not outputs:
                 return [None] * self.leaves, None
-        # The first evaluation has no gradient for y0 where none is wanted.
-        y = evaluation.y if evaluation.y[0].requires_grad else []
-        inputs = [*y, *([evaluation.t] if self.t_grad else []), *self.captured]
+        # The first evaluation has no gradient for y0 where none is wanted, but func may differentiate by a part of it itself.
+        wanted = [leaf.requires_grad for leaf in evaluation.y]
+        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if self.t_grad else []), *self.captured]
         grads = gradients(outputs, inputs, kappa, self.cuts, self.keep_graphs)
-        n = self.n
-        if not y:
-            grads = [None] * n + list(grads)
+        n = sum(wanted)
+        by_y = iter(grads[:n])
         if self.captured:
             self.sums.add(grads[n + self.t_grad :])
-        return [*grads[:n], *[None] * (self.leaves - n)], grads[n] if self.t_grad else None
+        found = [next(by_y) if needed else None for needed in wanted]
+        return [*found, *[None] * (self.leaves - self.n)], grads[n] if self.t_grad else None
 
     def _without_others(self, evaluation: Evaluation, kappa: list[Tensor]) -> Evaluation:
         """The evaluation with other rows in place of those without a cotangent whose slope is no number: zero times their

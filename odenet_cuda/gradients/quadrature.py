@@ -29,6 +29,7 @@ from .accumulator import Accumulator
 from .adjoint import Adjoint, at_rest, last_state, slope_product
 from .autocast import autocast_state
 from .failed import known_cotangents, stand_ins, with_nan
+from .one_by_one import one_by_one
 from .release import kept
 
 NO_SECOND_DERIVATIVE = (
@@ -60,6 +61,7 @@ class _Quadrature(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():

@@ -110,7 +110,7 @@ class AdaptiveSolver:
     def _numbers(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         """The solver state before the first step, the stops and the output times."""
         times, kinds = stop_table(problem, *self.stop_times)
-        stops, t = (torch.tensor(x, dtype=torch.float64) for x in ([times, [float(kind) for kind in kinds]], problem.t))
+        stops, t = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in ([times, kinds], problem.t))
         self.starts_on_jump = times[0] == problem.t[0]
         state = torch.from_numpy(initial_state(problem.t[0], problem.rows, self.starts_on_jump))
         state = to_device(state, problem.device)
@@ -335,16 +335,21 @@ class AdaptiveSolver:
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 0)
         stepper.kernels.euler()
         t1 = problem.time_views(self.state[FIELDS["step_end"]].to(problem.real)[None])[0]
-        stepper.set_slopes(1, problem.field(t1, stepper.y[1], 0), True)
+        k1 = [slope if slope is None else slope.detach() for slope in self._evaluate(t1, stepper.y[1]).k]
+        stepper.set_slopes(1, k1, True)
         self._norm_at_start(stepper.k[:2], [-1.0, 1.0], one, norms[2])
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 1)
 
     def _evaluate_start(self) -> Evaluation:
         """f at the time of stage 0 and the start of the step."""
         view, y0 = self.stepper.views[0], self.stepper.y0[: self.stepper.n]
+        return self._evaluate(view, y0)
+
+    def _evaluate(self, t: Tensor, y: list[Tensor]) -> Evaluation:
+        """f at a point that is no stage of a step."""
         if self.recording:
-            return self.recorder.evaluate(self.problem.field, view, y0)
-        return Evaluation(view, y0, self.problem.field(view, y0, 0))
+            return self.recorder.evaluate(self.problem.field, t, y)
+        return Evaluation(t, y, self.problem.field(t, y, 0))
 
     def _per_row(self, value: Tensor, leaf: Tensor) -> Tensor:
         """[rows] shaped to multiply a leaf, in its real type."""
