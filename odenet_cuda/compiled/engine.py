@@ -180,8 +180,8 @@ class Engine:
         """keep: the steps, for `reverse`."""
         self.y0 = _rows(self.problem.leaves, self.batch, self.problem.leaves[0])
         with marked("solve"):
-            self.ys, state = self._solve(self.control, self.y0, self.problem, self.options, self.grid, keep)
-        return Trajectory(ys=self._leaves(self.ys), last=self._leaves(self.y_last), state=state)
+            ys, state = self._solve(self.control, self.y0, self.problem, self.options, self.grid, keep)
+        return Trajectory(ys=self._leaves(ys), last=self._leaves(self.y_last), state=state)
 
     def _leaves(self, rows: Tensor) -> list[Tensor]:
         """[..., batch, state] as leaves [..., *leaf.shape]."""
@@ -264,9 +264,12 @@ class Engine:
         self.nfe_backward = self.steps * (self.tableau.stages - 1) + 1
         return self._gradients(grad_y0, constants, arguments)
 
-    def adjoint(self, backward: Any, grad_ys: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    def adjoint(
+        self, backward: Any, ys: Sequence[Tensor], grad_ys: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         """The same by the adjoint equation, solved from each output back to the one before. backward: gradients.Adjoint."""
         problem, options = self.problem, backward.options
+        states = _rows(ys, self.batch, self.y0, len(problem.t))
         grads = _rows(grad_ys, self.batch, self.y0, len(problem.t))
         solve = self.adjoint_control(options)
         library = self.plan.load(options.tableau, self.target(solve))
@@ -283,7 +286,7 @@ class Engine:
                 atol=[*backward.atol, *backward.atol],
             )
             grid = None if options.adaptive else fixed_grid(options, piece.t)
-            start = torch.cat([self.ys[i], a], 1)
+            start = torch.cat([states[i], a], 1)
             ys, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
             self.check(state, piece)
             total += of_interval

@@ -275,30 +275,32 @@ class _Compiled(torch.autograd.Function):
         ctx.engine, ctx.how, ctx.count = engine, how, len(tensors)
         # The backward pass reads what is frozen too, where it lies.
         frozen = [x for x in engine.constants.values.values() if isinstance(x, Tensor) and not x.is_inference()]
-        ctx.save_for_backward(*tensors, *frozen)
+        outputs = ys if how[0] == "adjoint" else ()  # which it goes on from; they belong to the user too
+        ctx.save_for_backward(*tensors, *outputs, *frozen)
         return ys
 
     @staticmethod
     @in_range("backward")
     def backward(ctx, *grad_ys):
         gradient, backward, stats, again = ctx.how
-        tensors = ctx.saved_tensors[: ctx.count]  # says so where one was changed since, a frozen one too
+        saved = ctx.saved_tensors  # says so where one was changed since, a frozen one too
+        tensors, ys = saved[: ctx.count], saved[ctx.count : ctx.count + len(grad_ys)]
         engine = ctx.engine
         if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
             if gradient == "adjoint":
                 raise RuntimeError(
                     "gradient='adjoint' has no second derivative; use gradient='direct' or 'checkpoint', which have"
                 )
-            ys = again()
+            outputs = again()
             wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-            grads = torch.autograd.grad(ys, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(outputs, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
             found: list[Any] = [None] * len(tensors)
             for i, grad in zip(wanted, grads, strict=True):
                 found[i] = grad
             return None, None, None, *found
         with torch.no_grad():
             gys = list(grad_ys)
-            parts = engine.adjoint(backward, gys) if gradient == "adjoint" else engine.reverse(gys)
+            parts = engine.adjoint(backward, ys, gys) if gradient == "adjoint" else engine.reverse(gys)
         stats.nfe_backward = engine.nfe_backward
         flat = [part for group in parts for part in group]
         shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
