@@ -67,7 +67,8 @@ class Job:
         params: Sequence[Tensor] | None,
         on_failure: str,
     ) -> Solution:
-        wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and self.problem.leaves[0].numel() > 0
+        empty = all(leaf.numel() == 0 for leaf in self.problem.leaves)
+        wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and not empty
         since = sequence_number() if wanted else 0
         if wanted:
             refuse_sharded(self.field.func)
@@ -113,11 +114,25 @@ class Job:
             outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, check)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
             outputs[:n] = [leaf[None].clone() for leaf in self.structure.leaves]
+        elif empty and torch.is_grad_enabled():
+            outputs[:n] = self._of_no_numbers()
+            stats.nfe = self.field.nfe
         solution = self._solution(outputs[:n], trajectory, recorder, stats)
         names = [name for kind in (RUNNING, OF_STEPS) for name in self.regularizers if name in kind]
         costs = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: costs[name] for name in self.regularizers}
         return solution
+
+    def _of_no_numbers(self) -> list[Tensor]:
+        """The outputs of a state without numbers, an empty batch say. Their gradients for y0, t, and what func depends on are
+        zero, but there."""
+        t = self.problem.start_time(False) + 0 * self.t.sum().to(self.problem.device, self.problem.real)
+        leaves = [leaf.view_as(leaf) for leaf in self.structure.leaves]
+        slopes = self.field(t, leaves)
+        return [
+            (leaf + slope + t.reshape(-1)[:1].sum()).expand(len(self.t), *leaf.shape).clone()
+            for leaf, slope in zip(leaves, slopes, strict=True)
+        ]
 
     def _replayed(self, trajectory: Trajectory, lease: by_graph.Lease, captured: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution of a solve by graphs."""

@@ -134,7 +134,7 @@ def cache_folder() -> Path:
         raise NoCompiler(f"{error}; set ODENET_CACHE") from error
     except OSError as error:
         raise NoCompiler(f"the cache folder {folder} cannot be made: {error.strerror}; set ODENET_CACHE") from error
-    if found.st_uid not in (os.getuid(), 0):
+    if not _trusted(found.st_uid):
         raise NoCompiler(f"the cache folder {folder} belongs to another user; set ODENET_CACHE")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         try:
@@ -142,6 +142,10 @@ def cache_folder() -> Path:
         except OSError:
             raise NoCompiler(f"others may write into the cache folder {folder}; set ODENET_CACHE") from None
     return folder
+
+
+def _trusted(owner: int) -> bool:
+    return owner in (os.getuid(), 0)
 
 
 @functools.cache
@@ -213,14 +217,19 @@ def load(text: str, capability: Capability | None = None) -> _C.Library:
     return _loaded[key]
 
 
-def discard(text: str, capability: Capability | None, reason: str) -> None:
-    """A library that has proved wrong: it leaves the cache, and this process does not try it again."""
+def discard(text: str, capability: Capability | None, reason: str) -> str:
+    """A library that has proved wrong: it leaves the cache, and this process does not try it again. Where its text is now."""
     key = command_for(text, capability).key
     _refused[key] = reason
     _loaded.pop(key, None)
-    for folder in (cache_folder, lambda: _own_folder(os.getpid())):
+    kept = f"its text has the key {key}"
+    for find in (lambda: _own_folder(os.getpid()), cache_folder):
         with suppress(NoCompiler, OSError):
-            (folder() / f"{key}.so").unlink()
+            folder = find()
+            (folder / f"{key}.so").unlink(missing_ok=True)
+            (folder / f"wrong-{key}.cpp").write_text(text)
+            kept = f"its text is in {folder / f'wrong-{key}.cpp'}"
+    return kept
 
 
 def _find(command: Command, key: str) -> _C.Library:
@@ -268,7 +277,7 @@ def _usable(path: Path) -> bool:
             owner, content = os.fstat(file.fileno()).st_uid, file.read()
     except OSError:
         return False
-    if owner not in (os.getuid(), 0):
+    if not _trusted(owner):
         raise NoCompiler(f"{path} belongs to another user; remove it, or set ODENET_CACHE")
     body, end = content[:-_END_SIZE], content[-_END_SIZE:]  # one that was cut short would be fatal to load
     if end != _END + hashlib.sha256(body).digest():

@@ -21,6 +21,7 @@ _NAMES: dict[str, Any] = {
     "maximum": np.maximum,
     "minimum": np.minimum,
     "negate": np.logical_not,
+    "hypotenuse": np.hypot,
     "asin": np.arcsin,
     "acos": np.arccos,
     "atan": np.arctan,

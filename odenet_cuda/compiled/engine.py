@@ -41,8 +41,18 @@ class Engine:
     """One problem and the plan of its field."""
 
     def __init__(
-        self, plan: Plan, problem: Problem, options: Options, args: Sequence[Any], grid: Grid | None, matmul: str = "float32"
+        self,
+        plan: Plan,
+        problem: Problem,
+        options: Options,
+        args: Sequence[Any],
+        grid: Grid | None,
+        matmul: str = "float32",
+        like: "Engine | None" = None,
     ):
+        """like: another of the plan, whose libraries this one uses."""
+        self.like = like
+        self.wanted: list[tuple[ButcherTableau, Target]] = []  # what the solve and its backward pass need
         self.plan, self.problem, self.options, self.grid = plan, problem, options, grid
         self.tableau: ButcherTableau = options.tableau
         self.batch = 1 if plan.whole else problem.leaves[0].shape[0]
@@ -58,6 +68,8 @@ class Engine:
         self.sources: Any = None
 
     def target(self, solve: str) -> Target:
+        if self.like is not None:
+            return self.like.target(solve)
         one = self.batch == 1 and not self.problem.per_sample
         dtype = "float" if self.plan.dtype == torch.float32 else "double"
         if self.card is None:
@@ -68,13 +80,13 @@ class Engine:
 
     def build(self, gradient: str, backward: Any) -> None:
         """Compiles what the solve and its backward pass need, side by side. Raises NoCompiler."""
-        wanted = [(self.tableau, self.target(self.control))]
+        self.wanted = [(self.tableau, self.target(self.control))]
         if self.sources.wanted and gradient == "adjoint":
-            wanted.append((backward.options.tableau, self.target(self.adjoint_control(backward.options))))
+            self.wanted.append((backward.options.tableau, self.target(self.adjoint_control(backward.options))))
         elif self.sources.wanted:
             self.taped = True
-            wanted = [(self.tableau, self.target(solve)) for solve in (self.control, "reverse")]
-        self.plan.build(wanted)
+            self.wanted = [(self.tableau, self.target(solve)) for solve in (self.control, "reverse")]
+        self.plan.build(self.wanted)
 
     def adjoint_control(self, options: Options) -> str:
         return "adjoint_" + ("grid" if not options.adaptive else "per_sample" if self.problem.per_sample else "joint")

@@ -13,6 +13,7 @@ from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
 from ..ranges import in_range
+from . import self_check
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
@@ -237,6 +238,7 @@ def prepare(
             engine = Engine(field.plan(structure, args, problem.per_sample), problem, options, args, grid, field._matmul)
             engine.sources = Sources(engine, structure, args)
             engine.build(gradient, backward)
+            self_check.check(engine, structure, args, field.func, gradient, backward)
             return engine
         except Unreadable as error:
             why.append(str(error))

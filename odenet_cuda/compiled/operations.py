@@ -269,7 +269,7 @@ def _norm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("cumsum", "cumprod")
 def _cumulative(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = low.number_of(_source(low, node))
     axis = _axis(value, node.args[1], node)
     text = "{0} + {1}" if "cumsum" in str(node.target) else "{0} * {1}"
     moved = np.moveaxis(value.refs, axis, 0)
@@ -324,7 +324,7 @@ def _index_add(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("amax", "amin")
 def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = low.number_of(_source(low, node))
     refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
     if value.batch in reduced:
         raise Unreadable(f"{where(node)} mixes samples")
@@ -338,7 +338,7 @@ def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("prod")
 def _product(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = low.number_of(_source(low, node))
     refs, reduced = _split_axes(value, [node.args[1]] if len(node.args) > 1 else None)
     if value.batch in reduced:
         raise Unreadable(f"{where(node)} mixes samples")
@@ -389,7 +389,7 @@ def _bmm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("add", "sub")
 def _add(low: "Lowering", node: Any, twin: Any) -> Value:
-    operands, alpha = low.operands(node), node.kwargs.get("alpha", 1)
+    operands, alpha = [*map(low.number_of, low.operands(node))], node.kwargs.get("alpha", 1)
     sign = "+" if "add" in str(node.target) else "-"
     if alpha == 1:
         return low.pointwise(node, f"{{0}} {sign} {{1}}", operands)
@@ -399,7 +399,7 @@ def _add(low: "Lowering", node: Any, twin: Any) -> Value:
 @operation("pow")
 def _power(low: "Lowering", node: Any, twin: Any) -> Value:
     text = power(float(node.args[1])) if isinstance(node.args[1], (int, float)) else "pow({0}, {1})"
-    return low.pointwise(node, text, low.operands(node))
+    return low.pointwise(node, text, [*map(low.number_of, low.operands(node))])
 
 
 @operation("clamp")

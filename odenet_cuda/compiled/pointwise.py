@@ -26,7 +26,7 @@ TEXTS: dict[str, str] = {
     "acos": "acos({0})",
     "atan": "atan({0})",
     "atan2": "atan2({0}, {1})",
-    "hypot": "sqrt({0} * {0} + {1} * {1})",
+    "hypot": "hypotenuse({0}, {1})",
     "sinh": "sinh({0})",
     "cosh": "cosh({0})",
     "tanh": "tanh({0})",
