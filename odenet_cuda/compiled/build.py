@@ -69,7 +69,9 @@ Capability = tuple[int, int]  # of a GPU: (9, 0)
 
 
 class NoCompiler(Exception):
-    """There is no C++ compiler or no nvcc, or it failed; the words say which."""
+    """There is no C++ compiler or no nvcc, or it failed; the words say which. quiet: no warning is to be made of it."""
+
+    quiet = False
 
 
 class Refused(NoCompiler):
@@ -233,7 +235,7 @@ def discard(text: str, capability: Capability | None, reason: str) -> str:
 
 
 def _find(command: Command, key: str) -> _C.Library:
-    """From the cache, else into it. Where it cannot be used, what is in it still may be; else a folder of this process serves."""
+    """From the cache, else into it. Where it cannot be used, what is in it may be; else a folder of this process serves."""
     global _warned
     try:
         return _find_in(cache_folder(), command, key)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _NAMES: dict[str, Any] = {
     "P": lambda x: x,
     "T": float,
+    "INFINITY": np.inf,
     "select": np.where,
     "maximum": np.maximum,
     "minimum": np.minimum,

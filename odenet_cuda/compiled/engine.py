@@ -299,10 +299,10 @@ class Engine:
             )
             grid = None if options.adaptive else fixed_grid(options, piece.t)
             start = torch.cat([states[i], a], 1)
-            ys, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
+            found, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
             self.check(state, piece)
             total += of_interval
-            a = ys[-1][:, n:] + grads[i - 1]
+            a = found[-1][:, n:] + grads[i - 1]
             self.nfe_backward += evaluations(options, state, grid, piece)
         return self._gradients(a, constants, total)
 

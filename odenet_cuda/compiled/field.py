@@ -244,7 +244,7 @@ def prepare(
             why.append(str(error))
         except NoCompiler as error:
             why.append(str(error))
-            if not _warned:
+            if not _warned and not error.quiet:
                 _warned = True
                 warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=3)
     field._why = why

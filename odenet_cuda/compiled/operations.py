@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .pointwise import power
+from .pointwise import packet, power
 from .program import Refs
 from .trace import Unreadable
 from .values import Sample, Value, where
@@ -322,14 +322,17 @@ def _index_add(low: "Lowering", node: Any, twin: Any) -> Value:
     return _rearranged(low, node, value, np.moveaxis(refs, 0, axis))
 
 
-@operation("amax", "amin")
+@operation("amax", "amin", "any", "all")
 def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
     value = low.number_of(_source(low, node))
-    refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
+    name, axes = packet(node.target), node.args[1] if len(node.args) > 1 else None
+    if name in ("any", "all"):
+        value = low.number_of(low.mask_of(value))
+    refs, reduced = _split_axes(value, [axes] if isinstance(axes, int) else axes)
     if value.batch in reduced:
         raise Unreadable(f"{where(node)} mixes samples")
     shape, batch = low.shapes(node)
-    if "amin" in str(node.target):
+    if name in ("amin", "all"):
         refs = low.program.statement("-{0}", [refs.reshape(-1)]).reshape(refs.shape)
         refs = low.program.statement("-{0}", [low.program.reduce(refs, True)])
         return Sample(refs.reshape(shape), batch)
@@ -389,6 +392,8 @@ def _bmm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("add", "sub")
 def _add(low: "Lowering", node: Any, twin: Any) -> Value:
+    if str(node.meta["val"].dtype) == "torch.bool":
+        return low.pointwise(node, "{0} | {1}", [*map(low.mask_of, low.operands(node))], True)
     operands, alpha = [*map(low.number_of, low.operands(node))], node.kwargs.get("alpha", 1)
     sign = "+" if "add" in str(node.target) else "-"
     if alpha == 1:

@@ -53,6 +53,7 @@ class Plan:
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
         self.refused: dict[Any, tuple[ButcherTableau, str]] = {}  # the same of libraries that there are not, and why
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
+        self.zeros: list[Place] = []  # tensors of func that were zero then
         self.teams: dict[Any, Team] = {}
         self.steps: dict[Any, int] = {}  # how many the last solve of a kind took
         self.title = getattr(func, "__qualname__", type(func).__name__)

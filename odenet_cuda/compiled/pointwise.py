@@ -63,6 +63,7 @@ MASKS: dict[str, str] = {
     "gt": "{0} > {1}",
     "ge": "{0} >= {1}",
     "isnan": "{0} != {0}",
+    "isinf": "abs({0}) == P(T(INFINITY))",
     "logical_and": "{0} & {1}",
     "logical_or": "{0} | {1}",
     "logical_not": "negate({0})",

@@ -36,6 +36,14 @@ _STIFF = 0.5  # the largest step times the field's rate of change, so that a ste
 class Unchecked(NoCompiler):
     """Nothing could be compared: the next solve tries again."""
 
+    quiet = True
+
+
+class Wrong(Refused):
+    """It has been told of."""
+
+    quiet = True
+
 
 @dataclass
 class Trial:
@@ -61,6 +69,8 @@ def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, 
     finite value here."""
     plan = engine.plan
     keys = [(id(tableau), target) for tableau, target in engine.wanted]
+    if any([bool(place(args).any()) for place in plan.zeros]):
+        plan.trusted.clear()  # what was multiplied by zero, as by a last layer before its training, has not been seen yet
     if plan.trusted.issuperset(keys):
         return
     with torch.inference_mode(False), unchanged_buffers(func), unchanged_generators(engine.problem.device):
@@ -83,8 +93,9 @@ def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, 
         plan.libraries.pop(keys[blamed], None)
         if blamed:
             plan.trusted.add(keys[0])
-        raise Refused(reason)
+        raise Wrong(reason)
     plan.trusted.update(keys)
+    plan.zeros = [place for place in plan.places.values() if not bool(place(args).any())]
 
 
 class Comparison:
@@ -190,9 +201,7 @@ class Comparison:
         """Steps of this size, whatever their error."""
         control = replace(options.control, min_step=step, max_step=step)
         first = step if options.adaptive else None
-        return replace(
-            options, control=control, first_step=first, step_t=(), jump_t=(), step_size=None, grid_constructor=None
-        )
+        return replace(options, control=control, first_step=first, step_t=(), jump_t=(), step_size=None, grid_constructor=None)
 
     def _compare(self, trial: Trial, step: float, gradient: str, backward: Any) -> tuple[Difference | None, bool]:
         engine = self.engine
@@ -274,7 +283,7 @@ class Solves:
             engine.sources = Sources(engine, comparison._structure(trial), trial.args)
             trajectory = engine.solve(keep=self.gradient != "adjoint")
             stats = _Counts()
-            outputs = attach(engine, self.gradient, self.backward, trajectory.ys, stats, lambda: [])
+            outputs = attach(engine, self.gradient, self.backward, trajectory.ys, stats, list)
             return self._gradients(outputs, sources)
 
     def _values(self, ys: list[Tensor], state: Tensor | None) -> list[Tensor]:
