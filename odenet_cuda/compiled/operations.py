@@ -48,7 +48,8 @@ def _rearranged(low: "Lowering", node: Any, value: Sample, refs: Refs) -> Sample
 def _same(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
-        if value.mask and node.meta["val"].dtype.is_floating_point:
+        of_mask = str(node.args[0].meta["val"].dtype) == "torch.bool"  # as a mask, or as 1 and 0
+        if of_mask and node.meta["val"].dtype.is_floating_point:
             return low.number_of(value)
         raise Unreadable(f"{where(node)} changes the type to {node.meta['val'].dtype}")
     return value

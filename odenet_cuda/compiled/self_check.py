@@ -24,11 +24,12 @@ from . import build
 from .build import NoCompiler, Refused
 from .engine import Engine
 from .teams import card_of
-from .trace import sample_rows, unchanged_buffers, unchanged_generators
+from .trace import unchanged_buffers, unchanged_generators
 
 _ROUNDING = 64  # units in the last place that two right answers may differ by, times the size of what was added up
 _CONDITION = 16  # times what a change of the inputs by _CHANGE units brings: more than the rounding of a long sum
 _CHANGE = 4
+_ROWS = 64  # samples among which those of the trials are
 _STEP = 0.1  # of the state, about: what a step of a trial changes
 _STIFF = 0.5  # the largest step times the field's rate of change, so that a step magnifies rounding by little
 
@@ -114,6 +115,7 @@ class Comparison:
 
     def run(self, gradient: str, backward: Any) -> Difference | None:
         """gradient: "" for values alone."""
+        self.rows = self._finite_rows()
         conclusive, trials = False, self._trials()
         step = self._step(trials[0])
         for trial in trials:
@@ -126,6 +128,21 @@ class Comparison:
         return None
 
     # Inputs
+
+    def _finite_rows(self) -> Tensor:
+        """Some samples where func has finite values, if there are any: the others are for nobody to compare."""
+        if self.whole:
+            return torch.zeros(1, dtype=torch.int64, device=self.engine.problem.device)
+        leaves = [leaf.detach()[:_ROWS].clone() for leaf in self.structure.leaves]
+        args = list(self.args)
+        for i in self.engine.plan.batched:
+            args[i] = args[i].detach()[:_ROWS]
+        slopes = self._slopes(self.engine.problem.t[0], leaves, args)
+        finite = [x.isfinite().reshape(len(x), -1).all(1) for x in (*leaves, *slopes)]
+        rows = torch.stack(finite).all(0).nonzero()[:, 0]
+        if len(rows) == 0:
+            raise Unchecked("func has no finite values here, so the compiled field could not be checked against it")
+        return rows
 
     def _trials(self) -> list[Trial]:
         """Of a whole pack and one lane more, as given; and near it of a pack that is not full, and once more of the former."""
@@ -140,7 +157,8 @@ class Comparison:
 
     def _trial(self, rows: int, t: float, steps: int, spread: float) -> Trial:
         def near(x: Tensor) -> Tensor:
-            taken = x.detach().clone() if self.whole else sample_rows(x, rows)
+            which = self.rows[torch.arange(rows, device=x.device) % len(self.rows)]
+            taken = x.detach().clone() if self.whole else x.detach()[which]
             if spread == 0 or not taken.is_floating_point():
                 return taken
             size = float(taken.abs().max()) or 1.0
@@ -288,6 +306,11 @@ class Solves:
 
     def _values(self, ys: list[Tensor], state: Tensor | None) -> list[Tensor]:
         self.names = [*(f"leaf {i}" for i in range(len(ys))), "the error ratio"]
+        if state is not None:
+            ys = [y.clone() for y in ys]
+            failed = state[FIELDS["status"]] != SUCCESS  # what is there was never written
+            for y in ys if bool(failed.any()) else ():
+                y[:, failed.expand(y.shape[1]) if len(failed) == 1 else failed] = torch.nan
         ratio = [] if state is None else [1 + state[FIELDS["error_ratio"]][None]]  # itself of the size of rounding
         return [*ys, *ratio]
 
