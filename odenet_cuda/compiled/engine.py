@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..integrate import Grid, Options, fixed_grid
+from ..integrate import Grid, Options, backward_grid
 from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem, to_device
 from ..ranges import marked
@@ -282,7 +282,7 @@ class Engine:
                 rtol=[*backward.rtol, *backward.rtol],
                 atol=[*backward.atol, *backward.atol],
             )
-            grid = None if options.adaptive else fixed_grid(options, piece.t)
+            grid = backward_grid(options, problem.field, self._leaves(self.ys[i]), piece.t)
             start = torch.cat([self.ys[i], a], 1)
             ys, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
             self.check(state, piece)
