@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from ..gradients.drift import add_drift, warn_of_drift
-from ..integrate import Grid, Options, fixed_grid
+from ..integrate import Grid, Options, backward_grid
 from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem, to_device
 from ..ranges import marked
@@ -305,7 +305,7 @@ class Engine:
                 rtol=[*backward.rtol, *backward.rtol],
                 atol=[*backward.atol, *backward.atol],
             )
-            grid = None if options.adaptive else fixed_grid(options, piece.t)
+            grid = backward_grid(options, problem.field, self._leaves(states[i]), piece.t)
             start = torch.cat([states[i], a], 1)
             if failed is not None and bool(failed.any()):
                 ends, state = self._solve_some(~failed, solve, start, piece, options, (constants, total, chunk))
