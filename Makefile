@@ -21,6 +21,11 @@ test: $(SETUP)
 test-sanitize: $(SETUP)
 	$(BIN)/python tests/sanitize.py
 
+# The machine code of compiled fields of every width, for every instruction set, against torch; needs g++ or clang++.
+.PHONY: test-grid
+test-grid: $(SETUP)
+	$(BIN)/python tests/machine_code.py
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -40,7 +40,7 @@ FLAGS = (
     "-DNDEBUG",
     "-w",
 )
-# GCC bug 113255, of g++ before 11.5, 12.4, 13.3 and 14: an inlined copy of a block (`rep movs`) first aligns its target, and
+# GCC bug 113255, seen with g++ 11 and 12.2 at -O2 and -O3: an inlined copy of a block (`rep movs`) first aligns its target, and
 # the source, moved by as much, `src - (dst - aligned)`, is taken for an address inside dst. Stores into a local array just
 # before it is copied are then deleted as dead. With the first flag nothing is inlined that way; with the second few copies are
 # left to be calls, for a loop over packs stays one.
