@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import noise, transforms
 from .callbacks import find_callbacks
-from .captured import captured_tensors, earlier_results, sequence_number
+from .captured import Known, Walk, find_captured, outside, sequence_number
 from .compiled.engine import Engine, evaluations
 from .compiled.field import attach as attach_compiled
 from .gradients import adjoint as adjoint_gradient
@@ -22,6 +22,7 @@ from .gradients import quadrature as quadrature_gradient
 from .gradients.accumulator import SHORT
 from .gradients.autocast import autocast_state
 from .gradients.graphed_steps import GraphedSteps
+from .held import Captured
 from .integrate import MOST_CAPTURED, Grid, Options, adaptive_kind, integrate
 from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_state, own_tensors, to_device
@@ -51,6 +52,9 @@ class Job:
         self.problem, self.options, self.structure, self.t, self.dense = problem, options, structure, t, dense
         self.grid, self.regularizers = grid, regularizers
         self.field: Any = problem.field
+        self.known: list[Tensor] = []  # the captured tensors that are sure to be outside of func
+        self.first: Any = None  # f(t0, y0) with its graph, where that is still needed at the end
+        self.since: int | None = None  # the number of autograd before it; None where numbers tell nothing about func
         self.noisy: noise.States = ()  # where random generators stood before the first slope, if func draws numbers
 
     def _step_costs(self) -> StepCosts | None:
@@ -67,10 +71,9 @@ class Job:
         on_failure: str,
     ) -> Solution:
         wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and self.problem.leaves[0].numel() > 0
-        since = sequence_number() if wanted else 0
         if wanted:
             refuse_sharded(self.field.func)
-        start, captured, closed = self._probe(gradient, params, since) if wanted else (None, [], True)
+        start, captured, closed = self._probe(gradient, params) if wanted else (None, [], True)
         inputs = [*self.structure.leaves, self.t, *captured]
         wanted = wanted and any(tensor.requires_grad for tensor in inputs)
         if wanted and gradient == "adjoint" and not all(map(is_plain, captured)):
@@ -101,12 +104,13 @@ class Job:
         if error is not None and on_failure == "raise":
             raise error
         if wanted and gradient == "direct":
-            captured = direct_gradient.find_captured(self.field, recorder.tape, since, captured, closed)
+            calls = direct_gradient.evaluations(recorder.tape)
+            captured = find_captured(self.field, calls, self.known, self.since, closed)
         elif wanted and params is None and not closed:
-            captured = self._captured_at_end(trajectory, captured, since)
+            captured = self._captured_at_end(trajectory)
             stats.nfe = self.field.nfe
         if wanted:
-            check = "" if params is not None else "first" if closed else "all"
+            check = "chosen" if params is not None else "first" if closed else "all"
             outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, check)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
             outputs[:n] = [leaf[None].clone() for leaf in self.structure.leaves]
@@ -123,7 +127,8 @@ class Job:
         error = self._failure(host, trajectory, outputs, stats)
         if error is not None and on_failure == "raise":
             raise error
-        outputs = by_graph.attach(lease, self.problem, outputs, self.structure.leaves, self.t, captured, stats)
+        kept = Captured(captured, self.field.func)
+        outputs = by_graph.attach(lease, self.problem, outputs, self.structure.leaves, self.t, kept, stats)
         return self._solution(outputs, trajectory, None, stats)
 
     def _by_graph(
@@ -221,11 +226,13 @@ class Job:
         check: str,
     ) -> list[Tensor]:
         """The outputs with a gradient for y0, t and the captured tensors."""
-        common = self.problem, outputs, self.structure.leaves, self.t, captured, stats
+        kept = Captured(captured, self.field.func)
+        common = self.problem, outputs, self.structure.leaves, self.t, kept, stats
         if gradient == "direct":
             return direct_gradient.attach(recorder, *common)
         if gradient == "checkpoint":
             return checkpoint_gradient.attach(recorder, *common, check)
+        backward = replace(backward, check=check)
         if gradient == "quadrature":
             return quadrature_gradient.attach(backward, recorder, *common)
         return adjoint_gradient.attach(backward, *common)
@@ -269,9 +276,7 @@ class Job:
         solution.ys, solution.y_last = rows.mapped(solution.ys, 1), rows.mapped(solution.y_last, 0)
         return solution
 
-    def _probe(
-        self, gradient: str, params: Sequence[Tensor] | None, since: int
-    ) -> tuple[Evaluation | None, list[Tensor], bool]:
+    def _probe(self, gradient: str, params: Sequence[Tensor] | None) -> tuple[Evaluation | None, list[Tensor], bool]:
         """f(t0, y0) with its graph, the tensors outside of func that get gradients, and whether func can have no others."""
         params_wanted = [param for param in params or () if param.requires_grad]
         if params is not None and gradient != "checkpoint":
@@ -281,23 +286,29 @@ class Job:
         recorder = self._recorder(graphs=params is None, t_grad=self.t.requires_grad)
         y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
         generators = noise.states(problem.device) if gradient == "checkpoint" else ()
+        self.since = sequence_number()
         with no_sharded_calls():
             start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.state_leaves], y_grad)
         if noise.differ(generators, noise.states(problem.device) if generators else ()):
             self.noisy = generators
         if params is not None:
             return Evaluation(start.t, start.y, [slope.detach() for slope in start.k]), params_wanted, True
-        found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
+        window = range(self.since, sequence_number())
         own, is_module = own_tensors(self.field.func)
-        known: dict[int, Tensor] = {id(x): x for x in own if x.requires_grad}
-        closed = is_module and not earlier and all(id(tensor) in known for tensor in found)
-        known.update((id(tensor), tensor) for tensor in found)
-        if earlier:
-            results = earlier_results(lambda: self.field(start.t, start.y), since)
-            known.update((id(tensor), tensor) for tensor in results)
+        known = Known(x for x in own if x.requires_grad)
+        walk = Walk(start.k, [start.t, *start.y], known, window)
+        found = list(walk.leaves.values())
+        if walk.boundary:
+            found = outside(self.field, start, known, self.since)
+            known.add(found)
+            if all(x.grad_fn is None for x in found):  # made inside, by another thread
+                self.since = None
+        self.known, closed = list(known.tensors.values()), is_module and not found
+        captured = [*self.known, *(x for x in found if id(x) not in known.tensors)]
         if gradient != "direct":
+            self.first = None if closed else start
             start = Evaluation(start.t, start.y, [slope.detach() for slope in start.k])
-        return start, list(known.values()), closed
+        return start, captured, closed
 
     @property
     def _carried(self) -> bool:
@@ -307,15 +318,15 @@ class Job:
         tableau, problem = self.options.tableau, self.problem
         return Recorder(tableau, problem.t, problem.per_sample, len(problem.state_leaves), carried=self._carried, **keep)
 
-    def _captured_at_end(self, trajectory: Trajectory, captured: list[Tensor], since: int) -> list[Tensor]:
-        """captured, and what func depends on at the end but not at the start: it may branch on the time."""
+    def _captured_at_end(self, trajectory: Trajectory) -> list[Tensor]:
+        """What func depends on at the start or at the end: it may branch on the time."""
         problem = self.problem
         times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
         recorder = self._recorder(graphs=True)
         y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
         with no_sharded_calls():
             end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
-        return direct_gradient.find_captured(self.field, [end], since, captured, False)
+        return find_captured(self.field, [self.first, end], self.known, self.since, False)
 
     def _stats(self, trajectory: Trajectory) -> Stats:
         state = trajectory.state

@@ -153,13 +153,21 @@ def counter_of(field: Any) -> Any:
     return field
 
 
+def parameters_of(module: torch.nn.Module) -> list[Tensor]:
+    """Also of a replica that nn.DataParallel made, whose copies of the parameters are plain attributes."""
+    if not getattr(module, "_is_replica", False):
+        return list(module.parameters())
+    values = (x for part in module.modules() for x in vars(part).values())
+    return [x for x in values if isinstance(x, Tensor) and x.requires_grad]
+
+
 def own_tensors(func: Any) -> tuple[list[Tensor], bool]:
     """The tensors that func is known to have, its parameters and arguments, and whether it is a Module that has some."""
     arguments: list[Tensor] = []
     if isinstance(func, WithArguments):
         arguments = [x for x in pytree.tree_leaves(func._args) if isinstance(x, Tensor)]
         func = func._func
-    parameters = list(func.parameters()) if isinstance(func, torch.nn.Module) else []
+    parameters = parameters_of(func) if isinstance(func, torch.nn.Module) else []
     return [*parameters, *arguments], bool(parameters)
 
 
