@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import formulas, noise, ops
-from ..captured import cut_points, gradients, refuse_unknown, sequence_number
+from ..captured import Known, cut_points, gradients, leans_on_more, sequence_number
+from ..held import Captured
 from ..integrate import backward_grid, integrate
 from ..ops import FIELDS
 from ..problem import Field, Problem
@@ -44,12 +45,12 @@ def attach(
     ys: Sequence[Tensor],
     y0: Sequence[Tensor],
     t: Tensor,
-    params: Sequence[Tensor],
+    params: Captured,
     stats: Stats,
 ) -> list[Tensor]:
     """ys, with a gradient for y0, t and params."""
-    how = adjoint, solution, stats, autocast_state(problem.device)
-    return list(_Quadrature.apply(how, problem, tuple(ys), len(y0), t, *y0, *params))
+    how = adjoint, solution, stats, autocast_state(problem.device), params
+    return list(_Quadrature.apply(how, problem, tuple(ys), len(y0), t, *y0, *params.tensors))
 
 
 class _Quadrature(torch.autograd.Function):
@@ -57,7 +58,7 @@ class _Quadrature(torch.autograd.Function):
     def forward(ctx, how, problem, ys, count, t, *tensors):
         ctx.how, ctx.problem, ctx.count, ctx.t_device = how, problem, count, t.device
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*ys[:count], *tensors[count:])
+        ctx.save_for_backward(*ys[:count])
         return ys
 
     @staticmethod
@@ -66,13 +67,13 @@ class _Quadrature(torch.autograd.Function):
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        saved = ctx.saved_tensors
-        ys, params = saved[: ctx.count], saved[ctx.count :]
-        (adjoint, solution, stats, autocast), _ = kept(ctx, "how")
+        ys = ctx.saved_tensors
+        (adjoint, solution, stats, autocast, params), _ = kept(ctx, "how")
+        params.check()
         grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
-        with torch.autocast(**autocast):
+        with torch.autocast(**autocast), params.again():
             grad_y0, grad_t, grad_params = solve_backwards(
-                adjoint, solution, ctx.problem, ys, params, grad_ys, ctx.needs_input_grad[4], stats
+                adjoint, solution, ctx.problem, ys, params.tensors, grad_ys, ctx.needs_input_grad[4], stats
             )
         grad_y0, grad_t, grad_params = with_nan(spoilt, ctx.problem, grad_y0, grad_t, grad_params)
         if grad_t is not None:
@@ -162,10 +163,11 @@ class Polynomials(Recorder):
 class AdjointField:
     """a^T df/dy on the stored solution; the problem's signs turn it round."""
 
-    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], costs: Sequence[Tensor], check: bool):
+    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], costs: Sequence[Tensor], check: str):
         self.costs = costs  # cotangents of the running costs
         self.field, self.solution, self.params, self.check = field, solution, params, check
-        self.cuts = cut_points(params)
+        self.cuts, self.known = cut_points(params), Known(params)
+        self.looked = self.keeps_graphs = False  # at a call of func: whether it leans on graphs made before
         self.others_at: Tensor | None = None  # as given by `stand_ins`
 
     def __call__(self, t: Tensor, a: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
@@ -179,11 +181,12 @@ class AdjointField:
             found = [leaf[self.others_at] for leaf in found]
         y = [leaf.requires_grad_() for leaf in found]
         with torch.enable_grad():
-            since = sequence_number() if self.check else 0
+            since = sequence_number()
             k = self.field(t, y)
-        if self.check:
-            refuse_unknown(k, [t, *y], since, self.params)
-            self.check = False
+        if not self.looked:
+            self.looked = self.check != "all"
+            leans = leans_on_more(self.field, k, [t, *y], self.known, since, self.check == "chosen")
+            self.keeps_graphs = self.keeps_graphs or leans
         return k, y
 
     def product(self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -191,7 +194,7 @@ class AdjointField:
         if not used or not inputs:
             return [None] * len(inputs)
         outputs, cotangents = zip(*used, strict=True)
-        return gradients(outputs, inputs, cotangents, self.cuts, False)
+        return gradients(outputs, inputs, cotangents, self.cuts, self.keeps_graphs)
 
 
 class ParameterQuadrature(Recorder):
