@@ -45,8 +45,6 @@ def reference(func, y0=Y0, args=()):
 def ours(gradient, control="joint"):
     def run(func, y0=Y0, args=()):
         how = {"gradient": gradient, "step_control": control, "rtol": 1e-8, "atol": 1e-8, "args": args}
-        if gradient == "quadrature":  # its steps follow the adjoint state alone, which may be smoother than the integrand
-            how["adjoint_options"] = {"max_step": 0.05}
         return solve(func, y0, [0.0, T1], **how).ys[-1]
 
     return run
