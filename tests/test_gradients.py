@@ -781,7 +781,7 @@ def test_small_gradients_of_many_steps(device, short, gradient):
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
 @pytest.mark.parametrize("end", [1.0, -1.0])
 def test_quadrature_follows_what_the_adjoint_does_not(step_control, method, end):
-    """The adjoint of y' = w sin(50 t) is constant, so its steps are long; the integral for w is that of the solution's steps."""
+    """The adjoint of y' = w sin(50 t) is constant, so its steps are long; the integral for w is over the solution's steps."""
     w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     rates = torch.tensor([[50.0], [20.0], [1.0]], dtype=torch.float64)
     y0 = torch.zeros(3, 1, dtype=torch.float64)

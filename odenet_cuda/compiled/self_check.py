@@ -246,7 +246,7 @@ class Comparison:
             found = solve.compiled(trial)
         except SolverError:
             found = [torch.full_like(x, torch.nan) for x in expected]
-        where = f"t = {trial.t[0]:.9g} to {trial.t[-1]:.9g} by {step:.3g}, {len(trial.leaves[0])} samples"
+        where = f"t = {trial.t[0]:.9g} to {trial.t[-1]:.9g} by {step:.3g}, y0 {list(trial.leaves[0].shape)}"
         worst = _worst(found, expected, again, self.eps)
         if worst is None:
             return None, True
@@ -269,9 +269,9 @@ class Solves:
         from ..job import Job
 
         comparison = self.comparison
+        sources = self._sources(trial) if self.gradient else []  # func is given these
         problem = comparison._problem(trial)
         if self.gradient:
-            sources = self._sources(trial)
             structure = comparison._structure(trial)
             t = torch.tensor(problem.t, dtype=torch.float64)
             job = Job(problem, self.options, structure, t, False, self.grid)
