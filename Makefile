@@ -21,6 +21,12 @@ test: $(SETUP)
 test-sanitize: $(SETUP)
 	$(BIN)/python tests/sanitize.py
 
+# Random fields, changes, systems, gradients, lifetimes and processes, with new seeds; needs a C++ compiler for some.
+MINUTES ?= 10
+.PHONY: fuzz
+fuzz: $(SETUP)
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
