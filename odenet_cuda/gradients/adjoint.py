@@ -311,7 +311,7 @@ def _as_leaf(x: Tensor) -> Tensor:
 def slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
     """g . f(t_i, y), and the rates of running costs if g goes on to them"""
     times = torch.full((1, problem.rows), problem.t[i], dtype=problem.real, device=problem.device)
-    k = field(problem.time_views(times)[0], y)
+    k = field(problem.time_views(times)[0], [x.detach() for x in y])  # one that requires a gradient has no graph here
     return torch.stack([real_product(x, slope.detach()).sum() for x, slope in zip(g, k, strict=False)]).sum()
 
 

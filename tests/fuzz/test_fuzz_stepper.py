@@ -104,7 +104,7 @@ def problems(draw: Any) -> tuple[System, Packed, list[float], bool]:
     speed = draw(st.sampled_from([1.0, 1.0, 1e3, 1e-3])) if abs(t0) < 1e3 else 1.0
     system = System(draw(st.sampled_from(["linear", "bounded", "quadrature", "waves"])), n, draw(st.integers(0, 99)), t0, speed)
     gaps = draw(st.lists(st.sampled_from([1.0, 0.3, 0.01, 1e-6]), min_size=1, max_size=6))
-    if draw(st.integers(0, 7)) == 0:
+    if draw(st.integers(0, 7)) == 7:
         gaps = [0.02] * 60
     sign = draw(st.sampled_from([1, -1]))
     times = [t0]
@@ -124,7 +124,7 @@ def options(draw: Any, times: list[float]) -> dict[str, Any]:
         "first_step": [span * 1e-4, span, span * 10],
         "max_step": [span / 7, span * 3],
         "step_t": [inside[:1], inside, [times[-1] + 1, *inside[1:]], [times[0]]],
-        "jump_t": [inside[1:], [times[-1]], [times[0], inside[0]]],
+        "jump_t": [[times[0] + x * (times[-1] - times[0]) for x in (0.2, 0.6)], [times[0] + 0.9 * (times[-1] - times[0])]],
         "controller": ["PI", "PID", (0.3, 0.4, 0.0)],
         "safety": [0.5, 0.95],
         "ifactor": [2.0, 50.0],
