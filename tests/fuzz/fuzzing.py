@@ -27,8 +27,9 @@ ADAPTIVE = ("dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 
 
-def examples(short: int, fresh: int, steps: int = 20) -> settings:
-    """short: how many in `make test`; fresh: in a round of `make fuzz`. steps: calls of rules of a state machine."""
+def examples(short: int, fresh: int, steps: int = 20, shrink: bool = True) -> settings:
+    """short: how many in `make test`; fresh: in a round of `make fuzz`. steps: calls of rules of a state machine. shrink:
+    whether a fault's program is made smaller, which tries it many times."""
     return settings(
         max_examples=fresh if FRESH else short,
         derandomize=not FRESH,
@@ -38,7 +39,7 @@ def examples(short: int, fresh: int, steps: int = 20) -> settings:
         stateful_step_count=steps,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],  # no database to reuse; explaining a failure takes too long
+        phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])],  # Phase.explain takes too long
     )
 
 

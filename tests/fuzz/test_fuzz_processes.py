@@ -129,7 +129,7 @@ print(field.explain())
 """
 
 
-@examples(short=3, fresh=16)
+@examples(short=2, fresh=12, shrink=False)
 @given(
     st.sampled_from(sorted(JOINS)), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from([1, 2, 3]),
     st.sampled_from(["odenet_cuda.compile", "(lambda f: f)"]), st.sampled_from(["direct", "adjoint"]),
@@ -194,7 +194,7 @@ def unprivileged() -> None:
         os.setuid(65534)
 
 
-@examples(short=3, fresh=16)
+@examples(short=2, fresh=12, shrink=False)
 @given(st.sampled_from(KINDS), st.integers(0, 1000), st.booleans())
 def test_broken_cache(filled, tmp_path_factory, kind, seed, compiler):
     """The stepper's answer, or a library made anew; with and without a compiler, and without a traceback."""
@@ -227,7 +227,7 @@ exec {real} "$@"
 """
 
 
-@examples(short=1, fresh=6)
+@examples(short=1, fresh=6, shrink=False)
 @given(st.sampled_from([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), st.sampled_from(["process", "compiler", "nobody"]))
 def test_killed_while_compiling(tmp_path_factory, with_what, whom):
     """A process or its compiler dies in the middle, while others wait for the same library: they have it in the end."""
