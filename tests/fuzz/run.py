@@ -52,7 +52,16 @@ def main() -> int:
 
 
 def arguments(fuzzer: Path, seed: int) -> list[str]:
-    return ["-m", "pytest", "-x", "-q", "--tb=short", f"--hypothesis-seed={seed}", str(fuzzer.relative_to(ROOT))]
+    return [
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--tb=short",
+        "--show-capture=no",
+        f"--hypothesis-seed={seed}",
+        str(fuzzer.relative_to(ROOT)),
+    ]
 
 
 def command_line(fuzzer: Path, seed: int) -> str:

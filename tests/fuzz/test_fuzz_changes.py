@@ -97,4 +97,4 @@ def quick_compiler(monkeypatch):
 
 
 def test_changes():
-    run_state_machine_as_test(Changes, settings=examples(short=4, fresh=25, steps=5 if not FRESH else 8))
+    run_state_machine_as_test(Changes, settings=examples(short=3, fresh=25, steps=8 if FRESH else 4))

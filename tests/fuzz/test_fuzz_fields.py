@@ -137,7 +137,7 @@ def compiler() -> bool:
 
 
 @pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")
-@examples(short=3, fresh=8)
+@examples(short=2, fresh=12)
 @given(fields(), solves(), st.sampled_from(["float64", "float32"]), st.sampled_from([2, 5, 17, 33]), st.booleans())
 def test_solves(field, how, dtype, batch, alone):
     """A solve of a compiled field and its gradients, for one sample too."""
@@ -148,7 +148,7 @@ def test_solves(field, how, dtype, batch, alone):
         compare(odenet_cuda.compile(names["func"]), names, how, getattr(torch, dtype))
 
 
-@examples(short=10, fresh=60)
+@examples(short=8, fresh=50)
 @given(fields(8), st.sampled_from(["float64", "float32"]), st.booleans())
 def test_reading(field, dtype, per_sample):
     """Without a compiler: the program that is read is func's in slopes and products, or func is refused in words."""
