@@ -27,6 +27,8 @@ LEVELS = {
     "avx2": ["-mavx2", "-mf16c"],
     "avx512": ["-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"],
 }
+# Against GCC bug 113255, which deletes stores before a block is copied: see odenet_cuda/compiled/build.py.
+GNU_X86_FLAGS = ["-mmemcpy-strategy=libcall:-1:noalign", "-fno-tree-loop-distribute-patterns"]
 SANITIZERS = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 
@@ -124,7 +126,8 @@ class NinjaBuild(build_ext):
             *(f"-isystem{path}" for path in (torch_root / "include", pybind11.get_include())),
         ]
         includes += [f"-I{path}" for path in self.include_dirs]
-        version = run_output(compiler, "--version").splitlines()[0]
+        words = run_output(compiler, "--version")
+        version = words.splitlines()[0]
         common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
         defines = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
@@ -138,6 +141,8 @@ class NinjaBuild(build_ext):
         sanitizer = sanitizer_flags()
         # No contraction: a row is rounded the same wherever in a vector it falls, and on every instruction set.
         cxx = [*common, "-Wall", "-Wextra", "-fno-math-errno", "-ffp-contract=off", *sanitizer]
+        if "-DODENET_X86" in common and "Free Software Foundation" in words:
+            cxx += GNU_X86_FLAGS
         libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
         sources = [(source, "torch", []) for source in sorted((ROOT / "csrc").glob("*.cpp"))]
         for level, flags in levels.items():

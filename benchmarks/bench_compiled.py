@@ -49,7 +49,7 @@ from torch import Tensor
 
 import odenet_cuda
 from odenet_cuda import _C
-from odenet_cuda.compiled.build import FLAGS, LEVEL_FLAGS, _has_mvec, find_compiler
+from odenet_cuda.compiled.build import LEVEL_FLAGS, _has_mvec, compiler_flags, find_compiler
 
 Result = list[Tensor]  # the end, or gradients of y0 and of parameters
 
@@ -262,7 +262,7 @@ class ByHand(Solver):
 def compile_by_hand(folder: str) -> ctypes.CDLL:
     result = Path(folder) / "by_hand.so"
     source = Path(__file__).parent / "by_hand.cpp"
-    flags = [*FLAGS, *LEVEL_FLAGS[_C.cpu_level()], *shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))]
+    flags = [*compiler_flags(), *LEVEL_FLAGS[_C.cpu_level()], *shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))]
     libraries = [*(["-lmvec"] if _has_mvec() else []), "-lm"]
     command = [*find_compiler()[0], *flags, str(source), "-o", str(result), *libraries]
     subprocess.run(command, check=True)

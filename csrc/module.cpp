@@ -46,6 +46,7 @@ void add_layout(py::module_& m) {
   stops["step"] = int{kStopStep};
   stops["jump"] = int{kStopJump};
   stops["end"] = int{kStopEnd};
+  stops["end on jump"] = int{kStopEndJump};
   m.attr("stops") = stops;
   m.attr("max_stages") = kMaxStages;
   m.attr("max_degree") = kMaxDegree;

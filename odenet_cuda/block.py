@@ -12,6 +12,7 @@ from .compiled.field import compile as compile_field
 from .methods import ADAPTIVE
 from .solution import Stats
 from .solve import solve
+from .tracing import written_down
 from .transforms import between_graphs
 
 
@@ -65,7 +66,7 @@ class ODEBlock(nn.Module):
         # Times stay float64 on the CPU whatever the model is cast to: they are numbers, not weights.
         self.t: Any = t
         if not isinstance(t, nn.Parameter):
-            self.t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+            self.t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
         self._numbers = tuple(self.t.detach().tolist())  # torch.compile cannot read them out of a tensor
         if len(self.t) < 2:
             raise ValueError(f"t must hold at least two times, the first that of the input, got {self.t.tolist()}")
@@ -80,10 +81,11 @@ class ODEBlock(nn.Module):
 
     @between_graphs(lambda self, y0: self.method in ADAPTIVE)
     def forward(self, y0: Any) -> Any:
+        constant = (torch.compiler.is_compiling() or written_down()) and not isinstance(self.t, nn.Parameter)
         solution = solve(
             self._compiled[0] if self._compiled else self.func,
             y0,
-            self._numbers if torch.compiler.is_compiling() and not isinstance(self.t, nn.Parameter) else self.t,
+            self._numbers if constant else self.t,
             method=self.method,
             rtol=self.rtol,
             atol=self.atol,

@@ -139,7 +139,7 @@ def earlier_results(func: Callable[[], Any], since: int) -> list[Tensor]:
 def sequence_number() -> int:
     """Autograd's sequence number now: nodes made from here on have this number or a higher one. Gradients must be on."""
     with _disable_current_modes():  # it is none of func's operations
-        probe = torch.ones((), requires_grad=True) * 1
+        probe = torch.ones((), requires_grad=True, device="cpu") * 1
     node = probe.grad_fn
     assert node is not None, "gradients must be on"
     return node._sequence_nr() + 1

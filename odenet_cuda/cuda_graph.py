@@ -281,7 +281,7 @@ class Watch:
 
     def __init__(self, status: Tensor, expected: int = 0, on_device: bool = True):
         self._status, self._look_at = status, max(1, expected - expected // _EXPECTED_SHARE)
-        self._seen = torch.empty(status.shape, dtype=status.dtype, pin_memory=on_device)
+        self._seen = torch.empty(status.shape, dtype=status.dtype, pin_memory=on_device, device="cpu")
         self._event: Any = torch.cuda.Event() if on_device else None
         self._asked = 0  # after which step, 0: nothing is asked
 

@@ -60,6 +60,13 @@ class Options:
     def adaptive(self) -> bool:
         return self.method in ADAPTIVE
 
+    def on_side(self, problem: Problem, index: int) -> float:
+        """On which side of t[index] func is evaluated for a step that ends there, or for index 0 begins: 0, that is on it, but
+        for times of jump_t and those of a grid with `perturb`. As in `Problem.time_beside`."""
+        jumps = self.jump_t if self.adaptive else ()
+        beside = self.perturb or any(problem.same_time(problem.t[index], jump) for jump in jumps)
+        return 0.0 if not beside else 1.0 if index == 0 else -1.0
+
     @property
     def tableau(self) -> ButcherTableau:
         return INTERPOLATIONS[self.interp][self.method]

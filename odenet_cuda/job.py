@@ -83,15 +83,9 @@ class Job:
             if replayed is not None:
                 return self._replayed(*replayed, captured, on_failure)
         checkpoints = checkpoints if wanted else None
-        step_costs = self._step_costs()
-        recorder = self._recorder_for(gradient if wanted else None, checkpoints, step_costs)
-        trajectory = integrate(
-            self._noted(recorder) if checkpoints is not None and self.noisy else self.problem,
-            self.options,
-            callbacks=find_callbacks(self.field.func, self.structure, self.options.adaptive),
-            recorder=recorder,
-            start=start,
-            grid=self.grid,
+        solve = partial(self._solve, gradient if wanted else None, start)
+        trajectory, recorder, step_costs = (
+            solve(checkpoints, self.noisy) if checkpoints is None else self._redrawn(solve, checkpoints)
         )
         stats = self._stats(trajectory)
         n = len(trajectory.ys)
@@ -115,6 +109,45 @@ class Job:
         costs = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: costs[name] for name in self.regularizers}
         return solution
+
+    def _solve(
+        self, gradient: str | None, start: Evaluation | None, checkpoints: Checkpoints | None, noisy: noise.States
+    ) -> tuple[Trajectory, Any, StepCosts | None]:
+        """noisy: where random generators stood before `start`; then where they stand is noted before every call."""
+        step_costs = self._step_costs()
+        recorder = self._recorder_for(gradient, checkpoints, step_costs)
+        trajectory = integrate(
+            self._noted(recorder, noisy) if noisy else self.problem,
+            self.options,
+            callbacks=find_callbacks(self.field.func, self.structure, self.options.adaptive),
+            recorder=recorder,
+            start=start,
+            grid=self.grid,
+        )
+        if checkpoints is not None:
+            recorder.last = [leaf.clone() for leaf in trajectory.last[: len(trajectory.ys)]]
+        return trajectory, recorder, step_costs
+
+    def _redrawn(self, solve: Any, checkpoints: Checkpoints) -> tuple[Trajectory, Any, StepCosts | None]:
+        """A solve whose steps are made again on the way back. What func draws in one is noted if it drew at the start; if it
+        begins later, the solve is made twice."""
+        per_sample, device, nfe = self.problem.per_sample, self.problem.device, self.field.nfe
+        generators = noise.states(device)
+        if self.noisy and not per_sample:
+            return solve(checkpoints, self.noisy)
+        found = solve(checkpoints, ())
+        if not noise.differ(generators, noise.states(device)):
+            return found
+        if per_sample:
+            raise NotImplementedError(
+                "func draws random numbers: gradient='checkpoint' cannot draw those of single samples again, so with "
+                "step_control='per_sample' use gradient='direct'"
+            )
+        if find_callbacks(self.field.func, self.structure, self.options.adaptive):
+            raise NotImplementedError(noise.LATER_NUMBERS)
+        noise.restore(generators, device)
+        self.field.nfe = nfe
+        return solve(checkpoints.anew(), generators)
 
     def _replayed(self, trajectory: Trajectory, lease: by_graph.Lease, captured: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution of a solve by graphs."""
@@ -198,15 +231,10 @@ class Job:
         keep: dict[str, Any] = {"checkpoints": checkpoints, "dense": self.dense, "step_costs": step_costs}
         return self._recorder(graphs=gradient == "direct", t_grad=self.t.requires_grad, **keep)
 
-    def _noted(self, recorder: Recorder) -> Problem:
+    def _noted(self, recorder: Recorder, noisy: noise.States) -> Problem:
         """The problem with a field that notes where random generators stand, so that func can draw its numbers again."""
-        if self.problem.per_sample:
-            raise NotImplementedError(
-                "func draws random numbers: gradient='checkpoint' cannot draw those of single samples again, so with "
-                "step_control='per_sample' use gradient='direct'"
-            )
         field = noise.NotedField(self.field, self.problem.device)
-        field.drawn.append(self.noisy)
+        field.drawn.append(noisy)
         recorder.drawn = field.drawn
         return replace(self.problem, field=field)
 
@@ -277,7 +305,7 @@ class Job:
         if params is not None and gradient != "checkpoint":
             return None, params_wanted, True
         problem = self.problem
-        t0 = problem.start_time(self.options.perturb)
+        t0 = problem.time_beside(0, self.options.on_side(problem, 0))
         recorder = self._recorder(graphs=params is None, t_grad=self.t.requires_grad)
         y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
         generators = noise.states(problem.device) if gradient == "checkpoint" else ()
@@ -324,7 +352,7 @@ class Job:
         else:
             rows = self.problem.rows
             steps = len(self.grid[0]) - 1 if self.grid is not None and self.problem.leaves[0].numel() else 0
-            counts = torch.full((rows,), steps), torch.zeros(rows, dtype=torch.int64)
+            counts = torch.tensor([[steps], [0]], device="cpu").expand(2, rows).unbind()
         return Stats(self.field.nfe, *counts, self.problem.per_sample)
 
     def _failure(self, state: Any, trajectory: Trajectory, ys: list[Tensor], stats: Stats):
@@ -339,6 +367,7 @@ class Job:
         if error is not None:
             reached = torch.from_numpy(state[FIELDS["output_end"]]).to(ys[0].device)
             missing = torch.arange(len(self.problem.t), device=ys[0].device)[:, None] >= reached  # [T, rows]
+            self.problem.missing = missing
             for out in ys:
                 columns = [missing.shape[1], *[1] * (out.dim() - 2)] if out.dim() > 1 else []
                 out.masked_fill_(missing.reshape(-1, *columns), math.nan)
@@ -348,7 +377,7 @@ class Job:
         interpolant = None
         t = self.t.detach()
         if t.dtype != torch.float64 or t.device != self.problem.device:
-            t = to_device(torch.tensor(self.problem.t, dtype=torch.float64), self.problem.device)
+            t = to_device(torch.tensor(self.problem.t, dtype=torch.float64, device="cpu"), self.problem.device)
         if self.dense and recorder is not None:
             interpolant = Interpolant(
                 self.options.tableau,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .methods import ADAPTIVE, find_method
+from .problem import Structure
 from .solution import Interpolant
 from .solve import solve
 
@@ -44,15 +45,17 @@ def odeint(
 ) -> Any:
     """The state at every t, as torchdiffeq's ``odeint`` gives it; gradients are those of the discrete solve.
 
-    func, y0, t, rtol, atol: as in `solve`. method: "dopri5" unless given. options: for adaptive methods first_step, safety,
-    ifactor, dfactor, max_num_steps, step_t, jump_t, norm, min_step, max_step, dtype (of time; float64 always), and ours:
-    step_control ("joint" or "per_sample"), controller. For fixed methods step_size or grid_constructor, perturb,
-    interp ("linear" or "cubic"). A key that the method does not know is warned of.
+    func, y0, t, rtol, atol: as in `solve`; a slope may have its leaf's numbers in another shape, [n, 1] for [n]. method:
+    "dopri5" unless given. options: for adaptive methods first_step, safety, ifactor, dfactor, max_num_steps, step_t, jump_t,
+    norm, min_step, max_step, dtype (of time; float64 always), and ours: step_control ("joint" or "per_sample"), controller.
+    For fixed methods step_size or grid_constructor, perturb, interp ("linear" or "cubic"). A key that the method does not know
+    is warned of.
 
     Returns a tensor [len(t), *y0.shape], or the structure of y0 with such leaves. Raises as `solve` does.
     """
     chosen = method or "dopri5"
-    return solve(func, y0, t, method=chosen, rtol=rtol, atol=atol, **_options(chosen, options, event_fn)).ys
+    state = Structure(y0, any_shape=True)
+    return solve(func, state, t, method=chosen, rtol=rtol, atol=atol, **_options(chosen, options, event_fn)).ys
 
 
 def odeint_adjoint(
@@ -108,7 +111,7 @@ def odeint_adjoint(
         adjoint_options = _fill_defaults(backward, adjoint_options)
     return solve(
         func,
-        y0,
+        Structure(y0, any_shape=True),
         t,
         method=chosen,
         rtol=rtol,
@@ -136,12 +139,13 @@ def odeint_dense(
 ) -> Interpolant:
     """The solution from t0 to t1 as a callable of t, a number or a tensor of times of any shape; see `Interpolant`."""
     chosen = method or "dopri5"
-    t = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().cpu().reshape(()) for x in (t0, t1)])
+    t = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu").detach().reshape(()) for x in (t0, t1)])
     arguments = _options(chosen, options, None)
     if chosen not in ADAPTIVE and "interp" not in (options or {}):
         arguments["interp"] = "method"
     with torch.no_grad():
-        interpolant = solve(func, y0, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
+        state = Structure(y0, any_shape=True)
+        interpolant = solve(func, state, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
     assert interpolant is not None  # dense=True
     return interpolant
 

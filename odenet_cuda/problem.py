@@ -2,30 +2,40 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .ops import DTYPES, REAL
-from .sharding import is_plain
+from .tracing import has_memory, refuse_traced_times, stands_for_others, written_down
+
+_STRIDED = torch.strided
 
 
 class Structure:
-    """How the leaves of a state make up what the user sees: one tensor, or a nest of tuples, lists and dicts."""
+    """How the leaves of a state make up what the user sees: one tensor, or a nest of tuples, lists and dicts.
 
-    def __init__(self, state: Any, name: str = "y0"):
+    any_shape: as in torchdiffeq, a slope may have the shape of its leaf with axes merged, split, or of length 1 added or left
+    out, and those of a tuple may be anything that gives them one by one.
+    """
+
+    def __init__(self, state: Any, any_shape: bool = False):
+        self.any_shape = any_shape
         self.single = isinstance(state, Tensor)
         leaves, self.spec = pytree.tree_flatten(state)
         if not leaves:
-            raise ValueError(f"{name} must hold at least one tensor, got {state!r}")
+            raise ValueError(f"y0 must hold at least one tensor, got {state!r}")
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{name} must be a tensor or a tuple, list or dict of tensors, got {type(leaf).__name__} in it")
+                raise TypeError(f"y0 must be a tensor or a tuple, list or dict of tensors, got {type(leaf).__name__} in it")
         self.leaves: list[Tensor] = leaves
         self.flat_tuple = type(state) is tuple and all(isinstance(part, Tensor) for part in state)
 
@@ -49,22 +59,55 @@ class Structure:
             if isinstance(value, Tensor):
                 return [value]
             raise TypeError(f"func must return a tensor, as y0 is one, got {type(value).__name__}")
+        if self.any_shape and isinstance(value, (Tensor, Iterator)):
+            value = tuple(value)
         if self.flat_tuple and type(value) is tuple and len(value) == len(self.leaves):
             leaves, spec = list(value), self.spec
         else:
             leaves, spec = pytree.tree_flatten(value)
-        if len(leaves) != len(self.leaves) or (spec != self.spec and not isinstance(value, (tuple, list))):
-            raise ValueError(f"func must return the structure of y0, {self.spec}, got {spec}")
+        if spec != self.spec:
+            try:
+                leaves = list(_matched(self.spec, value))
+            except ValueError:
+                raise ValueError(f"func must return the structure of y0, {self.spec}, got {spec}") from None
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"func must return tensors in the structure of y0, got {type(leaf).__name__}")
         return leaves
 
 
+def _matched(spec: Any, value: Any) -> Iterator[Any]:
+    """The leaves of value in the order of spec: entries of dicts by their keys, those of tuples and lists by their places.
+    Raises ValueError where the structure is another."""
+    if spec.is_leaf():
+        yield value
+        return
+    kind, parts = spec.type, spec.children()
+    if isinstance(kind, type) and issubclass(kind, dict):
+        keys = spec.context[1] if kind is defaultdict else spec.context
+        if not isinstance(value, Mapping) or set(value) != set(keys):
+            raise ValueError
+        value = [value[key] for key in keys]
+    else:
+        fields = getattr(spec.context, "_fields", ())  # of a named tuple
+        if not isinstance(value, (tuple, list)) or len(value) != len(parts) or getattr(value, "_fields", fields) != fields:
+            raise ValueError
+    for part, of_part in zip(parts, value, strict=True):
+        yield from _matched(part, of_part)
+
+
+def _regrouped(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one shape is the other with neighbouring axes merged, and axes of length 1 added or left out."""
+    a, b = ({*accumulate(x, operator.mul, initial=1)} for x in (shape, other))
+    return math.prod(shape) == math.prod(other) and (a <= b or b <= a)
+
+
 class Field:
     """func over leaves: counts its calls and checks what it returns.
 
     The tensors handed to func belong to the solver and are written again after the call; func must copy what it keeps.
+    with_gradients: func is called with gradients on even where nobody keeps its graph, as torchdiffeq calls it: it may
+    differentiate inside itself.
     """
 
     def __init__(self, func: Callable, structure: Structure):
@@ -72,6 +115,7 @@ class Field:
             raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
         self.func = func
         self.structure = structure if torch.compiler.is_compiling() else structure.without_graph()
+        self.with_gradients = False
         self.nfe = 0
         self._unknown = 2  # calls until it is known whether func returns one buffer
         self._first: list[Tensor] = []
@@ -93,6 +137,9 @@ class Field:
 
     def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         """The slopes at (t, y), each with the shape, type and device of its leaf. stage: which one of a step; not used here."""
+        if self.with_gradients and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return [slope.detach() for slope in Field.__call__(self, t, y, stage)]
         self.nfe += 1
         structure = self.structure
         if structure.single:
@@ -102,7 +149,13 @@ class Field:
             k = structure.flatten(self.func(t, structure.unflatten(y)))
         for i, leaf in enumerate(y):
             slope = k[i]
-            if slope.dtype is not leaf.dtype or slope.shape != leaf.shape or slope.get_device() != self._device:
+            if (
+                type(slope) is not Tensor
+                or slope.dtype is not leaf.dtype
+                or slope.shape != leaf.shape
+                or slope.get_device() != self._device
+                or slope.layout is not _STRIDED
+            ):
                 k[i] = self._conform(slope, leaf, i)
         if self._unknown or self._returns_one_buffer:
             return self._own(k)
@@ -124,10 +177,19 @@ class Field:
 
     def _conform(self, slope: Any, leaf: Tensor, i: int) -> Tensor:
         part = "" if self.structure.single else f" in leaf {i}"
+        if not (type(slope) is Tensor or has_memory(slope) or stands_for_others(slope)):
+            slope = slope * 1  # a tensor that another process still sends is then here
+            if not has_memory(slope):
+                raise TypeError(f"func must return plain tensors for y0{part}, got {type(slope).__name__}")
         if slope.device != leaf.device:
             raise ValueError(f"func must return the device of y0{part}, {leaf.device}, got {slope.device}")
+        if slope.layout is not _STRIDED:
+            slope = slope.to_dense()
         if slope.shape != leaf.shape:
-            raise ValueError(f"func must return the shape of y0{part}, {list(leaf.shape)}, got {list(slope.shape)}")
+            if self.structure.any_shape and _regrouped(slope.shape, leaf.shape):
+                slope = slope.reshape(leaf.shape)
+            else:
+                raise ValueError(f"func must return the shape of y0{part}, {list(leaf.shape)}, got {list(slope.shape)}")
         if slope.dtype.is_complex and not leaf.dtype.is_complex:
             raise ValueError(f"func must return real numbers for a real y0{part}, got {slope.dtype}")
         return slope.to(leaf.dtype)  # a field under autocast, say
@@ -208,7 +270,8 @@ class Problem:
     control (one error ratio), else the number of samples. rtol, atol: one number or tensor a leaf. norm: the user's, of
     leaves, or None for the largest of the leaves' RMS norms. quadratures: how many of the last leaves func does not depend
     on; they have slopes but no stages. quadratures_in_norm: whether their error counts. signs: of the slopes of each leaf, -1
-    where field gives them for the opposite direction of time; none: all +1.
+    where field gives them for the opposite direction of time; none: all +1. held: bool [rows], those that take no part and
+    stay at t[0]. missing: after a solve in which rows failed, the outputs that they did not reach, [T, rows].
     """
 
     field: Callable[..., list[Any]]
@@ -222,6 +285,8 @@ class Problem:
     quadratures: int = 0
     quadratures_in_norm: bool = True
     signs: list[float] | None = None
+    held: Tensor | None = None
+    missing: Tensor | None = None
 
     @property
     def state_leaves(self) -> list[Tensor]:
@@ -248,10 +313,18 @@ class Problem:
 
     def start_time(self, perturb: bool) -> Tensor:
         """t[0] as func sees it; perturb: just inside."""
-        times = torch.full((1, self.rows), self.t[0], dtype=self.real)
-        if perturb:
-            times = torch.nextafter(times, torch.full_like(times, self.direction * math.inf))
+        return self.time_beside(0, 1.0 if perturb else 0.0)
+
+    def time_beside(self, index: int, side: float) -> Tensor:
+        """t[index] as func sees it. side: +1: just after it in the direction of the solve, -1: just before, 0: itself."""
+        times = torch.full((1, self.rows), self.t[index], dtype=self.real, device="cpu")
+        if side:
+            times = torch.nextafter(times, torch.full_like(times, self.direction * side * math.inf))
         return self.time_views(to_device(times, self.device))[0]
+
+    def same_time(self, x: float, y: float) -> bool:
+        """Whether func sees two times as one: they may come from numbers of float32."""
+        return x == y or (self.real != torch.float64 and bool(np.float32(x) == np.float32(y)))
 
     def time_views(self, times: Tensor) -> list[Tensor]:
         """times [stages, rows] as func sees them: 0-dimensional, or [batch, 1, ...] of the first leaf's rank."""
@@ -261,12 +334,16 @@ class Problem:
 
 
 def check_state(y0: Any) -> Structure:
-    structure = Structure(y0)
+    """y0: a state, or the Structure of one."""
+    structure = y0 if isinstance(y0, Structure) else Structure(y0)
     first = structure.leaves[0]
     for i, leaf in enumerate(structure.leaves):
         name = "y0" if structure.single else f"leaf {i} of y0"
-        if not (type(leaf) is Tensor or is_plain(leaf)):
+        if not (type(leaf) is Tensor or has_memory(leaf) or stands_for_others(leaf)):
             raise TypeError(f"{name} must be a plain tensor, got {type(leaf).__name__}")
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            kind = "a nested one" if leaf.is_nested else leaf.layout
+            raise TypeError(f"{name} must be a dense tensor, got {kind}; a field may be sparse, its state is not")
         if leaf.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name} must be of one of the types {known}, got {leaf.dtype}")
@@ -293,10 +370,12 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     values: Any = None
     if isinstance(t, (tuple, list)) and all(isinstance(x, (int, float)) for x in t):
         values = [float(x) for x in t]  # torch.compile cannot read numbers out of a tensor
-        t = torch.tensor(values, dtype=torch.float64)
+        t = torch.tensor(values, dtype=torch.float64, device="cpu")
+    elif isinstance(t, (tuple, list)) and any(isinstance(x, Tensor) and x.dim() == 0 for x in t):
+        t = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in t])  # with their gradients
     elif not isinstance(t, Tensor):
         try:
-            t = torch.as_tensor(t, dtype=torch.float64)
+            t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be a one-dimensional tensor of times, got {type(t).__name__}") from None
     if not t.dtype.is_floating_point:
@@ -304,6 +383,11 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     if t.dim() != 1 or t.numel() == 0:
         raise ValueError(f"{name} must be one-dimensional with at least one time, got shape {list(t.shape)}")
     if values is None:
+        if not torch.compiler.is_compiling() and (t.is_meta or not has_memory(t)):
+            what = "tensor on the meta device" if t.is_meta else type(t).__name__
+            raise ValueError(f"{name} must hold numbers, got a {what}, which has none; give a list of numbers")
+        if written_down():
+            refuse_traced_times(t, name)
         if torch._C._functorch.is_batchedtensor(t):
             raise NotImplementedError(f"{name} must not be mapped by torch.vmap: the steps of a solve follow from numbers")
         values = t.detach().double().tolist()
@@ -325,6 +409,16 @@ def check_tolerance(name: str, value: Any, structure: Structure) -> list[Any]:
     else:
         parts = [value] * len(leaves)
     return [_check_one_tolerance(name, part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+def check_zero_tolerance(problem: Problem) -> None:
+    """Raises ValueError where the error test would divide by zero at the start: atol is 0, and a number of y0 too."""
+    for i, (leaf, rtol, atol) in enumerate(zip(problem.leaves, problem.rtol, problem.atol, strict=True)):
+        absolute = bool((atol > 0).all()) if isinstance(atol, Tensor) else atol > 0
+        if not absolute and not bool((atol + rtol * leaf.abs() > 0).all()) and not bool(leaf.isnan().any()):
+            raise ValueError(
+                f"atol must be above 0 where y0 is 0: in leaf {i} of y0 atol + rtol * |y0| is 0, and no error is within it"
+            )
 
 
 def _check_one_tolerance(name: str, value: Any, leaf: Tensor) -> Any:

@@ -22,7 +22,8 @@ STATUS_WORDS = {
 _REMEDIES = {
     UNDERFLOW: "the error test cannot be met however small the step: loosen rtol and atol, solve in float64, give the "
     "discontinuities of func in jump_t, or set min_step",
-    NON_FINITE: "look for overflow or a division by zero in func near this time, and at the initial state",
+    NON_FINITE: "look for overflow or a division by zero in func near this time, and at the initial state; where atol is 0, a "
+    "number that is 0 has no tolerance, in the backward solve of an adjoint too: give an atol above 0",
     MAX_NUM_STEPS: "raise max_num_steps, loosen rtol and atol, or use an output in between; a problem this expensive for an "
     "explicit method is often stiff",
 }
@@ -47,11 +48,14 @@ class Stats:
 
     nfe: calls of func. num_accepted, num_rejected: steps; an int under joint control, an int64 tensor [batch] per sample.
     nfe_backward: calls of func in the last backward pass through this solve; 0 before one.
+    adjoint_drift: how far the adjoint's backward solve came back from the stored outputs, at most, as a multiple of its
+        tolerance; a float, or float64 [batch] per sample. Far above 1 its gradient cannot be trusted; 0 without such a solve.
     """
 
     def __init__(self, nfe: int, num_accepted: Tensor, num_rejected: Tensor, per_sample: bool):
         self.nfe = nfe
         self.nfe_backward = 0
+        self.drift: Tensor | None = None  # [rows]
         self._accepted, self._rejected, self._per_sample = num_accepted, num_rejected, per_sample
 
     @property
@@ -61,6 +65,12 @@ class Stats:
     @property
     def num_rejected(self) -> int | Tensor:
         return self._count(self._rejected)
+
+    @property
+    def adjoint_drift(self) -> float | Tensor:
+        if self.drift is None:
+            return torch.zeros(len(self._accepted), dtype=torch.float64) if self._per_sample else 0.0
+        return self.drift if self._per_sample else float(self.drift[0])
 
     def _count(self, counts: Tensor) -> int | Tensor:
         return counts.long() if self._per_sample else int(counts[0])
@@ -138,8 +148,8 @@ class Interpolant:
     """The solution at any time between the first and the last output: ``interpolant(t)``.
 
     t: a number or a tensor of any shape, float. Returns the state in the structure of y0, each leaf
-    [*t.shape, *leaf.shape], detached, exact at the ends of steps and of the method's interpolation order between.
-    Raises ValueError outside the interval.
+    [*t.shape, *leaf.shape], detached, exact at the ends of steps and of the method's interpolation order between. The ends of
+    the interval may come as float32 writes them. Raises ValueError outside the interval.
     """
 
     def __init__(
@@ -157,9 +167,12 @@ class Interpolant:
         with torch.no_grad():
             wanted = torch.as_tensor(t, dtype=torch.float64, device=self._y0[0].device)
             low, high = min(self.t0, self.t1), max(self.t0, self.t1)
-            if wanted.numel() and not (float(wanted.min()) >= low and float(wanted.max()) <= high):
+            # An end may come as float32, or the type of t, writes it.
+            short = isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16)
+            written, ends = (x.to(t.dtype if short else torch.float32) for x in (wanted, wanted.new_tensor([low, high])))
+            if not bool((((wanted >= low) | (written == ends[0])) & ((wanted <= high) | (written == ends[1]))).all()):
                 raise ValueError(f"t must lie in [{low}, {high}], where the solution is known, got {t}")
-            flat = wanted.reshape(-1)
+            flat = wanted.reshape(-1).clamp(low, high)
             leaves = [y0.expand(len(flat), *y0.shape).clone() for y0 in self._y0]
             for step in self.steps:
                 self._fill(step, flat, leaves)

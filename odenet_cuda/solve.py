@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import cuda_graph as graphs
@@ -13,11 +14,22 @@ from .gradients.adjoint_setup import adjoint_setup
 from .integrate import Options, fixed_grid, stop_times
 from .job import Job
 from .methods import ADAPTIVE
-from .problem import Field, Problem, check_samples, check_state, check_times, check_tolerance, with_arguments
+from .problem import (
+    Field,
+    Problem,
+    check_samples,
+    check_state,
+    check_times,
+    check_tolerance,
+    check_zero_tolerance,
+    with_arguments,
+)
 from .regularizers import RUNNING, CostField, check_regularizers, with_costs
 from .solution import Solution
 from .solvers.checkpoints import Checkpoints
 from .step_control import STEP_CONTROLS, StepControl
+from .tracing import ADAPTIVE as NOT_TRACED
+from .tracing import stands_for_others, written_down
 
 GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
 FAILURES = ("raise", "return")
@@ -144,8 +156,10 @@ def solve(
             raise ValueError(f"step_control='per_sample' needs an adaptive method, got {method!r}, which has no step control")
     regularizers = check_regularizers(regularizers, options.tableau, method, gradient)
     running = [name for name in regularizers if name in RUNNING]
+    field = CostField(func, structure, running, per_sample) if running else Field(func, structure)
+    field.with_gradients = gradient == "direct" and torch.is_grad_enabled()
     problem = Problem(
-        field=CostField(func, structure, running, per_sample) if running else Field(func, structure),
+        field=field,
         leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
         t=values,
         direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,
@@ -154,13 +168,18 @@ def solve(
         atol=check_tolerance("atol", atol, structure),
         norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves[: len(structure.leaves)])),
     )
+    if options.adaptive and norm is None:
+        check_zero_tolerance(problem)
     if running:
         problem = with_costs(problem, running)
     grid = None
     if not options.adaptive:
-        grid = fixed_grid(options, values, func, y0, times)
+        grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), times)
     job = Job(problem, options, structure, times, dense, grid, regularizers)
-    if transforms.active():
+    traced = written_down() or any([stands_for_others(leaf) for leaf in structure.leaves])
+    if traced and options.adaptive:
+        raise NotImplementedError(NOT_TRACED)
+    if traced or transforms.active():
         if compiled is not None:
             compiled.served_by_stepper("inside torch.func transforms, forward mode and torch.compile")
         return job.run_transformed(on_failure)

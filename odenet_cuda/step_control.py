@@ -74,10 +74,14 @@ class StepControl:
         ]
 
 
-def initial_state(t0: float, rows: int) -> np.ndarray:
-    """The solver state before the first step, float64, [NUM_FIELDS, rows]: the first output is y0 itself."""
+def initial_state(t0: float, rows: int, on_jump: bool = False) -> np.ndarray:
+    """The solver state before the first step, float64, [NUM_FIELDS, rows]: the first output is y0 itself.
+
+    on_jump: t0 is a discontinuity of func, and the first of the stops.
+    """
     state = np.zeros((NUM_FIELDS, rows))
     for name, value in (("time", t0), ("step_end", t0), ("last_time", t0), ("inverse1", 1.0), ("inverse2", 1.0)):
         state[FIELDS[name]] = value
     state[FIELDS["output_begin"]] = state[FIELDS["output_end"]] = 1
+    state[FIELDS["jumped"]] = state[FIELDS["next_stop"]] = float(on_jump)
     return state

@@ -14,6 +14,7 @@ from . import _C
 from .ops import DTYPES, readable
 from .problem import Problem
 from .tableau import ButcherTableau
+from .tracing import has_memory
 
 
 class Stepper:
@@ -60,6 +61,11 @@ class Stepper:
         self.y0 = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
         self.k: list[list[Any]] = [[] for _ in range(tableau.stages)]
         self.times = torch.empty(tableau.stages, rows, dtype=problem.real, device=device)
+        if not has_memory(self.times):
+            raise TypeError(
+                f"torch gives tensors of type {type(self.times).__name__} here, under a dispatch mode, and the kernels need "
+                "plain ones: solve outside of that mode"
+            )
         self.views = problem.time_views(self.times)
         self._other_times: tuple[Tensor, list[Tensor]] | None = None
         self.q1 = [torch.empty_like(leaf) for leaf in self.y0[self.n :]]

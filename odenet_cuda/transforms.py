@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import (
     VmapInterpreter,
     retrieve_all_functorch_interpreters,
@@ -49,8 +50,10 @@ def between_graphs(adaptive: Callable[..., bool]) -> Callable[[Callable], Callab
     """For functions that torch.compile must not look into where `adaptive` says so of their arguments."""
 
     def decorate(function: Callable) -> Callable:
-        reason = "an adaptive solve chooses its steps by their values, so it runs between two graphs"
-        outside = torch.compiler.disable(function, reason=reason)
+        # As torch.compiler.disable, which loads the compiler at once: that takes longer than all the rest of an import.
+        outside: Any = _disable_dynamo(function)
+        outside._torchdynamo_disable = True
+        outside._torchdynamo_disable_msg = "an adaptive solve chooses its steps by their values, so it runs between two graphs"
 
         @wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -500,7 +500,7 @@ class Row(dict):
 
     def step(self) -> None:
         """What step_size does to one row."""
-        self.update(jumped=0, output_begin=self["output_end"])
+        self.update(output_begin=self["output_end"])
         if self["status"] != STATUS["running"]:
             self["accept"] = self["accepted_dt"] = 0
             return
@@ -512,7 +512,7 @@ class Row(dict):
         self["steps_since_output"] += 1
         if accept:
             self["num_accepted"] += 1
-            self.update(inverse2=self["inverse1"], inverse1=1 / max(ratio, 1e-10), time=self["step_end"])
+            self.update(inverse2=self["inverse1"], inverse1=1 / max(ratio, 1e-10), time=self["step_end"], jumped=0)
             reached = sum((time - self["time"]) * self.direction <= 0 for time in self.t)
             if reached > self["output_end"]:
                 self.update(output_end=reached, steps_since_output=0)

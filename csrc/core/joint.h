@@ -92,7 +92,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
       });
     }
     plan_first_step(s, step.r, d0, d1, joint_norm<M>(in, tiles, 2), in.first_step, 1);
-    step.first = s.t[0];
+    step.first = stage_time<T>(s, step.r, 0.0);
   } else {
     const Kept<M, P>& kept = *static_cast<const Kept<M, P>*>(in.tiles);
     step.r = load_row(s, 0);

@@ -63,7 +63,7 @@ ODENET_HD int64_t solve_tile(const Team& team, const SolveCall& in, int64_t tile
   Tile<M, P> x;
   Row<D> r;
   D fresh = D(1.0);
-  P first = P(T(s.t[0]));
+  P first = first_time<P>(in);
   if (in.begun == 0) {
     begin_tile(in, x, tile);
     r = first_row<D>(s);
@@ -113,7 +113,7 @@ ODENET_HD int64_t solve_tile(const Team& team, const SolveCall& in, int64_t tile
     if constexpr (M::taps > 0) add_taps(team, in, x, tile, select(MaskOf<P>(accept), dt, P(T(0))));
     accept_step(x, accept);
     fresh = select(accept, r[kJumped], fresh);
-    const MaskOf<D> jumped = r[kJumped] != D(0.0);
+    const MaskOf<D> jumped = accept & (r[kJumped] != D(0.0));
     if (team.any(any(jumped))) {
       Tile<M, P> after = x;
       first = select(MaskOf<P>(jumped), stage_time<T>(s, r, 0.0), first);

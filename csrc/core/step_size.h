@@ -17,7 +17,7 @@ enum Field : int {
   kStepEnd,     // time where that step ends: exactly a stop when it lands on one
   kStatus,      // see Status
   kAccept,      // 1: the last step tried was accepted
-  kJumped,      // 1: the last step ended on a discontinuity of f
+  kJumped,      // 1: the row stands on a discontinuity of f, and goes on from its other side
   kLastTime,    // start of the last step tried
   kLastDt,      // its signed size
   kAcceptedDt,  // the same, or 0 where it was not accepted
@@ -35,7 +35,7 @@ enum Field : int {
 };
 
 enum Status : int { kRunning, kSuccess, kUnderflow, kNonFinite, kMaxSteps };
-enum Stop : int { kStopStep, kStopJump, kStopEnd };
+enum Stop : int { kStopStep, kStopJump, kStopEnd, kStopEndJump };  // the last: the end lies on a discontinuity
 
 struct Controller {
   double direction;  // +1: time increases, -1: it decreases
@@ -49,7 +49,8 @@ constexpr int kControllerSize = sizeof(Controller) / sizeof(double);
 
 struct StepSize {
   double* state;         // [kNumFields, rows]
-  const double* stops;   // [2, num_stops]: times in the direction of the solve, kinds (Stop); the last is the end
+  const double* stops;   // [2, num_stops]: times in the direction of the solve, kinds (Stop); the last is the end, and
+                         // the first is t[0] where f is discontinuous there
   const double* t;       // [num_outputs]
   double c[kMaxStages];  // nodes of the tableau
   Controller controller;
@@ -169,7 +170,6 @@ ODENET_HD D step_factor(const Controller& q, const Row<D>& r, const D& ratio, co
 template <class F, class D>
 ODENET_HD void control_step(const StepSize& s, Row<D>& r) {
   const Controller& q = s.controller;
-  r[kJumped] = D(0);
   r[kOutputBegin] = r[kOutputEnd];
   const MaskOf<D> running = r.running();
   const D dt = r[kDt], size = D(q.direction) * dt, ratio = r[kErrorRatio];
@@ -189,6 +189,7 @@ ODENET_HD void control_step(const StepSize& s, Row<D>& r) {
   set(accept, r[kInverse2], r[kInverse1]);
   set(accept, r[kInverse1], select(ratio > D(1e-10), D(1) / ratio, D(1e10)));
   set(accept, r[kTime], r[kStepEnd]);
+  set(accept, r[kJumped], D(0));
   MaskOf<D> output = accept & (D(q.direction) * (r[kTime] - r.next_output) >= D(0));
   if (any(output)) {
     set(output, r[kStepsSinceOutput], D(0));
@@ -200,7 +201,7 @@ ODENET_HD void control_step(const StepSize& s, Row<D>& r) {
   }
   const MaskOf<D> lands = accept & (r[kTime] == r.stop);
   if (any(lands)) {
-    const MaskOf<D> ends = lands & (r.stop_kind == D(kStopEnd));
+    const MaskOf<D> ends = lands & (r.stop_kind >= D(kStopEnd));
     set(lands & (r.stop_kind == D(kStopJump)), r[kJumped], D(1));
     end_rows(r, ends, kSuccess);
     r[kNextStop] = r[kNextStop] + select(lands & !ends, D(1), D(0));
@@ -262,7 +263,8 @@ ODENET_HD With<D, R> stage_time(const StepSize& s, const Row<D>& r, double c) {
   }
   if (c != 1) return convert<R>(r[kTime] + D(c) * r[kDt]);
   const P end = convert<R>(r[kStepEnd]);
-  const MaskOf<P> jump = r.running() & (r[kStepEnd] == r.stop) & (r.stop_kind == D(kStopJump));
+  const MaskOf<D> on_jump = (r.stop_kind == D(kStopJump)) | (r.stop_kind == D(kStopEndJump));
+  const MaskOf<P> jump = r.running() & (r[kStepEnd] == r.stop) & on_jump;
   return any(jump) ? select(jump, next_after_lanes(end, -s.controller.direction), end) : end;
 }
 

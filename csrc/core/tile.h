@@ -308,6 +308,7 @@ ODENET_HD Row<D> first_row(const StepSize& s) {
   for (int name = 0; name < kNumFields; ++name) r[name] = D(0.0);
   r[kTime] = r[kStepEnd] = r[kLastTime] = D(s.t[0]);
   r[kInverse1] = r[kInverse2] = r[kOutputBegin] = r[kOutputEnd] = D(1.0);
+  if (s.stops[0] == s.t[0]) r[kJumped] = r[kNextStop] = D(1.0);
   find_stop(s, r);
   find_output(s, r);
   return r;
@@ -342,13 +343,20 @@ ODENET_HD void start_squares(const SolveCall& in, const Tile<M, P>& x, int leaf,
   d0 = add_groups(d0), d1 = add_groups(d1), d2 = add_groups(d2);
 }
 
+// The time of the first slope; a grid has no stops.
+template <class P>
+ODENET_HD P first_time(const SolveCall& in) {
+  const StepSize& s = in.step;
+  return s.num_stops > 0 ? P(stage_time<Number<P>>(s, first_row<double>(s), 0.0)) : P(Number<P>(s.t[0]));
+}
+
 template <class M, class P>
 ODENET_HD void begin_tile(const SolveCall& in, Tile<M, P>& x, int64_t tile) {
   load_state<M>(x.y, in.y0, tile, in.batch);
   for (int n = 0; n <= M::arguments; ++n) x.arguments[n] = x.arguments_grad[n] = P(Number<P>(0));
   if constexpr (M::arguments > 0) load_lanes(x.arguments, in.arguments, M::arguments, tile, in.batch);
   store_state<M>(in.ys, x.y, tile, in.batch);
-  M::field(in, P(Number<P>(in.step.t[0])), x.y, x.arguments, x.k[0], x.taps[0]);
+  M::field(in, first_time<P>(in), x.y, x.arguments, x.k[0], x.taps[0]);
   if constexpr (M::stages > 1) {
     for (int n = 0; n < kOwn<M>; ++n) x.k[1][n] = x.k[0][n];
   }

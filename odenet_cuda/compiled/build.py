@@ -34,6 +34,11 @@ FLAGS = (
     "-DNDEBUG",
     "-w",
 )
+# GCC bug 113255, of g++ before 11.5, 12.4, 13.3 and 14: an inlined copy of a block (`rep movs`) first aligns its target, and
+# the source, moved by as much, `src - (dst - aligned)`, is taken for an address inside dst. Stores into a local array just
+# before it is copied are then deleted as dead. With the first flag nothing is inlined that way; with the second few copies are
+# left to be calls, for a loop over packs stays one.
+GNU_X86_FLAGS = ("-mmemcpy-strategy=libcall:-1:noalign", "-fno-tree-loop-distribute-patterns")
 LEVEL_FLAGS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -73,7 +78,7 @@ def include_folder() -> Path:
 
 @functools.cache
 def find_compiler() -> tuple[tuple[str, ...], str]:
-    """The command of the compiler, with flags where CXX has some, and its version. Raises NoCompiler."""
+    """The command of the compiler, with flags where CXX has some, and what it says of its version. Raises NoCompiler."""
     given = os.environ.get("CXX", "")
     for name in (given,) if given else ("c++", "g++", "clang++"):
         command = shlex.split(name)
@@ -81,9 +86,15 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
         if path:
             run = subprocess.run([path, *command[1:], "--version"], capture_output=True, text=True, check=False)
             if run.returncode == 0:
-                return (path, *command[1:]), run.stdout.splitlines()[0]
+                return (path, *command[1:]), run.stdout
     where = f" as CXX, {given}" if given else ""
     raise NoCompiler(f"no C++ compiler was found{where}; install g++ 11 or clang++ 14, or newer, or set CXX")
+
+
+def compiler_flags() -> tuple[str, ...]:
+    """FLAGS, and what works around errors of this compiler. Raises NoCompiler."""
+    gnu = "Free Software Foundation" in find_compiler()[1]
+    return FLAGS + GNU_X86_FLAGS if gnu and platform.machine() in ("x86_64", "AMD64") else FLAGS
 
 
 @functools.cache
@@ -138,7 +149,7 @@ def load(text: str, capability: Capability | None = None) -> _C.Library:
         compiler, version = find_compiler()
         level = _C.cpu_level()
         given = shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))
-        flags = (*FLAGS, f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
+        flags = (*compiler_flags(), f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *given)
     else:
         compiler, version = find_nvcc()
         flags = (*CUDA_FLAGS, f"-arch=sm_{capability[0]}{capability[1]}")

@@ -29,8 +29,8 @@ _NAMES: dict[str, Any] = {
     "acosh": np.arccosh,
     "atanh": np.arctanh,
     "pow": np.power,
-    "erf": lambda x: torch.erf(torch.as_tensor(x)).numpy(),
-    "erfc": lambda x: torch.erfc(torch.as_tensor(x)).numpy(),
+    "erf": lambda x: torch.erf(torch.as_tensor(x, device="cpu")).numpy(),
+    "erfc": lambda x: torch.erfc(torch.as_tensor(x, device="cpu")).numpy(),
     **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan")},
     **{name: getattr(np, name) for name in ("sinh", "cosh", "tanh", "sqrt", "abs", "floor", "ceil")},
 }
@@ -80,12 +80,12 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
 
     def near(x: Tensor) -> Tensor:
         rows = x.detach() if plan.whole else sample_rows(x, batch)
-        return rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows)
+        return rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64, device="cpu").to(rows)
 
     t = t + 0.25
     leaves = [near(leaf).requires_grad_() for leaf in structure.leaves]
     samples = [near(args[i]).requires_grad_() for i in plan.batched]
-    g = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
+    g = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf) for leaf in leaves]
     given = list(args)
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]

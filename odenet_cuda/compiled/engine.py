@@ -1,5 +1,6 @@
 """Solves of a compiled field: the whole of one, forwards or backwards, in a call of its library."""
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..gradients.drift import add_drift, warn_of_drift
 from ..integrate import Grid, Options, fixed_grid
 from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem, to_device
@@ -110,7 +112,8 @@ class Engine:
         tensors: dict[str, Tensor],
     ) -> tuple[_C.SolveCall, list[Tensor]]:
         """A call with those tensors, and all that it points to, to be kept alive. columns: numbers of a sample in its state."""
-        times, kinds = stop_table(problem, options.step_t, options.jump_t)
+        stops = (options.step_t, options.jump_t) if grid is None else ((), ())
+        times, kinds = stop_table(problem, *stops)
         addresses = np.array(self.constants.addresses, np.int64).view(np.float64)
         parts: list[Any] = [problem.t, times, kinds, problem.rtol, problem.atol, addresses, () if grid is None else grid[0]]
         table = to_device(torch.from_numpy(np.concatenate([np.asarray(part, np.float64) for part in parts])), problem.device)
@@ -264,9 +267,10 @@ class Engine:
         self.nfe_backward = self.steps * (self.tableau.stages - 1) + 1
         return self._gradients(grad_y0, constants, arguments)
 
-    def adjoint(self, backward: Any, grad_ys: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    def adjoint(self, backward: Any, grad_ys: list[Tensor], stats: Any) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         """The same by the adjoint equation, solved from each output back to the one before. backward: gradients.Adjoint."""
         problem, options = self.problem, backward.options
+        stats.drift = None
         grads = _rows(grad_ys, self.batch, self.y0, len(problem.t))
         solve = self.adjoint_control(options)
         library = self.plan.load(options.tableau, self.target(solve))
@@ -275,6 +279,10 @@ class Engine:
         a, n = grads[-1], self.state
         self.nfe_backward = 0
         for i in range(len(problem.t) - 1, 0, -1):
+            failed = None if problem.missing is None else problem.missing[i]
+            if failed is not None and bool(failed.all()):
+                a = grads[i - 1]
+                continue
             piece = replace(
                 problem,
                 t=[problem.t[i], problem.t[i - 1]],
@@ -284,12 +292,33 @@ class Engine:
             )
             grid = None if options.adaptive else fixed_grid(options, piece.t)
             start = torch.cat([self.ys[i], a], 1)
-            ys, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
-            self.check(state, piece)
-            total += of_interval
+            if failed is not None and bool(failed.any()):
+                ys, state = self._solve_some(~failed, solve, start, piece, options, (constants, total, chunk))
+            else:
+                ys, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
+                self.check(state, piece)
+                total += of_interval
+            found, stored = self._leaves(ys[-1][:, :n].contiguous()), self._leaves(self.ys[i - 1])
+            add_drift(stats, backward, problem, found, stored, failed if problem.per_sample else None)
             a = ys[-1][:, n:] + grads[i - 1]
             self.nfe_backward += evaluations(options, state, grid, piece)
+        warn_of_drift(stats, True)
         return self._gradients(a, constants, total)
+
+    def _solve_some(
+        self, rows: Tensor, solve: str, start: Tensor, piece: Problem, options: Options, sums: tuple[Tensor, Tensor, int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same as `_solve` for some rows, where others failed; gradients of arguments are added to sums[1]."""
+        some, (constants, total, chunk) = copy.copy(self), sums
+        some.batch, some.arguments = int(rows.sum()), self.arguments[rows]
+        some.problem = replace(self.problem, leaves=[leaf[rows] for leaf in self.problem.leaves])
+        arguments = torch.zeros_like(some.arguments)
+        found, state = some._solve(solve, start[rows], piece, options, None, sums=(constants, arguments, chunk))
+        some.check(state, piece)
+        total[rows] += arguments
+        ys = start.new_zeros(len(found), *start.shape)
+        ys[:, rows] = found
+        return ys, state
 
     def check(self, state: Tensor | None, problem: Problem) -> None:
         """Raises SolverError where the backward solve failed."""
@@ -299,7 +328,7 @@ class Engine:
             return
         counts = state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]]
         last = self._leaves(self.y_last[:, : self.state])
-        t = torch.tensor(problem.t, dtype=torch.float64)
+        t = torch.tensor(problem.t, dtype=torch.float64, device="cpu")
         solution = Solution(last, t, Stats(0, *counts, problem.per_sample), last, None, problem.per_sample)
         error = failure(state.cpu().numpy(), solution, self.options.control.max_num_steps)
         if error is not None:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..callbacks import find_callbacks
+from ..gradients.failed import known_cotangents, with_nan
+from ..gradients.one_by_one import one_by_one
+from ..gradients.release import kept
 from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
@@ -279,11 +282,13 @@ class _Compiled(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         gradient, backward, stats, again = ctx.how
         tensors = ctx.saved_tensors[: ctx.count]  # says so where one was changed since, a frozen one too
-        engine = ctx.engine
+        engine, _ = kept(ctx, "engine")
+        grad_ys, spoilt = known_cotangents(engine.problem, grad_ys)
         if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
             if gradient == "adjoint":
                 raise RuntimeError(
@@ -298,8 +303,9 @@ class _Compiled(torch.autograd.Function):
             return None, None, None, *found
         with torch.no_grad():
             gys = list(grad_ys)
-            parts = engine.adjoint(backward, gys) if gradient == "adjoint" else engine.reverse(gys)
+            parts = engine.adjoint(backward, gys, stats) if gradient == "adjoint" else engine.reverse(gys)
+            y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward
-        flat = [part for group in parts for part in group]
+        flat = [*y0, *others]
         shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
         return None, None, None, *shaped

@@ -96,7 +96,7 @@ def sample_rows(x: Tensor, batch: int) -> Tensor:
     """`batch` rows of x, repeated as needed; 0: x itself."""
     if batch == 0:
         return x.detach()
-    return x.detach()[torch.arange(batch) % x.shape[0]]
+    return x.detach()[torch.arange(batch, device=x.device) % x.shape[0]]
 
 
 def _wanted(module: fx.GraphModule) -> list[Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import noise
 from ..captured import cut_points, gradients, refuse_unknown, sequence_number
 from ..formulas import rms_norm
 from ..integrate import Options, fixed_grid, integrate
@@ -23,6 +24,10 @@ from ..solution import Solution, Stats, failure
 from .accumulator import SHORT, Accumulator, combinations
 from .autocast import autocast_state
 from .direct import real_product
+from .drift import add_drift, warn_of_drift
+from .failed import known_cotangents, stand_ins, with_nan
+from .one_by_one import one_by_one
+from .release import kept
 
 NO_SECOND_DERIVATIVE = (
     "gradient='adjoint' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
@@ -72,16 +77,20 @@ class _Adjoint(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         saved = ctx.saved_tensors
         ys, params = saved[: ctx.count], saved[ctx.count :]
+        problem, _ = kept(ctx, "problem")
+        grad_ys, spoilt = known_cotangents(problem, grad_ys)
         with torch.autocast(**ctx.autocast):
             grad_y0, grad_t, grad_params = solve_backwards(
-                ctx.adjoint, ctx.problem, ys, params, grad_ys, ctx.needs_input_grad[6], ctx.stats
+                ctx.adjoint, problem, ys, params, grad_ys, ctx.needs_input_grad[6], ctx.stats
             )
+        grad_y0, grad_t, grad_params = with_nan(spoilt, problem, grad_y0, grad_t, grad_params)
         if grad_t is not None:
             grad_t = grad_t.to(ctx.t_device)
         return None, None, None, None, None, None, grad_t, *grad_y0, *grad_params
@@ -242,7 +251,8 @@ def solve_backwards(
     grad_ys, costs = grads[:n], grads[n:]
     tableau = adjoint.options.tableau
     forward: Any = problem.field
-    field = forward.again()
+    field, generators = forward.again(), noise.states(problem.device)
+    stats.drift = None
     others = aliased(field, params) if adjoint.options.cuda_graph else None
     field, params = others or (field, params)
     in_norm = not adjoint.seminorm and not problem.per_sample
@@ -277,13 +287,17 @@ def solve_backwards(
     callbacks = {name: _with_all_parts(callback) for name, callback in adjoint.callbacks.items()}
     after_step = augmented if isinstance(augmented, PerSampleField) else None
     for i in range(len(problem.t) - 1, 0, -1):
-        y = [out[i] for out in ys]
+        failed, others_at = stand_ins(problem, i)
+        if failed is not None and others_at is None:
+            continue
+        y = [out[i] if others_at is None else out[i][others_at] for out in ys]
         a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         if grad_t is not None:
             g = [*(grad[i] for grad in grad_ys), *(costs if i == len(problem.t) - 1 else ())]
-            grad_t[i] = slope_product(field, problem, i, y, g)
+            grad_t[i] = slope_product(field, problem, adjoint.options, i, y, g)
         backward.leaves = [*y, *a, *([] if per_sample else integral)]
         backward.t = [problem.t[i], problem.t[i - 1]]
+        backward.held = at_rest(problem, [*a, *costs], failed) if per_sample else None
         grid = None if options.adaptive else fixed_grid(options, backward.t)
         trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid)
         if trajectory.state is not None:
@@ -295,12 +309,22 @@ def solve_backwards(
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
+        add_drift(stats, adjoint, problem, trajectory.last[:n], [out[i - 1] for out in ys], backward.held)
         integral = [x + y for x, y in zip(integral, trajectory.sums, strict=True)] if per_sample else trajectory.last[2 * n :]
     if grad_t is not None:
-        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], [*a, *costs])
+        grad_t[0] = -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs])
     stats.nfe_backward = field.nfe
+    noise.warn_of_other_numbers(generators, problem.device, "adjoint")
+    warn_of_drift(stats, options.adaptive)
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
+
+
+def at_rest(problem: Problem, cotangents: Sequence[Tensor], failed: Tensor | None) -> Tensor:
+    """Rows that need no solve back from an output: those that did not reach it, and those that the loss has left out so far,
+    whose gradient is zero."""
+    rows = torch.stack([(x == 0).reshape(problem.rows, -1).all(1) for x in cotangents]).all(0)
+    return rows if failed is None else rows | failed
 
 
 def _as_leaf(x: Tensor) -> Tensor:
@@ -308,11 +332,12 @@ def _as_leaf(x: Tensor) -> Tensor:
     return x.float() if x.dtype in SHORT else x
 
 
-def slope_product(field: Field, problem: Problem, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
-    """g . f(t_i, y), and the rates of running costs if g goes on to them"""
-    times = torch.full((1, problem.rows), problem.t[i], dtype=problem.real, device=problem.device)
-    k = field(problem.time_views(times)[0], [x.detach() for x in y])  # one that requires a gradient has no graph here
-    return torch.stack([real_product(x, slope.detach()).sum() for x, slope in zip(g, k, strict=False)]).sum()
+def slope_product(field: Field, problem: Problem, options: Options, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
+    """g . f(t_i, y), and the rates of running costs if g goes on to them; at a discontinuity of func with the slope that the
+    forward solve came to t_i with, or for i = 0 went from it with."""
+    k = field(problem.time_beside(i, options.on_side(problem, i)), [x.detach() for x in y])  # their graph is not here
+    k = [torch.where(x == 0, 0, slope.detach()) for x, slope in zip(g, k, strict=False)]  # of a row that failed it may be NaN
+    return torch.stack([real_product(x, slope).sum() for x, slope in zip(g, k, strict=True)]).sum()
 
 
 def adjoint_norm(adjoint: Adjoint, problem: Problem, n: int) -> Callable[[list[Tensor]], Any] | None:
@@ -327,7 +352,10 @@ def adjoint_norm(adjoint: Adjoint, problem: Problem, n: int) -> Callable[[list[T
         return None
 
     def norm(leaves: list[Tensor]) -> Tensor:
-        values = [torch.as_tensor(state_norm(part)).double().reshape(-1) for part in (leaves[:n], leaves[n : 2 * n])]
+        values = [
+            torch.as_tensor(state_norm(part), device=problem.device).double().reshape(-1)
+            for part in (leaves[:n], leaves[n : 2 * n])
+        ]
         if not adjoint.seminorm:
             values += [rms_norm(leaf) for leaf in leaves[2 * n :]]
         return torch.stack(values).amax(0)
@@ -345,4 +373,10 @@ def _with_all_parts(callback: Callable) -> Callable:
 
 
 def last_state(leaves: list[Tensor], problem: Problem, stats: Stats) -> Solution:
-    return Solution(ys=None, t=torch.tensor(problem.t), stats=stats, y_last=leaves, per_sample=problem.per_sample)
+    return Solution(
+        ys=None,
+        t=torch.tensor(problem.t, dtype=torch.float64, device="cpu"),
+        stats=stats,
+        y_last=leaves,
+        per_sample=problem.per_sample,
+    )

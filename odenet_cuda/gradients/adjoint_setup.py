@@ -87,6 +87,6 @@ def shown_norm(problem: Problem, seminorm: bool) -> Callable[[tuple], Tensor]:
             values += [problem.norm(part)] if problem.norm is not None else [rms_norm(leaf)[0] for leaf in part]
         if not seminorm:
             values += [rms_norm(leaf)[0] for leaf in leaves[2 * n :]]
-        return torch.stack([torch.as_tensor(value).double() for value in values]).amax()
+        return torch.stack([torch.as_tensor(value, device=problem.device).double() for value in values]).amax()
 
     return norm

@@ -25,7 +25,10 @@ from ..solvers.fixed import FixedSolver, calls_on_grid
 from ..solvers.trajectory import Evaluation, Recorder, Trajectory
 from . import checkpoint, direct
 from .autocast import autocast_state
+from .failed import known_cotangents, with_nan
 from .graphed_steps import GraphedSteps
+from .one_by_one import one_by_one
+from .release import kept
 from .replay import second_gradients
 
 # Gradients for y0 and the captured tensors, and how often func was called.
@@ -186,10 +189,13 @@ class _Graphed(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        graphed, count = ctx.lease.graphed, ctx.count
         t, *tensors = ctx.saved_tensors  # says so where one was changed since
+        lease, _ = kept(ctx, "lease")
+        grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
+        graphed, count = lease.graphed, ctx.count
         if torch.is_grad_enabled():
             problem, y0, captured = ctx.problem, tensors[:count], tensors[count:]
             with torch.autocast(**ctx.autocast):
@@ -201,6 +207,7 @@ class _Graphed(torch.autograd.Function):
             )
         with torch.no_grad():
             y0, captured, ctx.stats.nfe_backward = graphed.walk(grad_ys)
+            y0, _, captured = with_nan(spoilt, ctx.problem, y0, None, captured)
             grads = [None if x is None else x.clone() for x in (*y0, *captured)]
-            ctx.lease.fence = Fence(ctx.problem.device)
+            lease.fence = Fence(ctx.problem.device)
             return None, None, None, None, None, None, *grads

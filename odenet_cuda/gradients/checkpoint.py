@@ -21,6 +21,9 @@ from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .autocast import autocast_state
 from .direct import BackwardWalk
+from .failed import known_cotangents, with_nan
+from .one_by_one import one_by_one
+from .release import kept
 from .replay import second_gradients
 
 _FEW = 32  # states, of which the best may be looked for; with more the gaps between are short, and the search is not
@@ -52,18 +55,22 @@ class _Checkpoint(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        recorder, problem, count, t_grad = ctx.recorder, ctx.problem, ctx.count, ctx.needs_input_grad[6]
+        problem, count, t_grad = ctx.problem, ctx.count, ctx.needs_input_grad[6]
         t, *tensors = ctx.saved_tensors
+        recorder, _ = kept(ctx, "recorder")
+        grad_ys, spoilt = known_cotangents(problem, grad_ys)
         y0, captured = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():
             with torch.autocast(**ctx.autocast):
                 found = second_gradients(recorder, problem, problem.field, y0, t, captured, grad_ys)
-            return None, None, None, None, None, None, found[count], *found[:count], *found[count + 1 :]
+            grad_y0, grad_t, others = with_nan(spoilt, problem, found[:count], found[count], found[count + 1 :])
+            return None, None, None, None, None, None, grad_t, *grad_y0, *others
         with torch.autocast(**ctx.autocast):
             grads, ctx.stats.nfe_backward = way_back(recorder, problem, captured, grad_ys, t_grad, ctx.check)
-        grad_y0, grad_t, grad_captured = grads
+        grad_y0, grad_t, grad_captured = with_nan(spoilt, problem, *grads)
         return None, None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 
 
@@ -80,6 +87,7 @@ def way_back(
     again = Recomputation(problem, recorder, captured, check, t_grad)
     with again.generators():
         undo_all(again, walk, recorder.checkpoints.limit)
+    again.refuse_others()
     return walk.result(), again.field.nfe
 
 
@@ -101,6 +109,9 @@ class Recomputation:
         shape = [problem.rows, *[1] * (problem.leaves[0].dim() - 1)] if problem.per_sample else []
         self.as_seen: list[int] = shape  # a time as func sees it
         self.recorder = Recorder(self.tableau, problem.t, problem.per_sample, self.n, graphs=True, t_grad=t_grad)
+        self.expected = recorder.last  # the state that the next step to be recorded came to; another is refused
+        self._rounding = noise.rounding(problem.leaves)
+        self._others: list[Tensor] = []  # on CUDA, whether steps ended elsewhere
         self.steps: list[Step] = []
         self.restarts: list[list[Evaluation]] = []  # before each step, first slopes that are not carried
         waiting: list[Evaluation] = []
@@ -161,6 +172,8 @@ class Recomputation:
         addresses: list[int] = []
         for i in range(1, points + 1):
             if i == self.tableau.stages or (i == points and not _inside(step) and self.step_costs is None):
+                if self.expected is not None:
+                    kernels.stage(i, addresses)
                 stepper.k[i:] = [[] for _ in stepper.k[i:]]
                 evaluations.append(None)
                 break
@@ -168,8 +181,29 @@ class Recomputation:
             evaluation = self._evaluate(views[i], stepper.y[i])
             evaluations.append(evaluation)
             addresses = stepper.set_slopes(i, evaluation.k, True)
+        if self.expected is not None:
+            self._compare(step, y, self.expected)
         done = Step(step.times, step.first, self.dt, step.accept, step.outputs, step.ends, y, list(stepper.k), evaluations)
         return [*entries, done]
+
+    def _compare(self, step: Step, y0: list[Tensor], expected: list[Tensor]) -> None:
+        """Whether the step made again ended where it did."""
+        with torch.no_grad():
+            ends = self.stepper.y[-1]
+            if step.accept is not None:
+                ends = [torch.where(self._shaped(step.accept, end), end, y) for end, y in zip(ends, y0, strict=False)]
+            on_host = self.problem.device.type == "cpu"
+            for y, end, other, rounding in zip(y0, ends, expected, self._rounding, strict=False):
+                if not (on_host and torch.equal(end, other)):
+                    self._others.append(noise.beyond_rounding(y, end, other, rounding))
+            if on_host:
+                self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """Raises RuntimeError where a step made again ended elsewhere."""
+        if self._others and bool(torch.stack(self._others).any()):
+            raise RuntimeError(noise.OTHER_STEP)
+        self._others.clear()
 
     def generators(self) -> Any:
         """Random generators stand afterwards where they stood before, if func draws numbers."""
@@ -193,6 +227,8 @@ class Recomputation:
         """Binds the size and first slope of a step; gives the times of its stages as func sees them."""
         stepper, kernels = self.stepper, self.stepper.kernels
         self.dt = _rows_of(step.dt, self.problem)
+        if step.accept is not None:  # the others stay where they are: what they tried may have been no number
+            self.dt = torch.where(step.accept, self.dt, 0.0)
         kernels.bind_dt(self.dt.data_ptr())
         kernels.bind_slopes(0, stepper.set_slopes(0, k, True))
         return self.problem.time_views(step.times)
@@ -260,3 +296,5 @@ def undo_all(again: Recomputation, walk: BackwardWalk, limit: int | None) -> Non
         end -= 1
         for entry in reversed(again.record(end, state)):
             walk.undo(entry)
+        if again.expected is not None:
+            again.expected = state[0]

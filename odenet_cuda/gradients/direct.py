@@ -11,6 +11,7 @@ end depends on t only at the times of t themselves.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .accumulator import Accumulator
 from .autocast import autocast_state
+from .failed import known_cotangents, with_nan
+from .one_by_one import one_by_one
+from .release import kept
 from .replay import second_gradients
 
 
@@ -89,26 +93,38 @@ class _Direct(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        recorder = ctx.recorder
+        (t, *tensors), func = ctx.saved_tensors, ctx.problem.field
+        recorder, keep = kept(ctx, "recorder")
+        grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
         if torch.is_grad_enabled():
-            (t, *tensors), func = ctx.saved_tensors, ctx.problem.field
             y0 = tensors[: ctx.count]
             with torch.autocast(**ctx.autocast):
                 found = second_gradients(recorder, ctx.problem, func, y0, t, ctx.captured, grad_ys)
-            return None, None, None, None, None, found[ctx.count], *found[: ctx.count], *found[ctx.count + 1 :]
-        grad_y0, grad_t, grad_captured = way_back(recorder, ctx.problem, ctx.captured, grad_ys, ctx.needs_input_grad[5])
+            parts = found[: ctx.count], found[ctx.count], found[ctx.count + 1 :]
+            grad_y0, grad_t, others = with_nan(spoilt, ctx.problem, *parts)
+            return None, None, None, None, None, grad_t, *grad_y0, *others
+        t_grad = ctx.needs_input_grad[5]
+        grads = way_back(recorder, ctx.problem, ctx.captured, grad_ys, t_grad, keep)
+        grad_y0, grad_t, grad_captured = with_nan(spoilt, ctx.problem, *grads)
         return None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 
 
 def way_back(
-    recorder: Recorder, problem: Problem, captured: Sequence[Tensor], grad_ys: Sequence[Tensor | None], t_grad: bool
+    recorder: Recorder,
+    problem: Problem,
+    captured: Sequence[Tensor],
+    grad_ys: Sequence[Tensor | None],
+    t_grad: bool,
+    keep: bool = True,
 ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
-    """The gradients for y0, t and the captured tensors. The graphs on the tape stay."""
+    """The gradients for y0, t and the captured tensors. keep: the tape stays; else each entry goes when it is undone."""
     walk = BackwardWalk(problem, recorder, captured, grad_ys, t_grad)
-    for entry in reversed(recorder.tape):
-        walk.undo(entry)
+    tape = list(recorder.tape) if keep else recorder.tape
+    while tape:
+        walk.undo(tape.pop())
     return walk.result()
 
 
@@ -132,6 +148,7 @@ class BackwardWalk:
         self.keep_graphs = keep_graphs
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, list(captured), t_grad
         self.cuts = cut_points(captured)
+        self.careful = problem.per_sample and problem.missing is not None  # what is no number may belong to rows without a part
         self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
         self.step_costs = recorder.step_costs
         self.begin(grad_outputs)
@@ -184,22 +201,40 @@ class BackwardWalk:
 
     def _vjp(self, evaluation: Evaluation, kappa: list[Tensor]) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """(dL/dY, dL/dt) of one evaluation; the captured tensors' gradients are added up on the side."""
+        if self.careful:
+            evaluation = self._without_others(evaluation, kappa)
         outputs = evaluation.k
         if not all([k.requires_grad for k in outputs]):
             kappa = [cotangent for k, cotangent in zip(outputs, kappa, strict=True) if k.requires_grad]
             outputs = [k for k in outputs if k.requires_grad]
             if not outputs:
                 return [None] * self.leaves, None
-        # The first evaluation has no gradient for y0 where none is wanted.
-        y = evaluation.y if evaluation.y[0].requires_grad else []
-        inputs = [*y, *([evaluation.t] if self.t_grad else []), *self.captured]
+        # The first evaluation has no gradient for y0 where none is wanted, but func may differentiate by a part of it itself.
+        wanted = [leaf.requires_grad for leaf in evaluation.y]
+        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if self.t_grad else []), *self.captured]
         grads = gradients(outputs, inputs, kappa, self.cuts, self.keep_graphs)
-        n = self.n
-        if not y:
-            grads = [None] * n + list(grads)
+        n = sum(wanted)
+        by_y = iter(grads[:n])
         if self.captured:
             self.sums.add(grads[n + self.t_grad :])
-        return [*grads[:n], *[None] * (self.leaves - n)], grads[n] if self.t_grad else None
+        found = [next(by_y) if needed else None for needed in wanted]
+        return [*found, *[None] * (self.leaves - self.n)], grads[n] if self.t_grad else None
+
+    def _without_others(self, evaluation: Evaluation, kappa: list[Tensor]) -> Evaluation:
+        """The evaluation with other rows in place of those without a cotangent whose slope is no number: zero times their
+        Jacobian would be none either."""
+        rows = self.problem.rows
+        broken = torch.stack([~torch.isfinite(k).reshape(rows, -1).all(1) for k in evaluation.k]).any(0)
+        broken &= torch.stack([(x == 0).reshape(rows, -1).all(1) for x in kappa]).all(0)
+        if not bool(broken.any()) or bool(broken.all()):
+            return evaluation
+        other = int((~broken).nonzero()[0])
+        field: Any = self.problem.field
+        with torch.enable_grad():
+            y = [torch.where(self._rows(broken, leaf).bool(), leaf[other], leaf).detach() for leaf in evaluation.y]
+            y = [leaf.requires_grad_(old.requires_grad) for leaf, old in zip(y, evaluation.y, strict=True)]
+            t = evaluation.t.detach().requires_grad_(evaluation.t.requires_grad)
+            return replace(evaluation, t=t, y=y, k=field.again()(t, y))
 
     def _undo_evaluation(self, evaluation: Evaluation) -> None:
         """A slope evaluated for itself: at the start, or anew beyond a discontinuity for the rows of its mask."""
@@ -340,6 +375,8 @@ class BackwardWalk:
     def _dot(self, g: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
         """The real inner product of two states, row by row, float64 [rows]."""
         rows = self.problem.rows
+        if self.careful:
+            x = [torch.where(a == 0, 0, b) for a, b in zip(g, x, strict=True)]
         return torch.stack([real_product(a, b).reshape(rows, -1).sum(1) for a, b in zip(g, x, strict=True)]).sum(0)
 
     def _slopes(self, step: Step, weights: Sequence[Any]) -> list[Tensor]:

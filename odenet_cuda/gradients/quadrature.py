@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import formulas, ops
+from .. import formulas, noise, ops
 from ..captured import cut_points, gradients, refuse_unknown, sequence_number
 from ..integrate import fixed_grid, integrate
 from ..ops import FIELDS
@@ -26,8 +26,11 @@ from ..solution import Stats, failure
 from ..solvers.trajectory import Recorder, Step
 from ..tableau import ButcherTableau
 from .accumulator import Accumulator
-from .adjoint import Adjoint, last_state, slope_product
+from .adjoint import Adjoint, at_rest, last_state, slope_product
 from .autocast import autocast_state
+from .failed import known_cotangents, stand_ins, with_nan
+from .one_by_one import one_by_one
+from .release import kept
 
 NO_SECOND_DERIVATIVE = (
     "gradient='quadrature' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
@@ -58,16 +61,20 @@ class _Quadrature(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        adjoint, solution, stats, autocast = ctx.how
-        ys, params = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors
+        ys, params = saved[: ctx.count], saved[ctx.count :]
+        (adjoint, solution, stats, autocast), _ = kept(ctx, "how")
+        grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
         with torch.autocast(**autocast):
             grad_y0, grad_t, grad_params = solve_backwards(
                 adjoint, solution, ctx.problem, ys, params, grad_ys, ctx.needs_input_grad[4], stats
             )
+        grad_y0, grad_t, grad_params = with_nan(spoilt, ctx.problem, grad_y0, grad_t, grad_params)
         if grad_t is not None:
             grad_t = grad_t.to(ctx.t_device)
         return None, None, None, None, grad_t, *grad_y0, *grad_params
@@ -159,6 +166,7 @@ class AdjointField:
         self.costs = costs  # cotangents of the running costs
         self.field, self.solution, self.params, self.check = field, solution, params, check
         self.cuts = cut_points(params)
+        self.others_at: Tensor | None = None  # as given by `stand_ins`
 
     def __call__(self, t: Tensor, a: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         k, y = self.evaluate(t)
@@ -166,7 +174,10 @@ class AdjointField:
         return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, y, strict=True)]
 
     def evaluate(self, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        y = [leaf.requires_grad_() for leaf in self.solution.at(t)]
+        found = self.solution.at(t)
+        if self.others_at is not None:
+            found = [leaf[self.others_at] for leaf in found]
+        y = [leaf.requires_grad_() for leaf in found]
         with torch.enable_grad():
             since = sequence_number() if self.check else 0
             k = self.field(t, y)
@@ -230,6 +241,7 @@ def solve_backwards(
     outputs = [*ys, *problem.leaves[n:]]
     grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
     field, grad_ys, costs = forward.again(), grads[:n], grads[n:]
+    generators = noise.states(problem.device)
     on_solution = AdjointField(field, solution, params, costs, adjoint.check)
     options, tableau = adjoint.options, adjoint.options.tableau
     a = [torch.zeros_like(leaf) for leaf in problem.state_leaves]
@@ -248,11 +260,16 @@ def solve_backwards(
     recorder.slopes = not options.adaptive
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
     for i in range(len(problem.t) - 1, 0, -1):
+        failed, on_solution.others_at = stand_ins(problem, i)
+        if failed is not None and on_solution.others_at is None:
+            continue
+        y = [out[i] if failed is None else out[i][on_solution.others_at] for out in ys]
         if grad_t is not None:
             g = [*(grad[i] for grad in grad_ys), *(costs if i == len(problem.t) - 1 else ())]
-            grad_t[i] = slope_product(field, problem, i, [out[i] for out in ys], g)
+            grad_t[i] = slope_product(field, problem, adjoint.options, i, y, g)
         backward.leaves = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         backward.t = recorder.t = [problem.t[i], problem.t[i - 1]]
+        backward.held = at_rest(problem, [*backward.leaves, *costs], failed) if problem.per_sample else None
         grid = None if options.adaptive else fixed_grid(options, backward.t)
         trajectory = integrate(backward, options, callbacks=adjoint.callbacks, recorder=recorder, grid=grid)
         if trajectory.state is not None:
@@ -265,8 +282,9 @@ def solve_backwards(
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last
     if grad_t is not None:
-        grad_t[0] = -slope_product(field, problem, 0, [out[0] for out in ys], [*a, *costs])
+        grad_t[0] = -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs])
     stats.nfe_backward = field.nfe
+    noise.warn_of_other_numbers(generators, problem.device, "quadrature")
     totals = zip(recorder.sums.results(), params, strict=True)
     grad_params = [torch.zeros_like(param) if total is None else total for total, param in totals]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params

@@ -20,7 +20,7 @@ from ..cuda_graph import Busy, Watch, being_captured, captured, repeated
 from ..ops import FIELDS, STOPS
 from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
-from ..step_control import RUNNING, StepControl, initial_state
+from ..step_control import RUNNING, SUCCESS, StepControl, initial_state
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .trajectory import Evaluation, Recorder, Trajectory
@@ -82,7 +82,7 @@ class AdaptiveSolver:
         device = problem.device
         self.stop_times = step_t, jump_t
         self.state, self.table, self.t = self._numbers(problem)
-        self.jumps = STOPS["jump"] in stop_table(problem, step_t, jump_t)[1]
+        self.jumps = STOPS["jump"] in stop_table(problem, step_t, jump_t)[1][self.starts_on_jump :]
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         needed = self.jumps or bool(self.callbacks) or (recorder is not None and not recorder.can_wait)
@@ -110,9 +110,13 @@ class AdaptiveSolver:
     def _numbers(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         """The solver state before the first step, the stops and the output times."""
         times, kinds = stop_table(problem, *self.stop_times)
-        stops, t = (torch.tensor(x, dtype=torch.float64) for x in ([times, [float(kind) for kind in kinds]], problem.t))
-        state = torch.from_numpy(initial_state(problem.t[0], problem.rows))
-        return to_device(state, problem.device), to_device(stops, problem.device), to_device(t, problem.device)
+        stops, t = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in ([times, kinds], problem.t))
+        self.starts_on_jump = times[0] == problem.t[0]
+        state = torch.from_numpy(initial_state(problem.t[0], problem.rows, self.starts_on_jump))
+        state = to_device(state, problem.device)
+        if problem.held is not None:
+            state[FIELDS["status"]].masked_fill_(problem.held, SUCCESS)
+        return state, to_device(stops, problem.device), to_device(t, problem.device)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
@@ -268,7 +272,7 @@ class AdaptiveSolver:
         """All slopes, without graphs; the addresses of the last, which are not bound yet."""
         stepper, kernels, views, field = self.stepper, self.stepper.kernels, self.stepper.views, self.problem.field
         if self.after_step is not None:
-            views = self._times_to_keep()
+            views = self._step_views = self._times_to_keep()
         addresses: list[int] = []
         for i in range(1, self.tableau.stages):
             kernels.stage(i, addresses)
@@ -307,7 +311,7 @@ class AdaptiveSolver:
         problem, stepper = self.problem, self.stepper
         for out, leaf in zip(self.ys, stepper.y0, strict=False):
             out[0] = leaf
-        stepper.times.fill_(problem.t[0])
+        stepper.times.copy_(problem.start_time(self.starts_on_jump).reshape(-1))
         if start is None:
             start = self._evaluate_start()
         if self.recorder is not None:
@@ -331,16 +335,21 @@ class AdaptiveSolver:
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 0)
         stepper.kernels.euler()
         t1 = problem.time_views(self.state[FIELDS["step_end"]].to(problem.real)[None])[0]
-        stepper.set_slopes(1, problem.field(t1, stepper.y[1], 0), True)
+        k1 = [slope if slope is None else slope.detach() for slope in self._evaluate(t1, stepper.y[1]).k]
+        stepper.set_slopes(1, k1, True)
         self._norm_at_start(stepper.k[:2], [-1.0, 1.0], one, norms[2])
         stepper.kernels.first_step(norms.data_ptr(), 0.0, 1)
 
     def _evaluate_start(self) -> Evaluation:
         """f at the time of stage 0 and the start of the step."""
         view, y0 = self.stepper.views[0], self.stepper.y0[: self.stepper.n]
+        return self._evaluate(view, y0)
+
+    def _evaluate(self, t: Tensor, y: list[Tensor]) -> Evaluation:
+        """f at a point that is no stage of a step."""
         if self.recording:
-            return self.recorder.evaluate(self.problem.field, view, y0)
-        return Evaluation(view, y0, self.problem.field(view, y0, 0))
+            return self.recorder.evaluate(self.problem.field, t, y)
+        return Evaluation(t, y, self.problem.field(t, y, 0))
 
     def _per_row(self, value: Tensor, leaf: Tensor) -> Tensor:
         """[rows] shaped to multiply a leaf, in its real type."""
@@ -402,11 +411,12 @@ class AdaptiveSolver:
 
     def _restart(self, host: Any) -> None:
         """Rows that ended on a discontinuity of func go on with the slope on its other side."""
-        if not some(host, "jumped", 1):
+        jumped = (host[FIELDS["jumped"]] != 0) & (host[FIELDS["accept"]] != 0)  # in this step, not before
+        if not jumped.any():
             return
         stepper = self.stepper
         evaluation = self._evaluate_start()
-        mask = torch.from_numpy(host[FIELDS["jumped"]] != 0).to(self.problem.device)
+        mask = torch.from_numpy(jumped).to(self.problem.device)
         if self.recorder is not None:
             self.recorder.restart(evaluation, mask if self.problem.per_sample else None)
         k0 = [
@@ -416,8 +426,7 @@ class AdaptiveSolver:
 
     def _call_after_step(self) -> None:
         assert self.after_step is not None
-        t0 = self.problem.time_views(self.state[FIELDS["last_time"]].to(self.problem.real)[None])[0]
-        self.after_step.add(t0, self.stepper.y0, self.state[FIELDS["accepted_dt"]])
+        self.after_step.add(self._step_views[0], self.stepper.y0, self.state[FIELDS["accepted_dt"]])
 
     def _mask(self, mask: Tensor, leaf: Tensor) -> Tensor:
         return mask.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else mask[0]
@@ -437,9 +446,15 @@ class AdaptiveSolver:
 
 
 def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float]) -> tuple[list[float], list[int]]:
-    """The times inside the interval at which steps must end, in the direction of the solve, and why; the end is the last."""
-    kinds = {time: STOPS["step"] for time in step_t} | {time: STOPS["jump"] for time in jump_t}
+    """The times inside the interval at which steps must end, in the direction of the solve, and why; the end is the last.
+
+    Where func is discontinuous at t[0], that is the first: the first slope is that inside the interval. So is the last one.
+    """
     t0, t1, direction = problem.t[0], problem.t[-1], problem.direction
+    starts, ends = ([time for time in jump_t if problem.same_time(time, t)] for t in (t0, t1))
+    kinds = {time: STOPS["step"] for time in step_t}
+    kinds |= {time: STOPS["jump"] for time in jump_t if time not in starts and time not in ends}
     inside = [time for time in kinds if direction * (time - t0) > 0 and direction * (t1 - time) > 0]
     inside.sort(key=lambda time: direction * time)
-    return [*inside, t1], [*(kinds[time] for time in inside), STOPS["end"]]
+    times, reasons = [*inside, t1], [*(kinds[time] for time in inside), STOPS["end on jump" if ends else "end"]]
+    return ([t0, *times], [STOPS["jump"], *reasons]) if starts else (times, reasons)

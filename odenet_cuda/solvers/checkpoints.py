@@ -68,7 +68,12 @@ class Checkpoints:
     def __init__(self, limit: int | None, steps: int | None = None):
         self.limit, self.count, self.stride = limit, 0, 1
         self.kept: list[tuple[int, Any]] = []
+        self.steps = steps
         self.schedule = None if limit is None or steps is None else set(binomial_schedule(steps, limit))
+
+    def anew(self) -> "Checkpoints":
+        """The same for another solve."""
+        return Checkpoints(self.limit, self.steps)
 
     def add(self, step: Any) -> bool:
         """Whether the state before this step, the next one, is kept."""

@@ -114,7 +114,7 @@ class FixedSolver:
     def _numbers(self, problem: Problem, nodes: list[float]) -> tuple[Tensor, Tensor]:
         """The sizes of the steps, and the times of their stages."""
         times = stage_times(nodes, self.tableau, problem.real, self.perturb)
-        dts = torch.tensor(np.diff(nodes), dtype=torch.float64)
+        dts = torch.from_numpy(np.diff(nodes))
         return to_device(dts, problem.device), to_device(times, problem.device)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:

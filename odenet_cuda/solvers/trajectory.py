@@ -80,6 +80,7 @@ class Recorder:
     states at the start of steps, as many as it allows, and what was done between. dense: keep slopes (an interpolant is
     wanted). t_grad: times get gradients. carried: a step begins with the last slope of the step before even where that is not
     f at its start. step_costs: added up over the steps. drawn: a list in which func's calls note their random generators.
+    last: the state that the solve came to, with which steps made again are compared.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Recorder:
         drawn: list[Any] | None = None,
     ):
         self.drawn, self._first_noise = drawn, None
+        self.last: list[Tensor] | None = None
         self.leaves, self.step_costs = leaves, step_costs
         self.tableau, self.t, self.per_sample = tableau, t, per_sample
         self.graphs, self.checkpoints, self.dense, self.t_grad, self.carried = graphs, checkpoints, dense, t_grad, carried
@@ -216,9 +218,10 @@ class Recorder:
             self.tape.append(step)
         elif self.checkpoints is not None:
             step.evaluations = ()
-            if self.drawn:
-                step.noise = self._first_noise, self.drawn[max(0, len(self.drawn) - self.tableau.stages + 1)]
-                self._first_noise = self.drawn[-1]
+            if self.drawn is not None:
+                calls, inside = len(self.drawn), self.tableau.stages - 1
+                step.noise = self._first_noise, self.drawn[max(0, calls - inside)] if self.drawn and inside else None
+                self._first_noise = self.drawn[-1] if self.drawn else None
                 self.drawn.clear()
             keep = self.checkpoints.add(step)
             own = torch.detach if self.owned else lambda leaf: leaf.detach().clone()

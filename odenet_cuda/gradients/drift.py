@@ -1,0 +1,66 @@
+"""Whether the adjoint's backward solve came back to where the forward solve was.
+
+It solves y once more, backwards, which is unstable where the forward solve is stable: the gradient is then that of another
+trajectory. At each earlier output both are known (Gholami, Keutzer and Biros 2019, arXiv:1902.10298).
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import formulas
+from ..problem import Problem
+from ..solution import Stats
+
+_TRUSTED = 1e3  # multiples of the tolerance
+_ROUNDING = 64  # units in the last place, of rounding over a solve: where they are more than the tolerance, they count
+_WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
+_WIDE |= {dtype: torch.float64 for dtype in (torch.float32, torch.float64)}
+_warned = False
+
+
+def add_drift(
+    stats: Stats,
+    adjoint: Any,
+    problem: Problem,
+    found: Sequence[Tensor],
+    stored: Sequence[Tensor],
+    held: Tensor | None = None,
+) -> None:
+    """Takes in the states at an earlier output, of the backward solve and of the forward one. held: rows without the former."""
+    ratios = []
+    for x, y, rtol, atol in zip(found, stored, adjoint.rtol, adjoint.atol, strict=True):
+        eps = _ROUNDING * torch.finfo(y.dtype).eps
+        x, y = formulas.widened(x), formulas.widened(y)
+        size = y.abs()
+        scale = size * max(rtol, eps) + atol
+        if eps > rtol and size.numel():
+            scale += eps * size.amax()
+        z = (x - y) / scale
+        if atol == 0:  # 0 / 0 is no error
+            z = torch.nan_to_num(z)
+        columns = max(1, z.numel() // max(1, problem.rows))
+        ratios.append(torch.linalg.vector_norm(z.reshape(problem.rows, -1), dim=1, dtype=_WIDE[z.dtype]) * columns**-0.5)
+    ratio = ratios[0] if len(ratios) == 1 else torch.stack(ratios).amax(0)
+    if held is not None:
+        ratio = ratio.masked_fill(held, 0.0)
+    stats.drift = ratio if stats.drift is None else torch.maximum(stats.drift, ratio)
+
+
+def warn_of_drift(stats: Stats, waits: bool) -> None:
+    """One warning in the life of the process. waits: the host has waited for the solve, so reading the drift costs nothing."""
+    global _warned
+    if _warned or stats.drift is None or not (waits or stats.drift.device.type == "cpu"):
+        return
+    largest = float(stats.drift.amax())
+    if largest > _TRUSTED:
+        _warned = True
+        warnings.warn(
+            f"gradient='adjoint' came back {largest:.3g} times its tolerance away from the states of the solve: its gradient "
+            "may be that of another trajectory: use gradient='quadrature', 'checkpoint' or 'direct', or outputs at more times. "
+            "Solution.stats.adjoint_drift tells it for every solve; this is said once",
+            stacklevel=2,
+        )

@@ -1,0 +1,63 @@
+"""Gradients of a solve in which rows failed (on_failure="return"): what the loss leaves out has none, what it uses is NaN.
+
+Outputs that a row did not reach are NaN and depend on nothing. A loss that leaves them out has the gradient of the others; one
+that uses them is NaN itself, and so are the row's gradient and all that rows share.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+
+def known_cotangents(problem: Problem, grad_ys: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """The cotangents with zeros where an output was not reached, and for each row NaN where the loss used such an output, else
+    0; None where no row failed."""
+    missing = problem.missing  # [T, rows]
+    if missing is None:
+        return tuple(grad_ys), None
+    known: list[Tensor | None] = list(grad_ys)
+    used = torch.zeros(problem.rows, dtype=torch.bool, device=problem.device)
+    for i in range(len(problem.state_leaves)):
+        grad = grad_ys[i]
+        if grad is None:
+            continue
+        of_rows = missing.reshape(*missing.shape, *[1] * (grad.dim() - 2)) if grad.dim() > 1 else missing[:, 0]
+        lost = torch.where(of_rows, grad, 0)
+        known[i] = torch.where(of_rows, 0, grad)
+        used |= (lost != 0).reshape(len(missing), problem.rows, -1).any(2).any(0)
+    return tuple(known), torch.where(used, torch.nan, 0.0)
+
+
+def with_nan(
+    spoilt: Tensor | None, problem: Problem, grad_y0: Sequence[Any], grad_t: Any, others: Sequence[Any]
+) -> tuple[list[Any], Any, list[Any]]:
+    """The gradients, NaN where the loss used an output that was not reached; spoilt: of `known_cotangents`."""
+    if spoilt is None:
+        return list(grad_y0), grad_t, list(others)
+    total = spoilt.sum()
+
+    def of_rows(grad: Any) -> Any:
+        if grad is None or not problem.per_sample:
+            return None if grad is None else grad + total.to(grad.dtype)
+        return grad + spoilt.reshape(-1, *[1] * (grad.dim() - 1)).to(grad.dtype)
+
+    shared = [None if x is None else x + total.to(x.device, x.dtype) for x in (grad_t, *others)]
+    return [of_rows(grad) for grad in grad_y0], shared[0], shared[1:]
+
+
+def stand_ins(problem: Problem, i: int) -> tuple[Tensor | None, Tensor | None]:
+    """(rows that did not reach output i, for each row the one whose state func is given there: another where it did not, for
+    its own may be where func gives no number); Nones where all came so far, (rows, None) where none did."""
+    if problem.missing is None:
+        return None, None
+    failed = problem.missing[i]
+    if not bool(failed.any()):
+        return None, None
+    if bool(failed.all()):
+        return failed, None
+    rows = torch.arange(problem.rows, device=problem.device)
+    return failed, torch.where(failed, rows[~failed][0], rows)
