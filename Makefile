@@ -27,6 +27,11 @@ MINUTES ?= 10
 fuzz: $(SETUP)
 	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
 
+# The machine code of compiled fields of every width, for every instruction set, against torch; needs g++ or clang++.
+.PHONY: test-grid
+test-grid: $(SETUP)
+	$(BIN)/python tests/machine_code.py
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

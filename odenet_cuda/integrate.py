@@ -149,6 +149,15 @@ def fixed_grid(options: Options, t: list[float], func: Any = None, y0: Any = Non
     return list(t), list(range(len(t)))
 
 
+def backward_grid(options: Options, field: Any, y: list[Tensor], t: list[float]) -> Grid | None:
+    """The nodes of one interval of a backward solve, None for an adaptive one. y: the state it comes from. A grid_constructor
+    is given func, that state as the user sees it, and the two times."""
+    if options.adaptive or options.grid_constructor is None:
+        return None if options.adaptive else fixed_grid(options, t)
+    times = torch.tensor(t, dtype=torch.float64, device=y[0].device)
+    return fixed_grid(options, t, field.func, field.structure.unflatten(y), times)
+
+
 def stop_times(name: str, value: Any) -> tuple[float, ...]:
     if value is None:
         return ()

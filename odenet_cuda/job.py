@@ -14,6 +14,7 @@ from .callbacks import find_callbacks
 from .captured import captured_tensors, earlier_results, sequence_number
 from .compiled.engine import Engine, evaluations
 from .compiled.field import attach as attach_compiled
+from .frozen import Frozen
 from .gradients import adjoint as adjoint_gradient
 from .gradients import by_graph
 from .gradients import checkpoint as checkpoint_gradient
@@ -24,7 +25,7 @@ from .gradients.autocast import autocast_state
 from .gradients.graphed_steps import GraphedSteps
 from .integrate import MOST_CAPTURED, Grid, Options, adaptive_kind, integrate
 from .ops import FIELDS
-from .problem import Field, Problem, Structure, check_state, own_tensors, to_device
+from .problem import Field, Problem, Structure, check_state, counter_of, own_tensors, to_device
 from .regularizers import OF_STEPS, RUNNING, StepCosts
 from .sharding import is_plain, no_sharded_calls, refuse_sharded
 from .solution import Interpolant, Solution, Stats, failure
@@ -66,7 +67,8 @@ class Job:
         params: Sequence[Tensor] | None,
         on_failure: str,
     ) -> Solution:
-        wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and self.problem.leaves[0].numel() > 0
+        empty = all(leaf.numel() == 0 for leaf in self.problem.leaves)
+        wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and not empty
         since = sequence_number() if wanted else 0
         if wanted:
             refuse_sharded(self.field.func)
@@ -78,6 +80,7 @@ class Job:
                 "func has parameters that are made of other tensors, such as DTensor: gradient='adjoint' would add up their "
                 "gradients in its own state; use gradient='direct' or 'checkpoint'"
             )
+        frozen = counter_of(self.field).frozen = Frozen(self.field.func) if wanted else None
         if wanted and self.options.cuda_graph and gradient in ("direct", "checkpoint"):
             replayed = self._by_graph(gradient, checkpoints, captured, closed, params is not None)
             if replayed is not None:
@@ -99,11 +102,15 @@ class Job:
         elif wanted and params is None and not closed:
             captured = self._captured_at_end(trajectory, captured, since)
             stats.nfe = self.field.nfe
-        if wanted:
+        if frozen is not None:
+            frozen.settle()
             check = "" if params is not None else "first" if closed else "all"
             outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, check)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
             outputs[:n] = [leaf[None].clone() for leaf in self.structure.leaves]
+        elif empty and torch.is_grad_enabled():
+            outputs[:n] = self._of_no_numbers()
+            stats.nfe = self.field.nfe
         solution = self._solution(outputs[:n], trajectory, recorder, stats)
         names = [name for kind in (RUNNING, OF_STEPS) for name in self.regularizers if name in kind]
         costs = dict(zip(names, outputs[n:], strict=True))
@@ -149,9 +156,21 @@ class Job:
         self.field.nfe = nfe
         return solve(checkpoints.anew(), generators)
 
+    def _of_no_numbers(self) -> list[Tensor]:
+        """The outputs of a state without numbers, an empty batch say. Their gradients for y0, t, and what func depends on are
+        zero, but there."""
+        t = self.problem.start_time(False) + 0 * self.t.sum().to(self.problem.device, self.problem.real)
+        leaves = [leaf.view_as(leaf) for leaf in self.structure.leaves]
+        slopes = self.field(t, leaves)
+        return [
+            (leaf + slope + t.reshape(-1)[:1].sum()).expand(len(self.t), *leaf.shape).clone()
+            for leaf, slope in zip(leaves, slopes, strict=True)
+        ]
+
     def _replayed(self, trajectory: Trajectory, lease: by_graph.Lease, captured: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution of a solve by graphs."""
         stats, outputs = self._stats(trajectory), trajectory.ys
+        counter_of(self.field).frozen.settle()
         host = None if trajectory.state is None else trajectory.state.cpu().numpy()
         error = self._failure(host, trajectory, outputs, stats)
         if error is not None and on_failure == "raise":

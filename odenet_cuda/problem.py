@@ -117,13 +117,16 @@ class Field:
         self.structure = structure if torch.compiler.is_compiling() else structure.without_graph()
         self.with_gradients = False
         self.nfe = 0
+        self.frozen: Any = None  # of this solve, see frozen.py
         self._unknown = 2  # calls until it is known whether func returns one buffer
         self._first: list[Tensor] = []
         self._returns_one_buffer = False
         self._device = structure.leaves[0].get_device()
 
     def again(self) -> "Field":
-        """The same func, counted anew: for a solve backwards."""
+        """The same func, counted anew: for a solve backwards. Raises RuntimeError where a frozen tensor of func has changed."""
+        if self.frozen is not None:
+            self.frozen.check()
         field = Field(self.func, self.structure)
         field._unknown, field._first, field._returns_one_buffer = self._unknown, self._first, self._returns_one_buffer
         return field

@@ -1,9 +1,14 @@
 """The cache of compiled fields on disk, shared by processes, and what happens without a compiler."""
 
+import dataclasses
+import errno
+import fcntl
+import hashlib
 import os
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -157,32 +162,160 @@ def test_compiler_of_the_environment(cache, tmp_path, given):
     assert compiles(log) == 1
 
 
-def test_folder_of_another_user(cache, monkeypatch):
-    """It is not used: a library in it may be anyone's."""
-    cache.mkdir()
+@pytest.fixture
+def fresh(cache, monkeypatch):
+    """A process that has loaded nothing yet, has warned of nothing, and compiles quickly. Gives the folder of the process."""
     monkeypatch.setenv("ODENET_CACHE", str(cache))
-    owner = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    monkeypatch.setenv("ODENET_CXXFLAGS", "-O0")
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_refused", {})
+    monkeypatch.setattr(build, "_warned", False)
+    build._own_folder.cache_clear()
+    yield lambda: build._own_folder(os.getpid())
+    build._own_folder.cache_clear()
+
+
+def solved(factor: float) -> str:
+    """explain() of a field that solved right."""
+    field, y0 = odenet_cuda.compile(lambda t, y: -y * factor), torch.ones(3, 1, dtype=torch.float64)
+    torch.testing.assert_close(solve(field, y0, [0.0, 1.0]).ys, solve(field.func, y0, [0.0, 1.0]).ys, rtol=1e-10, atol=0)
+    return field.explain()
+
+
+def test_folder_of_another_user(cache, fresh, monkeypatch):
+    """It is not used: a library in it may be anyone's. One warning, and a folder of the process serves."""
+    cache.mkdir()
+    monkeypatch.setattr(build, "_trusted", lambda owner: owner == -1)
     with pytest.raises(build.NoCompiler, match="another user"):
         build.cache_folder()
-    field = odenet_cuda.compile(lambda t, y: -y * 0.12345)
+    trusted = iter([False] + [True] * 100)
+    monkeypatch.setattr(build, "_trusted", lambda owner: next(trusted))
+    with pytest.warns(UserWarning, match="another user") as told:
+        assert solved(0.12345) == "compiled"
+    assert len(told) == 1 and list(cache.iterdir()) == [] and len(libraries(fresh())) == 1
+
+
+def no_writing(monkeypatch, folder: Path, error: int) -> None:
+    """Nothing can be written below the folder, also by root."""
+    import builtins
+    import tempfile
+
+    def refusing(function, place: int, writes):
+        def wrapper(*args, **kwargs):
+            where = str(kwargs.get("dir") or (args[place] if len(args) > place else ""))
+            if where.startswith(str(folder)) and writes(args):
+                raise OSError(error, os.strerror(error), where)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(builtins, "open", refusing(open, 0, lambda args: len(args) > 1 and set(args[1]) & set("wa+")))
+    monkeypatch.setattr(os, "utime", refusing(os.utime, 0, lambda args: True))
+    monkeypatch.setattr(tempfile, "mkdtemp", refusing(tempfile.mkdtemp, 2, lambda args: True))
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT], ids=lambda e: errno.errorcode[e])
+def test_nothing_can_be_written(cache, fresh, monkeypatch, error):
+    """What is there is used without a word; what is not goes into a folder of the process, with one warning in all."""
+    assert solved(0.5) == "compiled"
+    before = libraries(cache)
+    no_writing(monkeypatch, cache, error)
+    build._loaded.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert solved(0.5) == "compiled"
+    with pytest.warns(UserWarning, match="until this process ends") as told:
+        assert solved(0.75) == "compiled" and solved(1.25) == "compiled"
+    assert len(told) == 1 and libraries(cache) == before and len(libraries(fresh())) == 2
+
+
+def test_compiler_finds_the_disk_full(cache, fresh, tmp_path, monkeypatch):
+    """Its words say so: another folder is tried."""
+    real, full = build._compile, iter([True])
+
+    def compile_once(command, path):
+        if next(full, False):
+            program = tmp_path / "full.sh"
+            program.write_text(
+                "#!/bin/sh\necho 'cc1plus: fatal error: error writing to x.s: No space left on device' >&2\nexit 1\n"
+            )
+            program.chmod(0o755)
+            command = dataclasses.replace(command, compiler=(str(program),))
+        real(command, path)
+
+    monkeypatch.setattr(build, "_compile", compile_once)
+    with pytest.warns(UserWarning, match="No space left"):
+        assert solved(0.625) == "compiled"
+    assert libraries(cache) == [] and len(libraries(fresh())) == 1
+
+
+def test_no_home(fresh, monkeypatch):
+    """Nobody knows a home, or it cannot be made."""
+    monkeypatch.delenv("ODENET_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(UserWarning, match="home directory"):
+        assert solved(0.875) == "compiled"
+    assert len(libraries(fresh())) == 1
+
+
+def test_locks(cache, fresh, monkeypatch):
+    """One that a dead process left does not count; one that is held for ever is not waited for; a disk may have none."""
+    assert solved(1.0) == "compiled"
+    library = libraries(cache)[0]
+    library.unlink()  # the lock's file is still there
+    build._loaded.clear()
+    assert solved(1.0) == "compiled" and libraries(cache) == [library]
+    monkeypatch.setattr(build, "_LOCK_SECONDS", 0.1)
+    with open(library.with_suffix(".lock"), "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        library.unlink()
+        build._loaded.clear()
+        assert solved(1.0) == "compiled" and libraries(cache) == [library]
+
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    library.unlink()
+    build._loaded.clear()
+    assert solved(1.0) == "compiled" and libraries(cache) == [library]
+
+
+def test_foreign_library(cache):
+    """One that is whole but no library, and one of which a number was changed, are replaced."""
+    run(cache)
+    library = libraries(cache)[0]
+    right = library.read_bytes()
+    whole = b"no library" + build._END + hashlib.sha256(b"no library").digest()
+    for foreign in (whole, right[: len(right) // 2] + b"?" + right[len(right) // 2 + 1 :]):
+        library.write_bytes(foreign)
+        assert run(cache) == ("compiled", "")
+        assert library.read_bytes() != foreign and build._usable(library)
+
+
+def test_refusal_is_remembered(cache, fresh, monkeypatch):
+    """What the compiler refuses is not tried again at every call, nor by another field of the same text."""
+    from odenet_cuda.compiled import field as fields
+    from odenet_cuda.compiled.plan import Plan
+
+    monkeypatch.setattr(fields, "_warned", True)
+    emitted, calls = Plan.source, []
+    monkeypatch.setattr(Plan, "source", lambda *args: calls.append(1) or emitted(*args) + "#error refused on purpose\n")
+    compiled = []
+    real = build._compile
+    monkeypatch.setattr(build, "_compile", lambda *args: compiled.append(1) or real(*args))
     y0 = torch.ones(3, 1, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="another user") if not warned() else no_warning():
-        ys = solve(field, y0, [0.0, 1.0]).ys
-    assert torch.equal(ys, solve(field.func, y0, [0.0, 1.0]).ys)
-    assert "another user" in field.explain() and list(cache.iterdir()) == []
-
-
-def warned() -> bool:
-    from odenet_cuda.compiled import field
-
-    return field._warned
-
-
-def no_warning():
-    from contextlib import nullcontext
-
-    return nullcontext()
+    for fields_so_far in (1, 2):
+        field = odenet_cuda.compile(lambda t, y: -y * 0.3125)
+        for _ in range(3):
+            solve(field, y0, [0.0, 1.0])
+            assert "refused on purpose" in field.explain()
+        assert len(calls) == fields_so_far and len(compiled) == 1
 
 
 def test_folder_that_others_may_write(cache, monkeypatch):

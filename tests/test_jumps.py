@@ -19,7 +19,7 @@ PLACES = {  # (output times, jumps)
     "everywhere": ([0.0, 0.5, 1.0], [0.0, 0.25, 0.5, 1.0]),
 }
 SIDES = {"left": lambda s, jump: s > jump, "right": lambda s, jump: s >= jump}  # of which func takes the jump itself
-METHODS = {"dopri5": 1e-8, "dopri8": 1e-8, "tsit5": 1e-8, "bosh3": 1e-5, "adaptive_heun": 1e-4, "fehlberg2": 1e-4}
+METHODS = {"dopri5": 1e-8, "dopri8": 1e-8, "tsit5": 1e-8, "bosh3": 1e-5, "adaptive_heun": 1e-4}
 SPARE = 300  # multiples of the tolerance, for errors of gradients
 SAME_STEPS = 3  # a jump that is seen costs this many steps more at most
 

@@ -183,5 +183,14 @@ ODENET_HD P minimum(const P& x, const P& y) {
   return select((x <= y) | (x != x), x, y);
 }
 
+// sqrt(x x + y y) where the squares are too large, or too small.
+template <class P>
+ODENET_HD P hypotenuse(const P& x, const P& y) {
+  using T = Number<P>;
+  const P a = abs(x), b = abs(y), large = maximum(a, b), none(T(0)), infinite(T(INFINITY));
+  const P ratio = minimum(a, b) / select(large > none, large, P(T(1)));
+  return select((a == infinite) | (b == infinite), infinite, large * sqrt(P(T(1)) + ratio * ratio));
+}
+
 }  // namespace ODENET_LEVEL
 }  // namespace odenet

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 _NAMES: dict[str, Any] = {
     "P": lambda x: x,
     "T": float,
+    "INFINITY": np.inf,
     "select": np.where,
     "maximum": np.maximum,
     "minimum": np.minimum,
     "negate": np.logical_not,
+    "hypotenuse": np.hypot,
     "asin": np.arcsin,
     "acos": np.arccos,
     "atan": np.arctan,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from ..gradients.drift import add_drift, warn_of_drift
-from ..integrate import Grid, Options, fixed_grid
+from ..integrate import Grid, Options, backward_grid
 from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem, to_device
 from ..ranges import marked
@@ -43,8 +43,18 @@ class Engine:
     """One problem and the plan of its field."""
 
     def __init__(
-        self, plan: Plan, problem: Problem, options: Options, args: Sequence[Any], grid: Grid | None, matmul: str = "float32"
+        self,
+        plan: Plan,
+        problem: Problem,
+        options: Options,
+        args: Sequence[Any],
+        grid: Grid | None,
+        matmul: str = "float32",
+        like: "Engine | None" = None,
     ):
+        """like: another of the plan, whose libraries this one uses."""
+        self.like = like
+        self.wanted: list[tuple[ButcherTableau, Target]] = []  # what the solve and its backward pass need
         self.plan, self.problem, self.options, self.grid = plan, problem, options, grid
         self.tableau: ButcherTableau = options.tableau
         self.batch = 1 if plan.whole else problem.leaves[0].shape[0]
@@ -60,6 +70,8 @@ class Engine:
         self.sources: Any = None
 
     def target(self, solve: str) -> Target:
+        if self.like is not None:
+            return self.like.target(solve)
         one = self.batch == 1 and not self.problem.per_sample
         dtype = "float" if self.plan.dtype == torch.float32 else "double"
         if self.card is None:
@@ -70,13 +82,13 @@ class Engine:
 
     def build(self, gradient: str, backward: Any) -> None:
         """Compiles what the solve and its backward pass need, side by side. Raises NoCompiler."""
-        wanted = [(self.tableau, self.target(self.control))]
+        self.wanted = [(self.tableau, self.target(self.control))]
         if self.sources.wanted and gradient == "adjoint":
-            wanted.append((backward.options.tableau, self.target(self.adjoint_control(backward.options))))
+            self.wanted.append((backward.options.tableau, self.target(self.adjoint_control(backward.options))))
         elif self.sources.wanted:
             self.taped = True
-            wanted = [(self.tableau, self.target(solve)) for solve in (self.control, "reverse")]
-        self.plan.build(wanted)
+            self.wanted = [(self.tableau, self.target(solve)) for solve in (self.control, "reverse")]
+        self.plan.build(self.wanted)
 
     def adjoint_control(self, options: Options) -> str:
         return "adjoint_" + ("grid" if not options.adaptive else "per_sample" if self.problem.per_sample else "joint")
@@ -183,8 +195,8 @@ class Engine:
         """keep: the steps, for `reverse`."""
         self.y0 = _rows(self.problem.leaves, self.batch, self.problem.leaves[0])
         with marked("solve"):
-            self.ys, state = self._solve(self.control, self.y0, self.problem, self.options, self.grid, keep)
-        return Trajectory(ys=self._leaves(self.ys), last=self._leaves(self.y_last), state=state)
+            ys, state = self._solve(self.control, self.y0, self.problem, self.options, self.grid, keep)
+        return Trajectory(ys=self._leaves(ys), last=self._leaves(self.y_last), state=state)
 
     def _leaves(self, rows: Tensor) -> list[Tensor]:
         """[..., batch, state] as leaves [..., *leaf.shape]."""
@@ -267,9 +279,12 @@ class Engine:
         self.nfe_backward = self.steps * (self.tableau.stages - 1) + 1
         return self._gradients(grad_y0, constants, arguments)
 
-    def adjoint(self, backward: Any, grad_ys: list[Tensor], stats: Any) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    def adjoint(
+        self, backward: Any, ys: Sequence[Tensor], grad_ys: Sequence[Tensor], stats: Any
+    ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
         """The same by the adjoint equation, solved from each output back to the one before. backward: gradients.Adjoint."""
         problem, options = self.problem, backward.options
+        states = _rows(ys, self.batch, self.y0, len(problem.t))
         stats.drift = None
         grads = _rows(grad_ys, self.batch, self.y0, len(problem.t))
         solve = self.adjoint_control(options)
@@ -290,17 +305,17 @@ class Engine:
                 rtol=[*backward.rtol, *backward.rtol],
                 atol=[*backward.atol, *backward.atol],
             )
-            grid = None if options.adaptive else fixed_grid(options, piece.t)
-            start = torch.cat([self.ys[i], a], 1)
+            grid = backward_grid(options, problem.field, self._leaves(states[i]), piece.t)
+            start = torch.cat([states[i], a], 1)
             if failed is not None and bool(failed.any()):
-                ys, state = self._solve_some(~failed, solve, start, piece, options, (constants, total, chunk))
+                ends, state = self._solve_some(~failed, solve, start, piece, options, (constants, total, chunk))
             else:
-                ys, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
+                ends, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
                 self.check(state, piece)
                 total += of_interval
-            found, stored = self._leaves(ys[-1][:, :n].contiguous()), self._leaves(self.ys[i - 1])
+            found, stored = self._leaves(ends[-1][:, :n].contiguous()), self._leaves(states[i - 1])
             add_drift(stats, backward, problem, found, stored, failed if problem.per_sample else None)
-            a = ys[-1][:, n:] + grads[i - 1]
+            a = ends[-1][:, n:] + grads[i - 1]
             self.nfe_backward += evaluations(options, state, grid, piece)
         warn_of_drift(stats, True)
         return self._gradients(a, constants, total)

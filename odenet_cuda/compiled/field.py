@@ -16,6 +16,7 @@ from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
 from ..ranges import in_range
+from . import self_check
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
@@ -240,12 +241,13 @@ def prepare(
             engine = Engine(field.plan(structure, args, problem.per_sample), problem, options, args, grid, field._matmul)
             engine.sources = Sources(engine, structure, args)
             engine.build(gradient, backward)
+            self_check.check(engine, structure, args, field.func, gradient, backward)
             return engine
         except Unreadable as error:
             why.append(str(error))
         except NoCompiler as error:
             why.append(str(error))
-            if not _warned:
+            if not _warned and not error.quiet:
                 _warned = True
                 warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=3)
     field._why = why
@@ -278,7 +280,8 @@ class _Compiled(torch.autograd.Function):
         ctx.engine, ctx.how, ctx.count = engine, how, len(tensors)
         # The backward pass reads what is frozen too, where it lies.
         frozen = [x for x in engine.constants.values.values() if isinstance(x, Tensor) and not x.is_inference()]
-        ctx.save_for_backward(*tensors, *frozen)
+        outputs = ys if how[0] == "adjoint" else ()  # which it goes on from; they belong to the user too
+        ctx.save_for_backward(*tensors, *outputs, *frozen)
         return ys
 
     @staticmethod
@@ -286,7 +289,8 @@ class _Compiled(torch.autograd.Function):
     @in_range("backward")
     def backward(ctx, *grad_ys):
         gradient, backward, stats, again = ctx.how
-        tensors = ctx.saved_tensors[: ctx.count]  # says so where one was changed since, a frozen one too
+        saved = ctx.saved_tensors  # says so where one was changed since, a frozen one too
+        tensors, ys = saved[: ctx.count], saved[ctx.count : ctx.count + len(grad_ys)]
         engine, _ = kept(ctx, "engine")
         grad_ys, spoilt = known_cotangents(engine.problem, grad_ys)
         if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
@@ -294,16 +298,16 @@ class _Compiled(torch.autograd.Function):
                 raise RuntimeError(
                     "gradient='adjoint' has no second derivative; use gradient='direct' or 'checkpoint', which have"
                 )
-            ys = again()
+            outputs = again()
             wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-            grads = torch.autograd.grad(ys, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(outputs, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
             found: list[Any] = [None] * len(tensors)
             for i, grad in zip(wanted, grads, strict=True):
                 found[i] = grad
             return None, None, None, *found
         with torch.no_grad():
             gys = list(grad_ys)
-            parts = engine.adjoint(backward, gys, stats) if gradient == "adjoint" else engine.reverse(gys)
+            parts = engine.adjoint(backward, ys, gys, stats) if gradient == "adjoint" else engine.reverse(gys)
             y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward
         flat = [*y0, *others]

@@ -110,7 +110,7 @@ class FunctionText:
         if b.name == "t":
             return "t"
         text = f"{b.name}[{index}]"
-        return text if b.kind != "constant" or b.mask else f"P({text})"
+        return text if b.kind != "constant" else f"MaskOf<P>({text})" if b.mask else f"P({text})"
 
     def _element(self, ref: int) -> str:
         buffer, place = int(ref) >> 32, int(ref) & 0xFFFFFFFF

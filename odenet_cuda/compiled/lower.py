@@ -233,10 +233,10 @@ class Lowering:
             if name == "div" and node.kwargs.get("rounding_mode"):
                 raise Unreadable(f"{where(node)} with rounding is not read")
             operands = self.operands(node)
-            if any(x.mask for x in operands[name == "where" :]) and name not in OF_MASKS:
-                operands = (
-                    [operands[0], *map(self.number_of, operands[1:])] if name == "where" else [*map(self.number_of, operands)]
-                )
+            if name.startswith("bitwise") and not all(x.mask for x in operands):
+                raise Unreadable(f"{where(node)} of whole numbers is not read")
+            masks = len(operands) if name in OF_MASKS else int(name == "where")
+            operands = [*map(self.mask_of, operands[:masks]), *map(self.number_of, operands[masks:])]
             return self.pointwise(node, TEXTS.get(name) or MASKS[name], operands, name in MASKS)
         raise Unreadable(f"{where(node)} is not read")
 
@@ -255,12 +255,27 @@ class Lowering:
         self.values[place] = result
         return result
 
+    def _is_literal(self, value: Sample) -> bool:
+        """Whether these are numbers that are known now. Masks, some of which are, are not read."""
+        kinds = {self.program.buffers[int(buffer)].kind == "literal" for buffer in np.unique(split(value.refs)[0])}
+        if value.mask and len(kinds) > 1:
+            raise Unreadable("comparisons put together with constant ones are not read")
+        return True in kinds
+
+    def mask_of(self, value: Sample) -> Sample:
+        """Numbers as whether they are not 0."""
+        if value.mask and not self._is_literal(value):
+            return value
+        flat = value.refs.reshape(-1)
+        refs = self.program.statement("{0} != {1}", [flat, self.program.full(flat.shape, 0.0)], True)
+        return Sample(refs.reshape(value.refs.shape), value.batch, True)
+
     def number_of(self, value: Sample) -> Sample:
         """A comparison as 1 and 0."""
         if not value.mask:
             return value
-        if value.refs.ndim == 0 and self.program.buffers[int(split(value.refs)[0])].kind == "literal":
-            return Sample(value.refs, None)
+        if self._is_literal(value):
+            return Sample(value.refs, value.batch)
         flat = value.refs.reshape(-1)
         one, zero = (self.program.full(flat.shape, x) for x in (1.0, 0.0))
         return Sample(self.program.statement("select({0}, {1}, {2})", [flat, one, zero]).reshape(value.refs.shape), value.batch)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .pointwise import power
+from .pointwise import packet, power
 from .program import Refs
 from .trace import Unreadable
 from .values import Sample, Value, where
@@ -48,7 +48,8 @@ def _rearranged(low: "Lowering", node: Any, value: Sample, refs: Refs) -> Sample
 def _same(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)
     if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
-        if value.mask and node.meta["val"].dtype.is_floating_point:
+        of_mask = str(node.args[0].meta["val"].dtype) == "torch.bool"  # as a mask, or as 1 and 0
+        if of_mask and node.meta["val"].dtype.is_floating_point:
             return low.number_of(value)
         raise Unreadable(f"{where(node)} changes the type to {node.meta['val'].dtype}")
     return value
@@ -269,7 +270,7 @@ def _norm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("cumsum", "cumprod")
 def _cumulative(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = low.number_of(_source(low, node))
     axis = _axis(value, node.args[1], node)
     text = "{0} + {1}" if "cumsum" in str(node.target) else "{0} * {1}"
     moved = np.moveaxis(value.refs, axis, 0)
@@ -322,14 +323,17 @@ def _index_add(low: "Lowering", node: Any, twin: Any) -> Value:
     return _rearranged(low, node, value, np.moveaxis(refs, 0, axis))
 
 
-@operation("amax", "amin")
+@operation("amax", "amin", "any", "all")
 def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
+    value = low.number_of(_source(low, node))
+    name, axes = packet(node.target), node.args[1] if len(node.args) > 1 else None
+    if name in ("any", "all"):
+        value = low.number_of(low.mask_of(value))
+    refs, reduced = _split_axes(value, [axes] if isinstance(axes, int) else axes)
     if value.batch in reduced:
         raise Unreadable(f"{where(node)} mixes samples")
     shape, batch = low.shapes(node)
-    if "amin" in str(node.target):
+    if name in ("amin", "all"):
         refs = low.program.statement("-{0}", [refs.reshape(-1)]).reshape(refs.shape)
         refs = low.program.statement("-{0}", [low.program.reduce(refs, True)])
         return Sample(refs.reshape(shape), batch)
@@ -338,7 +342,7 @@ def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("prod")
 def _product(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = low.number_of(_source(low, node))
     refs, reduced = _split_axes(value, [node.args[1]] if len(node.args) > 1 else None)
     if value.batch in reduced:
         raise Unreadable(f"{where(node)} mixes samples")
@@ -389,7 +393,9 @@ def _bmm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("add", "sub")
 def _add(low: "Lowering", node: Any, twin: Any) -> Value:
-    operands, alpha = low.operands(node), node.kwargs.get("alpha", 1)
+    if str(node.meta["val"].dtype) == "torch.bool":
+        return low.pointwise(node, "{0} | {1}", [*map(low.mask_of, low.operands(node))], True)
+    operands, alpha = [*map(low.number_of, low.operands(node))], node.kwargs.get("alpha", 1)
     sign = "+" if "add" in str(node.target) else "-"
     if alpha == 1:
         return low.pointwise(node, f"{{0}} {sign} {{1}}", operands)
@@ -399,7 +405,7 @@ def _add(low: "Lowering", node: Any, twin: Any) -> Value:
 @operation("pow")
 def _power(low: "Lowering", node: Any, twin: Any) -> Value:
     text = power(float(node.args[1])) if isinstance(node.args[1], (int, float)) else "pow({0}, {1})"
-    return low.pointwise(node, text, low.operands(node))
+    return low.pointwise(node, text, [*map(low.number_of, low.operands(node))])
 
 
 @operation("clamp")

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from .. import _C
 from ..problem import Structure
 from ..tableau import ButcherTableau
+from .build import Refused
 from .build import load as load_text
 from .check import check_program
 from .emit import Target, emit, kept_buffers, tap_layout
@@ -50,6 +51,9 @@ class Plan:
         check_program(self, func, structure, t, args)
         self._find_constants(func, args)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
+        self.refused: dict[Any, tuple[ButcherTableau, str]] = {}  # the same of libraries that there are not, and why
+        self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
+        self.zeros: list[Place] = []  # tensors of func that were zero then
         self.teams: dict[Any, Team] = {}
         self.steps: dict[Any, int] = {}  # how many the last solve of a kind took
         self.title = getattr(func, "__qualname__", type(func).__name__)
@@ -172,9 +176,15 @@ class Plan:
 
     def load(self, tableau: ButcherTableau, target: Target) -> _C.Library:
         key = (id(tableau), target)
+        if key in self.refused:
+            raise Refused(self.refused[key][1])
         if key not in self.libraries:
             capability = card_of(self.device).capability if target.team else None
-            self.libraries[key] = tableau, load_text(self.source(tableau, target), capability)
+            try:
+                self.libraries[key] = tableau, load_text(self.source(tableau, target), capability)
+            except Refused as error:
+                self.refused[key] = tableau, str(error)
+                raise
         return self.libraries[key][1]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import noise
 from ..captured import cut_points, gradients, refuse_unknown, sequence_number
 from ..formulas import rms_norm
-from ..integrate import Options, fixed_grid, integrate
+from ..integrate import Options, backward_grid, integrate
 from ..ops import FIELDS, readable
 from ..problem import Field, Problem, aliased
 from ..ranges import in_range
@@ -71,7 +71,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, adjoint, problem, ys, stats, autocast, count, t, *tensors):
         ctx.adjoint, ctx.problem, ctx.stats, ctx.autocast, ctx.count = adjoint, problem, stats, autocast, count
-        ctx.adjoint_options, ctx.t_device = adjoint.user_options, t.device
+        ctx.adjoint_options, ctx.t_device = dict(adjoint.user_options), t.device
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*ys[:count], *tensors[count:])
         return ys
@@ -82,13 +82,18 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        saved = ctx.saved_tensors
+        saved, adjoint = ctx.saved_tensors, ctx.adjoint
         ys, params = saved[: ctx.count], saved[ctx.count :]
         problem, _ = kept(ctx, "problem")
         grad_ys, spoilt = known_cotangents(problem, grad_ys)
+        shown = ctx.adjoint_options.get("norm")
+        if shown is not adjoint.user_options["norm"]:  # the user put another in its place
+            if not callable(shown):
+                raise TypeError(f"adjoint_options['norm'] of the result must be callable, got {shown!r}")
+            adjoint = replace(adjoint, norm=shown, seminorm=False)
         with torch.autocast(**ctx.autocast):
             grad_y0, grad_t, grad_params = solve_backwards(
-                ctx.adjoint, problem, ys, params, grad_ys, ctx.needs_input_grad[6], ctx.stats
+                adjoint, problem, ys, params, grad_ys, ctx.needs_input_grad[6], ctx.stats
             )
         grad_y0, grad_t, grad_params = with_nan(spoilt, problem, grad_y0, grad_t, grad_params)
         if grad_t is not None:
@@ -298,7 +303,7 @@ def solve_backwards(
         backward.leaves = [*y, *a, *([] if per_sample else integral)]
         backward.t = [problem.t[i], problem.t[i - 1]]
         backward.held = at_rest(problem, [*a, *costs], failed) if per_sample else None
-        grid = None if options.adaptive else fixed_grid(options, backward.t)
+        grid = backward_grid(options, field, y, backward.t)
         trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid)
         if trajectory.state is not None:
             state = trajectory.state.cpu().numpy()

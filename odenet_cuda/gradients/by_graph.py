@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cuda_graph import MET, NEVER, Busy, Fence, being_captured, graphs, warming_up
 from ..cuda_graph import captured as replay_of
 from ..integrate import Grid, Options
-from ..problem import Problem, aliased, counter_of, own_tensors
+from ..problem import Problem, aliased, counter_of
 from ..ranges import in_range
 from ..solution import Stats
 from ..solvers.by_graph import first_call, key_of
@@ -182,8 +182,6 @@ class _Graphed(torch.autograd.Function):
     def forward(ctx, lease, problem, ys, stats, count, t, *tensors):
         ctx.lease, ctx.problem, ctx.stats, ctx.count = lease, problem, stats, count
         ctx.autocast = autocast_state(problem.device)
-        own, _ = own_tensors(counter_of(problem.field).func)
-        ctx.frozen = [(x, x._version) for x in own if not x.requires_grad and not x.is_inference()]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(t, *tensors)
         return ys
@@ -201,10 +199,7 @@ class _Graphed(torch.autograd.Function):
             with torch.autocast(**ctx.autocast):
                 again = second_gradients(graphed.recorder, problem, problem.field, y0, t, captured, grad_ys)
             return None, None, None, None, None, None, *again[:count], *again[count + 1 :]
-        if any(x._version != version for x, version in ctx.frozen):
-            raise RuntimeError(
-                "a tensor of func has been modified by an inplace operation since the solve, and its gradient needs it"
-            )
+        counter_of(ctx.problem.field).frozen.check()
         with torch.no_grad():
             y0, captured, ctx.stats.nfe_backward = graphed.walk(grad_ys)
             y0, _, captured = with_nan(spoilt, ctx.problem, y0, None, captured)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import formulas, noise, ops
 from ..captured import cut_points, gradients, refuse_unknown, sequence_number
-from ..integrate import fixed_grid, integrate
+from ..integrate import backward_grid, integrate
 from ..ops import FIELDS
 from ..problem import Field, Problem
 from ..ranges import in_range
@@ -270,7 +270,7 @@ def solve_backwards(
         backward.leaves = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         backward.t = recorder.t = [problem.t[i], problem.t[i - 1]]
         backward.held = at_rest(problem, [*backward.leaves, *costs], failed) if problem.per_sample else None
-        grid = None if options.adaptive else fixed_grid(options, backward.t)
+        grid = backward_grid(options, field, y, backward.t)
         trajectory = integrate(backward, options, callbacks=adjoint.callbacks, recorder=recorder, grid=grid)
         if trajectory.state is not None:
             state = trajectory.state.cpu().numpy()

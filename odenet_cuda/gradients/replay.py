@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import formulas, noise
 from ..captured import cut_points, gradients
-from ..problem import Problem
+from ..problem import Problem, counter_of
 from ..solvers.trajectory import End, Evaluation, Recorder, Step
 from ..tableau import ButcherTableau
 
@@ -30,6 +30,9 @@ def second_gradients(
     """The gradients by y0, t and the captured tensors with a graph of their own."""
     if recorder.step_costs is not None:
         raise RuntimeError("regularizers 'error' and 'stiffness' have first derivatives only: solve without create_graph=True")
+    frozen = counter_of(problem.field).frozen
+    if frozen is not None:
+        frozen.check()
     with torch.enable_grad():
         # Other names for y0 and t: what lies behind them is no part of the solve.
         inputs = [x.view_as(x) if x.requires_grad else x for x in (*y0, t)]

@@ -1,0 +1,391 @@
+"""Every operation that is read, with every kind of operand, beside torch: values and products, of plain and of extreme numbers.
+
+A field adds a column for each case, dx = 0, dz = (cases of x), and one step of euler over 1 gives the cases themselves.
+"""
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import odenet_cuda
+from odenet_cuda import solve
+from odenet_cuda.compiled import build
+from odenet_cuda.compiled.operations import OPERATIONS
+from odenet_cuda.compiled.pointwise import MASKS, TEXTS
+
+COLUMNS = 3
+ROUNDING = 64  # units in the last place: sums of gradients, and vector functions of 4
+F = nn.functional
+Case = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    """Skips all where there is none."""
+    try:
+        build.find_compiler()
+    except build.NoCompiler as reason:
+        pytest.skip(str(reason))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ODENET_CXXFLAGS", "-O0")
+        yield
+
+
+class Cases(nn.Module):
+    """States (x [batch, 3], z [batch, cases * 3])."""
+
+    def __init__(self, cases: list[Case], dtype: torch.dtype):
+        super().__init__()
+        self.cases = cases
+        numbers = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.rand(COLUMNS, generator=numbers, dtype=dtype) + 0.5)
+        self.scalar = nn.Parameter(torch.tensor(0.7, dtype=dtype))
+        self.register_buffer("constant", torch.rand(COLUMNS, generator=numbers, dtype=dtype) + 0.5)
+        self.register_buffer("other", torch.rand(COLUMNS, generator=numbers, dtype=dtype) + 0.5)
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("whole", torch.tensor([0, 2, 1]))
+
+    def values(self, t: Tensor, x: Tensor, given: Tensor) -> dict[str, Tensor]:
+        return {
+            "x": x,
+            "moved": x.flip(1) * 0.9 + 0.05,
+            "column": x[:, :1] * 0.7,
+            "t": t + 0.25,
+            "weight": self.weight,
+            "scalar": self.scalar,
+            "constant": self.constant,
+            "given": given,
+            "mask of x": x > 0.1,
+            "constant mask": self.mask,
+            "mask of t": t > 0.5,
+            "true": torch.ones_like(x[:, :1], dtype=torch.bool),
+        }
+
+    def forward(self, t: Tensor, y: tuple[Tensor, Tensor], given: Tensor) -> tuple[Tensor, Tensor]:
+        x = y[0]
+        values = self.values(t, x, given)
+        columns = [torch.broadcast_to(case(self, values), x.shape) for case in self.cases]
+        return torch.zeros_like(x), torch.cat([part.to(x.dtype) for part in columns], 1)
+
+
+def compare(cases: dict[str, Case], dtype: torch.dtype, x: Tensor, gradients: bool = True, finite: bool = True) -> None:
+    """Values and gradients, case by case, of those that torch itself can do."""
+    x = x.to(dtype)
+    given = torch.linspace(0.6, 1.4, COLUMNS, dtype=dtype)
+    trial = Cases([], dtype)
+    able = {}
+    for name, case in cases.items():
+        try:
+            torch.broadcast_to(case(trial, trial.values(torch.tensor(0.0, dtype=dtype), x, given)), x.shape)
+        except (RuntimeError, TypeError):
+            continue
+        able[name] = case
+    func = Cases(list(able.values()), dtype)
+    field = odenet_cuda.compile(func)
+    z = x.new_zeros(len(x), COLUMNS * len(able))
+    weights = torch.linspace(0.5, 1.5, z.shape[1], dtype=dtype).expand(z.shape)
+
+    def run(f) -> tuple[Tensor, list[Tensor]]:
+        leaf, args = x.clone().requires_grad_(gradients), given.clone().requires_grad_(gradients)
+        values = solve(f, (leaf, z), [0.0, 1.0], args=(args,), method="euler", gradient="checkpoint").ys[1][-1]
+        if f is field:
+            assert field.explain() == "compiled", field.explain()
+        if not gradients:
+            return values, []
+        # Each case alone, else the rounding of the largest hides the others.
+        found = []
+        for i in range(len(able)):
+            part = (values * weights)[:, COLUMNS * i : COLUMNS * (i + 1)]
+            sources = [leaf, args, func.weight, func.scalar]
+            grads = torch.autograd.grad(part.sum(), sources, retain_graph=True, allow_unused=True)
+            found.append([torch.zeros_like(s) if g is None else g for s, g in zip(sources, grads, strict=True)])
+        return values.detach(), found
+
+    (values, grads), (right, right_grads) = run(field), run(func)
+    eps = torch.finfo(dtype).eps
+    for i, name in enumerate(able):
+        columns = slice(COLUMNS * i, COLUMNS * (i + 1))
+        torch.testing.assert_close(
+            values[:, columns], right[:, columns], rtol=ROUNDING * eps, atol=ROUNDING * eps * finite, equal_nan=True, msg=name
+        )
+        for g, expected in zip(grads[i], right_grads[i], strict=True) if gradients else ():
+            size = float(expected.nan_to_num(0, 0, 0).abs().max())
+            torch.testing.assert_close(
+                g, expected, rtol=ROUNDING * eps, atol=ROUNDING * eps * size * finite, equal_nan=True, msg=f"gradient of {name}"
+            )
+
+
+UNARY = [
+    "neg",
+    "reciprocal",
+    "sqrt",
+    "rsqrt",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "sin",
+    "cos",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "erf",
+    "erfc",
+    "floor",
+    "ceil",
+    "sigmoid",
+    "relu",
+    "abs",
+    "sign",
+    "square",
+    "sgn",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "logical_not",
+]
+BINARY = [
+    "atan2",
+    "hypot",
+    "mul",
+    "div",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "logaddexp",
+    "pow",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "add",
+    "sub",
+    "rsub",
+    "true_divide",
+    "lerp",
+    "xlogy",
+]
+OPERANDS = ["x", "column", "t", "weight", "constant", "given", "mask_of_x", "2.5"]
+OF_SAMPLES = ("x", "column", "mask_of_x")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+def operand(name: str) -> Callable[[dict], object]:
+    if name[0] in "-0123456789":
+        return lambda values: float(name) if "." in name else int(name)
+    return lambda values: values[name.replace("_", " ")]
+
+
+def unary(name: str, of: str) -> Case:
+    """Those of small domain get what lies in it: half of x between 0 and 1."""
+    shift = 1.5 if name == "acosh" else 0.2 if name in ("log", "log2", "log10", "sqrt", "rsqrt", "reciprocal") else 0.0
+
+    def case(func: Cases, values: dict) -> Tensor:
+        x = operand(of)(values)
+        return getattr(torch, name)(x if x.dtype == torch.bool else x.abs() * 0.5 + shift if shift else x * 0.5)
+
+    return case
+
+
+def binary(name: str, left: str, right: str) -> Case:
+    def case(func: Cases, values: dict) -> Tensor:
+        a, b = operand(left)(values), operand(right)(values)
+        if name == "lerp":
+            return torch.lerp(a, b, 0.3)
+        if name == "pow" and isinstance(a, Tensor) and a.dtype.is_floating_point:
+            a = a.abs() + 0.1
+        return getattr(torch, name)(a, b)
+
+    return case
+
+
+def some_rows(count: int = 5) -> Tensor:
+    return torch.rand(count, COLUMNS, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.6 - 0.7
+
+
+@DTYPES
+def test_unary(dtype):
+    cases = {f"{name} of {of}": unary(name, of) for name in UNARY for of in ("x", "t", "given", "mask_of_x", "constant_mask")}
+    compare(cases, dtype, some_rows())
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_binary(name):
+    """Tensors, columns, the time, weights, constants, args, numbers and masks on either side."""
+    pairs = [(a, b) for a, b in product(OPERANDS, OPERANDS) if a in OF_SAMPLES or b in OF_SAMPLES]
+    compare({f"{name} of {a} and {b}": binary(name, a, b) for a, b in pairs}, torch.float64, some_rows())
+
+
+def test_where():
+    masks, sides = (
+        ("mask_of_x", "constant_mask", "mask_of_t", "true"),
+        ("x", "column", "t", "weight", "constant", "given", "2.5"),
+    )
+
+    def case(mask: str, a: str, b: str) -> Case:
+        return lambda func, values: torch.where(operand(mask)(values), operand(a)(values), operand(b)(values)) + values["x"]
+
+    cases = {f"where {mask} {a} {b}": case(mask, a, b) for mask in masks for a, b in product(sides, sides)}
+    compare(cases, torch.float64, some_rows())
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, None] * b
+
+
+COMPOSITE: dict[str, Case] = {
+    "outer of constants": lambda f, v: v["x"] @ outer(f.constant, f.other),
+    "outer sum of constants": lambda f, v: (v["x"][:, :, None] * (f.constant[:, None] + f.other)).sum(-1),
+    "outer sum of weights": lambda f, v: (v["x"][:, :, None] * (f.weight[:, None] + f.other)).sum(-1),
+    "outer of weights": lambda f, v: v["x"] @ outer(f.weight, f.weight),
+    "outer with t": lambda f, v: v["x"] @ (outer(f.weight, f.constant) * v["t"]),
+    "outer of t": lambda f, v: v["x"] @ outer(torch.sin(v["t"] * f.weight), torch.cos(v["t"] * f.constant)),
+    "outer sums of t": lambda f, v: v["x"] * (torch.sin(v["t"] * f.constant)[:, None] + f.other).sum(1),
+    "constants alone": lambda f, v: (f.constant[:, None] + f.other).sum(1) + 0 * v["x"],
+    "no sample": lambda f, v: (f.constant[:, None] * f.weight).sum(1).expand(v["x"].shape),
+    "no sample, given": lambda f, v: (v["given"][:, None] * f.weight).sum(1).expand(v["x"].shape),
+    "pairs": lambda f, v: (v["x"][:, :, None] - v["x"][:, None, :]).sum(-1),
+    "pairs with constants": lambda f, v: torch.tanh(v["x"][:, :, None] - f.constant).sum(-1),
+    "pairs with weights": lambda f, v: torch.tanh(v["x"][:, :, None] - f.weight).sum(-1),
+    "given": lambda f, v: v["x"] * v["given"][0],
+    "outer of given": lambda f, v: v["x"] @ outer(v["given"], v["given"]),
+    "bias given": lambda f, v: F.linear(v["x"], outer(f.constant, f.other), v["given"]),
+    "bias of a weight": lambda f, v: F.linear(v["x"], outer(f.constant, f.other), f.weight),
+    "bias of t": lambda f, v: F.linear(v["x"], outer(f.constant, f.other), f.weight * v["t"]),
+    "bias given with t": lambda f, v: F.linear(v["x"], outer(f.constant, f.other) * v["t"], v["given"] * v["t"]),
+    "addmm": lambda f, v: torch.addmm(v["given"], v["x"], outer(f.constant, f.other)),
+    "mv": lambda f, v: (outer(f.constant, f.other) * v["t"]) @ f.weight + v["x"],
+    "weight given": lambda f, v: F.linear(v["x"], outer(v["given"], f.constant)),
+    "einsum": lambda f, v: torch.einsum("bi,ij,bj->bi", v["x"], outer(f.weight, f.other), v["moved"]),
+    "cat": lambda f, v: torch.cat([v["x"][:, :1], f.constant[:2].expand(len(v["x"]), 2)], 1),
+    "cat of t": lambda f, v: torch.cat([v["t"].expand(len(v["x"]), 1), v["x"][:, :1], f.weight[:1].expand(len(v["x"]), 1)], 1),
+    "mask and constant": lambda f, v: (v["mask of x"] & f.mask) * v["x"],
+    "mask or t": lambda f, v: (v["mask of x"] | v["mask of t"]) * v["x"],
+    "not a constant": lambda f, v: ~f.mask * v["x"],
+    "not a mask": lambda f, v: ~v["mask of x"] * v["x"],
+    "not numbers": lambda f, v: torch.logical_not(f.whole) * v["x"],
+    "masks equal": lambda f, v: (v["mask of x"] == f.mask) * v["x"],
+    "masks added": lambda f, v: (v["mask of x"] + (v["x"] < 0.5)) * v["x"],
+    "masks multiplied": lambda f, v: (v["mask of x"] * (v["x"] < 0.5)) * v["x"],
+    "masks chosen": lambda f, v: torch.where(f.mask, v["mask of x"], v["x"] < 0.5) * v["x"],
+    "masks summed": lambda f, v: v["mask of x"].sum(1, keepdim=True) * v["x"],
+    "some": lambda f, v: v["mask of x"].any(1, keepdim=True) * v["x"],
+    "all": lambda f, v: v["mask of x"].all(1, keepdim=True) * v["x"],
+    "mask times a number": lambda f, v: torch.add(v["x"], v["mask of x"], alpha=2),
+    "filled": lambda f, v: v["x"].masked_fill(f.mask, 2.0),
+    "filled by x": lambda f, v: v["x"].masked_fill(v["mask of x"], 0.5),
+    "whole numbers": lambda f, v: v["x"] * f.whole,
+    "clamped": lambda f, v: v["x"].clamp(-0.1, 0.5),
+    "clamped by constants": lambda f, v: torch.clamp(v["x"], -f.constant * 0.1, f.other * 0.4),
+    "clamped by weights": lambda f, v: torch.clamp(v["x"], min=f.weight * 0.1),
+    "clamped by t": lambda f, v: torch.clamp(v["x"], max=v["t"]),
+    "softplus": lambda f, v: F.softplus(v["x"], 2.0, 1.0),
+    "gelu": lambda f, v: F.gelu(v["x"]) + F.gelu(v["x"], approximate="tanh"),
+    "softmax": lambda f, v: v["x"].softmax(1) + v["x"].log_softmax(1),
+    "logsumexp": lambda f, v: v["x"].logsumexp(1, keepdim=True),
+    "layer norm": lambda f, v: F.layer_norm(v["x"], (COLUMNS,), f.weight, v["given"]),
+    "norm": lambda f, v: v["x"].norm(dim=1, keepdim=True) + v["x"].norm(1, dim=1, keepdim=True),
+    "extremes": lambda f, v: v["x"].amax(1, keepdim=True) - 2 * v["x"].amin(1, keepdim=True),
+    "moments": lambda f, v: v["x"].var(1, keepdim=True) + v["x"].std(1, keepdim=True) + v["x"].mean(1, keepdim=True),
+    "products": lambda f, v: v["x"].prod(1, keepdim=True) + v["x"].cumsum(1),
+    "powers": lambda f, v: 2.0 ** v["x"] + f.weight ** v["x"] + f.constant ** v["t"] + v["x"] ** 3,
+}
+
+
+@DTYPES
+def test_composite(dtype):
+    """Sums of constants, of what is given to all samples, masks, and functions made of several operations."""
+    compare(COMPOSITE, dtype, some_rows())
+
+
+@pytest.mark.parametrize("name", ["no sample", "no sample, given", "constants alone", "outer of weights", "bias given"])
+def test_alone(name):
+    """The same with nothing beside it."""
+    compare({name: COMPOSITE[name]}, torch.float64, some_rows())
+
+
+EXTREME = [
+    "neg",
+    "reciprocal",
+    "sqrt",
+    "rsqrt",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "asinh",
+    "erf",
+    "erfc",
+    "floor",
+    "ceil",
+    "sigmoid",
+    "relu",
+    "abs",
+    "sign",
+    "square",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "logical_not",
+]
+EXTREMES: dict[str, Case] = {
+    **{name: (lambda f, v, name=name: getattr(torch, name)(v["x"])) for name in EXTREME},
+    **{
+        name: (lambda f, v, name=name: getattr(torch, name)(v["x"], v["x"].flip(1)))
+        for name in ("atan2", "hypot", "logaddexp", "maximum", "minimum", "add", "mul", "div", "eq", "lt", "ge", "logical_and")
+    },
+    "softplus": lambda f, v: F.softplus(v["x"]),
+    "logsigmoid": lambda f, v: F.logsigmoid(v["x"]),
+    "gelu": lambda f, v: F.gelu(v["x"]),
+    "silu": lambda f, v: F.silu(v["x"]),
+    "softmax": lambda f, v: v["x"].softmax(1),
+    "log_softmax": lambda f, v: v["x"].log_softmax(1),
+    "logsumexp": lambda f, v: v["x"].logsumexp(1, keepdim=True),
+    "amax": lambda f, v: v["x"].amax(1, keepdim=True),
+    "clamp": lambda f, v: v["x"].clamp(-1, 1),
+    "norm": lambda f, v: v["x"].norm(dim=1, keepdim=True),
+    "layer norm": lambda f, v: F.layer_norm(v["x"], (COLUMNS,)),
+}
+
+
+@DTYPES
+def test_extreme_numbers(dtype):
+    """Huge and tiny ones, infinities, what is no number, both zeros and denormals: as torch's."""
+    inf, nan, tiny = float("inf"), float("nan"), torch.finfo(dtype).smallest_normal / 8
+    numbers = [0.0, -0.0, 1.0, -1.0, 1e25, -1e25, 1e-25, -1e-25, inf, -inf, nan, 30.0, -30.0, 100.0, -100.0, 1000.0, tiny, 1e4]
+    x = torch.tensor([[a, b, a] for a, b in product(numbers, numbers)], dtype=torch.float64)
+    compare(EXTREMES, dtype, x, gradients=False, finite=False)
+
+
+def test_nothing_is_left_out():
+    """Every pointwise operation that is read is in one of the lists above."""
+    named = {*UNARY, *BINARY, *(name.replace(" ", "_") for name in COMPOSITE), "where", "clamp_min", "clamp_max"}
+    inner = {"hardshrink_backward", "softshrink_backward", "bitwise_and", "bitwise_or", "bitwise_not"}
+    assert {*TEXTS, *MASKS} - named - inner == set()
+    assert OPERATIONS
