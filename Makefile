@@ -14,7 +14,7 @@ demo: $(SETUP)
 	$(BIN)/python examples/odenet_digits.py
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The C++ kernels under sanitizers; a quarter of an hour. Needs g++.
 .PHONY: test-sanitize

@@ -83,7 +83,7 @@ class ODEBlock(nn.Module):
     def forward(self, y0: Any) -> Any:
         constant = (torch.compiler.is_compiling() or written_down()) and not isinstance(self.t, nn.Parameter)
         solution = solve(
-            self._compiled[0] if self._compiled else self.func,
+            self._field(),
             y0,
             self._numbers if constant else self.t,
             method=self.method,
@@ -99,9 +99,17 @@ class ODEBlock(nn.Module):
         # A copy: what comes after may write into it, and hooks on it are kept, unlike on a view.
         return pytree.tree_map(lambda leaf: leaf[-1].clone(), solution.ys)
 
+    def _field(self) -> Any:
+        """What is solved: func, or the compiled field of the func that the block has now."""
+        if not self._compiled:
+            return self.func
+        if self._compiled[0] is not self.func and self._compiled[0].func is not self.func:
+            self._compiled = (compile_field(self.func),)
+        return self._compiled[0]
+
     def explain(self) -> str:
         """How the last call was solved: "compiled", or by the stepper and why."""
-        field = self._compiled[0] if self._compiled else self.func
+        field = self._field()
         return field.explain() if isinstance(field, CompiledField) else "served by the stepper: compile is False"
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import noise, transforms
 from .callbacks import find_callbacks
-from .captured import captured_tensors, earlier_results, sequence_number
+from .captured import Known, Walk, find_captured, outside, sequence_number
 from .compiled.engine import Engine, evaluations
 from .compiled.field import attach as attach_compiled
 from .frozen import Frozen
@@ -23,6 +23,7 @@ from .gradients import quadrature as quadrature_gradient
 from .gradients.accumulator import SHORT
 from .gradients.autocast import autocast_state
 from .gradients.graphed_steps import GraphedSteps
+from .held import Captured
 from .integrate import MOST_CAPTURED, Grid, Options, adaptive_kind, integrate
 from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_state, counter_of, own_tensors, to_device
@@ -52,6 +53,9 @@ class Job:
         self.problem, self.options, self.structure, self.t, self.dense = problem, options, structure, t, dense
         self.grid, self.regularizers = grid, regularizers
         self.field: Any = problem.field
+        self.known: list[Tensor] = []  # the captured tensors that are sure to be outside of func
+        self.first: Any = None  # f(t0, y0) with its graph, where that is still needed at the end
+        self.since: int | None = None  # the number of autograd before it; None where numbers tell nothing about func
         self.noisy: noise.States = ()  # where random generators stood before the first slope, if func draws numbers
 
     def _step_costs(self) -> StepCosts | None:
@@ -66,21 +70,27 @@ class Job:
         checkpoints: Checkpoints | None,
         params: Sequence[Tensor] | None,
         on_failure: str,
+        late: Sequence[Tensor] = (),
     ) -> Solution:
+        """late: tensors that func depends on, though not at the start."""
         empty = all(leaf.numel() == 0 for leaf in self.problem.leaves)
         wanted = torch.is_grad_enabled() and len(self.problem.t) > 1 and not empty
-        since = sequence_number() if wanted else 0
         if wanted:
             refuse_sharded(self.field.func)
-        start, captured, closed = self._probe(gradient, params, since) if wanted else (None, [], True)
+        start, captured, closed = self._probe(gradient, params) if wanted else (None, [], True)
+        captured = [*captured, *late]
         inputs = [*self.structure.leaves, self.t, *captured]
+        counter, again = counter_of(self.field), (gradient, backward, checkpoints, params, on_failure)
+        unsure = wanted and params is None  # func may depend on more later
         wanted = wanted and any(tensor.requires_grad for tensor in inputs)
+        unsure = unsure and not wanted
+        counter.with_gradients = counter.with_gradients or unsure
         if wanted and gradient == "adjoint" and not all(map(is_plain, captured)):
             raise NotImplementedError(
                 "func has parameters that are made of other tensors, such as DTensor: gradient='adjoint' would add up their "
                 "gradients in its own state; use gradient='direct' or 'checkpoint'"
             )
-        frozen = counter_of(self.field).frozen = Frozen(self.field.func) if wanted else None
+        frozen = counter.frozen = Frozen(self.field.func) if wanted else None
         if wanted and self.options.cuda_graph and gradient in ("direct", "checkpoint"):
             replayed = self._by_graph(gradient, checkpoints, captured, closed, params is not None)
             if replayed is not None:
@@ -90,6 +100,9 @@ class Job:
         trajectory, recorder, step_costs = (
             solve(checkpoints, self.noisy) if checkpoints is None else self._redrawn(solve, checkpoints)
         )
+        if unsure and counter.gave_graph and (late := self._captured_anywhere()):
+            counter.nfe = 0
+            return self.run(*again, late)
         stats = self._stats(trajectory)
         n = len(trajectory.ys)
         outputs = [*trajectory.ys, *trajectory.last[n:], *([] if step_costs is None else step_costs.sums(self.problem))]
@@ -98,13 +111,14 @@ class Job:
         if error is not None and on_failure == "raise":
             raise error
         if wanted and gradient == "direct":
-            captured = direct_gradient.find_captured(self.field, recorder.tape, since, captured, closed)
-        elif wanted and params is None and not closed:
-            captured = self._captured_at_end(trajectory, captured, since)
+            calls = direct_gradient.evaluations(recorder.tape)
+            captured = find_captured(self.field, calls, self.known, self.since, closed and not late)
+        elif wanted and params is None and not closed and not late:
+            captured = self._captured_at_end(trajectory)
             stats.nfe = self.field.nfe
         if frozen is not None:
             frozen.settle()
-            check = "" if params is not None else "first" if closed else "all"
+            check = "chosen" if params is not None else "first" if closed and not late else "all"
             outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, check)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
             outputs[:n] = [leaf[None].clone() for leaf in self.structure.leaves]
@@ -175,7 +189,8 @@ class Job:
         error = self._failure(host, trajectory, outputs, stats)
         if error is not None and on_failure == "raise":
             raise error
-        outputs = by_graph.attach(lease, self.problem, outputs, self.structure.leaves, self.t, captured, stats)
+        kept = Captured(captured, self.field.func)
+        outputs = by_graph.attach(lease, self.problem, outputs, self.structure.leaves, self.t, kept, stats)
         return self._solution(outputs, trajectory, None, stats)
 
     def _by_graph(
@@ -268,11 +283,13 @@ class Job:
         check: str,
     ) -> list[Tensor]:
         """The outputs with a gradient for y0, t and the captured tensors."""
-        common = self.problem, outputs, self.structure.leaves, self.t, captured, stats
+        kept = Captured(captured, self.field.func)
+        common = self.problem, outputs, self.structure.leaves, self.t, kept, stats
         if gradient == "direct":
             return direct_gradient.attach(recorder, *common)
         if gradient == "checkpoint":
             return checkpoint_gradient.attach(recorder, *common, check)
+        backward = replace(backward, check=check)
         if gradient == "quadrature":
             return quadrature_gradient.attach(backward, recorder, *common)
         return adjoint_gradient.attach(backward, *common)
@@ -316,9 +333,7 @@ class Job:
         solution.ys, solution.y_last = rows.mapped(solution.ys, 1), rows.mapped(solution.y_last, 0)
         return solution
 
-    def _probe(
-        self, gradient: str, params: Sequence[Tensor] | None, since: int
-    ) -> tuple[Evaluation | None, list[Tensor], bool]:
+    def _probe(self, gradient: str, params: Sequence[Tensor] | None) -> tuple[Evaluation | None, list[Tensor], bool]:
         """f(t0, y0) with its graph, the tensors outside of func that get gradients, and whether func can have no others."""
         params_wanted = [param for param in params or () if param.requires_grad]
         if params is not None and gradient != "checkpoint":
@@ -328,23 +343,29 @@ class Job:
         recorder = self._recorder(graphs=params is None, t_grad=self.t.requires_grad)
         y_grad = self.t.requires_grad or any(leaf.requires_grad for leaf in self.structure.leaves)
         generators = noise.states(problem.device) if gradient == "checkpoint" else ()
+        self.since = sequence_number()
         with no_sharded_calls():
             start = recorder.evaluate(self.field, t0, [leaf.detach().clone() for leaf in problem.state_leaves], y_grad)
         if noise.differ(generators, noise.states(problem.device) if generators else ()):
             self.noisy = generators
         if params is not None:
             return Evaluation(start.t, start.y, [slope.detach() for slope in start.k]), params_wanted, True
-        found, earlier = captured_tensors(start.k, [start.t, *start.y], since)
+        window = range(self.since, sequence_number())
         own, is_module = own_tensors(self.field.func)
-        known: dict[int, Tensor] = {id(x): x for x in own if x.requires_grad}
-        closed = is_module and not earlier and all(id(tensor) in known for tensor in found)
-        known.update((id(tensor), tensor) for tensor in found)
-        if earlier:
-            results = earlier_results(lambda: self.field(start.t, start.y), since)
-            known.update((id(tensor), tensor) for tensor in results)
+        known = Known(x for x in own if x.requires_grad)
+        walk = Walk(start.k, [start.t, *start.y], known, window)
+        found = list(walk.leaves.values())
+        if walk.boundary:
+            found = outside(self.field, start, known, self.since)
+            known.add(found)
+            if all(x.grad_fn is None for x in found):  # made inside, by another thread
+                self.since = None
+        self.known, closed = list(known.tensors.values()), is_module and not found
+        captured = [*self.known, *(x for x in found if id(x) not in known.tensors)]
         if gradient != "direct":
+            self.first = start
             start = Evaluation(start.t, start.y, [slope.detach() for slope in start.k])
-        return start, list(known.values()), closed
+        return start, captured, closed
 
     @property
     def _carried(self) -> bool:
@@ -354,15 +375,22 @@ class Job:
         tableau, problem = self.options.tableau, self.problem
         return Recorder(tableau, problem.t, problem.per_sample, len(problem.state_leaves), carried=self._carried, **keep)
 
-    def _captured_at_end(self, trajectory: Trajectory, captured: list[Tensor], since: int) -> list[Tensor]:
-        """captured, and what func depends on at the end but not at the start: it may branch on the time."""
+    def _captured_anywhere(self) -> list[Tensor]:
+        """What func depends on at any of the evaluations of a solve that keeps all their graphs."""
+        recorder = self._recorder(graphs=True)
+        with no_sharded_calls():
+            integrate(self.problem, self.options, recorder=recorder, grid=self.grid)
+        return find_captured(self.field, direct_gradient.evaluations(recorder.tape), [], None, False)
+
+    def _captured_at_end(self, trajectory: Trajectory) -> list[Tensor]:
+        """What func depends on at the start or at the end: it may branch on the time."""
         problem = self.problem
         times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
         recorder = self._recorder(graphs=True)
         y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
         with no_sharded_calls():
             end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
-        return direct_gradient.find_captured(self.field, [end], since, captured, False)
+        return find_captured(self.field, [self.first, end], self.known, self.since, False)
 
     def _stats(self, trajectory: Trajectory) -> Stats:
         state = trajectory.state
@@ -371,7 +399,7 @@ class Job:
         else:
             rows = self.problem.rows
             steps = len(self.grid[0]) - 1 if self.grid is not None and self.problem.leaves[0].numel() else 0
-            counts = torch.tensor([[steps], [0]], device="cpu").expand(2, rows).unbind()
+            counts = torch.full((rows,), steps, device="cpu"), torch.zeros(rows, dtype=torch.int64, device="cpu")
         return Stats(self.field.nfe, *counts, self.problem.per_sample)
 
     def _failure(self, state: Any, trajectory: Trajectory, ys: list[Tensor], stats: Stats):

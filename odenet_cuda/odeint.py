@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .methods import ADAPTIVE, find_method
-from .problem import Structure
+from .problem import Structure, parameters_of
 from .solution import Interpolant
 from .solve import solve
 
@@ -89,7 +89,7 @@ def odeint_adjoint(
                 "func must be an instance of nn.Module to specify the adjoint parameters; alternatively give them as "
                 "adjoint_params, which may be () where there are none"
             )
-        adjoint_params = tuple(func.parameters())
+        adjoint_params = parameters_of(func)
     chosen = method or "dopri5"
     backward = adjoint_method or chosen
     if backward != chosen and options is not None and adjoint_options is None:

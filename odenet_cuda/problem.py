@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .captured import Known, Walk
 from .ops import DTYPES, REAL
 from .tracing import has_memory, refuse_traced_times, stands_for_others, written_down
 
@@ -115,7 +116,7 @@ class Field:
             raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
         self.func = func
         self.structure = structure if torch.compiler.is_compiling() else structure.without_graph()
-        self.with_gradients = False
+        self.with_gradients = self.gave_graph = False
         self.nfe = 0
         self.frozen: Any = None  # of this solve, see frozen.py
         self._unknown = 2  # calls until it is known whether func returns one buffer
@@ -142,7 +143,10 @@ class Field:
         """The slopes at (t, y), each with the shape, type and device of its leaf. stage: which one of a step; not used here."""
         if self.with_gradients and not torch.is_grad_enabled():
             with torch.enable_grad():
-                return [slope.detach() for slope in Field.__call__(self, t, y, stage)]
+                k = Field.__call__(self, t, y, stage)
+            if not self.gave_graph and any([slope.requires_grad for slope in k]):
+                self.gave_graph = Walk(k, [t, *y], Known(), None).more
+            return [slope.detach() for slope in k]
         self.nfe += 1
         structure = self.structure
         if structure.single:
@@ -218,13 +222,21 @@ def counter_of(field: Any) -> Any:
     return field
 
 
+def parameters_of(module: torch.nn.Module) -> list[Tensor]:
+    """Also of a replica that nn.DataParallel made, whose copies of the parameters are plain attributes."""
+    if not getattr(module, "_is_replica", False):
+        return list(module.parameters())
+    values = (x for part in module.modules() for x in vars(part).values())
+    return [x for x in values if isinstance(x, Tensor) and x.requires_grad]
+
+
 def own_tensors(func: Any) -> tuple[list[Tensor], bool]:
     """The tensors that func is known to have, its parameters and arguments, and whether it is a Module that has some."""
     arguments: list[Tensor] = []
     if isinstance(func, WithArguments):
         arguments = [x for x in pytree.tree_leaves(func._args) if isinstance(x, Tensor)]
         func = func._func
-    parameters = list(func.parameters()) if isinstance(func, torch.nn.Module) else []
+    parameters = parameters_of(func) if isinstance(func, torch.nn.Module) else []
     return [*parameters, *arguments], bool(parameters)
 
 

@@ -168,8 +168,8 @@ class Interpolant:
             wanted = torch.as_tensor(t, dtype=torch.float64, device=self._y0[0].device)
             low, high = min(self.t0, self.t1), max(self.t0, self.t1)
             # An end may come as float32, or the type of t, writes it.
-            short = isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16)
-            written, ends = (x.to(t.dtype if short else torch.float32) for x in (wanted, wanted.new_tensor([low, high])))
+            kind = t.dtype if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) else torch.float32
+            written, ends = (x.to(kind) for x in (wanted, wanted.new_tensor([low, high])))
             if not bool((((wanted >= low) | (written == ends[0])) & ((wanted <= high) | (written == ends[1]))).all()):
                 raise ValueError(f"t must lie in [{low}, {high}], where the solution is known, got {t}")
             flat = wanted.reshape(-1).clamp(low, high)

@@ -45,7 +45,8 @@ def refuse_traced_times(t: Tensor, name: str) -> None:
     if isinstance(t, nn.Parameter) or t.requires_grad:
         raise NotImplementedError(f"{name} {_TIMES}")
     if torch._C._get_tracing_state() is not None:
-        waiting, seen = [torch._C._get_value_trace(t).node()], set()
+        waiting = [torch._C._get_value_trace(t).node()]  # type: ignore[attr-defined]
+        seen = set()
         while waiting:
             node = waiting.pop()
             if node.kind() in _INPUTS:

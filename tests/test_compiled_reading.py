@@ -614,14 +614,15 @@ def test_core_needs_no_torch():
 
 def test_math_of_the_check():
     """A program that is wrong in one number is refused: the check sees a wrong slope and a wrong product."""
-    plan = read(Net(), rows(5, 2))
+    net = Net()
+    plan = read(net, rows(5, 2))
     from odenet_cuda.compiled.check import check_program
 
     structure, t = Structure(rows(5, 2)), torch.zeros((), dtype=D)
-    check_program(plan, Net(), structure, t, ())
+    check_program(plan, net, structure, t, ())
     for name in ("slopes", "products"):
         right = getattr(plan.program, name)
         setattr(plan.program, name, right[::-1].copy())
         with pytest.raises(Unreadable, match="misread"):
-            check_program(plan, Net(), structure, t, ())
+            check_program(plan, net, structure, t, ())
         setattr(plan.program, name, right)

@@ -775,3 +775,18 @@ def test_small_gradients_of_many_steps(device, short, gradient):
     (grad,) = torch.autograd.grad(ys[-1].sum(), rate)
     assert grad.dtype == short
     torch.testing.assert_close(grad.float(), torch.full((2,), 3.0, device=device), rtol=SHORT[short][1], atol=0)
+
+
+@pytest.mark.parametrize("step_control", ["joint", "per_sample"])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
+@pytest.mark.parametrize("end", [1.0, -1.0])
+def test_quadrature_follows_what_the_adjoint_does_not(step_control, method, end):
+    """The adjoint of y' = w sin(50 t) is constant, so its steps are long; the integral for w is that of the solution's steps."""
+    w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    rates = torch.tensor([[50.0], [20.0], [1.0]], dtype=torch.float64)
+    y0 = torch.zeros(3, 1, dtype=torch.float64)
+    how = {"rtol": 1e-8, "atol": 1e-8, "method": method, "step_control": step_control}
+    ys = solve(lambda t, y: w * torch.sin(rates * t) + 0 * y, y0, [0.0, 0.3 * end, end], gradient="quadrature", **how).ys
+    ys[1:].sum().backward()
+    exact = sum(((1 - torch.cos(rates * t)) / rates).sum() for t in (0.3, 1.0))
+    torch.testing.assert_close(w.grad, exact, rtol=0, atol=1e-6)

@@ -1,12 +1,13 @@
 """compile(field): a field whose solves run as one kernel call each, and how a solve of one is served."""
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..callbacks import find_callbacks
 from ..gradients.failed import known_cotangents, with_nan
@@ -20,26 +21,36 @@ from . import self_check
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
-from .plan import Plan, modules_of
+from .plan import Plan
+from .reading import Reading
 from .teams import H100, MATMULS
 from .trace import Unreadable
 
 _SERVED = (torch.float32, torch.float64)
 _SMALL = 64  # numbers: a batch of no more, whose samples are mixed, is read as one sample
 _MANY = 1 << 16  # samples
+_MOST_PLANS = 4  # kept of one kind of state: those of training and of evaluation, say
+_MOST_REFUSALS = 24  # readings in a row that refuse, of a func that changes what it reads at every call
+_MOST_CHANGES = 8  # readings for a number that changes and cannot be an argument of the code
+_reading = threading.RLock()
 _warned = False
 
 
 class CompiledField(nn.Module):
     """What `compile` gives: the field itself when called, and a program of it wherever it is solved.
 
-    Numbers that func reads from Python, and its branches, are read once for every kind of state; `reset` forgets them.
+    What func reads from Python is compared at every call, and where it has changed func is read anew: modules, functions and
+    numbers in attributes, items, closures, defaults, global names and args. What cannot be compared so is refused, and so are
+    values of the time, the state or args that reach Python. func's own Python does not run in a compiled solve: what it counts
+    there stays as it was.
     """
 
     def __init__(self, func: Callable[..., Any], cuda: bool = False, matmul: str = "float32"):
         super().__init__()
         self.func, self._cuda, self._matmul = func, cuda, matmul
-        self._plans: dict[Any, Plan | Unreadable] = {}
+        self._plans: dict[Any, list[Plan | Refused]] = {}  # the last few of each kind of state
+        self._readings: dict[Any, tuple[int, int]] = {}  # of a kind: refused in a row, and for numbers that changed
+        self._read_of: Any = None  # the func of the plans
         self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
         self._latest: Plan | None = None
 
@@ -55,8 +66,9 @@ class CompiledField(nn.Module):
             return getattr(super().__getattr__("func") if "func" in self._modules else self.__dict__["func"], name)
 
     def reset(self) -> None:
-        """Forgets what was read: after numbers or branches of func have changed."""
+        """Forgets what was read."""
         self._plans.clear()
+        self._readings.clear()
         self._latest = None
 
     def explain(self) -> str:
@@ -82,79 +94,123 @@ class CompiledField(nn.Module):
         return self._latest.source(find_method(method), Target(dtype, "one" if cuda else lanes, solve, team))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_latest": None, "_why": []}  # libraries stay behind; the cache has them
+        return {
+            **self.__dict__,
+            "_plans": {},
+            "_readings": {},
+            "_read_of": None,
+            "_latest": None,
+            "_why": [],
+        }  # libraries stay behind; the cache has them
 
     # How a solve asks
 
     def plan(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
         """Raises Unreadable."""
+        func = self.func
+        if self._read_of is not func:
+            self.reset()
+            self._read_of = func
         key = self._key(structure, args, per_sample)
         whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
-        found = self._plans.get(key) or self._plans.get(whole)
-        if found is None or (isinstance(found, Plan) and found.stale(args)):
-            found = self._read(structure, args, per_sample)
-            self._plans[key if isinstance(found, Plan) and not found.whole else whole] = found
-        if isinstance(found, Unreadable):
-            raise found
+        for kind in (key, whole):
+            for found in self._plans.get(kind, ()):
+                if found.guards.hold(args):
+                    if isinstance(found, Refused):
+                        raise found.error
+                    self._latest = found
+                    return found
+        with _reading:
+            found = self._read(structure, args, per_sample, [*self._plans.get(key, ()), *self._plans.get(whole, ())], key)
+        kind = whole if isinstance(found, Refused) or found.whole else key
+        kept = [plan for plan in self._plans.get(kind, ()) if plan.guards.alive]
+        self._plans[kind] = [found, *kept[: _MOST_PLANS - 1]]
+        if isinstance(found, Refused):
+            raise found.error
         self._latest = found
         return found
 
     def _key(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
-        """What a reading depends on: shapes and types, and of func its modules, whether they train, and what is frozen."""
+        """Shapes and types, for which there are plans; what else a reading depends on is compared by the guards of each."""
         rows = structure.leaves[0].shape[0] if structure.leaves[0].dim() else -1
         leaves = tuple([(leaf.dtype, leaf.device, leaf.shape[1:], leaf.dim(), rows == 1) for leaf in structure.leaves])
-        given = tuple(
-            [
-                (x.dtype, x.shape[1:] if x.dim() > 0 and x.shape[0] == rows else x.shape, x.requires_grad)
-                if isinstance(x, Tensor)
-                else _hashable(x)
-                for x in args
-            ]
-        )
-        found: list[Any] = []
-        for module in modules_of(self.func):
-            _describe(module, found)
-        return structure.spec, leaves, given, per_sample, tuple(found)
+        given: list[Any] = []
+        for x in args:
+            if isinstance(x, Tensor):
+                one = x.dim() > 0 and x.shape[0] == rows  # it may have one entry a sample
+                given.append((x.dtype, x.device, one, x.shape[1:] if one else x.shape, x.requires_grad))
+            else:
+                given.append(type(x))
+        return structure.spec, leaves, tuple(given), per_sample
 
     @torch.inference_mode(False)
-    def _read(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> "Plan | Unreadable":
+    def _read(
+        self, structure: Structure, args: Sequence[Any], per_sample: bool, stale: list[Any], key: Any
+    ) -> "Plan | Refused":
+        """A Plan, or a Refused. stale: plans that were right once; numbers that are others now become arguments of the code."""
+        refused, changes = self._readings.get(key, (0, 0))
+        if refused >= _MOST_REFUSALS or changes >= _MOST_CHANGES:
+            why = "what func reads from Python changes from call to call, and would be read anew each time; call reset()"
+            return Refused(Unreadable(why), Always())
+        numbers = stale[0].guards.changed_numbers(args) if stale else ([], [])
+        changes += bool(stale) and stale[0].guards.read_others(args)
+        found: Plan | Refused | None = None
+        if numbers[0] or numbers[1]:
+            found = self._read_with(structure, args, per_sample, numbers)
+            if isinstance(found, Refused):
+                found, changes = None, changes + 1
+        found = found or self._read_with(structure, args, per_sample, ([], []))
+        self._readings[key] = refused + 1 if isinstance(found, Refused) else 0, changes
+        return found
+
+    def _read_with(self, structure: Structure, args: Sequence[Any], per_sample: bool, numbers: Any) -> "Plan | Refused":
         leaves = structure.leaves
         rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
-        failure = Unreadable("the leaves of y0 have no common axis of samples")
+        failure, reading = Unreadable("the leaves of y0 have no common axis of samples"), None
         if len(rows) == 1 and None not in rows:
             try:
-                return Plan(self.func, structure, args, whole=False)
+                reading = Reading(self.func, args, numbers, leaves[0])
+                return Plan(self.func, structure, args, False, reading)
             except Unreadable as error:
                 failure = error
         vectors = all(leaf.dim() < 2 for leaf in leaves)
         if not per_sample and (vectors or sum(leaf.numel() for leaf in leaves) <= _SMALL):
             try:
-                return Plan(self.func, structure, args, whole=True)
+                reading = Reading(self.func, args, numbers, leaves[0])
+                return Plan(self.func, structure, args, True, reading)
             except Unreadable as error:
                 if vectors:
                     failure = error
         code = getattr(getattr(self.func, "__func__", self.func), "__code__", None)
         if code is not None and 'File "' not in str(failure):  # torch keeps the lines of modules alone
-            return Unreadable(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
-        return failure
+            failure = Unreadable(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
+        try:
+            return Refused(failure, Reading(self.func, args).guards(args))
+        except Unreadable as error:
+            return Refused(error, Always())
 
 
-def _hashable(x: Any) -> Any:
-    try:
-        hash(x)
-    except TypeError:
-        if any(isinstance(part, Tensor) for part in pytree.tree_leaves(x)):
-            raise Unreadable("args holds a tensor within a list or dict; give it as an argument of its own") from None
-        return repr(x)
-    return x
+class Always:
+    """The guards of a refusal that no change lifts but `reset`."""
+
+    alive = True
+
+    def hold(self, args: Sequence[Any]) -> bool:
+        return True
+
+    def changed_numbers(self, args: Sequence[Any]) -> tuple[list[Any], list[int]]:
+        return [], []
+
+    def read_others(self, args: Sequence[Any]) -> bool:
+        return False
 
 
-def _describe(module: nn.Module, found: list[Any]) -> None:
-    found += [id(module), module.training]
-    found += [x is not None and x.requires_grad for x in module._parameters.values()]
-    for child in module._modules.values():
-        if child is not None:
-            _describe(child, found)
+@dataclass
+class Refused:
+    """Why func could not be read, as long as the guards hold."""
+
+    error: Unreadable
+    guards: Any
 
 
 def compile(func: Callable[..., Any], *, cuda: bool = False, matmul: str = "float32") -> CompiledField:

@@ -33,6 +33,7 @@ class Lowering:
         self.values: dict[fx.Node, Value] = {}
         self.constants: dict[fx.Node, int] = {}  # node -> buffer
         self.tuples: dict[fx.Node, list[Sample]] = {}  # operations with several results
+        self.known: list[fx.Node] = []  # uniform values that are in the program with the numbers they had
         self.sums = Sums(self)
         program = self.program
         self.time = program.new("input", 1, "t")
@@ -197,6 +198,7 @@ class Lowering:
         """A uniform value that is known now, such as an index."""
         if not isinstance(self.values[node], Uniform):
             raise Unreadable(f"{where(node)} is computed from the state")
+        self.known.append(node)
         known = {n: self.recording.constant(n) for n in self.recording.graphs[0].nodes if n.op == "get_attr"}
         return value_of(node, known).detach().cpu().numpy()
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .. import _C
 from ..problem import Structure
@@ -17,10 +17,14 @@ from .build import load as load_text
 from .check import check_program
 from .emit import Target, emit, kept_buffers, tap_layout
 from .functions import TooLarge, functions_for
+from .guards import Place, Unguarded
 from .lower import Lowering
+from .marks import same_bits
 from .program import Linear, Program
+from .reading import Reading
 from .teams import Card, Team, card_of, teams_for
 from .trace import Recording, Unreadable, record, value_of
+from .values import where
 
 LARGEST = 1024  # numbers of a sample in one value
 _MOST_BYTES = 3 << 20  # of a tile's values on the stack of one thread
@@ -33,7 +37,9 @@ class Plan:
     whole: the state has no axis of samples; it is one sample. batched: the arguments that have one entry a sample.
     """
 
-    def __init__(self, func: Callable, structure: Structure, args: Sequence[Any], whole: bool):
+    def __init__(
+        self, func: Callable, structure: Structure, args: Sequence[Any], whole: bool, reading: "Reading | None" = None
+    ):
         self.whole = whole
         leaves = structure.leaves
         first = leaves[0]
@@ -42,14 +48,19 @@ class Plan:
         if max(self.leaf_sizes) > LARGEST:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
         t = torch.zeros((), dtype=first.dtype, device=first.device)
-        self.recording = self._record(func, structure, t, args)
-        self.batched = self.recording.batched
-        self.argument_sizes = [args[i][:1].numel() for i in self.batched]
-        self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
-        self.program: Program = self.lowering.program
-        self._check_size()
-        check_program(self, func, structure, t, args)
-        self._find_constants(func, args)
+        reading = reading or Reading(func, args)
+        with reading.unmarked():
+            self.recording = self._record(func, structure, t, args, reading)
+            self.batched = self.recording.batched
+            self.argument_sizes = [args[i][:1].numel() for i in self.batched]
+            self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
+            self.program: Program = self.lowering.program
+            self._check_size()
+            self._find_constants(args, reading)
+            with reading.numbers.given(args) as given:
+                self._check(func, structure, t, given)
+        self.guards = reading.guards(args, self.recording.written)
+        self._guard_tensors(args)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
         self.refused: dict[Any, tuple[ButcherTableau, str]] = {}  # the same of libraries that there are not, and why
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
@@ -59,7 +70,15 @@ class Plan:
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)
 
-    def _record(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any]) -> Recording:
+    def _check(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any]) -> None:
+        try:
+            check_program(self, func, structure, t, args)
+        except Unreadable:
+            raise
+        except Exception as error:  # whatever func may raise for other numbers or another number of samples
+            raise Unreadable(f"func could not be checked: {type(error).__name__}: {error}") from error
+
+    def _record(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], reading: "Reading") -> Recording:
         rows = 0 if self.whole else structure.leaves[0].shape[0]
         able = [
             i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole
@@ -69,7 +88,7 @@ class Plan:
         failure = Unreadable("")
         for batched in choices[:16]:
             try:
-                return record(func, structure, t, args, batched, self.whole)
+                return record(func, structure, t, args, batched, self.whole, reading.reach, reading.numbers)
             except Unreadable as error:
                 failure = error
         raise failure
@@ -90,15 +109,27 @@ class Plan:
 
     # Constants
 
-    def _find_constants(self, func: Callable, args: Sequence[Any]) -> None:
+    def _find_constants(self, args: Sequence[Any], reading: "Reading") -> None:
         """How each tensor of func is found again at every call: by its place, for it may be replaced."""
         self.places: dict[fx.Node, Place] = {}
-        graph = self.recording.graphs[0]
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                self.places[node] = _place(self.recording.constant(node), func, args)
-        self.flags = [self.recording.constant(node).requires_grad for node in self.places]
-        self.wanted = [_place(tensor, func, args) for tensor in self.recording.wanted]
+        self._found: list[tuple[Tensor, Place]] = []  # outside of func
+        self._aliased: dict[int, Tensor] = {}  # those, or of whose memory they are
+        twins = [
+            getattr(self.recording.modules[1], str(n.target)) for n in self.recording.graphs[1].nodes if n.op == "get_attr"
+        ]
+        nodes = [node for node in self.recording.graphs[0].nodes if node.op == "get_attr"]
+        for node, twin in zip(nodes, twins, strict=True):
+            tensor = self.recording.constant(node)
+            place = reading.place(tensor, args)
+            if place is not None:
+                self._found.append((tensor, place))
+                self._aliased[id(tensor)] = reading.original(tensor)
+            elif tensor is twin:
+                raise Unreadable(f"func uses a tensor {list(tensor.shape)} that is found by no path from func: {where(node)}")
+            elif not same_bits(tensor, twin):
+                raise Unreadable(f"func makes a tensor {list(tensor.shape)} of other values at every call: {where(node)}")
+            self.places[node] = place or _itself(tensor)
+        self.wanted = [reading.place(tensor, args) or _itself(tensor) for tensor in self.recording.wanted]
         seen: dict[fx.Node, Any] = {node: self.recording.constant(node) for node in self.places}
         self.views: list[View | None] = []
         with torch.no_grad():
@@ -109,10 +140,26 @@ class Plan:
             if view is not None:
                 buffer = self.lowering.constants[node]
                 self.program.same[buffer] = first.setdefault((view.base, view.offset), buffer)
+        read = {id(x): (x, "its code asks for them") for x in self.recording.read}
+        for node in self.lowering.known:
+            for source in _sources(node):
+                read.setdefault(id(seen[source]), (seen[source], where(node)))
+        self._contents = []
+        for tensor, why in read.values():
+            place = reading.place(tensor, args)
+            if place is not None:
+                self._contents.append((tensor, place, why))
+        self.outside = [tensor for tensor, _ in self._found if id(tensor) not in read]  # may hold any numbers
 
-    def stale(self, args: Sequence[Any]) -> bool:
-        """Whether a tensor of func requires a gradient now that did not when it was read, or the other way round."""
-        return any([place(args).requires_grad != flag for place, flag in zip(self.places.values(), self.flags, strict=True)])
+    def _guard_tensors(self, args: Sequence[Any]) -> None:
+        for tensor in self._aliased.values():
+            self.guards.use(tensor)
+        for tensor, place, why in self._contents:
+            try:
+                self.guards.keep_content(tensor, place, why)
+            except Unguarded as error:
+                raise Unreadable(str(error)) from None
+        del self._found, self._contents, self._aliased
 
     def array(self, node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
         """A constant as the program addresses it: its storage from its first number on."""
@@ -242,67 +289,6 @@ def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any], dtype: torch.d
 
 def _sources(node: fx.Node) -> list[fx.Node]:
     return [node] if node.op == "get_attr" else [base for x in node.all_input_nodes for base in _sources(x)]
-
-
-Place = Callable[[Sequence[Any]], Tensor]  # of the arguments of a solve
-
-
-def _place(tensor: Tensor, func: Any, args: Sequence[Any]) -> Place:
-    """Where func has this tensor: among the arguments, in a module, an attribute, a global name or a closure."""
-    for i, x in enumerate(args):
-        if x is tensor:
-            return _argument(i)
-    function = getattr(func, "__func__", func)
-    owners: list[dict[str, Any]] = [getattr(function, "__globals__", {})]
-    for module in modules_of(func):
-        for part in module.modules():
-            owners += [part._parameters, part._buffers, part.__dict__]  # type: ignore[list-item]
-    if not isinstance(func, nn.Module):
-        owners += [getattr(func, "__dict__", {}), getattr(getattr(func, "__self__", None), "__dict__", {})]
-    for owner in owners:
-        for name, value in owner.items():
-            if value is tensor:
-                return _entry(owner, name)
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-        if value is tensor:
-            return _content(cell)
-    return _itself(tensor)
-
-
-def modules_of(func: Any) -> list[nn.Module]:
-    """The Modules that func is or uses: itself, whose method it is, those it closes over, and global ones that it names."""
-    if isinstance(func, nn.Module):
-        return [func]
-    function = getattr(func, "__func__", func)
-    owner = getattr(func, "__self__", None)
-    found = [owner] if isinstance(owner, nn.Module) else []
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-        if isinstance(value, nn.Module):
-            found.append(value)
-    code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
-    found += [names[name] for name in (code.co_names if code else ()) if isinstance(names.get(name), nn.Module)]
-    found += [value for value in getattr(func, "__dict__", {}).values() if isinstance(value, nn.Module)]
-    return found
-
-
-def _argument(i: int) -> Place:
-    return lambda args: args[i]
-
-
-def _entry(owner: dict[str, Any], name: str) -> Place:
-    return lambda args: owner[name]
-
-
-def _content(cell: Any) -> Place:
-    return lambda args: cell.cell_contents
 
 
 def _itself(tensor: Tensor) -> Place:

@@ -232,7 +232,7 @@ class Comparison:
         options = self._options(engine.options, step)
         grid = None if options.adaptive else (nodes, [0, *[None] * (trial.steps - 1), 2])
         if backward is not None:
-            backward = replace(backward, options=self._options(backward.options, step), check=False)
+            backward = replace(backward, options=self._options(backward.options, step), check="first")
             backward = replace(backward, rtol=[1.0] * len(trial.leaves), atol=[1.0] * len(trial.leaves))
         solve = Solves(self, options, grid, gradient, backward)
         try:
@@ -398,9 +398,10 @@ def describe(text: str, capability: Any) -> str:
     from importlib.metadata import version
 
     command = build.command_for(text, capability)
+    compiler = f"{command.version.splitlines()[0]}, {' '.join((*command.compiler, *command.flags))}"
     return (
         f"odenet_cuda {version('odenet-cuda')}, torch {torch.__version__}, Python {platform.python_version()} on "
-        f"{platform.platform()}, {_processor()}, {command.version}, {' '.join((*command.compiler, *command.flags))}"
+        f"{platform.platform()}, {_processor()}, {compiler}"
     )
 
 

@@ -7,18 +7,26 @@ depends on the batch is known from one that does not.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..problem import Structure
+from .guards import Numbers
+from .leaks import Leak, Observed, Tracked, observe
+from .marks import Marks, Unset, unmarked
+from .reach import Reach
+
+Item = tuple[dict[str, Any], Any]
 
 BATCHES = (7, 11)  # of the two recordings
+
+_MOVED = 0.375  # from the time and state of the first recording to those of the second
 
 _aten = torch.ops.aten
 _DECOMPOSED = [
@@ -52,25 +60,101 @@ class Recording:
     batched: list[int]  # which arguments have one entry a sample
     wanted: list[Tensor]
     whole: bool  # the state has no axis of samples
+    read: list[Tensor] = field(default_factory=list)  # constants whose values Python read
+    written: list[Item] = field(default_factory=list)  # items that func writes before it reads them
 
     def constant(self, node: fx.Node) -> Tensor:
         return getattr(self.modules[0], str(node.target))
 
 
-def record(func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], batched: list[int], whole: bool) -> Recording:
-    """whole: the state has no axis of samples, it is one sample. Raises Unreadable, in words."""
+def record(
+    func: Callable,
+    structure: Structure,
+    t: Tensor,
+    args: Sequence[Any],
+    batched: list[int],
+    whole: bool,
+    reach: Reach,
+    numbers: Numbers,
+) -> Recording:
+    """whole: the state has no axis of samples, it is one sample. Raises Unreadable, in words. What func writes is put back by
+    the caller; after a first call it must not write anything but counters."""
     try:
-        with torch.no_grad(), unchanged_generators(t.device), unchanged_buffers(func):
-            batches = (0,) if whole else BATCHES
-            wanted = _wanted(_trace(func, structure, t, args, batched, batches[0], None))
-            modules = [_trace(func, structure, t, args, batched, batch, wanted) for batch in batches]
+        with torch.no_grad(), unchanged_generators(t.device):
+            batches = (0, 0) if whole else BATCHES
+            known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
+            observed, written = _observe(func, structure, t, args, batched, batches[0], known, reach, numbers)
+            wanted = _wanted(observed, known)
+            if any(x.requires_grad and not x.is_leaf and id(x) in known for x in observed.used.values()):
+                raise Unreadable("func closes over a tensor that is itself the result of a differentiable computation")
+            before = [(items, key, items.get(key)) for items, key in written]
+            with numbers.given(args) as given:
+                for items, key in written:
+                    items[key] = Unset()
+                modules = [_trace(func, structure, t, given, batched, batches[0], wanted, 0.0)]
+                for items, key, value in before:
+                    items[key] = value
+                modules.append(_trace(func, structure, t + _MOVED, given, batched, batches[1], wanted, _MOVED))
     except Unreadable:
         raise
+    except Leak as error:
+        raise Unreadable(str(error)) from error
     except Exception as error:  # whatever a user's function may raise when it is not given real numbers
         words = str(error).strip().splitlines() or [""]
         raise Unreadable(f"func could not be recorded: {type(error).__name__}: {words[0]}") from error
-    modules = [modules[0], modules[-1]]
-    return Recording([module.graph for module in modules], modules, len(structure.leaves), batched, wanted, whole)
+    graphs = [module.graph for module in modules]
+    return Recording(graphs, modules, len(structure.leaves), batched, wanted, whole, list(observed.read.values()), written)
+
+
+def _observe(
+    func: Callable,
+    structure: Structure,
+    t: Tensor,
+    args: Sequence[Any],
+    batched: list[int],
+    batch: int,
+    known: dict[int, Tensor],
+    reach: Reach,
+    numbers: Numbers,
+) -> tuple[Observed, list[Item]]:
+    """A call of func, and its product, that tells what it uses; what it reads or writes besides is refused. And the items that
+    it writes before it reads them, in every call."""
+    marks, written, unset = Marks(reach), list[Item](), Unset()
+    while True:
+        observed = Observed(known)
+        with numbers.given(args, Tracked) as given:
+            wanted = partial(_wanted, observed, known)
+            called, inputs = _field(func, structure, t, given, batched, batch, wanted)
+            try:
+                observe(called, inputs, observed)
+            except Leak:
+                raise
+            except Exception as error:
+                if not written:
+                    raise
+                raise _writes(str(written[0][1])) from error
+        if marks.random():
+            raise Unreadable("func draws random numbers from a generator that is not torch's own")
+        paths, items = marks.changes()
+        left = [str(key) for container, key in written if container[key] is unset]
+        if paths or left:
+            raise _writes([*paths, *left][0])
+        if len(items) == len(written):
+            return observed, items
+        if written:
+            raise _writes(str(items[-1][1]))
+        marks.restore()
+        written = items
+        for container, key in written:
+            container[key] = unset
+
+
+def _wanted(observed: Observed, known: dict[int, Tensor]) -> list[Tensor]:
+    return [x for x in observed.used.values() if x.requires_grad and x.is_leaf and id(x) in known]
+
+
+def _writes(path: str) -> Unreadable:
+    return Unreadable(f"func writes {path}, and may read it in its next call: it is read once a call leaves that as it was")
 
 
 def unchanged_generators(device: torch.device) -> AbstractContextManager:
@@ -80,16 +164,9 @@ def unchanged_generators(device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def unchanged_buffers(func: Any) -> Iterator[None]:
-    """What the field writes into its buffers while it is read is undone."""
-    buffers = list(func.buffers()) if isinstance(func, nn.Module) else []
-    before = [(buffer, buffer.detach().clone()) for buffer in buffers]
-    try:
+    """What a call of func writes into anything that it reaches is undone."""
+    with unmarked(Reach(func)):
         yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):  # batch norm writes without raising the version
-                    buffer.copy_(value)
 
 
 def sample_rows(x: Tensor, batch: int) -> Tensor:
@@ -99,22 +176,18 @@ def sample_rows(x: Tensor, batch: int) -> Tensor:
     return x.detach()[torch.arange(batch, device=x.device) % x.shape[0]]
 
 
-def _wanted(module: fx.GraphModule) -> list[Tensor]:
-    found: dict[int, Tensor] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            value = getattr(module, str(node.target))
-            if isinstance(value, Tensor) and value.requires_grad:
-                if not value.is_leaf:
-                    raise Unreadable("func closes over a tensor that is itself the result of a differentiable computation")
-                found[id(value)] = value
-    return list(found.values())
-
-
-def _trace(
-    func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], batched: list[int], batch: int, wanted: Any
-) -> fx.GraphModule:
-    leaves = [sample_rows(leaf, batch) for leaf in structure.leaves]
+def _field(
+    func: Callable,
+    structure: Structure,
+    t: Tensor,
+    args: Sequence[Any],
+    batched: list[int],
+    batch: int,
+    wanted: Callable[[], list[Tensor]],
+    moved: float = 0.0,
+) -> tuple[Callable, list[Tensor]]:
+    """The slopes and their product with cotangents as one function, and what to call it with. moved: added to the state."""
+    leaves = [sample_rows(leaf, batch) + moved for leaf in structure.leaves]
     samples = [sample_rows(args[i], batch) for i in batched]
     cotangents = [torch.randn_like(leaf) for leaf in leaves]
     n, m = len(leaves), len(samples)
@@ -129,9 +202,7 @@ def _trace(
             for slope, leaf in zip(slopes, leaves, strict=True):
                 if slope.shape != leaf.shape or slope.dtype != leaf.dtype:
                     raise Unreadable(f"func returned {slope.dtype} {list(slope.shape)} for {leaf.dtype} {list(leaf.shape)}")
-            if wanted is None:
-                return [slope.detach() for slope in slopes]
-            sources = [*inputs[: n + m], *wanted]
+            sources = [*inputs[: n + m], *wanted()]
             if any(slope.requires_grad for slope in slopes):
                 used = [(slope, g) for slope, g in zip(slopes, inputs[n + m :], strict=True) if slope.requires_grad]
                 grads = torch.autograd.grad([x for x, _ in used], sources, [g for _, g in used], allow_unused=True)
@@ -139,8 +210,21 @@ def _trace(
                 grads = (None,) * len(sources)  # type: ignore[assignment]
         return [*(slope.detach() for slope in slopes), *grads]
 
-    inputs = [*leaves, *samples, *cotangents]
-    return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(t, *inputs)
+    return field, [t, *leaves, *samples, *cotangents]
+
+
+def _trace(
+    func: Callable,
+    structure: Structure,
+    t: Tensor,
+    args: Sequence[Any],
+    batched: list[int],
+    batch: int,
+    wanted: list[Tensor],
+    moved: float,
+) -> fx.GraphModule:
+    field, inputs = _field(func, structure, t, args, batched, batch, lambda: wanted, moved)
+    return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
 
 
 @cache

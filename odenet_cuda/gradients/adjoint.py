@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..captured import cut_points, gradients, refuse_unknown, sequence_number
+from ..captured import Known, cut_points, gradients, leans_on_more, sequence_number
 from ..formulas import rms_norm
+from ..held import Captured
 from ..integrate import Options, backward_grid, integrate
 from ..ops import FIELDS, readable
 from ..problem import Field, Problem, aliased
@@ -40,8 +41,8 @@ class Adjoint:
 
     options, rtol, atol (one number a leaf of y): of the backward solve. seminorm: leave the parameters out of the error norm
     (Kidger et al. 2021, arXiv:2009.09457). norm: a user's norm of (t, y, a, *params), or None. callbacks: by name.
-    user_options: what the autograd node shows as `adjoint_options`. check: the parameters were found, not given: look whether
-    func depends on more at the end.
+    user_options: what the autograd node shows as `adjoint_options`. check: "all" calls of func, or the "first", are looked at
+    for tensors that are not among the parameters; "chosen": the user chose these, and may have left some out.
     """
 
     options: Options
@@ -51,7 +52,7 @@ class Adjoint:
     norm: Callable[[tuple], Any] | None
     callbacks: dict[str, Callable]
     user_options: dict[str, Any]
-    check: bool
+    check: str
 
 
 def attach(
@@ -60,20 +61,22 @@ def attach(
     ys: Sequence[Tensor],
     y0: Sequence[Tensor],
     t: Tensor,
-    params: Sequence[Tensor],
+    params: Captured,
     stats: Stats,
 ) -> list[Tensor]:
     """ys, with a gradient for y0, t and params."""
-    return list(_Adjoint.apply(adjoint, problem, tuple(ys), stats, autocast_state(problem.device), len(y0), t, *y0, *params))
+    how = autocast_state(problem.device), params
+    return list(_Adjoint.apply(adjoint, problem, tuple(ys), stats, how, len(y0), t, *y0, *params.tensors))
 
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, adjoint, problem, ys, stats, autocast, count, t, *tensors):
-        ctx.adjoint, ctx.problem, ctx.stats, ctx.autocast, ctx.count = adjoint, problem, stats, autocast, count
+    def forward(ctx, adjoint, problem, ys, stats, how, count, t, *tensors):
+        ctx.adjoint, ctx.problem, ctx.stats, ctx.count = adjoint, problem, stats, count
+        ctx.autocast, ctx.params = how
         ctx.adjoint_options, ctx.t_device = dict(adjoint.user_options), t.device
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*ys[:count], *tensors[count:])
+        ctx.save_for_backward(*ys[:count])
         return ys
 
     @staticmethod
@@ -82,16 +85,16 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        saved, adjoint = ctx.saved_tensors, ctx.adjoint
-        ys, params = saved[: ctx.count], saved[ctx.count :]
+        ys, params, adjoint = ctx.saved_tensors, ctx.params.tensors, ctx.adjoint
         problem, _ = kept(ctx, "problem")
+        ctx.params.check()
         grad_ys, spoilt = known_cotangents(problem, grad_ys)
         shown = ctx.adjoint_options.get("norm")
         if shown is not adjoint.user_options["norm"]:  # the user put another in its place
             if not callable(shown):
                 raise TypeError(f"adjoint_options['norm'] of the result must be callable, got {shown!r}")
             adjoint = replace(adjoint, norm=shown, seminorm=False)
-        with torch.autocast(**ctx.autocast):
+        with torch.autocast(**ctx.autocast), ctx.params.again():
             grad_y0, grad_t, grad_params = solve_backwards(
                 adjoint, problem, ys, params, grad_ys, ctx.needs_input_grad[6], ctx.stats
             )
@@ -114,7 +117,7 @@ class AugmentedField:
         like: Sequence[Tensor],
         costs: Sequence[Tensor],
         quadrature_stages: Sequence[bool],
-        check: bool,
+        check: str,
     ):
         self.costs = list(costs)  # cotangents of the running costs
         self.field, self.params, self.quadrature_stages = field, list(params), quadrature_stages
@@ -124,7 +127,8 @@ class AugmentedField:
         self.convert = any(x.dtype in SHORT for x in params)
         self.none: list[Tensor | None] = [None] * len(self.params)
         self.recording = torch.enable_grad()
-        self.check = check
+        self.known, self.check = Known(params), check
+        self.looked = self.keeps_graphs = False  # at a call of func: whether it leans on graphs made before
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -148,12 +152,13 @@ class AugmentedField:
         for leaf in y:
             leaf.requires_grad_()
         with self.recording:
-            if not self.check:
+            if self.looked:
                 return self.field(t, y)
-            self.check = False
+            self.looked = self.check != "all"
             since = sequence_number()
             k = self.field(t, y)
-            refuse_unknown(k, [t, *y], since, self.params)
+            leans = leans_on_more(self.field, k, [t, *y], self.known, since, self.check == "chosen")
+            self.keeps_graphs = self.keeps_graphs or leans
             return k
 
     def product(
@@ -165,7 +170,7 @@ class AugmentedField:
             k = [slope for slope in k if slope.requires_grad]
             if not k:
                 return [None] * len(inputs)
-        return gradients(k, inputs, a, self.cuts, keep_graph)
+        return gradients(k, inputs, a, self.cuts, keep_graph or self.keeps_graphs)
 
 
 class PerSampleField(AugmentedField):
@@ -182,7 +187,7 @@ class PerSampleField(AugmentedField):
         like: Sequence[Tensor],
         costs: Sequence[Tensor],
         b: Sequence[float],
-        check: bool,
+        check: str,
     ):
         super().__init__(field, params, like, costs, [False] * len(b), check)
         self.b, self.none = b, []

@@ -72,7 +72,7 @@ def adjoint_setup(
         norm=norm if callable(norm) else None,
         callbacks=callbacks,
         user_options={**given, "norm": shown},
-        check=check,
+        check="first" if check else "chosen",
     )
 
 

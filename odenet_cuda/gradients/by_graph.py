@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..cuda_graph import MET, NEVER, Busy, Fence, being_captured, graphs, warming_up
 from ..cuda_graph import captured as replay_of
+from ..held import Captured
 from ..integrate import Grid, Options
 from ..problem import Problem, aliased, counter_of
 from ..ranges import in_range
@@ -170,33 +171,34 @@ def attach(
     ys: Sequence[Tensor],
     y0: Sequence[Tensor],
     t: Tensor,
-    captured: Sequence[Tensor],
+    captured: Captured,
     stats: Stats,
 ) -> list[Tensor]:
     """ys, with a gradient for y0 and the captured tensors."""
-    return list(_Graphed.apply(lease, problem, tuple(ys), stats, len(y0), t, *y0, *captured))
+    return list(_Graphed.apply((lease, captured), problem, tuple(ys), stats, len(y0), t, *y0, *captured.tensors))
 
 
 class _Graphed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, lease, problem, ys, stats, count, t, *tensors):
-        ctx.lease, ctx.problem, ctx.stats, ctx.count = lease, problem, stats, count
+    def forward(ctx, how, problem, ys, stats, count, t, *tensors):
+        (ctx.lease, ctx.captured), ctx.problem, ctx.stats, ctx.count = how, problem, stats, count
         ctx.autocast = autocast_state(problem.device)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *tensors)
+        ctx.save_for_backward(t, *tensors[:count])
         return ys
 
     @staticmethod
     @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        t, *tensors = ctx.saved_tensors  # says so where one was changed since
+        t, *y0 = ctx.saved_tensors  # says so where one was changed since
         lease, _ = kept(ctx, "lease")
         grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
         graphed, count = lease.graphed, ctx.count
+        ctx.captured.check()
         if torch.is_grad_enabled():
-            problem, y0, captured = ctx.problem, tensors[:count], tensors[count:]
-            with torch.autocast(**ctx.autocast):
+            problem, captured = ctx.problem, ctx.captured.tensors
+            with torch.autocast(**ctx.autocast), ctx.captured.again():
                 again = second_gradients(graphed.recorder, problem, problem.field, y0, t, captured, grad_ys)
             return None, None, None, None, None, None, *again[:count], *again[count + 1 :]
         counter_of(ctx.problem.field).frozen.check()

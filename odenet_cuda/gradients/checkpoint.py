@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..captured import refuse_unknown, sequence_number
+from ..captured import Known, leans_on_more, sequence_number
+from ..held import Captured
 from ..problem import Problem
 from ..ranges import in_range
 from ..solution import Stats
@@ -36,22 +37,22 @@ def attach(
     ys: Sequence[Tensor],
     y0: Sequence[Tensor],
     t: Tensor,
-    captured: Sequence[Tensor],
+    captured: Captured,
     stats: Stats,
     check: str,
 ) -> list[Tensor]:
     """ys, with a gradient for y0, t and the captured tensors. check: as in `Recomputation`."""
-    autocast = autocast_state(problem.device)
-    return list(_Checkpoint.apply(recorder, problem, tuple(ys), stats, (autocast, check), len(y0), t, *y0, *captured))
+    how = autocast_state(problem.device), check, captured
+    return list(_Checkpoint.apply(recorder, problem, tuple(ys), stats, how, len(y0), t, *y0, *captured.tensors))
 
 
 class _Checkpoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, recorder, problem, ys, stats, backward, count, t, *tensors):
+    def forward(ctx, recorder, problem, ys, stats, how, count, t, *tensors):
         ctx.recorder, ctx.problem, ctx.stats, ctx.count, ctx.t_device = recorder, problem, stats, count, t.device
-        ctx.autocast, ctx.check = backward
+        ctx.autocast, ctx.check, ctx.captured = how
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *tensors)
+        ctx.save_for_backward(t, *tensors[:count])
         return ys
 
     @staticmethod
@@ -59,16 +60,16 @@ class _Checkpoint(torch.autograd.Function):
     @in_range("backward")
     def backward(ctx, *grad_ys):
         problem, count, t_grad = ctx.problem, ctx.count, ctx.needs_input_grad[6]
-        t, *tensors = ctx.saved_tensors
+        (t, *y0), captured = ctx.saved_tensors, ctx.captured.tensors
         recorder, _ = kept(ctx, "recorder")
+        ctx.captured.check()
         grad_ys, spoilt = known_cotangents(problem, grad_ys)
-        y0, captured = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():
-            with torch.autocast(**ctx.autocast):
+            with torch.autocast(**ctx.autocast), ctx.captured.again():
                 found = second_gradients(recorder, problem, problem.field, y0, t, captured, grad_ys)
             grad_y0, grad_t, others = with_nan(spoilt, problem, found[:count], found[count], found[count + 1 :])
             return None, None, None, None, None, None, grad_t, *grad_y0, *others
-        with torch.autocast(**ctx.autocast):
+        with torch.autocast(**ctx.autocast), ctx.captured.again():
             grads, ctx.stats.nfe_backward = way_back(recorder, problem, captured, grad_ys, t_grad, ctx.check)
         grad_y0, grad_t, grad_captured = with_nan(spoilt, problem, *grads)
         return None, None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
@@ -94,13 +95,15 @@ def way_back(
 class Recomputation:
     """Makes the steps of a tape again.
 
-    check: "all" evaluations, the "first", or "" for none, are looked at for tensors that are not among the captured ones.
+    check: "all" evaluations, the "first", or "" for none, are looked at for tensors that are not among the captured ones;
+    "chosen": the user chose these, and the first is looked at for graphs made before it alone.
+    keeps_graphs: func leans on such graphs, which are then needed again.
     """
 
     def __init__(self, problem: Problem, recorder: Recorder, captured: Sequence[Tensor], check: str, t_grad: bool):
         forward: Any = problem.field
         self.problem, self.tableau, self.carried = problem, recorder.tableau, recorder.carried
-        self.captured, self.check = captured, check
+        self.known, self.check, self.keeps_graphs = Known(captured), check, False
         self.field, self.n = forward.again(), len(problem.state_leaves)
         self.step_costs = recorder.step_costs
         self.stepper = Stepper(problem, self.tableau, self.tableau.rows)
@@ -236,12 +239,12 @@ class Recomputation:
     def _evaluate(self, t: Tensor, y: list[Tensor]) -> Evaluation:
         if not self.check:
             return self.recorder.evaluate(self.field, t, y)
-        if self.check == "first":
-            self.check = ""
-        with torch.enable_grad():
-            since = sequence_number()
+        since = sequence_number()
         evaluation = self.recorder.evaluate(self.field, t, y)
-        refuse_unknown(evaluation.k, [t, *y], since, self.captured)
+        leans = leans_on_more(self.field, evaluation.k, [t, *y], self.known, since, self.check == "chosen")
+        self.keeps_graphs = self.keeps_graphs or leans
+        if self.check != "all":
+            self.check = ""
         return evaluation
 
     def _replaced(self, old: Any, new: list[Tensor], mask: Tensor | None) -> list[Tensor]:
@@ -294,7 +297,9 @@ def undo_all(again: Recomputation, walk: BackwardWalk, limit: int | None) -> Non
         else:
             state = again.advance(begin, end - 1, state)
         end -= 1
-        for entry in reversed(again.record(end, state)):
+        entries = again.record(end, state)
+        walk.keep_graphs = again.keeps_graphs
+        for entry in reversed(entries):
             walk.undo(entry)
         if again.expected is not None:
             again.expected = state[0]

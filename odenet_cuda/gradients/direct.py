@@ -10,7 +10,6 @@ end depends on t only at the times of t themselves.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import formulas
-from ..captured import captured_tensors, cut_points, earlier_results, gradients
-from ..problem import Field, Problem
+from ..captured import cut_points, gradients
+from ..held import Captured
+from ..problem import Problem
 from ..ranges import in_range, marked
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
@@ -37,35 +37,11 @@ def attach(
     ys: Sequence[Tensor],
     y0: Sequence[Tensor],
     t: Tensor,
-    captured: Sequence[Tensor],
+    captured: Captured,
     stats: Any,
 ) -> list[Tensor]:
     """ys, with a gradient for y0, t and the captured tensors."""
-    return list(_Direct.apply(recorder, problem, tuple(ys), stats, len(y0), t, *y0, *captured))
-
-
-def find_captured(
-    field: Field, tape: Sequence[Step | Evaluation], since: int, known: Sequence[Tensor], closed: bool
-) -> list[Tensor]:
-    """`known`, and every other tensor outside of func that an evaluation on the tape depends on.
-
-    closed: func is a Module whose first evaluation depends on its parameters only. Then just the last one is looked at, and the
-    rest only where that depends on more: func may branch on the time.
-    """
-    found = {id(tensor): tensor for tensor in known}
-    all_evaluations = evaluations(tape)
-    if closed:
-        last = all_evaluations[-1]
-        leaves, earlier = captured_tensors(last.k, [last.t, *last.y], since)
-        if not earlier and all(id(tensor) in found for tensor in leaves):
-            return list(found.values())
-    for evaluation in all_evaluations:
-        leaves, earlier = captured_tensors(evaluation.k, [evaluation.t, *evaluation.y], since)
-        if earlier:
-            results = earlier_results(partial(field, evaluation.t, evaluation.y), since)
-            found.update((id(tensor), tensor) for tensor in results)
-        found.update((id(tensor), tensor) for tensor in leaves)
-    return list(found.values())
+    return list(_Direct.apply(recorder, problem, tuple(ys), captured, len(y0), t, *y0, *captured.tensors))
 
 
 def evaluations(tape: Sequence[Step | Evaluation]) -> list[Evaluation]:
@@ -84,30 +60,30 @@ def real_product(g: Tensor, x: Tensor) -> Tensor:
 
 class _Direct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, recorder, problem, ys, stats, count, t, *tensors):
+    def forward(ctx, recorder, problem, ys, captured, count, t, *tensors):
         ctx.recorder, ctx.problem, ctx.count, ctx.t_device = recorder, problem, count, t.device
         ctx.autocast = autocast_state(problem.device)
-        ctx.captured = tensors[count:]
+        ctx.captured = captured
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *tensors)
+        ctx.save_for_backward(t, *tensors[:count])
         return ys
 
     @staticmethod
     @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        (t, *tensors), func = ctx.saved_tensors, ctx.problem.field
+        (t, *y0), func, captured = ctx.saved_tensors, ctx.problem.field, ctx.captured
         recorder, keep = kept(ctx, "recorder")
         grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
         if torch.is_grad_enabled():
-            y0 = tensors[: ctx.count]
-            with torch.autocast(**ctx.autocast):
-                found = second_gradients(recorder, ctx.problem, func, y0, t, ctx.captured, grad_ys)
+            captured.check()
+            with torch.autocast(**ctx.autocast), captured.again():
+                found = second_gradients(recorder, ctx.problem, func, y0, t, captured.tensors, grad_ys)
             parts = found[: ctx.count], found[ctx.count], found[ctx.count + 1 :]
             grad_y0, grad_t, others = with_nan(spoilt, ctx.problem, *parts)
             return None, None, None, None, None, grad_t, *grad_y0, *others
-        t_grad = ctx.needs_input_grad[5]
-        grads = way_back(recorder, ctx.problem, ctx.captured, grad_ys, t_grad, keep)
+        with captured.again():
+            grads = way_back(recorder, ctx.problem, captured.tensors, grad_ys, ctx.needs_input_grad[5], keep)
         grad_y0, grad_t, grad_captured = with_nan(spoilt, ctx.problem, *grads)
         return None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 

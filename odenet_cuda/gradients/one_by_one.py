@@ -29,7 +29,7 @@ def one_by_one(backward: Callable[..., tuple]) -> Callable[..., tuple]:
                 found = _each(backward, ctx, plain)
             return tuple([x if x is None else torch._add_batch_dim(x, 0, level) for x in found])
         if any([_functorch.is_batchedtensor(grad) for grad in given]):
-            level = _functorch.maybe_current_level()
+            level = _functorch.maybe_current_level() or 0
             plain = [grad if grad is None else _functorch._remove_batch_dim(grad, level, 1, 0) for grad in grads]
             with temporarily_clear_interpreter_stack():
                 found = _each(backward, ctx, plain)
@@ -45,7 +45,10 @@ def _each(backward: Callable[..., tuple], ctx: Any, grads: Sequence[Tensor | Non
     if any([_functorch.is_functorch_wrapped_tensor(x) or _functorch.is_legacy_batchedtensor(x) for x in given]):
         raise NotImplementedError("the backward pass of a solve serves one level of torch.vmap, got several: use a loop")
     size = max([len(grad) for grad in given])
-    passes = [backward(ctx, *[x if x is None else x.expand(size, *x.shape[1:])[i] for x in grads]) for i in range(size)]
+    passes = []
+    for i in range(size):
+        ctx.more_to_come = i < size - 1  # what the solve kept is needed again
+        passes.append(backward(ctx, *[x if x is None else x.expand(size, *x.shape[1:])[i] for x in grads]))
     found: list[Tensor | None] = []
     for parts in zip(*passes, strict=True):
         like = next((part for part in parts if part is not None), None)

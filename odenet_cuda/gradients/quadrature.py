@@ -7,9 +7,10 @@ product with the parameters. Memory grows with the steps times the state (Kim et
 quadrature adjoints; Golub and Welsch 1969, doi 10.1090/S0025-5718-69-99647-1 for the nodes).
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import formulas, noise, ops
-from ..captured import cut_points, gradients, refuse_unknown, sequence_number
+from ..captured import Known, cut_points, gradients, leans_on_more, sequence_number
+from ..held import Captured
 from ..integrate import backward_grid, integrate
 from ..ops import FIELDS
 from ..problem import Field, Problem
@@ -44,12 +46,12 @@ def attach(
     ys: Sequence[Tensor],
     y0: Sequence[Tensor],
     t: Tensor,
-    params: Sequence[Tensor],
+    params: Captured,
     stats: Stats,
 ) -> list[Tensor]:
     """ys, with a gradient for y0, t and params."""
-    how = adjoint, solution, stats, autocast_state(problem.device)
-    return list(_Quadrature.apply(how, problem, tuple(ys), len(y0), t, *y0, *params))
+    how = adjoint, solution, stats, autocast_state(problem.device), params
+    return list(_Quadrature.apply(how, problem, tuple(ys), len(y0), t, *y0, *params.tensors))
 
 
 class _Quadrature(torch.autograd.Function):
@@ -57,7 +59,7 @@ class _Quadrature(torch.autograd.Function):
     def forward(ctx, how, problem, ys, count, t, *tensors):
         ctx.how, ctx.problem, ctx.count, ctx.t_device = how, problem, count, t.device
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*ys[:count], *tensors[count:])
+        ctx.save_for_backward(*ys[:count])
         return ys
 
     @staticmethod
@@ -66,13 +68,13 @@ class _Quadrature(torch.autograd.Function):
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        saved = ctx.saved_tensors
-        ys, params = saved[: ctx.count], saved[ctx.count :]
-        (adjoint, solution, stats, autocast), _ = kept(ctx, "how")
+        ys = ctx.saved_tensors
+        (adjoint, solution, stats, autocast, params), _ = kept(ctx, "how")
+        params.check()
         grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
-        with torch.autocast(**autocast):
+        with torch.autocast(**autocast), params.again():
             grad_y0, grad_t, grad_params = solve_backwards(
-                adjoint, solution, ctx.problem, ys, params, grad_ys, ctx.needs_input_grad[4], stats
+                adjoint, solution, ctx.problem, ys, params.tensors, grad_ys, ctx.needs_input_grad[4], stats
             )
         grad_y0, grad_t, grad_params = with_nan(spoilt, ctx.problem, grad_y0, grad_t, grad_params)
         if grad_t is not None:
@@ -118,6 +120,20 @@ class Polynomials(Recorder):
         if not self.per_sample:
             self.starts.append(self.problem.direction * float(t0))
 
+    def cuts(self, start: Tensor, dt: Tensor) -> list[Any]:
+        """Where between `start` and `start + dt`, [rows], 0 to 1, a step of the solution begins, both ends included: numbers,
+        or [rows] per sample, where a row with fewer steps has ones at the end."""
+        if not self.per_sample:
+            t0, size = float(start), float(dt)
+            ends = sorted((self.problem.direction * t0, self.problem.direction * (t0 + size)))
+            inside = self.starts[bisect_right(self.starts, ends[0]) : bisect_left(self.starts, ends[1])]
+            return [0.0, *sorted((self.problem.direction * x - t0) / size for x in inside), 1.0]
+        begins, _, accept, _, _ = self._stack()
+        theta = (begins - start) / torch.where(dt == 0, 1.0, dt)
+        inside = accept & (theta > 0) & (theta < 1)
+        theta = torch.where(inside, theta, 1.0).sort(0).values[: int(inside.sum(0).max())]
+        return [torch.zeros_like(start), *theta, torch.ones_like(start)]
+
     def at(self, t: Tensor) -> list[Tensor]:
         """y at a time as func sees it."""
         return self._rows_at(t.reshape(-1).double()) if self.per_sample else self._at(float(t))
@@ -131,8 +147,8 @@ class Polynomials(Recorder):
         ops.stage(y, piece.y0, q, [theta ** (d + 1) for d in range(self.degree)], piece.dt)
         return y
 
-    def _rows_at(self, t: Tensor) -> list[Tensor]:
-        """Each row at its own time, from the step in which it then was."""
+    def _stack(self) -> Any:
+        """t0, dt, accept, y0 and q of all steps, one behind the other."""
         if self.stacked is None:
             t0, dt = (torch.stack([getattr(piece, name) for piece in self.pieces]) for name in ("t0", "dt"))
             accept = torch.stack(
@@ -144,7 +160,11 @@ class Polynomials(Recorder):
             self.stacked = t0, dt, accept, y0, q
             for piece in self.pieces:
                 piece.y0, piece.q = [], []
-        t0, dt, accept, y0, q = self.stacked
+        return self.stacked
+
+    def _rows_at(self, t: Tensor) -> list[Tensor]:
+        """Each row at its own time, from the step in which it then was."""
+        t0, dt, accept, y0, q = self._stack()
         theta = (t - t0) / torch.where(accept, dt, 1.0)
         distance = torch.where(accept, (theta - 0.5).abs(), torch.inf)  # at most 1/2 in the step that holds t
         which, rows = distance.argmin(0), torch.arange(len(t), device=t.device)
@@ -162,10 +182,11 @@ class Polynomials(Recorder):
 class AdjointField:
     """a^T df/dy on the stored solution; the problem's signs turn it round."""
 
-    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], costs: Sequence[Tensor], check: bool):
+    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], costs: Sequence[Tensor], check: str):
         self.costs = costs  # cotangents of the running costs
         self.field, self.solution, self.params, self.check = field, solution, params, check
-        self.cuts = cut_points(params)
+        self.cuts, self.known = cut_points(params), Known(params)
+        self.looked = self.keeps_graphs = False  # at a call of func: whether it leans on graphs made before
         self.others_at: Tensor | None = None  # as given by `stand_ins`
 
     def __call__(self, t: Tensor, a: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
@@ -179,11 +200,12 @@ class AdjointField:
             found = [leaf[self.others_at] for leaf in found]
         y = [leaf.requires_grad_() for leaf in found]
         with torch.enable_grad():
-            since = sequence_number() if self.check else 0
+            since = sequence_number()
             k = self.field(t, y)
-        if self.check:
-            refuse_unknown(k, [t, *y], since, self.params)
-            self.check = False
+        if not self.looked:
+            self.looked = self.check != "all"
+            leans = leans_on_more(self.field, k, [t, *y], self.known, since, self.check == "chosen")
+            self.keeps_graphs = self.keeps_graphs or leans
         return k, y
 
     def product(self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -191,11 +213,15 @@ class AdjointField:
         if not used or not inputs:
             return [None] * len(inputs)
         outputs, cotangents = zip(*used, strict=True)
-        return gradients(outputs, inputs, cotangents, self.cuts, False)
+        return gradients(outputs, inputs, cotangents, self.cuts, self.keeps_graphs)
 
 
 class ParameterQuadrature(Recorder):
-    """Adds the integral over each backward step by Gauss's rule, exact for polynomials of twice the method's order less one."""
+    """Adds the integral over each backward step by Gauss's rule, exact for polynomials of twice the method's order less one.
+
+    A backward step may be longer than steps of the solution: where df/dy is small, it follows nothing of func. So it is cut
+    where those begin, for they follow func as closely as the tolerance asks for.
+    """
 
     def __init__(self, tableau: ButcherTableau, backward: Problem, field: AdjointField, params: Sequence[Tensor]):
         super().__init__(tableau, backward.t, backward.per_sample, len(backward.leaves))
@@ -213,16 +239,32 @@ class ParameterQuadrature(Recorder):
         start, end = (torch.as_tensor(t, dtype=torch.float64, device=problem.device).reshape(-1) for t in (t0, t1))
         dt = end - start
         k = [of_stage[leaf].detach() for leaf in range(self.leaves) for of_stage in step.k]
-        for node, share in zip(self.nodes, self.weights, strict=True):
-            a = [torch.empty_like(leaf) for leaf in step.y0]
-            weights = [-float(w) for w in formulas.interpolant_weights(self.tableau, node)]
-            ops.stage(a, [leaf.detach() for leaf in step.y0], k, weights, dt)
-            part = -share * (dt if step.accept is None else dt * step.accept)
-            cotangents = [formulas.per_row(part, x) * x for x in (*a, *self.field.costs)]
-            t = problem.time_views((start + node * dt).to(problem.real)[None])[0]
-            slopes, _ = self.field.evaluate(t)
-            self.sums.add(self.field.product(slopes, cotangents, self.params))
+        for low, high in pairwise(self.field.solution.cuts(start, dt)):
+            for node, share in zip(self.nodes, self.weights, strict=True):
+                theta = low + node * (high - low)
+                a = self._adjoint_at(theta, step, k, dt)
+                part = -share * (high - low) * (dt if step.accept is None else dt * step.accept)
+                cotangents = [formulas.per_row(part, x) * x for x in (*a, *self.field.costs)]
+                t = problem.time_views((start + theta * dt).to(problem.real)[None])[0]
+                slopes, _ = self.field.evaluate(t)
+                self.sums.add(self.field.product(slopes, cotangents, self.params))
         self.sums.flush()
+
+    def _adjoint_at(self, theta: float | Tensor, step: Step, k: list[Tensor], dt: Tensor) -> list[Tensor]:
+        """The adjoint inside a backward step. k: slopes, leaf by leaf."""
+        weights = formulas.interpolant_weights(self.tableau, theta)
+        y0 = [leaf.detach() for leaf in step.y0 or ()]
+        if not isinstance(theta, Tensor):
+            a = [torch.empty_like(leaf) for leaf in y0]
+            ops.stage(a, y0, k, [-float(w) for w in weights], dt)
+            return a
+        a, of_leaf = [], len(k) // len(y0)
+        for i, leaf in enumerate(y0):
+            value = formulas.widened(leaf)
+            for w, slope in zip(weights, k[i * of_leaf : (i + 1) * of_leaf], strict=True):
+                value = value - formulas.per_row(dt * w, value) * formulas.widened(slope)
+            a.append(value.to(leaf.dtype))
+        return a
 
 
 def solve_backwards(

@@ -11,15 +11,16 @@ _SECOND = (
 
 
 def kept(ctx: Any, name: str) -> tuple[Any, bool]:
-    """An attribute of the autograd node `ctx`, and whether it stays there: with retain_graph or create_graph. Else the node has
-    let it go when this returns. To be called first in `backward`, after a look at `ctx.saved_tensors`.
+    """An attribute of the autograd node `ctx`, and whether it stays there: with retain_graph or create_graph, and where more
+    passes are made of a batch of gradients. Else the node has let it go when this returns. To be called first in `backward`,
+    after a look at `ctx.saved_tensors`.
 
     Raises RuntimeError where it is gone, as `saved_tensors` does.
     """
     value = getattr(ctx, name)
     if value is None:
         raise RuntimeError(_SECOND)
-    stays = torch._C._autograd._get_current_graph_task_keep_graph()
+    stays = torch._C._autograd._get_current_graph_task_keep_graph() or getattr(ctx, "more_to_come", False)
     if not stays:
         setattr(ctx, name, None)
     return value, stays

@@ -1,0 +1,318 @@
+"""What a plan has read from Python, compared at every call: all of it must be found again, by its path, as it was.
+
+Identity is compared for objects, modules and functions; type and value for numbers and strings; content for small arrays and
+for tensors whose values Python read. Tensors of the graph may be replaced by others of their shape and type.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter, getitem
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .marks import same_bits
+from .reach import _CONTAINERS, LARGEST_ARRAY, NUMBERS, Reach, Slot
+
+Place = Callable[[Sequence[Any]], Tensor]  # where a tensor is found, given the arguments of a solve
+_meta = attrgetter("requires_grad", "dtype", "shape", "device", "__class__")  # of a tensor
+_LOST = (KeyError, IndexError, AttributeError, TypeError, ValueError)
+
+
+class Unguarded(Exception):
+    """Something that cannot be compared at every call; in words."""
+
+
+def same_number(x: Any, y: Any) -> bool:
+    """1, 1.0 and True are three, and so are 0.0 and -0.0; a NaN is like itself."""
+    if type(x) is not type(y):
+        return False
+    return x is y or (repr(x) == repr(y) if not isinstance(x, np.generic) else x.tobytes() == y.tobytes())
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and type(x) is not bool
+
+
+class Numbers:
+    """Python's numbers that change from call to call: in a recording they are tensors, and so arguments of the program.
+
+    slots: where func finds them; places: of those in args."""
+
+    def __init__(self, slots: Sequence[Slot] = (), places: Sequence[int] = (), args: Sequence[Any] = (), like: Any = None):
+        self.slots, self.places = list(slots), list(places)
+        dtype, device = (None, None) if like is None else (like.dtype, like.device)
+        self.dtype, self.device = dtype, device
+        values = [slot.value for slot in self.slots] + [args[i] for i in self.places]
+        self.tensors = [self.tensor(x) for x in values]
+
+    def tensor(self, x: Any) -> Tensor:
+        return torch.tensor(x, dtype=self.dtype if isinstance(x, float) else torch.int64, device=self.device)
+
+    @contextmanager
+    def given(self, args: Sequence[Any], wrap: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[list[Any]]:
+        """The arguments with tensors for numbers; in attributes they stand inside alone."""
+        before = [slot.get() for slot in self.slots]
+        given = list(args)
+        tensors = [wrap(x) for x in self.tensors]
+        for i, x in zip(self.places, tensors[len(self.slots) :], strict=True):
+            given[i] = x
+        done: list[Slot] = []
+        try:
+            for slot, x in zip(self.slots, tensors, strict=False):
+                slot.set(x)
+                done.append(slot)
+            yield given
+        finally:
+            for slot, value in zip(done, before, strict=False):
+                slot.set(value)
+
+    def place(self, tensor: Tensor) -> Place | None:
+        for i, x in enumerate(self.tensors):
+            if x is tensor:
+                return self._place(i)
+        return None
+
+    def _place(self, i: int) -> Place:
+        if i < len(self.slots):
+            slot = self.slots[i]
+            return lambda args: self.tensor(slot.get())
+        place = self.places[i - len(self.slots)]
+        return lambda args: self.tensor(args[place])
+
+    def types(self, args: Sequence[Any]) -> list[type]:
+        return [type(slot.get()) for slot in self.slots] + [type(args[i]) for i in self.places]
+
+
+def frozen(x: Any) -> Any:
+    """An argument as something to be compared by."""
+    if isinstance(x, float):
+        return float, repr(x)
+    if isinstance(x, np.ndarray):
+        if x.dtype.hasobject or x.nbytes > LARGEST_ARRAY:
+            raise Unguarded(
+                f"args holds an array of {x.nbytes} bytes, more than {LARGEST_ARRAY}, or of objects; give it as a tensor"
+            )
+        return np.ndarray, x.dtype.str, x.shape, x.tobytes()
+    if isinstance(x, np.generic):
+        return type(x), x.tobytes()
+    if isinstance(x, NUMBERS):
+        return type(x), repr(x)
+    if isinstance(x, Tensor):
+        raise Unguarded("args holds a tensor within a list or dict; give it as an argument of its own")
+    if isinstance(x, dict):
+        return type(x), tuple([(frozen(key), frozen(value)) for key, value in x.items()])
+    if isinstance(x, (set, frozenset)):
+        return type(x), frozenset([frozen(part) for part in x])
+    if isinstance(x, _CONTAINERS):
+        return type(x), tuple([frozen(part) for part in x])
+    return Same(x)
+
+
+class Same:
+    """An object that is like itself alone."""
+
+    def __init__(self, x: Any):
+        self.x = x
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Same) and other.x is self.x
+
+    def __hash__(self) -> int:
+        return object.__hash__(self.x)
+
+
+class Guards:
+    """All that a reading saw. `hold` says whether it is still so, in some microseconds."""
+
+    def __init__(self, reach: Reach, args: Sequence[Any], numbers: Numbers, written: Sequence[tuple[Any, Any]] = ()):
+        """written: items that func writes before it reads them."""
+        self.numbers, self._types = numbers, numbers.types(args)
+        self._dead: list[Any] = []  # objects that are gone, which come back no more
+        self._gone: list[Any] = []  # tensors
+        given = {(id(slot.owner), slot.key) for slot in numbers.slots} | {(id(owner), key) for owner, key in written}
+        slots = [slot for slot in reach.slots if (id(slot.owner), slot.key) not in given]
+        self._items = [slot for slot in slots if not slot.attribute]
+        self._slots = self._items + [slot for slot in slots if slot.attribute]
+        self._attributes = self._slots[len(self._items) :]
+        self._owners, self._keys = [slot.owner for slot in self._items], [slot.key for slot in self._items]
+        self._objects = [_reference(slot.owner) for slot in self._attributes]
+        self._names = [slot.key for slot in self._attributes]
+        values = [slot.value for slot in self._slots]
+        self._ids = [id(value) for value in values]
+        self._kept = [self._hold(value) for value in values]
+        self._paths = [slot.path for slot in self._slots]
+        self._metas = {i: _meta(value) for i, value in enumerate(values) if isinstance(value, Tensor)}
+        self._tensors: dict[int, list[int]] = {}
+        for i in self._metas:
+            self._tensors.setdefault(self._ids[i], []).append(i)
+        self._sized = [container for container, _ in reach.sized]
+        self._lengths = [len(container) for container in self._sized]
+        self._wanted = [(wanted, frozenset(container) if wanted is not None else None) for container, wanted in reach.sized]
+        self._absent = reach.absent
+        self._sets = [(x, frozenset(map(frozen, x))) for x in reach.sets]
+        self._dtype = torch.get_default_dtype()
+        self._args = [(i, frozen(x)) for i, x in enumerate(args) if not isinstance(x, Tensor) and i not in numbers.places]
+        self._arrays: list[tuple[Any, bytes, Any]] = []
+        self.refusal = ""
+        for array, path in reach.arrays.values():
+            if array.nbytes > LARGEST_ARRAY:
+                self.refusal = f"{path} is an array of {array.nbytes} bytes, more than {LARGEST_ARRAY}: make it a tensor"
+            else:
+                self._arrays.append((weakref.ref(array, self._dead.append), array.tobytes(), (array.shape, array.dtype)))
+        self._used: list[int] = []  # slots of tensors that stand in the graph, and their types
+        self._used_metas: list[Any] = []
+        self._ties: list[tuple[int, int]] = []
+        self._contents: list[tuple[Place, Tensor]] = []
+        # What keeps objects alive goes: the places alone are kept.
+        for slot in self._slots:
+            slot.value = None
+        self._slots = []
+        self._attributes = self._items = []
+
+    def _hold(self, value: Any) -> Any:
+        """Keeps it, weakly where that is possible: a plan keeps no module alive."""
+        try:
+            return weakref.ref(value, (self._gone if isinstance(value, Tensor) else self._dead).append)
+        except TypeError:
+            return value
+
+    # What a recording adds
+
+    def use(self, tensor: Tensor) -> None:
+        """A tensor of the graph: it stays of its type, and one where it was one. Those in args are in the key."""
+        indices = self._tensors.get(id(tensor), [])
+        if indices:
+            self._used.append(indices[0])
+            self._used_metas.append(_meta(tensor))
+            self._ties += [(indices[0], other) for other in indices[1:]]
+
+    def keep_content(self, tensor: Tensor, place: Place, why: str) -> None:
+        """Raises Unguarded where it is too large to be compared at every call, or is trained."""
+        if tensor.requires_grad:
+            raise Unguarded(
+                f"func reads the values of a tensor {list(tensor.shape)} that requires a gradient into Python: {why}"
+            )
+        if tensor.numel() * tensor.element_size() > LARGEST_ARRAY:
+            raise Unguarded(f"func reads the values of a tensor {list(tensor.shape)} into Python, which is too large: {why}")
+        self._contents.append((place, tensor.detach().clone()))
+
+    @property
+    def alive(self) -> bool:
+        """Whether all objects that a plan was read with still exist."""
+        return not self._dead
+
+    # At every call
+
+    def hold(self, args: Sequence[Any]) -> bool:
+        if self._dead:
+            return False
+        try:
+            values = list(self._values())
+            ids = list(map(id, values))
+            if (ids != self._ids or self._gone) and self._changes(values):
+                return False
+            if list(map(len, self._sized)) != self._lengths and not self._grown():
+                return False
+            if list(map(_meta, map(values.__getitem__, self._used))) != self._used_metas:
+                return False
+            return self._rest(ids, args)
+        except _LOST:
+            return False
+
+    def _values(self) -> Iterator[Any]:
+        objects = [reference() for reference in self._objects]
+        return chain(map(getitem, self._owners, self._keys), map(getattr, objects, self._names))
+
+    def _rest(self, ids: list[int], args: Sequence[Any]) -> bool:
+        """What most fields have none of."""
+        if self._ties and any([ids[i] != ids[j] for i, j in self._ties]):
+            return False
+        if self._absent and any([name in names for names, name in self._absent]):
+            return False
+        for reference, content, kind in self._arrays:
+            array = reference()
+            if (array.shape, array.dtype) != kind or array.tobytes() != content:
+                return False
+        if self._sets and any([frozenset(map(frozen, x)) != before for x, before in self._sets]):
+            return False
+        if self._contents and not all([same_bits(place(args), before) for place, before in self._contents]):
+            return False
+        if self._types and self.numbers.types(args) != self._types:
+            return False
+        try:
+            if any([frozen(args[i]) != before for i, before in self._args]):
+                return False
+        except Unguarded:
+            return False
+        return torch.get_default_dtype() is self._dtype
+
+    def _changes(self, values: list[Any]) -> list[int]:
+        """Which slots hold something else now. Equal numbers, and tensors of the same kind, are taken over."""
+        changed = []
+        for i, value in enumerate(values):
+            if id(value) == self._ids[i] and not (i in self._metas and self._kept[i]() is not value):
+                continue
+            if i in self._metas:
+                same = isinstance(value, Tensor) and _meta(value) == self._metas[i]
+            else:
+                same = isinstance(value, NUMBERS) and same_number(self._kept[i], value)
+            if same:
+                self._ids[i], self._kept[i] = id(value), self._hold(value)
+            else:
+                changed.append(i)
+        if not changed:
+            self._gone.clear()
+        return changed
+
+    def _grown(self) -> bool:
+        """Whether containers changed in size only by attributes that no code names."""
+        for place, (container, length) in enumerate(zip(self._sized, self._lengths, strict=True)):
+            wanted, before = self._wanted[place]
+            if len(container) != length:
+                if wanted is None or before is None or (set(container) ^ before) & wanted:
+                    return False
+                self._lengths[place], self._wanted[place] = len(container), (wanted, frozenset(container))
+        return True
+
+    def read_others(self, args: Sequence[Any]) -> bool:
+        """Whether a tensor whose values Python reads holds others now."""
+        try:
+            return not all([same_bits(place(args), before) for place, before in self._contents])
+        except _LOST:
+            return False
+
+    # Numbers that change
+
+    def changed_numbers(self, args: Sequence[Any]) -> tuple[list[tuple[Any, Any]], list[int]]:
+        """Where numbers are others now, of the same type: owners with keys, and places in args."""
+        places = [
+            i
+            for i, before in self._args
+            if i < len(args) and is_number(args[i]) and before != frozen(args[i]) and before[0] is type(args[i])
+        ]
+        places += self.numbers.places
+        found = [(slot.owner, slot.key) for slot in self.numbers.slots]
+        if self._dead:
+            return found, places
+        try:
+            values = list(self._values())
+            for i in self._changes(values):
+                kept = self._kept[i]
+                if is_number(kept) and type(values[i]) is type(kept):
+                    owner = self._owners[i] if i < len(self._owners) else self._objects[i - len(self._owners)]()
+                    found.append((owner, (self._keys + self._names)[i]))
+        except _LOST:
+            pass
+        return found, places
+
+
+def _reference(x: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x

@@ -1,0 +1,206 @@
+"""What a call of func leaves behind in Python, found and put back: a reading leaves no marks."""
+
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .reach import Reach
+
+_MISSING = object()
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
+        return False
+    return torch.equal(*[part.detach().reshape(-1).contiguous().view(torch.uint8) for part in (x, y)])
+
+
+def _plain(x: Tensor) -> bool:
+    return x.layout is torch.strided and x.device.type != "meta" and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _copy(container: Any) -> Any:
+    return dict(container) if hasattr(container, "items") else set(container) if isinstance(container, set) else list(container)
+
+
+def _same(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return False
+    if isinstance(before, set):
+        return container == before
+    if isinstance(before, dict):
+        return all(container.get(key, _MISSING) is value for key, value in before.items())
+    return all(x is y for x, y in zip(container, before, strict=True))
+
+
+class Marks:
+    """All that func reaches as it was, but for torch's own generators."""
+
+    def __init__(self, reach: Reach):
+        self._reach = reach
+        self._containers = [(x, _copy(x), path) for x, path in reach.containers]
+        self._globals = [(names, name, names.get(name, _MISSING)) for names, name in reach.globals]
+        self._cells = [(cell, _content(cell), path) for cell, path in reach.cells]
+        self._classes = [(part, dict(vars(part))) for part in reach.classes]
+        self._slotted = [(x, name, getattr(x, name), path) for x, name, path in reach.slotted]
+        self._tensors = [
+            (x, x.detach().clone(), x.requires_grad, x.grad if x.is_leaf else None) for x in reach.tensors.values() if _plain(x)
+        ]
+        self._arrays = [(x, x.copy(), path) for x, path in reach.arrays.values()]
+        self._generators = [*reach.generators, np.random.mtrand._rand, random._inst]  # type: ignore[attr-defined]
+        self._states = [_state(x) for x in self._generators]
+
+    def random(self) -> bool:
+        """Whether numbers were drawn that the recording cannot see."""
+        now = [pickle.dumps(_state(x)) for x in self._generators]
+        return now != [pickle.dumps(state) for state in self._states]
+
+    def changes(self) -> tuple[list[str], list[tuple[dict[str, Any], Any]]]:
+        """The paths of what func has written besides counting; and items that were no more than tensors or None and now hold a
+        tensor, which may be written before they are read in every call."""
+        paths, items = [], []
+        for container, before, path in self._containers:
+            if _same(container, before):
+                continue
+            if not isinstance(before, dict):
+                paths.append(path)
+                continue
+            for key in {*before, *container}:
+                old, new = before.get(key, _MISSING), container.get(key, _MISSING)
+                if old is new or (old is not _MISSING and self._counted(key, old, new)):
+                    continue
+                if isinstance(new, Tensor) and (old is None or old is _MISSING or isinstance(old, Tensor)):
+                    items.append((container, key))
+                else:
+                    paths.append(f"{path}.{key}")
+        for names, name, old in self._globals:
+            if names.get(name, _MISSING) is not old and not self._counted(name, old, names.get(name)):
+                paths.append(name)
+        for part, before in self._classes:
+            paths += [
+                f"{part.__name__}.{name}"
+                for name in {*before, *vars(part)}
+                if (old := before.get(name, _MISSING)) is not (new := vars(part).get(name, _MISSING))
+                and not self._counted(name, old, new)
+            ]
+        for cell, old, path in self._cells:
+            if _content(cell) is not old and not (isinstance(old, (int, float)) and self._counted_cell(cell)):
+                paths.append(f"a variable that {path} closes over")
+        for x, name, old, path in self._slotted:
+            if getattr(x, name, _MISSING) is not old and not self._counted(name, old, getattr(x, name, None)):
+                paths.append(f"{path}.{name}")
+        for x, value, requires_grad, _ in self._tensors:
+            if not same_bits(x, value) or x.requires_grad != requires_grad:
+                paths.append(f"a tensor {list(x.shape)}")
+        paths += [path for x, value, path in self._arrays if x.tobytes() != value.tobytes()]
+        return paths, items
+
+    def _counted(self, name: Any, old: Any, new: Any) -> bool:
+        return type(old) is type(new) and self._reach._counted(name, old)
+
+    def _counted_cell(self, cell: Any) -> bool:
+        return all(slot.owner is not cell for slot in self._reach.slots)
+
+    def restore(self) -> None:
+        for container, before, _ in self._containers:
+            if _same(container, before):
+                continue
+            if isinstance(before, dict):
+                for key in [key for key in container if key not in before]:
+                    del container[key]
+                container.update(before)
+            elif isinstance(before, set):
+                container.clear()
+                container.update(before)
+            else:
+                container.clear()
+                container.extend(before)
+        for names, name, old in self._globals:
+            if old is _MISSING:
+                names.pop(name, None)
+            else:
+                names[name] = old
+        for part, before in self._classes:
+            for name in {*before, *vars(part)}:
+                if name not in before:
+                    delattr(part, name)
+                elif vars(part).get(name, _MISSING) is not before[name]:
+                    setattr(part, name, before[name])
+        for cell, old, _ in self._cells:
+            if _content(cell) is not old:
+                if old is _MISSING:
+                    del cell.cell_contents
+                else:
+                    cell.cell_contents = old
+        for x, name, old, _ in self._slotted:
+            if getattr(x, name, _MISSING) is not old:
+                object.__setattr__(x, name, old)
+        with torch.no_grad():
+            for x, value, requires_grad, grad in self._tensors:
+                if not same_bits(x, value):  # batch norm writes without raising the version
+                    if x.shape == value.shape and x.dtype == value.dtype:
+                        x.data.copy_(value)
+                    else:
+                        x.data = value
+                if x.requires_grad != requires_grad:
+                    x.requires_grad_(requires_grad)
+                if x.is_leaf and x.grad is not grad:
+                    x.grad = grad
+        for array, content, _ in self._arrays:
+            if array.tobytes() != content.tobytes():
+                array[...] = content
+        for generator, state in zip(self._generators, self._states, strict=True):
+            _set_state(generator, state)
+
+
+class Unset:
+    """Stands where func writes before it reads: whatever else is done with it raises."""
+
+    def _refuse(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError("func reads this before it writes it")
+
+    __getattribute__ = __bool__ = __eq__ = __hash__ = __call__ = __len__ = __iter__ = __getitem__ = __contains__ = _refuse  # type: ignore
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = (
+        _refuse
+    )
+    __pow__ = __rpow__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __index__ = __array__ = _refuse
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return _MISSING
+
+
+@contextmanager
+def unmarked(reach: Reach) -> Iterator[Marks]:
+    """What is done inside is undone afterwards."""
+    marks = Marks(reach)
+    try:
+        yield marks
+    finally:
+        marks.restore()
