@@ -269,9 +269,9 @@ class Solves:
         from ..job import Job
 
         comparison = self.comparison
+        sources = self._sources(trial) if self.gradient else []  # before the problem, which takes the arguments as they are
         problem = comparison._problem(trial)
         if self.gradient:
-            sources = self._sources(trial)
             structure = comparison._structure(trial)
             t = torch.tensor(problem.t, dtype=torch.float64)
             job = Job(problem, self.options, structure, t, False, self.grid)

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from odenet_cuda.compiled import build, field
+
 FRESH = os.environ.get("ODENET_FUZZ") == "1"  # new examples; else the same few
 TRIED: Counter = Counter()
 CHILD_SECONDS = 240  # a child process that takes longer hangs
@@ -44,8 +46,10 @@ def examples(short: int, fresh: int, steps: int = 20, shrink: bool = True) -> se
 
 
 def tick() -> None:
-    """One more example."""
+    """One more example; what an example before has proved wrong is to be seen, and told, again."""
     TRIED["examples"] += 1
+    build._refused.clear()
+    field._warned = False
 
 
 def leaves_of(state: Any) -> list[Tensor]:

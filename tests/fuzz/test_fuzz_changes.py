@@ -13,7 +13,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from torch import Tensor
 
 from odenet_cuda import solve
-from odenet_cuda.compiled import build, field
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # the same steps, so rounding alone; a change may be 1e-6
 WRAPS = ("func", "func.forward", "lambda t, y, *args: func(t, y, *args)", "functools.partial(func)")
@@ -44,8 +43,6 @@ class Changes(RuleBasedStateMachine):
     )
     def begin(self, sources, wrap):
         tick()
-        build._refused.clear()  # what an example before has proved wrong is to be seen, and told, again
-        field._warned = False
         self.sources = [SOURCES[i] for i in sources]
         self.text = program(self.sources, wrap)
         self.names: dict[str, Any] = {}
