@@ -21,6 +21,12 @@ test: $(SETUP)
 test-sanitize: $(SETUP)
 	$(BIN)/python tests/sanitize.py
 
+# Random fields, changes, systems, gradients, lifetimes and processes, with new seeds; needs a C++ compiler for some.
+MINUTES ?= 10
+.PHONY: fuzz
+fuzz: $(SETUP)
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
+
 # The machine code of compiled fields of every width, for every instruction set, against torch; needs g++ or clang++.
 .PHONY: test-grid
 test-grid: $(SETUP)

@@ -176,7 +176,7 @@ class Interpolant:
             leaves = [y0.expand(len(flat), *y0.shape).clone() for y0 in self._y0]
             for step in self.steps:
                 self._fill(step, flat, leaves)
-            return self._unflatten([leaf.reshape(*wanted.shape, *leaf.shape[1:]) for leaf in leaves])
+            return self._unflatten([leaf.reshape((*wanted.shape, *leaf.shape[1:])) for leaf in leaves])
 
     def _fill(self, step: DenseStep, t: Tensor, leaves: list[Tensor]) -> None:
         dt = step.t1 - step.t0  # [rows]

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import os
 import stat
 import subprocess
@@ -287,12 +286,14 @@ def test_locks(cache, fresh, monkeypatch):
 
 
 def test_foreign_library(cache):
-    """One that is whole but no library, and one of which a number was changed, are replaced."""
+    """One that is whole but no library, one of which a number was changed, and one of another field are replaced."""
     run(cache)
     library = libraries(cache)[0]
     right = library.read_bytes()
-    whole = b"no library" + build._END + hashlib.sha256(b"no library").digest()
-    for foreign in (whole, right[: len(right) // 2] + b"?" + right[len(right) // 2 + 1 :]):
+    run(cache, 2.5)
+    other = next(path for path in libraries(cache) if path != library).read_bytes()
+    whole = b"no library" + build._end(library, b"no library")
+    for foreign in (whole, right[: len(right) // 2] + b"?" + right[len(right) // 2 + 1 :], other):
         library.write_bytes(foreign)
         assert run(cache) == ("compiled", "")
         assert library.read_bytes() != foreign and build._usable(library)

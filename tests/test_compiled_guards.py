@@ -1644,3 +1644,22 @@ def test_net_is_found_by_its_path():
     assert_fresh(field, (), y)
     globals()["p"] = rows(6, seed=9)
     assert_fresh(field, (), y)
+
+
+def test_class_of_a_namespace_without_a_name():
+    """exec in an empty namespace makes classes and functions that say they are of builtins; they are the user's."""
+    names: dict = {}
+    text = """
+import torch
+def twice(y): return 2 * y
+class Field(torch.nn.Module):
+    k = 0.5
+    rate = property(lambda self: 0.5)
+    def forward(self, t, y): return (self.k + self.rate) * twice(y)
+func = Field()
+"""
+    exec(text, names)
+    field = odenet_cuda.compile(names["func"])
+    for change in ("pass", "Field.k = 0.7", "Field.rate = 0.1", "def twice(y): return 3 * y"):
+        exec(change, names)
+        assert_fresh(field)

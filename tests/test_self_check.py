@@ -235,3 +235,16 @@ def test_layer_that_begins_with_zero(faulty, monkeypatch):
     with pytest.warns(UserWarning, match="the stepper serves instead"):
         ys = solve(field, y0, TIMES).ys
     assert torch.equal(ys, solve(net, y0, TIMES).ys)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_gradients_of_arguments(gradient):
+    """Those of arguments with one entry a sample, one that func does not use among them, are compared with func's own."""
+    y0, used, unused = rows(5, 2), rows(5, 1, seed=1).requires_grad_(), rows(5, 1, seed=2).requires_grad_()
+    field = odenet_cuda.compile(lambda t, y, a, b: a - torch.tanh(y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ys = solve(field, y0, [0.0, 0.3], args=(used, unused), method="euler", step_size=0.15, gradient=gradient).ys
+    assert field.explain() == "compiled"
+    ys[-1].sum().backward()
+    assert float(used.grad.abs().min()) > 0.1

@@ -60,7 +60,7 @@ CUDA_FLAGS = (
     "-DNDEBUG",
     "-w",
 )
-_END = b"odenet_cuda end"  # behind a library, followed by its digest
+_END = b"odenet_cuda end"  # behind a library, followed by the digest of its key and itself
 _END_SIZE = len(_END) + hashlib.sha256().digest_size
 _SECONDS = 300  # a compiler that takes longer is given up
 _LOCK_SECONDS = 60  # the longest that a process waits for another that compiles the same
@@ -283,6 +283,11 @@ def _find_in(folder: Path, command: Command, key: str) -> _C.Library:
         raise OSError(f"a compiled field could not be loaded: {error}") from error
 
 
+def _end(path: Path, body: bytes) -> bytes:
+    """What stands behind a library; it holds the key too, for another's library under this name would be run as this one."""
+    return _END + hashlib.sha256(path.stem.encode() + body).digest()
+
+
 def _usable(path: Path) -> bool:
     """Whether it is there, whole, and nobody else's."""
     try:
@@ -293,7 +298,7 @@ def _usable(path: Path) -> bool:
     if not _trusted(owner):
         raise NoCompiler(f"{path} belongs to another user; remove it, or set ODENET_CACHE")
     body, end = content[:-_END_SIZE], content[-_END_SIZE:]  # one that was cut short would be fatal to load
-    if end != _END + hashlib.sha256(body).digest():
+    if end != _end(path, body):
         return False
     with suppress(OSError):
         os.utime(path)
@@ -338,7 +343,7 @@ def _compile(command: Command, path: Path) -> None:
             errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
             raise Refused(f"{name} failed: {(errors or ['no message'])[0]}")
         with open(result, "r+b") as file:
-            file.write(_END + hashlib.sha256(file.read()).digest())
+            file.write(_end(path, file.read()))
         os.replace(result, path)
 
 

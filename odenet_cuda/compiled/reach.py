@@ -247,9 +247,17 @@ class Reach:
     @staticmethod
     def _of_library(file: str | None, module: str | None) -> bool:
         """By the file that it stands in; what has none, such as generated code, by its module."""
+        if file is not None and module == "builtins":  # which a namespace without a name takes for its own
+            return False
         if file is None or file.startswith("<"):
             file = getattr(sys.modules.get(str(module)), "__file__", None)
         return is_library(module) if file is None else file.startswith(_PACKAGES)
+
+    @classmethod
+    def _class_of_library(cls, kind: type) -> bool:
+        if kind.__module__ == "builtins":  # the same
+            return not kind.__flags__ & _MADE_BY_CLASS
+        return cls._of_library(None, kind.__module__)
 
     def _builtin(self, value: Any, path: str, strict: bool) -> None:
         owner = getattr(value, "__self__", None)
@@ -286,7 +294,7 @@ class Reach:
     def _class(self, value: type, path: str, strict: bool) -> None:
         """Attributes and methods that the code names, and those that the language calls by itself."""
         for part in value.__mro__:
-            if self._of_library(None, part.__module__):
+            if self._class_of_library(part):
                 forward = vars(part).get("forward")
                 if isinstance(forward, types.FunctionType) and issubclass(part, nn.Module):
                     self._slot(vars(part), "forward", forward, f"{part.__name__}.forward", strict)
@@ -305,7 +313,7 @@ class Reach:
 
     def _derived(self, kind: type) -> bool:
         """Whether library code may call what this class of the user defines by names that the user's code does not have."""
-        return any(part not in _BARE and self._of_library(None, part.__module__) for part in kind.__mro__)
+        return any(part not in _BARE and self._class_of_library(part) for part in kind.__mro__)
 
     # Objects
 
@@ -329,7 +337,7 @@ class Reach:
         kind = type(value)
         if kind.__module__.startswith(("torch._ops", "torch._C", "torch.jit", "logging")):
             return
-        library = self._of_library(None, kind.__module__)
+        library = self._class_of_library(kind)
         members = getattr(value, "__dict__", None)
         slots = [name for part in kind.__mro__ for name in _slots_of(part) if hasattr(value, name)]
         if not isinstance(members, dict) and not slots and not isinstance(value, _CONTAINERS):
@@ -355,7 +363,7 @@ class Reach:
         if isinstance(value, torch.jit.ScriptModule):
             self.refuse(f"{path} is a scripted module, whose changes cannot be seen")
             return
-        library = self._of_library(None, type(value).__module__)
+        library = self._class_of_library(type(value))
         strict = strict and not library
         self._slot(value, "__class__", type(value), path, strict, attribute=True)
         members = value.__dict__

@@ -345,7 +345,7 @@ def _as_leaf(x: Tensor) -> Tensor:
 def slope_product(field: Field, problem: Problem, options: Options, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
     """g . f(t_i, y), and the rates of running costs if g goes on to them; at a discontinuity of func with the slope that the
     forward solve came to t_i with, or for i = 0 went from it with."""
-    k = field(problem.time_beside(i, options.on_side(problem, i)), y)
+    k = field(problem.time_beside(i, options.on_side(problem, i)), [x.detach() for x in y])  # their graph is not here
     k = [torch.where(x == 0, 0, slope.detach()) for x, slope in zip(g, k, strict=False)]  # of a row that failed it may be NaN
     return torch.stack([real_product(x, slope).sum() for x, slope in zip(g, k, strict=True)]).sum()
 
