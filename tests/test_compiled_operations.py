@@ -79,8 +79,10 @@ def compare(cases: dict[str, Case], dtype: torch.dtype, x: Tensor, gradients: bo
     able = {}
     for name, case in cases.items():
         try:
-            torch.broadcast_to(case(trial, trial.values(torch.tensor(0.0, dtype=dtype), x, given)), x.shape)
+            result = torch.broadcast_to(case(trial, trial.values(torch.tensor(0.0, dtype=dtype), x, given)), x.shape)
         except (RuntimeError, TypeError):
+            continue
+        if result.dtype not in (dtype, torch.bool):  # integers, of masks, are not read
             continue
         able[name] = case
     func = Cases(list(able.values()), dtype)

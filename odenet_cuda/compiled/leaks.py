@@ -58,6 +58,9 @@ class Tracked(torch.Tensor):
         out = func(*inner_args, **inner_kwargs)
         if not all(isinstance(x, Tensor) or x is None for x in tree_leaves(out)) and "sym_" not in str(func):
             raise Leak(f"{str(func).removeprefix('aten.')} gives a value to Python")
+        given = [x for x in tree_leaves((inner_args, inner_kwargs)) if isinstance(x, Tensor)]
+        if isinstance(out, Tensor) and not func._schema.is_mutable and not any(_shares(out, x) for x in given):
+            return Tracked(out)  # `to` may give a view, and may not
         return return_and_correct_aliasing(func, args, kwargs or {}, tree_map_only(Tensor, Tracked, out))
 
 
@@ -138,6 +141,12 @@ def _masked(func: Any, args: Sequence[Any]) -> bool:
     return "index" in str(func) and any(
         isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1:2])
     )
+
+
+def _shares(x: Tensor, y: Tensor) -> bool:
+    if x.layout is not torch.strided or y.layout is not torch.strided:
+        return True
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _has_memory(x: Tensor) -> bool:

@@ -206,9 +206,8 @@ class Reach:
         strict = strict and not library
         for name in ("__code__", "__defaults__", "__kwdefaults__") if not library else ():
             self._slot(value, name, getattr(value, name), path, strict, attribute=True)
-        for cell in value.__closure__ or ():
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             self.cells.append((cell, path))
-            name = value.__code__.co_freevars[value.__closure__.index(cell)]  # type: ignore[union-attr]
             try:
                 content = cell.cell_contents
             except ValueError:  # an empty cell
