@@ -88,6 +88,7 @@ assert os.waitpid(pid, 0)[1] == 0
     "interrupts": """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
+work(0)  # what torch imports late is not whole in Python where its import is interrupted
 def interrupt():
     for _ in range(3):
         time.sleep(0.05 + 0.1 * {workers})
