@@ -254,7 +254,8 @@ def repeated(step: Callable[[], None], status: Tensor) -> Callable[[], None] | N
 
 @contextmanager
 def no_cast_is_kept() -> Iterator[None]:
-    """Autocast casts weights in the graph, at each replay: a cast kept from before would be read where it was."""
+    """Autocast casts weights at each call of func. In a captured graph a cast kept from before would be read where it was; and
+    gradients would be added up in the 16 bits of a cast that all calls share."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

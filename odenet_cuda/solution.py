@@ -69,7 +69,7 @@ class Stats:
     @property
     def adjoint_drift(self) -> float | Tensor:
         if self.drift is None:
-            return torch.zeros(len(self._accepted), dtype=torch.float64) if self._per_sample else 0.0
+            return torch.zeros_like(self._accepted, dtype=torch.float64) if self._per_sample else 0.0
         return self.drift if self._per_sample else float(self.drift[0])
 
     def _count(self, counts: Tensor) -> int | Tensor:

@@ -205,7 +205,8 @@ def solve(
     checkpoints = None
     if gradient == "checkpoint":
         checkpoints = Checkpoints(max_checkpoints, None if grid is None else len(grid[0]) - 1)
-    return job.run(gradient, backward, checkpoints, adjoint_params, on_failure)
+    with graphs.no_cast_is_kept():
+        return job.run(gradient, backward, checkpoints, adjoint_params, on_failure)
 
 
 def _check_checkpoints(limit: Any, gradient: str) -> None:

@@ -25,7 +25,7 @@ FAULTS = {
     "at the end": "if (T(lane(t, 0)) > T(0.9)) x = x + P(T(0.01));",
     "none where it is 0": "x = select(x == P(T(0)), P(T(1)), x);",
 }
-OF_VALUES, OF_GRADIENTS = list(FAULTS)[:-1], ["all", "one lane", "many tiles", "one tile", "not a number"]
+OF_VALUES, OF_GRADIENTS = list(FAULTS)[1:-1], ["one lane", "many tiles", "one tile"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,7 +135,7 @@ def test_wrong_library_leaves_the_cache(tmp_path, monkeypatch):
         ys = solve(field(), y0, TIMES).ys
     assert torch.equal(ys, solve(field().func, y0, TIMES).ys)
     words = str(told[0].message)
-    for part in (f"torch {torch.__version__}", "-O3", build.find_compiler()[1], "seed", "[3, 2]", "Target("):
+    for part in (f"torch {torch.__version__}", "-O3", build.find_compiler()[1].splitlines()[0], "seed", "[3, 2]", "Target("):
         assert part in words
     assert list(tmp_path.glob("*.so")) == []
     (text,) = tmp_path.glob("wrong-*.cpp")

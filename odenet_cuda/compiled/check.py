@@ -120,7 +120,7 @@ class Others(TorchDispatchMode):
         self._found: dict[Any, Tensor] = {}
         for x in tensors:
             if x.is_floating_point() and x.numel() and _key(x) not in self._found:
-                moved = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) * 0.1
+                moved = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x) * 0.1
                 other = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.detach() + moved)
                 self._found[_key(x)] = other
 

@@ -152,7 +152,7 @@ class Comparison:
         one = engine.batch == 1 and not engine.problem.per_sample and not engine.cuda
         many, few = (1, 1) if one or self.whole else (lanes + 1, 2)
         t = engine.problem.t
-        between = t[0] + (t[-1] - t[0]) * float(torch.rand((), generator=self.generator, dtype=torch.float64))
+        between = t[0] + (t[-1] - t[0]) * float(torch.rand((), generator=self.generator, dtype=torch.float64, device="cpu"))
         return [self._trial(many, t[0], 2, 0.0), self._trial(few, t[-1], 1, 0.1), self._trial(many, between, 1, 0.1)]
 
     def _trial(self, rows: int, t: float, steps: int, spread: float) -> Trial:
@@ -163,7 +163,7 @@ class Comparison:
                 return taken
             size = float(taken.abs().max()) or 1.0
             size = size if size < float("inf") else 1.0
-            noise = torch.randn(2, *taken.shape, generator=self.generator, dtype=torch.float64).to(taken)
+            noise = torch.randn(2, *taken.shape, generator=self.generator, dtype=torch.float64, device="cpu").to(taken)
             moved = taken * (1 + spread * noise[0])
             return moved if rows > 2 else moved + spread * size * noise[1]
 
@@ -194,7 +194,7 @@ class Comparison:
         return min(max(step * self.shrink, least), span / 4)
 
     def _noise(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
+        return torch.randn(like.shape, generator=self.generator, dtype=torch.float64, device="cpu").to(like)
 
     def _changed(self, trial: Trial) -> Trial:
         """The same start but for its last places."""
@@ -273,7 +273,7 @@ class Solves:
         problem = comparison._problem(trial)
         if self.gradient:
             structure = comparison._structure(trial)
-            t = torch.tensor(problem.t, dtype=torch.float64)
+            t = torch.tensor(problem.t, dtype=torch.float64, device="cpu")
             job = Job(problem, self.options, structure, t, False, self.grid)
             with torch.enable_grad():
                 kind = "adjoint" if self.gradient == "adjoint" else "direct"
