@@ -30,6 +30,7 @@ def main() -> int:
     if not fuzzers:
         parser.error(f"no fuzzer has {given.only!r} in its name")
     chance = random.Random(given.seed) if given.seed is not None else random.SystemRandom()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the fuzzer at work too
     end, rounds, examples = time.monotonic() + 60 * given.minutes, 0, Counter[str]()
     while time.monotonic() < end:
         rounds += 1

@@ -133,7 +133,7 @@ print(field.explain())
 """
 
 
-@examples(short=2, fresh=12, shrink=False)
+@examples(short=2, fresh=8, shrink=False)
 @given(
     st.sampled_from(sorted(JOINS)), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from([1, 2, 3]),
     st.sampled_from(["odenet_cuda.compile", "(lambda f: f)"]), st.sampled_from(["direct", "adjoint"][: 1 + FRESH]),
@@ -141,6 +141,7 @@ print(field.explain())
 )  # fmt: skip
 def test_many_at_once(filled, join, workers, rounds, share, threads, make, gradient, control):
     tick()
+    threads = 1 if "fork" in join else threads  # torch's own threads do not live through a fork, and it waits for them
     how = {"rounds": rounds, "share": share, "make": make, "gradient": gradient, "control": control, "workers": workers}
     program = BEGIN.format(threads=threads) + (WORK + JOINS[join]).format(**how) + "assert not errors, errors\nprint('right')\n"
     note(program)
@@ -197,7 +198,7 @@ def unprivileged() -> None:
         ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
 
 
-@examples(short=2, fresh=12, shrink=False)
+@examples(short=2, fresh=8, shrink=False)
 @given(st.sampled_from(KINDS), st.integers(0, 1000), st.booleans())
 def test_broken_cache(filled, tmp_path_factory, kind, seed, compiler):
     """The stepper's answer, or a library made anew; with and without a compiler, and without a traceback."""
@@ -222,7 +223,7 @@ exec {real} "$@"
 """
 
 
-@examples(short=1, fresh=6, shrink=False)
+@examples(short=1, fresh=3, shrink=False)
 @given(st.sampled_from([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), st.sampled_from(["process", "compiler", "nobody"]))
 def test_killed_while_compiling(tmp_path_factory, with_what, whom):
     """A process or its compiler dies in the middle, while others wait for the same library: they have it in the end."""
