@@ -71,52 +71,63 @@ class Cases(nn.Module):
         return torch.zeros_like(x), torch.cat([part.to(x.dtype) for part in columns], 1)
 
 
+def alone(func: Cases, case: Case, x: Tensor, given: Tensor, weights: Tensor, gradients: bool) -> tuple[Tensor, list[Tensor]]:
+    """The values of one case at t = 0 by torch alone, and its gradients for x, given, weight and scalar."""
+    sources = [x.clone().requires_grad_(gradients), given.clone().requires_grad_(gradients), func.weight, func.scalar]
+    t = torch.zeros((), dtype=x.dtype)
+    with torch.set_grad_enabled(gradients):
+        result = torch.broadcast_to(case(func, func.values(t, *sources[:2])), x.shape)
+    if result.dtype not in (x.dtype, torch.bool):
+        raise TypeError(f"numbers of type {result.dtype}")
+    values = result.to(x.dtype)
+    if not gradients:
+        return values, []
+    grads = [None] * len(sources)
+    if values.requires_grad:
+        grads = torch.autograd.grad((values * weights).sum(), sources, allow_unused=True)
+    return values.detach(), [torch.zeros_like(s) if g is None else g for s, g in zip(sources, grads, strict=True)]
+
+
 def compare(cases: dict[str, Case], dtype: torch.dtype, x: Tensor, gradients: bool = True, finite: bool = True) -> None:
-    """Values and gradients, case by case, of those that torch itself can do."""
+    """Values and gradients, case by case. Left out are masks among the operands where torch itself has no derivative or gives
+    integers, or where something is not finite, which would leave no sample that the field can prove itself on."""
     x = x.to(dtype)
     given = torch.linspace(0.6, 1.4, COLUMNS, dtype=dtype)
+    weights = torch.linspace(0.5, 1.5, COLUMNS, dtype=dtype)
     trial = Cases([], dtype)
-    able = {}
+    right = {}
     for name, case in cases.items():
         try:
-            result = torch.broadcast_to(case(trial, trial.values(torch.tensor(0.0, dtype=dtype), x, given)), x.shape)
+            values, grads = alone(trial, case, x, given, weights, gradients)
         except (RuntimeError, TypeError):
+            assert "_mask" in name or "mask_" in name, name
             continue
-        if result.dtype not in (dtype, torch.bool):  # integers, of masks, are not read
+        if finite and not all(bool(part.isfinite().all()) for part in (values, *grads)):
+            assert "_mask" in name or "mask_" in name, name
             continue
-        able[name] = case
-    func = Cases(list(able.values()), dtype)
+        right[name] = values, grads
+    func = Cases([cases[name] for name in right], dtype)
     field = odenet_cuda.compile(func)
-    z = x.new_zeros(len(x), COLUMNS * len(able))
-    weights = torch.linspace(0.5, 1.5, z.shape[1], dtype=dtype).expand(z.shape)
-
-    def run(f) -> tuple[Tensor, list[Tensor]]:
-        leaf, args = x.clone().requires_grad_(gradients), given.clone().requires_grad_(gradients)
-        values = solve(f, (leaf, z), [0.0, 1.0], args=(args,), method="euler", gradient="checkpoint").ys[1][-1]
-        if f is field:
-            assert field.explain() == "compiled", field.explain()
-        if not gradients:
-            return values, []
-        # Each case alone, else the rounding of the largest hides the others.
-        found = []
-        for i in range(len(able)):
-            part = (values * weights)[:, COLUMNS * i : COLUMNS * (i + 1)]
-            sources = [leaf, args, func.weight, func.scalar]
-            grads = torch.autograd.grad(part.sum(), sources, retain_graph=True, allow_unused=True)
-            found.append([torch.zeros_like(s) if g is None else g for s, g in zip(sources, grads, strict=True)])
-        return values.detach(), found
-
-    (values, grads), (right, right_grads) = run(field), run(func)
-    eps = torch.finfo(dtype).eps
-    for i, name in enumerate(able):
-        columns = slice(COLUMNS * i, COLUMNS * (i + 1))
+    z = x.new_zeros(len(x), COLUMNS * len(right))
+    leaf, args = x.clone().requires_grad_(gradients), given.clone().requires_grad_(gradients)
+    found = solve(field, (leaf, z), [0.0, 1.0], args=(args,), method="euler", gradient="checkpoint").ys[1][-1]
+    assert field.explain() == "compiled", field.explain()  # no compiler error, and nothing misread, passes as a refusal
+    rounding = ROUNDING * torch.finfo(dtype).eps
+    sources = [leaf, args, func.weight, func.scalar]
+    for (name, (values, expected_grads)), part in zip(right.items(), found.split(COLUMNS, 1), strict=True):
+        atol = rounding if finite else rounding * torch.finfo(dtype).smallest_normal  # denormals are that coarse
         torch.testing.assert_close(
-            values[:, columns], right[:, columns], rtol=ROUNDING * eps, atol=ROUNDING * eps * finite, equal_nan=True, msg=name
+            part.detach(), values, rtol=rounding, atol=atol, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )
-        for g, expected in zip(grads[i], right_grads[i], strict=True) if gradients else ():
-            size = float(expected.nan_to_num(0, 0, 0).abs().max())
+        if not gradients:
+            continue
+        # Each case alone, else the rounding of the largest hides the others.
+        grads = torch.autograd.grad((part * weights).sum(), sources, retain_graph=True, allow_unused=True)
+        for g, expected in zip(grads, expected_grads, strict=True):
+            size = float(expected.abs().max())
+            g = torch.zeros_like(expected) if g is None else g
             torch.testing.assert_close(
-                g, expected, rtol=ROUNDING * eps, atol=ROUNDING * eps * size * finite, equal_nan=True, msg=f"gradient of {name}"
+                g, expected, rtol=rounding, atol=rounding * size, msg=lambda m, n=name: f"gradient of {n}: {m}"
             )
 
 
@@ -186,8 +197,7 @@ BINARY = [
     "lerp",
     "xlogy",
 ]
-OPERANDS = ["x", "column", "t", "weight", "constant", "given", "mask_of_x", "2.5"]
-OF_SAMPLES = ("x", "column", "mask_of_x")
+OPERANDS = ["x", "moved", "column", "t", "weight", "constant", "given", "mask_of_x", "2.5"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
@@ -215,6 +225,8 @@ def binary(name: str, left: str, right: str) -> Case:
             return torch.lerp(a, b, 0.3)
         if name == "pow" and isinstance(a, Tensor) and a.dtype.is_floating_point:
             a = a.abs() + 0.1
+        if name == "xlogy" and isinstance(b, Tensor) and b.dtype.is_floating_point:
+            b = b.abs() + 0.1
         return getattr(torch, name)(a, b)
 
     return case
@@ -226,15 +238,30 @@ def some_rows(count: int = 5) -> Tensor:
 
 @DTYPES
 def test_unary(dtype):
-    cases = {f"{name} of {of}": unary(name, of) for name in UNARY for of in ("x", "t", "given", "mask_of_x", "constant_mask")}
+    operands = ("x", "t", "given", "mask_of_x", "constant_mask") if dtype == torch.float32 else ("x",)
+    cases = {f"{name} of {of}": unary(name, of) for name in UNARY for of in operands}
+    cases.pop("atanh of given", None)  # in NOT_READ
     compare(cases, dtype, some_rows())
 
 
-@pytest.mark.parametrize("name", BINARY)
-def test_binary(name):
-    """Tensors, columns, the time, weights, constants, args, numbers and masks on either side."""
-    pairs = [(a, b) for a, b in product(OPERANDS, OPERANDS) if a in OF_SAMPLES or b in OF_SAMPLES]
-    compare({f"{name} of {a} and {b}": binary(name, a, b) for a, b in pairs}, torch.float64, some_rows())
+def test_binary():
+    """Tensors, columns, the time, weights, constants, args, numbers and masks beside x, on either side in turn."""
+    no_number = ("atan2", "hypot", "maximum", "minimum", "fmax", "fmin", "logaddexp", "lerp")
+    cases = {}
+    for i, name in enumerate(BINARY):
+        for j, other in enumerate(OPERANDS[1:]):
+            if other == "2.5" and (name in no_number or name.startswith("logical")):
+                continue  # torch takes no number
+            if name in MASKS and other not in ("moved", "t", "constant", "mask_of_x", "2.5"):
+                continue  # nothing to differentiate
+            right, left = ("x", other), (other, "x")
+            if other == "2.5":
+                pairs = [right, left] if name in ("pow", "xlogy") else [right]
+            else:
+                pairs = [right, left] if other == "mask_of_x" else [right if (i + j) % 2 else left]
+            for a, b in pairs:
+                cases[f"{name} of {a} and {b}"] = binary(name, a, b)
+    compare(cases, torch.float64, some_rows())
 
 
 def test_where():
@@ -246,7 +273,11 @@ def test_where():
     def case(mask: str, a: str, b: str) -> Case:
         return lambda func, values: torch.where(operand(mask)(values), operand(a)(values), operand(b)(values)) + values["x"]
 
-    cases = {f"where {mask} {a} {b}": case(mask, a, b) for mask in masks for a, b in product(sides, sides)}
+    turned = [
+        sides[i:] + sides[:i] for i in range(len(masks) + 1)
+    ]  # each mask with other pairs of sides, and one with equal ones
+    pairs = [(mask, a, b) for i, mask in enumerate(masks) for j in (0, i + 1) for a, b in zip(sides, turned[j], strict=True)]
+    cases = {f"where {mask} {a} {b}": case(mask, a, b) for mask, a, b in pairs}
     compare(cases, torch.float64, some_rows())
 
 
@@ -313,10 +344,9 @@ COMPOSITE: dict[str, Case] = {
 }
 
 
-@DTYPES
-def test_composite(dtype):
+def test_composite():
     """Sums of constants, of what is given to all samples, masks, and functions made of several operations."""
-    compare(COMPOSITE, dtype, some_rows())
+    compare(COMPOSITE, torch.float64, some_rows())
 
 
 @pytest.mark.parametrize("name", ["no sample", "no sample, given", "constants alone", "outer of weights", "bias given"])
@@ -381,13 +411,46 @@ def test_extreme_numbers(dtype):
     """Huge and tiny ones, infinities, what is no number, both zeros and denormals: as torch's."""
     inf, nan, tiny = float("inf"), float("nan"), torch.finfo(dtype).smallest_normal / 8
     numbers = [0.0, -0.0, 1.0, -1.0, 1e25, -1e25, 1e-25, -1e-25, inf, -inf, nan, 30.0, -30.0, 100.0, -100.0, 1000.0, tiny, 1e4]
-    x = torch.tensor([[a, b, a] for a, b in product(numbers, numbers)], dtype=torch.float64)
-    compare(EXTREMES, dtype, x, gradients=False, finite=False)
+    usual = [[0.3, 0.8, 0.5], [0.9, 0.4, 0.2]]  # the field can prove itself on these alone
+    x = torch.tensor(usual + [[a, b, a] for a, b in product(numbers, numbers)], dtype=torch.float64)
+    cases = dict(EXTREMES)
+    if dtype == torch.float32:  # the variance overflows, where torch's kernel gives nan and its own decomposition 0
+        del cases["layer norm"]
+    compare(cases, dtype, x, gradients=False, finite=False)
+
+
+NOT_READ: dict[str, Case] = {
+    "fmod": lambda f, v: torch.fmod(v["x"], 0.3),
+    "remainder": lambda f, v: torch.remainder(v["x"], 0.3),
+    "round": lambda f, v: torch.round(3 * v["x"]),
+    "trunc": lambda f, v: torch.trunc(3 * v["x"]),
+    "lgamma": lambda f, v: torch.lgamma(v["x"] + 2),
+    "erfinv": lambda f, v: torch.erfinv(v["x"] * 0.5),
+    "copysign": lambda f, v: torch.copysign(v["weight"], v["x"]),
+    "div with rounding": lambda f, v: torch.div(v["x"], 0.3, rounding_mode="floor"),
+    "copy_": lambda f, v: torch.atanh(
+        v["given"] * 0.5
+    ),  # torch writes 1 - x x in place, in the derivative of what is no sample's
+    "median": lambda f, v: v["x"].median(1, keepdim=True).values,
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_not_read(name):
+    """Refused in words that name the operation, and served by the stepper."""
+    func, x, given = Cases([NOT_READ[name]], torch.float64), some_rows(), torch.ones(COLUMNS, dtype=torch.float64)
+    field = odenet_cuda.compile(func)
+    given.requires_grad_()
+    found, right = (solve(f, (x, torch.zeros_like(x)), [0.0, 1.0], args=(given,), method="euler").ys[1] for f in (field, func))
+    why = field.explain()
+    assert why.startswith("served by the stepper: ") and name.split()[0] in why, why
+    assert "not read" in why or "writes into" in why, why
+    assert torch.equal(found, right)
 
 
 def test_nothing_is_left_out():
     """Every pointwise operation that is read is in one of the lists above."""
     named = {*UNARY, *BINARY, *(name.replace(" ", "_") for name in COMPOSITE), "where", "clamp_min", "clamp_max"}
-    inner = {"hardshrink_backward", "softshrink_backward", "bitwise_and", "bitwise_or", "bitwise_not"}
+    inner = {"hardshrink_backward", "softshrink_backward", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"}
     assert {*TEXTS, *MASKS} - named - inner == set()
     assert OPERATIONS

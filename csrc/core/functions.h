@@ -187,7 +187,8 @@ ODENET_HD P minimum(const P& x, const P& y) {
 template <class P>
 ODENET_HD P hypotenuse(const P& x, const P& y) {
   using T = Number<P>;
-  const P a = abs(x), b = abs(y), large = maximum(a, b), none(T(0)), infinite(T(INFINITY));
+  // Braces: INFINITY is a call in glibc, and infinite(T(INFINITY)) would declare a function.
+  const P a = abs(x), b = abs(y), large = maximum(a, b), none{T(0)}, infinite{T(INFINITY)};
   const P ratio = minimum(a, b) / select(large > none, large, P(T(1)));
   return select((a == infinite) | (b == infinite), infinite, large * sqrt(P(T(1)) + ratio * ratio));
 }

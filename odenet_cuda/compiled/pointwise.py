@@ -47,6 +47,8 @@ TEXTS: dict[str, str] = {
     "true_divide": "{0} / {1}",
     "maximum": "maximum({0}, {1})",
     "minimum": "minimum({0}, {1})",
+    "fmax": "select(({0} >= {1}) | ({1} != {1}), {0}, {1})",  # what is a number, where one is not
+    "fmin": "select(({0} <= {1}) | ({1} != {1}), {0}, {1})",
     "clamp_min": "maximum({0}, {1})",
     "clamp_max": "minimum({0}, {1})",
     "where": "select({0}, {1}, {2})",
@@ -66,17 +68,21 @@ MASKS: dict[str, str] = {
     "isinf": "abs({0}) == P(T(INFINITY))",
     "logical_and": "{0} & {1}",
     "logical_or": "{0} | {1}",
+    "logical_xor": "({0} | {1}) & negate({0} & {1})",
     "logical_not": "negate({0})",
     "bitwise_and": "{0} & {1}",
     "bitwise_or": "{0} | {1}",
+    "bitwise_xor": "({0} | {1}) & negate({0} & {1})",
     "bitwise_not": "negate({0})",
 }
-OF_MASKS = {"logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"}
+OF_MASKS = {name for name in MASKS if name.startswith(("logical_", "bitwise_"))}
 
 
 def packet(target: Any) -> str:
-    """The name of an operation without its overload: "mul" of aten.mul.Tensor."""
-    return str(target.overloadpacket).removeprefix("aten.") if hasattr(target, "overloadpacket") else str(target)
+    """The name of an operation without its overload: "mul" of aten.mul.Tensor, and of prims.mul, which decompositions use."""
+    name = str(target.overloadpacket) if hasattr(target, "overloadpacket") else str(target)
+    inner = name.removeprefix("prims.")  # others than pointwise ones may have aten's name with other operands
+    return inner if inner in TEXTS or inner in MASKS or inner in ("add", "sub") else name.removeprefix("aten.")
 
 
 def power(exponent: float) -> str:
