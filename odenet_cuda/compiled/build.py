@@ -80,7 +80,11 @@ class NoCompiler(Exception):
 
 
 class Refused(NoCompiler):
-    """It would fail again: the compiler refuses the text, or the library has proved wrong."""
+    """It would fail again: the compiler refuses the text, or the library has proved wrong. quiet: it has been told of."""
+
+    def __init__(self, words: str, quiet: bool = False):
+        super().__init__(words)
+        self.quiet = quiet
 
 
 def include_folder() -> Path:
@@ -220,7 +224,7 @@ def load(text: str, capability: Capability | None = None) -> _C.Library:
     command = command_for(text, capability)
     key = command.key
     if key in _refused:
-        raise Refused(_refused[key])
+        raise Refused(_refused[key], quiet=True)
     if key not in _loaded:
         try:
             _loaded[key] = _find(command, key)

@@ -317,7 +317,7 @@ class Engine:
             add_drift(stats, backward, problem, found, stored, failed if problem.per_sample else None)
             a = ends[-1][:, n:] + grads[i - 1]
             self.nfe_backward += evaluations(options, state, grid, piece)
-        warn_of_drift(stats, True)
+        warn_of_drift(stats, options.adaptive)
         return self._gradients(a, constants, total)
 
     def _solve_some(

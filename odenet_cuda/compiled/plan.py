@@ -224,7 +224,7 @@ class Plan:
     def load(self, tableau: ButcherTableau, target: Target) -> _C.Library:
         key = (id(tableau), target)
         if key in self.refused:
-            raise Refused(self.refused[key][1])
+            raise Refused(self.refused[key][1], quiet=True)
         if key not in self.libraries:
             capability = card_of(self.device).capability if target.team else None
             try:

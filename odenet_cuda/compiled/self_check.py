@@ -40,12 +40,6 @@ class Unchecked(NoCompiler):
     quiet = True
 
 
-class Wrong(Refused):
-    """It has been told of."""
-
-    quiet = True
-
-
 @dataclass
 class Trial:
     """The start of a solve of a few samples, and its times."""
@@ -94,7 +88,7 @@ def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, 
         plan.libraries.pop(keys[blamed], None)
         if blamed:
             plan.trusted.add(keys[0])
-        raise Wrong(reason)
+        raise Refused(reason, quiet=True)
     plan.trusted.update(keys)
     plan.zeros = [place for place in plan.places.values() if not bool(place(args).any())]
 

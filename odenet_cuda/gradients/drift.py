@@ -50,10 +50,11 @@ def add_drift(
     stats.drift = ratio if stats.drift is None else torch.maximum(stats.drift, ratio)
 
 
-def warn_of_drift(stats: Stats, waits: bool) -> None:
-    """One warning in the life of the process. waits: the host has waited for the solve, so reading the drift costs nothing."""
+def warn_of_drift(stats: Stats, adaptive: bool) -> None:
+    """One warning in the life of the process, where the backward solve was asked for a tolerance; the host has waited for its
+    end, so reading the drift costs nothing."""
     global _warned
-    if _warned or stats.drift is None or not (waits or stats.drift.device.type == "cpu"):
+    if _warned or stats.drift is None or not adaptive:
         return
     largest = float(stats.drift.amax())
     if largest > _TRUSTED:
