@@ -213,6 +213,7 @@ def unary(name: str, of: str) -> Case:
 
     def case(func: Cases, values: dict) -> Tensor:
         x = operand(of)(values)
+        x = x.detach() if name == "sgn" else x  # its derivative is in NOT_READ
         return getattr(torch, name)(x if x.dtype == torch.bool else x.abs() * 0.5 + shift if shift else x * 0.5)
 
     return case
@@ -240,7 +241,8 @@ def some_rows(count: int = 5) -> Tensor:
 def test_unary(dtype):
     operands = ("x", "t", "given", "mask_of_x", "constant_mask") if dtype == torch.float32 else ("x",)
     cases = {f"{name} of {of}": unary(name, of) for name in UNARY for of in operands}
-    cases.pop("atanh of given", None)  # in NOT_READ
+    for name in ("atanh", "floor", "ceil", "sign"):
+        cases.pop(f"{name} of given", None)  # the first is in NOT_READ; zeros added to a sum over samples are refused
     compare(cases, dtype, some_rows())
 
 
@@ -431,6 +433,7 @@ NOT_READ: dict[str, Case] = {
     "copy_": lambda f, v: torch.atanh(
         v["given"] * 0.5
     ),  # torch writes 1 - x x in place, in the derivative of what is no sample's
+    "_efficientzerotensor": lambda f, v: torch.sgn(v["x"]),  # which torch makes in its derivative
     "median": lambda f, v: v["x"].median(1, keepdim=True).values,
 }
 
@@ -444,7 +447,7 @@ def test_not_read(name):
     found, right = (solve(f, (x, torch.zeros_like(x)), [0.0, 1.0], args=(given,), method="euler").ys[1] for f in (field, func))
     why = field.explain()
     assert why.startswith("served by the stepper: ") and name.split()[0] in why, why
-    assert "not read" in why or "writes into" in why, why
+    assert any(words in why for words in ("not read", "writes into", "depends on the number of samples")), why
     assert torch.equal(found, right)
 
 

@@ -23,7 +23,7 @@ from .trace import BATCHES, Recording, Unreadable, value_of
 from .values import Sample, Summed, Uniform, Value, where
 
 _CREATE = {"full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like"}
-_CREATE |= {"new_zeros", "new_ones", "new_full", "empty_permuted", "_efficientzerotensor"}
+_CREATE |= {"new_zeros", "new_ones", "new_full", "empty_permuted"}
 
 
 class Lowering:

@@ -79,10 +79,8 @@ OF_MASKS = {name for name in MASKS if name.startswith(("logical_", "bitwise_"))}
 
 
 def packet(target: Any) -> str:
-    """The name of an operation without its overload: "mul" of aten.mul.Tensor, and of prims.mul, which decompositions use."""
-    name = str(target.overloadpacket) if hasattr(target, "overloadpacket") else str(target)
-    inner = name.removeprefix("prims.")  # others than pointwise ones may have aten's name with other operands
-    return inner if inner in TEXTS or inner in MASKS or inner in ("add", "sub") else name.removeprefix("aten.")
+    """The name of an operation without its overload: "mul" of aten.mul.Tensor."""
+    return str(target.overloadpacket).removeprefix("aten.") if hasattr(target, "overloadpacket") else str(target)
 
 
 def power(exponent: float) -> str:

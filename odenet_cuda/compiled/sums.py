@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Linear in the first operand, whatever the others are.
 _LINEAR = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "expand"}
-_LINEAR |= {"neg", "sum", "slice", "select", "clone", "alias", "detach", "_to_copy"}
+_LINEAR |= {"neg", "sum", "slice", "select", "clone", "alias", "detach"}
 
 
 class Sums:
