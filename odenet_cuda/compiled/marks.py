@@ -70,6 +70,9 @@ class Marks:
             (x, x.detach().clone(), x.requires_grad, x.grad if x.is_leaf else None) for x in reach.tensors.values() if _plain(x)
         ]
         self._arrays = [(x, x.copy(), path) for x, path in reach.arrays.values()]
+        self._hooks = [(x, x._backward_hooks) for x in reach.tensors.values() if x._backward_hooks]
+        for x, _ in self._hooks:  # they are for gradients of the user's
+            x._backward_hooks = None
         self._generators = [*reach.generators, np.random.mtrand._rand, random._inst]  # type: ignore[attr-defined]
         self._states = [_state(x) for x in self._generators]
 
@@ -172,6 +175,8 @@ class Marks:
         for array, content, _ in self._arrays:
             if array.tobytes() != content.tobytes():
                 array[...] = content
+        for x, hooks in self._hooks:
+            x._backward_hooks = hooks
         for generator, state in zip(self._generators, self._states, strict=True):
             _set_state(generator, state)
 
