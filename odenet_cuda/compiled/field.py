@@ -50,7 +50,7 @@ class CompiledField(nn.Module):
         self.func, self._cuda, self._matmul = func, cuda, matmul
         self._plans: dict[Any, list[Plan | Refused]] = {}  # the last few of each kind of state
         self._readings: dict[Any, tuple[int, int]] = {}  # of a kind: refused in a row, and for numbers that changed
-        self._read_of: Any = None  # the func of the plans
+        self._read_of: tuple = ()  # the func of the plans; in a tuple, for it is no module of this one a second time
         self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
         self._latest: Plan | None = None
 
@@ -98,7 +98,7 @@ class CompiledField(nn.Module):
             **self.__dict__,
             "_plans": {},
             "_readings": {},
-            "_read_of": None,
+            "_read_of": (),
             "_latest": None,
             "_why": [],
         }  # libraries stay behind; the cache has them
@@ -108,9 +108,9 @@ class CompiledField(nn.Module):
     def plan(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
         """Raises Unreadable."""
         func = self.func
-        if self._read_of is not func:
+        if not self._read_of or self._read_of[0] is not func:
             self.reset()
-            self._read_of = func
+            self._read_of = (func,)
         key = self._key(structure, args, per_sample)
         whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
         for kind in (key, whole):
