@@ -39,9 +39,12 @@ class Net(nn.Module):
 
 
 def live_bytes():
-    """Of all tensors that Python knows, and of what autograd's own nodes save for them."""
+    """Of all tensors that Python knows, and of what autograd's own nodes save for them.
+
+    Without the tensors that have no memory: those of torch.compile, which its caches hold on to.
+    """
     gc.collect()
-    tensors = {id(x): x for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+    tensors = {id(x): x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors.values()}
     return sum(storages.values())
 
