@@ -23,7 +23,7 @@ from .marks import same_bits
 from .program import Linear, Program
 from .reading import Reading
 from .teams import Card, Team, card_of, teams_for
-from .trace import Recording, Unreadable, record, value_of
+from .trace import Call, Recording, Unreadable, record, value_of
 from .values import where
 
 LARGEST = 1024  # numbers of a sample in one value
@@ -88,7 +88,7 @@ class Plan:
         failure = Unreadable("")
         for batched in choices[:16]:
             try:
-                return record(func, structure, t, args, batched, self.whole, reading.reach, reading.numbers)
+                return record(Call(func, structure, t, batched, self.whole), args, reading.reach, reading.numbers)
             except Unreadable as error:
                 failure = error
         raise failure

@@ -23,8 +23,10 @@ from ..step_control import SUCCESS
 from . import build
 from .build import NoCompiler, Refused
 from .engine import Engine
+from .marks import unmarked
+from .reach import Reach
 from .teams import card_of
-from .trace import unchanged_buffers, unchanged_generators
+from .trace import unchanged_generators
 
 _ROUNDING = 64  # units in the last place that two right answers may differ by, times the size of what was added up
 _CONDITION = 16  # times what a change of the inputs by _CHANGE units brings: more than the rounding of a long sum
@@ -68,7 +70,7 @@ def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, 
         plan.trusted.clear()  # what was multiplied by zero, as by a last layer before its training, has not been seen yet
     if plan.trusted.issuperset(keys):
         return
-    with torch.inference_mode(False), unchanged_buffers(func), unchanged_generators(engine.problem.device):
+    with torch.inference_mode(False), unmarked(Reach(func)), unchanged_generators(engine.problem.device):
         ways = gradient if len(keys) > 1 and keys[1] not in plan.trusted else ""
         found = None
         for seed in (0, 1):  # a field may have a kink where one of the trials begins

@@ -5,8 +5,8 @@ differentiates inside itself would then get wrong gradients. The graph is record
 depends on the batch is known from one that does not.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..problem import Structure
 from .guards import Numbers
 from .leaks import Leak, Observed, Tracked, observe
-from .marks import Marks, Unset, unmarked
+from .marks import Marks, Unset
 from .reach import Reach
 
 Item = tuple[dict[str, Any], Any]
@@ -67,23 +67,58 @@ class Recording:
         return getattr(self.modules[0], str(node.target))
 
 
-def record(
-    func: Callable,
-    structure: Structure,
-    t: Tensor,
-    args: Sequence[Any],
-    batched: list[int],
-    whole: bool,
-    reach: Reach,
-    numbers: Numbers,
-) -> Recording:
-    """whole: the state has no axis of samples, it is one sample. Raises Unreadable, in words. What func writes is put back by
-    the caller; after a first call it must not write anything but counters."""
+@dataclass
+class Call:
+    """A call of func as it is recorded. t: of the first recording. batched: which arguments have one entry a sample. whole: the
+    state has no axis of samples, it is one sample."""
+
+    func: Callable
+    structure: Structure
+    t: Tensor
+    batched: list[int]
+    whole: bool
+
+    def field(self, index: int, args: Sequence[Any], wanted: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
+        """The slopes and their product with cotangents as one function, and what to call it with at recording `index`."""
+        batch, moved = 0 if self.whole else BATCHES[index], index * _MOVED
+        leaves = [sample_rows(leaf, batch) + moved for leaf in self.structure.leaves]
+        samples = [sample_rows(args[i], batch) for i in self.batched]
+        cotangents = [torch.randn_like(leaf) for leaf in leaves]
+        n, m = len(leaves), len(samples)
+
+        def field(t: Tensor, *inputs: Tensor) -> Any:
+            with torch.enable_grad():
+                inputs = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
+                given = list(args)
+                for i, place in enumerate(self.batched):
+                    given[place] = inputs[n + i]
+                slopes = self.structure.flatten(self.func(t, self.structure.unflatten(inputs[:n]), *given))
+                for slope, leaf in zip(slopes, leaves, strict=True):
+                    if slope.shape != leaf.shape or slope.dtype != leaf.dtype:
+                        words = f"{slope.dtype} {list(slope.shape)} for {leaf.dtype} {list(leaf.shape)}"
+                        raise Unreadable(f"func returned {words}")
+                sources = [*inputs[: n + m], *wanted()]
+                if any(slope.requires_grad for slope in slopes):
+                    used = [(slope, g) for slope, g in zip(slopes, inputs[n + m :], strict=True) if slope.requires_grad]
+                    grads = torch.autograd.grad([x for x, _ in used], sources, [g for _, g in used], allow_unused=True)
+                else:
+                    grads = (None,) * len(sources)  # type: ignore[assignment]
+            return [*(slope.detach() for slope in slopes), *grads]
+
+        return field, [self.t + moved, *leaves, *samples, *cotangents]
+
+    def trace(self, index: int, args: Sequence[Any], wanted: list[Tensor]) -> fx.GraphModule:
+        field, inputs = self.field(index, args, lambda: wanted)
+        return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
+
+
+def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> Recording:
+    """Raises Unreadable, in words. What func writes is put back by the caller; after a first call it must not write anything
+    but counters."""
     try:
-        with torch.no_grad(), unchanged_generators(t.device):
-            batches = (0, 0) if whole else BATCHES
+        with torch.no_grad(), unchanged_generators(call.t.device):
             known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
-            observed, written = _observe(func, structure, t, args, batched, batches[0], known, reach, numbers)
+            observed, written = _observe(call, args, known, reach, numbers)
             wanted = _wanted(observed, known)
             if any(x.requires_grad and not x.is_leaf and id(x) in known for x in observed.used.values()):
                 raise Unreadable("func closes over a tensor that is itself the result of a differentiable computation")
@@ -91,10 +126,10 @@ def record(
             with numbers.given(args) as given:
                 for items, key in written:
                     items[key] = Unset()
-                modules = [_trace(func, structure, t, given, batched, batches[0], wanted, 0.0)]
+                modules = [call.trace(0, given, wanted)]
                 for items, key, value in before:
                     items[key] = value
-                modules.append(_trace(func, structure, t + _MOVED, given, batched, batches[1], wanted, _MOVED))
+                modules.append(call.trace(1, given, wanted))
     except Unreadable:
         raise
     except Leak as error:
@@ -102,20 +137,13 @@ def record(
     except Exception as error:  # whatever a user's function may raise when it is not given real numbers
         words = str(error).strip().splitlines() or [""]
         raise Unreadable(f"func could not be recorded: {type(error).__name__}: {words[0]}") from error
+    read = list(observed.read.values())
     graphs = [module.graph for module in modules]
-    return Recording(graphs, modules, len(structure.leaves), batched, wanted, whole, list(observed.read.values()), written)
+    return Recording(graphs, modules, len(call.structure.leaves), call.batched, wanted, call.whole, read, written)
 
 
 def _observe(
-    func: Callable,
-    structure: Structure,
-    t: Tensor,
-    args: Sequence[Any],
-    batched: list[int],
-    batch: int,
-    known: dict[int, Tensor],
-    reach: Reach,
-    numbers: Numbers,
+    call: Call, args: Sequence[Any], known: dict[int, Tensor], reach: Reach, numbers: Numbers
 ) -> tuple[Observed, list[Item]]:
     """A call of func, and its product, that tells what it uses; what it reads or writes besides is refused. And the items that
     it writes before it reads them, in every call."""
@@ -123,10 +151,9 @@ def _observe(
     while True:
         observed = Observed(known)
         with numbers.given(args, Tracked) as given:
-            wanted = partial(_wanted, observed, known)
-            called, inputs = _field(func, structure, t, given, batched, batch, wanted)
+            field, inputs = call.field(0, given, partial(_wanted, observed, known))
             try:
-                observe(called, inputs, observed)
+                observe(field, inputs, observed)
             except Leak:
                 raise
             except Exception as error:
@@ -162,69 +189,11 @@ def unchanged_generators(device: torch.device) -> AbstractContextManager:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-@contextmanager
-def unchanged_buffers(func: Any) -> Iterator[None]:
-    """What a call of func writes into anything that it reaches is undone."""
-    with unmarked(Reach(func)):
-        yield
-
-
 def sample_rows(x: Tensor, batch: int) -> Tensor:
     """`batch` rows of x, repeated as needed; 0: x itself."""
     if batch == 0:
         return x.detach()
     return x.detach()[torch.arange(batch, device=x.device) % x.shape[0]]
-
-
-def _field(
-    func: Callable,
-    structure: Structure,
-    t: Tensor,
-    args: Sequence[Any],
-    batched: list[int],
-    batch: int,
-    wanted: Callable[[], list[Tensor]],
-    moved: float = 0.0,
-) -> tuple[Callable, list[Tensor]]:
-    """The slopes and their product with cotangents as one function, and what to call it with. moved: added to the state."""
-    leaves = [sample_rows(leaf, batch) + moved for leaf in structure.leaves]
-    samples = [sample_rows(args[i], batch) for i in batched]
-    cotangents = [torch.randn_like(leaf) for leaf in leaves]
-    n, m = len(leaves), len(samples)
-
-    def field(t: Tensor, *inputs: Tensor) -> Any:
-        with torch.enable_grad():
-            inputs = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
-            given = list(args)
-            for i, place in enumerate(batched):
-                given[place] = inputs[n + i]
-            slopes = structure.flatten(func(t, structure.unflatten(inputs[:n]), *given))
-            for slope, leaf in zip(slopes, leaves, strict=True):
-                if slope.shape != leaf.shape or slope.dtype != leaf.dtype:
-                    raise Unreadable(f"func returned {slope.dtype} {list(slope.shape)} for {leaf.dtype} {list(leaf.shape)}")
-            sources = [*inputs[: n + m], *wanted()]
-            if any(slope.requires_grad for slope in slopes):
-                used = [(slope, g) for slope, g in zip(slopes, inputs[n + m :], strict=True) if slope.requires_grad]
-                grads = torch.autograd.grad([x for x, _ in used], sources, [g for _, g in used], allow_unused=True)
-            else:
-                grads = (None,) * len(sources)  # type: ignore[assignment]
-        return [*(slope.detach() for slope in slopes), *grads]
-
-    return field, [t, *leaves, *samples, *cotangents]
-
-
-def _trace(
-    func: Callable,
-    structure: Structure,
-    t: Tensor,
-    args: Sequence[Any],
-    batched: list[int],
-    batch: int,
-    wanted: list[Tensor],
-    moved: float,
-) -> fx.GraphModule:
-    field, inputs = _field(func, structure, t, args, batched, batch, lambda: wanted, moved)
-    return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
 
 
 @cache
