@@ -123,7 +123,8 @@ class NinjaBuild(build_ext):
         torch_root = Path(torch.__file__).parent
         includes = [
             f"-I{ROOT / 'csrc'}",
-            *(f"-isystem{path}" for path in (torch_root / "include", pybind11.get_include())),
+            # pybind11 first: torch 2.11 has a copy of its own there, which refuses TORCH_TARGET_VERSION.
+            *(f"-isystem{path}" for path in (pybind11.get_include(), torch_root / "include")),
         ]
         includes += [f"-I{path}" for path in self.include_dirs]
         words = run_output(compiler, "--version")
