@@ -6,9 +6,8 @@ for tensors whose values Python read. Tensors of the graph may be replaced by ot
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
-from operator import attrgetter, getitem
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,13 @@ import torch
 from torch import Tensor
 
 from .marks import same_bits
-from .reach import _CONTAINERS, LARGEST_ARRAY, NUMBERS, Reach, Slot
+from .memory import has_memory
+from .numbers import Numbers as Numbers
+from .numbers import Place as Place
+from .numbers import is_number
+from .reach import _CONTAINERS, LARGEST_ARRAY, NUMBERS, Reach
 
-Place = Callable[[Sequence[Any]], Tensor]  # where a tensor is found, given the arguments of a solve
 _meta = attrgetter("requires_grad", "dtype", "shape", "device", "__class__")  # of a tensor
-_LOST = (KeyError, IndexError, AttributeError, TypeError, ValueError)
 
 
 class Unguarded(Exception):
@@ -34,64 +35,8 @@ def same_number(x: Any, y: Any) -> bool:
     return x is y or (repr(x) == repr(y) if not isinstance(x, np.generic) else x.tobytes() == y.tobytes())
 
 
-def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and type(x) is not bool
-
-
-class Numbers:
-    """Python's numbers that change from call to call: in a recording they are tensors, and so arguments of the program.
-
-    slots: where func finds them; places: of those in args."""
-
-    def __init__(self, slots: Sequence[Slot] = (), places: Sequence[int] = (), args: Sequence[Any] = (), like: Any = None):
-        self.slots, self.places = list(slots), list(places)
-        dtype, device = (None, None) if like is None else (like.dtype, like.device)
-        self.dtype, self.device = dtype, device
-        values = [slot.value for slot in self.slots] + [args[i] for i in self.places]
-        self.tensors = [self.tensor(x) for x in values]
-
-    def tensor(self, x: Any) -> Tensor:
-        return torch.tensor(x, dtype=self.dtype if isinstance(x, float) else torch.int64, device=self.device)
-
-    @contextmanager
-    def given(self, args: Sequence[Any], wrap: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[list[Any]]:
-        """The arguments with tensors for numbers; in attributes they stand inside alone."""
-        before = [slot.get() for slot in self.slots]
-        given = list(args)
-        tensors = [wrap(x) for x in self.tensors]
-        for i, x in zip(self.places, tensors[len(self.slots) :], strict=True):
-            given[i] = x
-        done: list[Slot] = []
-        try:
-            for slot, x in zip(self.slots, tensors, strict=False):
-                slot.set(x)
-                done.append(slot)
-            yield given
-        finally:
-            for slot, value in zip(done, before, strict=False):
-                slot.set(value)
-
-    def place(self, tensor: Tensor) -> Place | None:
-        for i, x in enumerate(self.tensors):
-            if x is tensor:
-                return self._place(i)
-        return None
-
-    def _place(self, i: int) -> Place:
-        if i < len(self.slots):
-            slot = self.slots[i]
-            return lambda args: self.tensor(slot.get())
-        place = self.places[i - len(self.slots)]
-        return lambda args: self.tensor(args[place])
-
-    def types(self, args: Sequence[Any]) -> list[type]:
-        return [type(slot.get()) for slot in self.slots] + [type(args[i]) for i in self.places]
-
-
 def frozen(x: Any) -> Any:
     """An argument as something to be compared by."""
-    if isinstance(x, float):
-        return float, repr(x)
     if isinstance(x, np.ndarray):
         if x.dtype.hasobject or x.nbytes > LARGEST_ARRAY:
             raise Unguarded(
@@ -107,7 +52,7 @@ def frozen(x: Any) -> Any:
     if isinstance(x, dict):
         return type(x), tuple([(frozen(key), frozen(value)) for key, value in x.items()])
     if isinstance(x, (set, frozenset)):
-        return type(x), frozenset([frozen(part) for part in x])
+        return type(x), tuple([frozen(part) for part in x])  # in the order in which code goes through them
     if isinstance(x, _CONTAINERS):
         return type(x), tuple([frozen(part) for part in x])
     return Same(x)
@@ -131,30 +76,29 @@ class Guards:
 
     def __init__(self, reach: Reach, args: Sequence[Any], numbers: Numbers, written: Sequence[tuple[Any, Any]] = ()):
         """written: items that func writes before it reads them."""
-        self.numbers, self._types = numbers, numbers.types(args)
+        self.numbers = numbers
         self._dead: list[Any] = []  # objects that are gone, which come back no more
         self._gone: list[Any] = []  # tensors
         given = {(id(slot.owner), slot.key) for slot in numbers.slots} | {(id(owner), key) for owner, key in written}
         slots = [slot for slot in reach.slots if (id(slot.owner), slot.key) not in given]
-        self._items = [slot for slot in slots if not slot.attribute]
-        self._slots = self._items + [slot for slot in slots if slot.attribute]
-        self._attributes = self._slots[len(self._items) :]
-        self._owners, self._keys = [slot.owner for slot in self._items], [slot.key for slot in self._items]
-        self._objects = [_reference(slot.owner) for slot in self._attributes]
-        self._names = [slot.key for slot in self._attributes]
-        values = [slot.value for slot in self._slots]
+        items, attributes = [slot for slot in slots if not slot.attribute], [slot for slot in slots if slot.attribute]
+        values = [slot.value for slot in (*items, *attributes)]
+        self._owners, self._keys = [slot.owner for slot in items], [slot.key for slot in items]
+        self._objects, self._names = [_reference(slot.owner) for slot in attributes], [slot.key for slot in attributes]
+        for slot in slots:  # the places alone are kept: a plan keeps nothing alive that func has let go
+            slot.value = None
         self._ids = [id(value) for value in values]
         self._kept = [self._hold(value) for value in values]
-        self._paths = [slot.path for slot in self._slots]
         self._metas = {i: _meta(value) for i, value in enumerate(values) if isinstance(value, Tensor)}
-        self._tensors: dict[int, list[int]] = {}
-        for i in self._metas:
-            self._tensors.setdefault(self._ids[i], []).append(i)
+        self._tensors, self._tensor_metas = list(self._metas), list(self._metas.values())
         self._sized = [container for container, _ in reach.sized]
         self._lengths = [len(container) for container in self._sized]
         self._wanted = [(wanted, frozenset(container) if wanted is not None else None) for container, wanted in reach.sized]
+        whole = [x for x, wanted in reach.sized if wanted is None and isinstance(x, dict)]
+        self._ordered = [x for x in whole if len(x) > 1]
+        self._order = list(chain.from_iterable(self._ordered))
         self._absent = reach.absent
-        self._sets = [(x, frozenset(map(frozen, x))) for x in reach.sets]
+        self._sets = [(x, frozen(x)) for x in reach.sets]
         self._dtype = torch.get_default_dtype()
         self._args = [(i, frozen(x)) for i, x in enumerate(args) if not isinstance(x, Tensor) and i not in numbers.places]
         self._arrays: list[tuple[Any, bytes, Any]] = []
@@ -164,15 +108,8 @@ class Guards:
                 self.refusal = f"{path} is an array of {array.nbytes} bytes, more than {LARGEST_ARRAY}: make it a tensor"
             else:
                 self._arrays.append((weakref.ref(array, self._dead.append), array.tobytes(), (array.shape, array.dtype)))
-        self._used: list[int] = []  # slots of tensors that stand in the graph, and their types
-        self._used_metas: list[Any] = []
-        self._ties: list[tuple[int, int]] = []
+        self._ties: list[tuple[Place, Place]] = []
         self._contents: list[tuple[Place, Tensor]] = []
-        # What keeps objects alive goes: the places alone are kept.
-        for slot in self._slots:
-            slot.value = None
-        self._slots = []
-        self._attributes = self._items = []
 
     def _hold(self, value: Any) -> Any:
         """Keeps it, weakly where that is possible: a plan keeps no module alive."""
@@ -183,13 +120,9 @@ class Guards:
 
     # What a recording adds
 
-    def use(self, tensor: Tensor) -> None:
-        """A tensor of the graph: it stays of its type, and one where it was one. Those in args are in the key."""
-        indices = self._tensors.get(id(tensor), [])
-        if indices:
-            self._used.append(indices[0])
-            self._used_metas.append(_meta(tensor))
-            self._ties += [(indices[0], other) for other in indices[1:]]
+    def tie(self, places: Sequence[Place]) -> None:
+        """One tensor is found at all of these: the program cannot tell them apart."""
+        self._ties += [(places[0], other) for other in places[1:]]
 
     def keep_content(self, tensor: Tensor, place: Place, why: str) -> None:
         """Raises Unguarded where it is too large to be compared at every call, or is trained."""
@@ -197,6 +130,8 @@ class Guards:
             raise Unguarded(
                 f"func reads the values of a tensor {list(tensor.shape)} that requires a gradient into Python: {why}"
             )
+        if not has_memory(tensor):
+            raise Unguarded(f"func reads the values of a tensor {list(tensor.shape)} that are not plainly in memory: {why}")
         if tensor.numel() * tensor.element_size() > LARGEST_ARRAY:
             raise Unguarded(f"func reads the values of a tensor {list(tensor.shape)} into Python, which is too large: {why}")
         self._contents.append((place, tensor.detach().clone()))
@@ -218,19 +153,21 @@ class Guards:
                 return False
             if list(map(len, self._sized)) != self._lengths and not self._grown():
                 return False
-            if list(map(_meta, map(values.__getitem__, self._used))) != self._used_metas:
+            if not all(map(is_, chain.from_iterable(self._ordered), self._order)):
                 return False
-            return self._rest(ids, args)
-        except _LOST:
+            if list(map(_meta, map(values.__getitem__, self._tensors))) != self._tensor_metas:
+                return False
+            return self._rest(args)
+        except Exception:  # something is not where it was, or the user's objects cannot be asked
             return False
 
     def _values(self) -> Iterator[Any]:
         objects = [reference() for reference in self._objects]
         return chain(map(getitem, self._owners, self._keys), map(getattr, objects, self._names))
 
-    def _rest(self, ids: list[int], args: Sequence[Any]) -> bool:
+    def _rest(self, args: Sequence[Any]) -> bool:
         """What most fields have none of."""
-        if self._ties and any([ids[i] != ids[j] for i, j in self._ties]):
+        if self._ties and any([place(args) is not other(args) for place, other in self._ties]):
             return False
         if self._absent and any([name in names for names, name in self._absent]):
             return False
@@ -238,16 +175,13 @@ class Guards:
             array = reference()
             if (array.shape, array.dtype) != kind or array.tobytes() != content:
                 return False
-        if self._sets and any([frozenset(map(frozen, x)) != before for x, before in self._sets]):
+        if self._sets and any([frozen(x) != before for x, before in self._sets]):
             return False
         if self._contents and not all([same_bits(place(args), before) for place, before in self._contents]):
             return False
-        if self._types and self.numbers.types(args) != self._types:
+        if self.numbers and not self.numbers.hold(args):
             return False
-        try:
-            if any([frozen(args[i]) != before for i, before in self._args]):
-                return False
-        except Unguarded:
+        if any([frozen(args[i]) != before for i, before in self._args]):
             return False
         return torch.get_default_dtype() is self._dtype
 
@@ -283,7 +217,7 @@ class Guards:
         """Whether a tensor whose values Python reads holds others now."""
         try:
             return not all([same_bits(place(args), before) for place, before in self._contents])
-        except _LOST:
+        except Exception:
             return False
 
     # Numbers that change
@@ -304,11 +238,14 @@ class Guards:
             for i in self._changes(values):
                 kept = self._kept[i]
                 if is_number(kept) and type(values[i]) is type(kept):
-                    owner = self._owners[i] if i < len(self._owners) else self._objects[i - len(self._owners)]()
-                    found.append((owner, (self._keys + self._names)[i]))
-        except _LOST:
+                    found.append(self._place(i))
+        except Exception:
             pass
         return found, places
+
+    def _place(self, i: int) -> tuple[Any, Any]:
+        n = len(self._owners)
+        return (self._owners[i], self._keys[i]) if i < n else (self._objects[i - n](), self._names[i - n])
 
 
 def _reference(x: Any) -> Callable[[], Any]:

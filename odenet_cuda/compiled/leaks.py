@@ -6,7 +6,7 @@ can read them. Tensors of func are the user's; where Python reads values of thos
 
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,9 +14,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .memory import has_memory
+
 
 class Leak(Exception):
-    """Python read a value of the time, the state or an argument."""
+    """Python read a value of the time, the state or an argument. raised: all of one call, for func may catch some."""
+
+    raised: ClassVar[list["Leak"]] = []
+
+    def __init__(self, *words: Any):
+        super().__init__(*words)
+        Leak.raised.append(self)
 
 
 class Tracked(torch.Tensor):
@@ -46,8 +54,9 @@ class Tracked(torch.Tensor):
     def _leak(self, *args: Any, **kwargs: Any) -> Any:
         raise Leak("its values leave torch")
 
-    # What reads numbers without an operation of torch
+    # What reads numbers, or which tensor this is, without an operation of torch
     __repr__ = __reduce_ex__ = __dlpack__ = data_ptr = untyped_storage = storage = __format__ = _leak  # type: ignore
+    numpy = tolist = __array__ = __hash__ = _leak  # type: ignore
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone()
@@ -79,19 +88,26 @@ class Observed(TorchDispatchMode):
         super().__init__()
         self.used: dict[int, Tensor] = {}
         self.read: dict[int, Tensor] = {}
-        self._known = {x.untyped_storage().data_ptr(): x for x in known.values() if _has_memory(x)}
+        self._known = known
+        self._stored: dict[int, dict[int, Tensor]] = {}  # those that lie in the same memory
+        for x in known.values():
+            if has_memory(x):
+                self._stored.setdefault(x.untyped_storage().data_ptr(), {})[id(x)] = x
         self._sources: dict[int, dict[int, Tensor]] = {}
         self._tainted: set[int] = set()  # memory that tracked values were written into
         self._alive: list[Tensor] = []  # so that no other tensor gets the id of one
+        self.operations = 0
+        self.taken: dict[int, int] = {}  # tensors that operations took, and which was the last
 
     def sources(self, x: Tensor) -> dict[int, Tensor]:
         """The tensors from outside that the values of this one come from; with the key 0, it holds tracked values."""
-        if self._tainted and _has_memory(x) and x.untyped_storage().data_ptr() in self._tainted:
+        if self._tainted and has_memory(x) and x.untyped_storage().data_ptr() in self._tainted:
             return {0: x}
         if id(x) in self._sources:
             return self._sources[id(x)]
-        known = self._known.get(x.untyped_storage().data_ptr()) if _has_memory(x) else None
-        return {id(known): known} if known is not None else {}
+        if id(x) in self._known:
+            return {id(x): x}
+        return self._stored.get(x.untyped_storage().data_ptr(), {}) if has_memory(x) else {}
 
     def note_read(self, x: Tensor) -> None:
         self._note(self.sources(x))
@@ -104,13 +120,15 @@ class Observed(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.operations += 1
+        self.taken.update({id(x): self.operations for x in inputs})
         if any(isinstance(x, Tracked) for x in inputs):
             for x in inputs:
                 if not isinstance(x, Tracked):
                     self._use(x)
             for argument, x in zip(func._schema.arguments, args, strict=False):
                 written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(x, Tensor) and _has_memory(x):
+                if written and isinstance(x, Tensor) and has_memory(x):
                     self._tainted.add(x.untyped_storage().data_ptr())
                     self._alive.append(x)
             return out
@@ -144,13 +162,9 @@ def _masked(func: Any, args: Sequence[Any]) -> bool:
 
 
 def _shares(x: Tensor, y: Tensor) -> bool:
-    if x.layout is not torch.strided or y.layout is not torch.strided:
+    if not has_memory(x) or not has_memory(y):
         return True
     return x.untyped_storage()._cdata == y.untyped_storage()._cdata
-
-
-def _has_memory(x: Tensor) -> bool:
-    return not isinstance(x, Tracked) and x.layout is torch.strided and x.device.type != "meta" and x.numel() > 0
 
 
 class _Reads(TorchFunctionMode):
@@ -163,19 +177,35 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in _READS and args and isinstance(args[0], Tensor):
             self._observed.note_read(args[0])
-        return func(*args, **(kwargs or {}))
+        kwargs, before = kwargs or {}, self._observed.operations
+        out = func(*args, **kwargs)
+        if self._observed.operations > before:
+            for x in (*args, *kwargs.values()):
+                # Places, lengths and counts that no operation took have become numbers on the way.
+                if issubclass(type(x), Tensor) and _is_whole(x) and self._observed.taken.get(id(x), 0) <= before:
+                    self._observed.note_read(x)
+        return out
+
+
+def _is_whole(x: Tensor) -> bool:
+    return not isinstance(x, Tracked) and not x.is_floating_point() and not x.is_complex()
 
 
 def observe(field: Any, inputs: Sequence[Tensor], observed: Observed) -> None:
     """Calls field(*inputs) and notes what it uses and reads. Raises Leak, in words, with the line."""
+    Leak.raised.clear()
     try:
         with observed, _Reads(observed):
             field(*[Tracked(x) for x in inputs])
+        for error in Leak.raised:
+            raise error
     except Exception as error:
         said = str(error)
         if isinstance(error, Leak) or any(words in said for words in _WORDS) or "Tracked" in said:
             raise Leak(f"func reads a value of the time, the state or an argument into Python{line_of(error)}") from error
         raise
+    finally:
+        Leak.raised.clear()
 
 
 _WORDS = (

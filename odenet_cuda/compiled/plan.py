@@ -17,9 +17,11 @@ from .build import load as load_text
 from .check import check_program
 from .emit import Target, emit, kept_buffers, tap_layout
 from .functions import TooLarge, functions_for
-from .guards import Place, Unguarded
+from .guards import Unguarded
 from .lower import Lowering
 from .marks import same_bits
+from .memory import has_memory
+from .numbers import Place
 from .program import Linear, Program
 from .reading import Reading
 from .teams import Card, Team, card_of, teams_for
@@ -27,6 +29,7 @@ from .trace import Call, Recording, Unreadable, record, value_of
 from .values import where
 
 LARGEST = 1024  # numbers of a sample in one value
+_ASKED = "its code asks for them"
 _MOST_BYTES = 3 << 20  # of a tile's values on the stack of one thread
 _MOST_CUDA_BYTES = 32 << 10  # the same of a sample on CUDA, where a thread has one; all threads of the card need as much
 
@@ -43,7 +46,7 @@ class Plan:
         self.whole = whole
         leaves = structure.leaves
         first = leaves[0]
-        self.dtype, self.device, self.args_count = first.dtype, first.device, len(args)
+        self.dtype, self.device = first.dtype, first.device
         self.leaf_sizes = [leaf.numel() if whole else leaf[:1].numel() for leaf in leaves]
         if max(self.leaf_sizes) > LARGEST:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
@@ -113,23 +116,23 @@ class Plan:
         """How each tensor of func is found again at every call: by its place, for it may be replaced."""
         self.places: dict[fx.Node, Place] = {}
         self._found: list[tuple[Tensor, Place]] = []  # outside of func
-        self._aliased: dict[int, Tensor] = {}  # those, or of whose memory they are
+        self._ties: list[list[Place]] = []  # where each is found
         twins = [
             getattr(self.recording.modules[1], str(n.target)) for n in self.recording.graphs[1].nodes if n.op == "get_attr"
         ]
         nodes = [node for node in self.recording.graphs[0].nodes if node.op == "get_attr"]
         for node, twin in zip(nodes, twins, strict=True):
             tensor = self.recording.constant(node)
-            place = reading.place(tensor, args)
-            if place is not None:
-                self._found.append((tensor, place))
-                self._aliased[id(tensor)] = reading.original(tensor)
+            places = reading.places(tensor, args, self.batched)
+            if places:
+                self._found.append((tensor, places[0]))
+                self._ties.append(places)
             elif tensor is twin:
                 raise Unreadable(f"func uses a tensor {list(tensor.shape)} that is found by no path from func: {where(node)}")
             elif not same_bits(tensor, twin):
                 raise Unreadable(f"func makes a tensor {list(tensor.shape)} of other values at every call: {where(node)}")
-            self.places[node] = place or _itself(tensor)
-        self.wanted = [reading.place(tensor, args) or _itself(tensor) for tensor in self.recording.wanted]
+            self.places[node] = places[0] if places else _itself(tensor)
+        self.wanted = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in self.recording.wanted]
         seen: dict[fx.Node, Any] = {node: self.recording.constant(node) for node in self.places}
         self.views: list[View | None] = []
         with torch.no_grad():
@@ -140,31 +143,34 @@ class Plan:
             if view is not None:
                 buffer = self.lowering.constants[node]
                 self.program.same[buffer] = first.setdefault((view.base, view.offset), buffer)
-        read = {id(x): (x, "its code asks for them") for x in self.recording.read}
+        read = {id(x): (x, _ASKED) for x in self.recording.read}
         for node in self.lowering.known:
             for source in _sources(node):
                 read.setdefault(id(seen[source]), (seen[source], where(node)))
         self._contents = []
         for tensor, why in read.values():
-            place = reading.place(tensor, args)
-            if place is not None:
-                self._contents.append((tensor, place, why))
+            places = reading.places(tensor, args, self.batched)
+            if places:
+                self._contents.append((tensor, places[0], why))
+                self._ties.append(places)
+            elif why is _ASKED:
+                raise Unreadable(f"func reads the values of a tensor {list(tensor.shape)} that is found by no path from func")
         self.outside = [tensor for tensor, _ in self._found if id(tensor) not in read]  # may hold any numbers
 
     def _guard_tensors(self, args: Sequence[Any]) -> None:
-        for tensor in self._aliased.values():
-            self.guards.use(tensor)
+        for places in self._ties:
+            self.guards.tie(places)
         for tensor, place, why in self._contents:
             try:
                 self.guards.keep_content(tensor, place, why)
             except Unguarded as error:
                 raise Unreadable(str(error)) from None
-        del self._found, self._contents, self._aliased
+        del self._found, self._contents, self._ties
 
     def array(self, node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
         """A constant as the program addresses it: its storage from its first number on."""
         with torch.no_grad():
-            value = value_of(node, values).detach()
+            value = value_of(node, values).detach().resolve_neg()
         size = self.program.buffers[self.lowering.constants[node]].size
         return torch.as_strided(value, [size], [1], value.storage_offset())
 
@@ -258,7 +264,7 @@ class Constants:
             if view is not None:
                 base = self.values[view.base]
                 same = base.shape == view.shape and base.stride() == view.stride and base.dtype == view.dtype
-                if same and base.device == plan.device:
+                if same and base.device == plan.device and not base.is_neg():
                     self.addresses.append(base.data_ptr() + view.offset)
                     continue
             self._copy(plan, node)
@@ -266,7 +272,7 @@ class Constants:
     def _copy(self, plan: Plan, node: fx.Node) -> None:
         seen = node.meta["val"]
         with torch.no_grad():
-            value = value_of(node, self.values).detach()
+            value = value_of(node, self.values).detach().resolve_neg()
         if value.shape != seen.shape:
             raise ValueError(f"a tensor of func must keep its shape, {list(seen.shape)}, got {list(value.shape)}; call reset()")
         dtype = torch.bool if seen.dtype == torch.bool else plan.dtype
@@ -277,10 +283,12 @@ class Constants:
 
 
 def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any], dtype: torch.dtype, device: torch.device) -> View | None:
-    if value.dtype not in (dtype, torch.bool) or value.device != device:
+    if value.dtype not in (dtype, torch.bool) or value.device != device or not has_memory(value):
         return None
     for base in _sources(node):
         tensor = seen[base]
+        if not has_memory(tensor):
+            continue
         same = tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and tensor.dtype == value.dtype
         if same and value.stride() == node.meta["val"].stride():
             return View(base, tensor.shape, tensor.stride(), tensor.dtype, value.data_ptr() - tensor.data_ptr())

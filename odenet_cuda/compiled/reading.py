@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .guards import Guards, Numbers, Place, Unguarded, is_number
+from .guards import Guards, Unguarded
 from .marks import Marks, unmarked
+from .memory import has_memory
+from .numbers import Numbers, Place, is_number
 from .reach import Reach, Slot
 from .trace import Unreadable
 
@@ -26,32 +27,31 @@ class Reading:
         self.reach = Reach(func, args)
         wanted = {(id(owner), key) for owner, key in numbers[0]}
         slots = [s for s in self.reach.slots if (id(s.owner), s.key) in wanted and is_number(s.value) and _writable(s)]
-        self.numbers = Numbers(slots, [i for i in numbers[1] if is_number(args[i])], args, like)
+        places = [i for i in numbers[1] if is_number(args[i])]
+        if "type" in self.reach.names.globals | self.reach.names.attributes:  # it would tell what stands for a number
+            slots, places = [], []
+        self.numbers = Numbers(slots, places, args, None if like is None else like.device)
 
     def unmarked(self) -> AbstractContextManager[Marks]:
         if self.reach.refusal:
             raise Unreadable(self.reach.refusal)
         return unmarked(self.reach)
 
-    def place(self, tensor: Tensor, args: Sequence[Any]) -> Place | None:
-        """Where this tensor is found again, or another that has the same memory; None if nowhere."""
+    def places(self, tensor: Tensor, args: Sequence[Any], batched: Sequence[int]) -> list[Place]:
+        """All where this tensor is found again, or the one that has its memory, such as that of which it is the .data. batched:
+        of which args func is given others in a recording. Raises Unreadable where it might be one of several."""
         number = self.numbers.place(tensor)
         if number is not None:
-            return number
-        for i, x in enumerate(args):
-            if x is tensor or (isinstance(x, Tensor) and _lies_as(tensor, x)):
-                return _argument(i)
-        slot = self._slot_of(self.original(tensor))
-        return None if slot is None else _of(slot)
-
-    def original(self, tensor: Tensor) -> Tensor:
-        """The tensor that func reaches which this one is, or whose memory it has, as what .data gives."""
-        if id(tensor) in self.reach.tensors or tensor.layout is not torch.strided or not tensor.numel():
-            return tensor
-        return next((x for x in self.reach.tensors.values() if _lies_as(tensor, x)), tensor)
-
-    def _slot_of(self, tensor: Tensor) -> Slot | None:
-        return next((slot for slot in self.reach.slots if slot.value is tensor), None)
+            return [number]
+        shared = [(i, x) for i, x in enumerate(args) if isinstance(x, Tensor) and i not in batched]
+        known = {**self.reach.tensors, **{id(x): x for _, x in shared}}
+        if id(tensor) not in known:
+            found = [x for x in known.values() if _lies_as(tensor, x)]
+            if len(found) > 1:
+                raise Unreadable(f"func uses the memory of a tensor {list(tensor.shape)} that several tensors have")
+            tensor = found[0] if found else tensor
+        slots = [_of(slot) for slot in self.reach.slots if slot.value is tensor]
+        return slots + [_argument(i) for i, x in shared if x is tensor]
 
     def guards(self, args: Sequence[Any], written: Sequence[tuple[Any, Any]] = ()) -> Guards:
         """Ends the reading. Raises Unreadable where something cannot be compared at every call."""
@@ -73,7 +73,9 @@ def _writable(slot: Slot) -> bool:
 
 
 def _lies_as(x: Tensor, y: Tensor) -> bool:
-    if y.layout is not torch.strided or x.device != y.device or x.dtype != y.dtype or (y.requires_grad and x.requires_grad):
+    if not has_memory(x) or not has_memory(y) or x.device != y.device or x.dtype != y.dtype:
+        return False
+    if y.requires_grad and x.requires_grad:
         return False
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 

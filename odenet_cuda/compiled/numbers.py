@@ -1,0 +1,225 @@
+"""Python's numbers that change from call to call: Python computes with them at every call, and the program gets the results.
+
+In a recording a `Number` stands for each. What Python computes of them is kept as a list of steps, which is gone through again
+with the numbers of a later call. Where one meets a tensor, its value there is an argument of the program: a tensor without axes
+of that tensor's type, as torch takes Python's numbers. Whatever else is asked of one, by which func might take another way for
+another number, is a leak.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .leaks import Leak
+from .reach import Slot
+
+Place = Callable[[Sequence[Any]], Any]  # where a value is found, given the arguments of a solve
+_LARGEST = 2**53  # whole numbers up to this are numbers of float64
+_MOST = 1_000  # steps
+_KINDS = (int, float, np.float64)
+# Operations of torch, with or without underscores, that take a number where they take a tensor, and give the same then.
+_WITH_TENSORS = {
+    *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "truediv", "pow"),
+    *("radd", "rsub", "rmul", "rdiv", "rtruediv", "rpow", "iadd", "isub", "imul", "idiv", "itruediv"),
+    *("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal"),
+    *("where", "clamp", "clamp_min", "clamp_max", "clip"),
+}
+
+
+def is_number(x: Any) -> bool:
+    return type(x) in _KINDS
+
+
+class Number:
+    """A number whose value nobody can ask for."""
+
+    __slots__ = ("_index", "_numbers", "_value")
+    __array_ufunc__ = None  # NumPy leaves it alone
+
+    def __init__(self, numbers: "Numbers", index: int, value: Any):
+        self._numbers, self._index, self._value = numbers, index, value
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
+        tensors = [x for x in (*args, *kwargs.values()) if type(x) is not Number and isinstance(x, Tensor)]
+        if name.strip("_") not in _WITH_TENSORS or not tensors:
+            raise Leak(f"torch.{name} is given a number that changes")
+
+        def beside(x: Any) -> Any:
+            return x._numbers.leaf(x._index, x._value, tensors) if type(x) is Number else x
+
+        return func(*map(beside, args), **{key: beside(x) for key, x in kwargs.items()})
+
+    def _leak(self, *args: Any, **kwargs: Any) -> Any:
+        raise Leak("func reads a number that changes")
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(self._value, name):
+            self._leak()
+        raise AttributeError(name)
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self._numbers.apply(round, [self] if digits is None else [self, digits])
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # type: ignore[override]
+        """What isinstance asks for."""
+        return self._leak() if self._numbers.watched else Number
+
+
+def _compute(op: Callable, reflected: bool) -> Callable:
+    def method(self: Number, other: Any) -> Any:
+        if type(other) is not Number and type(other) not in (*_KINDS, bool):
+            return NotImplemented
+        return self._numbers.apply(op, [other, self] if reflected else [self, other])
+
+    return method
+
+
+def _compare(self: Number, other: Any) -> Any:
+    """With a tensor it is an operation of torch."""
+    return NotImplemented if type(other) is not Number and isinstance(other, Tensor) else self._leak()
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+    setattr(Number, f"__{_name}__", _compute(getattr(operator, f"__{_name}__"), False))
+    setattr(Number, f"__r{_name}__", _compute(getattr(operator, f"__{_name}__"), True))
+for _op in (operator.neg, operator.pos, operator.abs, operator.invert, math.floor, math.ceil, math.trunc):
+    setattr(Number, f"__{_op.__name__}__", lambda self, op=_op: self._numbers.apply(op, [self]))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Number, f"__{_name}__", _compare)
+for _name in ("bool", "int", "float", "complex", "index", "hash", "repr", "str", "format", "reduce_ex", "divmod", "rdivmod"):
+    setattr(Number, f"__{_name}__", Number._leak)
+
+
+class Numbers:
+    """slots: where func finds them; places: of those in args, which are those of the reading."""
+
+    def __init__(self, slots: Sequence[Slot] = (), places: Sequence[int] = (), args: Sequence[Any] = (), device: Any = None):
+        self.slots, self.places, self._device = list(slots), list(places), device
+        self._roots: list[Place] = [*map(_place_of, slots), *map(operator.itemgetter, places)]
+        self._values = [root(args) for root in self._roots]
+        self._types = [type(x) for x in self._values]
+        self._steps: list[tuple[Callable, list[int] | None]] = [(root, None) for root in self._roots]
+        self._known: dict[Any, int] = {}  # where each step stands
+        self._leaves: dict[Any, tuple[Tensor, list[int], type]] = {}  # a tensor, the steps to it, the type of the last
+        self._wrap: Callable[[Tensor], Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._roots)
+
+    @property
+    def watched(self) -> bool:
+        return self._wrap is not None
+
+    # In a recording
+
+    @contextmanager
+    def given(self, args: Sequence[Any], wrap: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Any]]:
+        """The arguments with a Number for each number; in attributes they stand inside alone. wrap: of tensors, where func is
+        watched; it may not ask what a number is then."""
+        before = [slot.get() for slot in self.slots]
+        given, self._wrap = list(args), wrap
+        numbers = [Number(self, i, value) for i, value in enumerate(self._values)]
+        for place, x in zip(self.places, numbers[len(self.slots) :], strict=True):
+            given[place] = x
+        done: list[Slot] = []
+        try:
+            for slot, x in zip(self.slots, numbers, strict=False):
+                slot.set(x)
+                done.append(slot)
+            yield given
+        finally:
+            self._wrap = None
+            for slot, value in zip(done, before, strict=False):
+                slot.set(value)
+
+    def apply(self, op: Callable, operands: Sequence[Any]) -> Number:
+        """Raises whatever Python raises for these numbers, and Leak where the result is no number."""
+        indices = [x._index if type(x) is Number else self._literal(x) for x in operands]
+        value = op(*[x._value if type(x) is Number else x for x in operands])
+        if type(value) not in _KINDS:
+            raise Leak(f"func computes a {type(value).__name__} of a number that changes")
+        return Number(self, self._step((op, *indices), op, indices), value)
+
+    def _literal(self, x: Any) -> int:
+        return self._step((type(x), repr(x)), lambda args: x, None)
+
+    def _step(self, key: Any, op: Callable, operands: list[int] | None) -> int:
+        if key not in self._known:
+            if len(self._steps) >= _MOST:
+                raise Leak(f"func computes more than {_MOST} values of numbers that change")
+            self._known[key] = len(self._steps)
+            self._steps.append((op, operands))
+        return self._known[key]
+
+    def leaf(self, index: int, value: Any, tensors: Sequence[Tensor]) -> Tensor:
+        """A number as torch takes it beside these tensors."""
+        if type(value) is int and abs(value) > _LARGEST:
+            raise Leak(f"a whole number that changes must be at most 2**53, got {value}")
+        dtype = _dtype_beside(value, tensors)
+        if (index, dtype) not in self._leaves:
+            tensor = torch.tensor(float(value), dtype=dtype, device=self._device)
+            self._leaves[index, dtype] = tensor, self._needed(index), type(value)
+        tensor = self._leaves[index, dtype][0]
+        return tensor if self._wrap is None else self._wrap(tensor)
+
+    def _needed(self, index: int) -> list[int]:
+        """The steps that lead to this one, in order."""
+        found: set[int] = set()
+        waiting = [index]
+        while waiting:
+            i = waiting.pop()
+            if i not in found:
+                found.add(i)
+                waiting += self._steps[i][1] or ()
+        return sorted(found)
+
+    # At every call
+
+    def place(self, tensor: Tensor) -> Place | None:
+        for found, needed, _ in self._leaves.values():
+            if found is tensor:
+                return self._place_of(needed, found.dtype)
+        return None
+
+    def _place_of(self, needed: list[int], dtype: torch.dtype) -> Place:
+        return lambda args: torch.tensor(float(self._value(needed, args)), dtype=dtype, device=self._device)
+
+    def _value(self, needed: list[int], args: Sequence[Any]) -> Any:
+        values: dict[int, Any] = {}
+        for i in needed:
+            op, operands = self._steps[i]
+            values[i] = op(args) if operands is None else op(*[values[j] for j in operands])
+        return values[needed[-1]]
+
+    def hold(self, args: Sequence[Any]) -> bool:
+        """Whether all are numbers of the same type still, and so is what is computed of them. Raises what Python raises."""
+        if [type(root(args)) for root in self._roots] != self._types:
+            return False
+        for _, needed, kind in self._leaves.values():
+            value: Any = self._value(needed, args)
+            if type(value) is not kind or (kind is int and not -_LARGEST <= value <= _LARGEST):
+                return False
+        return True
+
+
+def _place_of(slot: Slot) -> Place:
+    return lambda args: slot.get()
+
+
+def _dtype_beside(value: Any, tensors: Sequence[Tensor]) -> torch.dtype:
+    """In which torch computes with this number and these tensors."""
+    kinds = {x.dtype for x in tensors if x.is_floating_point() or x.is_complex()}
+    if not kinds and type(value) is not int:
+        kinds = {torch.get_default_dtype()}
+    if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}:
+        raise Leak(f"a number that changes meets tensors of {[str(x.dtype) for x in tensors]}")
+    return kinds.pop()
