@@ -205,8 +205,8 @@ class Numbers:
         if [type(root(args)) for root in self._roots] != self._types:
             return False
         for _, needed, kind in self._leaves.values():
-            value: Any = self._value(needed, args)
-            if type(value) is not kind or (kind is int and not -_LARGEST <= value <= _LARGEST):
+            value = self._value(needed, args)
+            if type(value) is not kind or (kind is int and not -_LARGEST <= value <= _LARGEST):  # type: ignore[operator]
                 return False
         return True
 

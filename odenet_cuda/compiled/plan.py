@@ -125,6 +125,8 @@ class Plan:
             tensor = self.recording.constant(node)
             places = reading.places(tensor, args, self.batched)
             if places:
+                if has_memory(tensor) and any([n > 1 and not x for n, x in zip(tensor.shape, tensor.stride(), strict=True)]):
+                    raise Unreadable(f"func uses a tensor {list(tensor.shape)} whose entries are one number in memory")
                 self._found.append((tensor, places[0]))
                 self._ties.append(places)
             elif tensor is twin:
@@ -171,6 +173,9 @@ class Plan:
         """A constant as the program addresses it: its storage from its first number on."""
         with torch.no_grad():
             value = value_of(node, values).detach().resolve_neg()
+            seen = node.meta["val"]
+            if value.stride() != seen.stride():
+                value = torch.empty_strided(seen.shape, seen.stride(), dtype=value.dtype, device=value.device).copy_(value)
         size = self.program.buffers[self.lowering.constants[node]].size
         return torch.as_strided(value, [size], [1], value.storage_offset())
 
