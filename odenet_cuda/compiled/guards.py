@@ -147,6 +147,7 @@ class Guards:
         self._kept = [self._hold(value) for value in values]
         self._paths = [slot.path for slot in self._slots]
         self._metas = {i: _meta(value) for i, value in enumerate(values) if isinstance(value, Tensor)}
+        self._named = {i for i in self._metas if vars(values[i])}  # with attributes of Python, which another may not have
         self._tensors: dict[int, list[int]] = {}
         for i in self._metas:
             self._tensors.setdefault(self._ids[i], []).append(i)
@@ -258,7 +259,7 @@ class Guards:
             if id(value) == self._ids[i] and not (i in self._metas and self._kept[i]() is not value):
                 continue
             if i in self._metas:
-                same = isinstance(value, Tensor) and _meta(value) == self._metas[i]
+                same = isinstance(value, Tensor) and _meta(value) == self._metas[i] and not (vars(value) or i in self._named)
             else:
                 same = isinstance(value, NUMBERS) and same_number(self._kept[i], value)
             if same:

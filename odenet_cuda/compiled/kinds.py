@@ -19,23 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from .scan import names_of
+
 NUMBERS = (bool, int, float, complex, str, bytes, type(None), np.generic)
 CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 PLAIN = {*CONTAINERS, collections.OrderedDict, collections.defaultdict, types.MappingProxyType, torch.Size}
 
 
-def _scalars(kind: type) -> set[type]:
-    return {kind}.union(*[_scalars(part) for part in kind.__subclasses__() if part not in (np.void, np.object_)])
+def _derived(kind: type) -> set[type]:
+    parts: list[type] = kind.__subclasses__()
+    return {kind}.union(*[_derived(part) for part in parts if part not in (np.void, np.object_)])
 
 
 # By the exact type: what a user derives from one of these may have attributes and methods.
-PURE = {bool, int, float, complex, str, bytes, type(None), *_scalars(np.generic)}
+PURE = {bool, int, float, complex, str, bytes, type(None), *_derived(np.generic)}
 FIXED = {
     *PURE, range, type(...), type(NotImplemented), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
-    torch.finfo, torch.iinfo, np.finfo, np.iinfo, *_scalars(np.dtype), type(np.sum), types.MethodDescriptorType,
+    torch.finfo, torch.iinfo, np.finfo, np.iinfo, *_derived(np.dtype), type(np.sum), types.MethodDescriptorType,
     types.WrapperDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
     types.CodeType, re.Pattern, decimal.Decimal, datetime.date, datetime.time, datetime.datetime, datetime.timedelta,
-    type(collections.namedtuple("_", "x").x), object, type(dataclasses.MISSING), logging.Logger, logging.RootLogger,
+    type(vars(collections.namedtuple("_", "x"))["x"]), object, type(dataclasses.MISSING), logging.Logger, logging.RootLogger,
     torch.jit.ScriptFunction,
 }  # fmt: skip
 
@@ -72,6 +75,7 @@ def in_(value: Any, among: list[Any]) -> bool:
     return any(value is x for x in among)
 
 
+@functools.lru_cache(maxsize=4096)
 def is_library(file: str | None, module: str | None) -> bool:
     """Whether code is of the standard library, torch or an installed package: by the file that it stands in, and what has none,
     such as generated code and modules in C, by the module or the package of that."""
@@ -86,7 +90,6 @@ def is_library(file: str | None, module: str | None) -> bool:
     return file.startswith(_PACKAGES)
 
 
-@functools.lru_cache(maxsize=4096)
 def is_library_class(kind: type) -> bool:
     if kind.__module__ == "builtins":  # which a class of a namespace without a name says too
         return not kind.__flags__ & _MADE_BY_CLASS
@@ -108,6 +111,12 @@ def builtins_of(names: dict[str, Any]) -> dict[str, Any]:
     """Where code with these globals finds what is no global."""
     found = names.get("__builtins__", builtins)
     return found if isinstance(found, dict) else vars(found)
+
+
+def names_in_methods(kind: type) -> set[str]:
+    """The attributes that the code of a class of a library names."""
+    members = [getattr(x, "__func__", getattr(x, "fget", x)) for x in vars(kind).values()]
+    return set().union(*[names_of(x.__code__).attributes for x in members if isinstance(x, types.FunctionType)])
 
 
 def accessors_replaced(kind: type) -> bool:

@@ -97,7 +97,7 @@ class Reach:
         if len(self.slots) >= MOST:
             self.refuse(f"func reaches more than {MOST} values of Python")
         for hooks in _GLOBAL_HOOKS:
-            self._open(hooks, "torch's global hooks")
+            self._container(hooks, "torch's global hooks")
 
     def _known(self) -> tuple[int, ...]:
         sets = (*vars(self.names).values(), self.made, self.whole, self.owned)
@@ -375,6 +375,7 @@ class Reach:
                 continue
             self._parts.add(part)
             if is_library_class(part):
+                self.owned |= kinds.names_in_methods(part) if part not in _BARE and part is not Tensor else set()
                 forward = vars(part).get("forward")
                 if isinstance(forward, types.FunctionType) and issubclass(part, nn.Module):
                     self._slot(vars(part), "forward", forward, f"{part.__name__}.forward")
@@ -436,8 +437,6 @@ class Reach:
         self._kind(value, path)
         whole = is_library_class(kind) or self._derived(kind)
         wanted = None if whole else self._names_of_attributes()
-        if whole:
-            self.owned.update(members or (), slots)
         if members is not None:
             self._seen[id(members)] = members
             self._slot(value, "__dict__", members, path, attribute=True)
@@ -456,9 +455,7 @@ class Reach:
         self._seen[id(members)] = members
         self._slot(value, "__dict__", members, path, attribute=True)
         whole = is_library_class(type(value)) or self._derived(type(value))
-        wanted = frozenset(set(members) - _INTERNAL) if whole else self._names_of_attributes()
-        if whole:
-            self.owned.update(set(members) - _INTERNAL)
+        wanted = None if whole else self._names_of_attributes()
         placed = {"_parameters", "_buffers", "_modules", *_HOOKS}
         own = {"training", "forward", "_compiled_call_impl"}
         self.sized.append((members, None if wanted is None else wanted | own | placed))
