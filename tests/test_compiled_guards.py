@@ -1336,6 +1336,16 @@ def tensor_with_an_attribute_replaced():
 
 
 @case
+def order_of_a_set():
+    s = {0, 8}
+    yield lambda t, y: y * next(iter(s))
+    s.clear()
+    s.update((8,))
+    s.add(0)
+    yield
+
+
+@case
 def attribute_of_a_layer_that_appears():
     class Net(nn.Sequential):
         def forward(self, y):
@@ -1556,6 +1566,10 @@ def test_args_with_attributes():
     for value in (bag, [bag], tensor, Unit(2.0)):
         with pytest.raises(Unreadable, match="whose changes"):
             odenet_cuda.compile(lambda t, y, x: y * x.k).plan(Structure(Y0), (value,), False)
+    field = odenet_cuda.compile(lambda t, y, x: y * getattr(x, "k", 1.0))
+    assert_fresh(field, (number(2.0),))
+    with pytest.raises(Unreadable, match="whose changes"):
+        field.plan(Structure(Y0), (tensor,), False)
 
 
 def test_args_refused():

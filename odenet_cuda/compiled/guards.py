@@ -106,8 +106,6 @@ def frozen(x: Any) -> Any:
         raise Unguarded("args holds a tensor within a list or dict; give it as an argument of its own")
     if isinstance(x, dict):
         return type(x), tuple([(frozen(key), frozen(value)) for key, value in x.items()])
-    if isinstance(x, (set, frozenset)):
-        return type(x), frozenset([frozen(part) for part in x])
     if isinstance(x, _CONTAINERS):
         return type(x), tuple([frozen(part) for part in x])
     return Same(x)
@@ -155,7 +153,7 @@ class Guards:
         self._lengths = [len(container) for container in self._sized]
         self._wanted = [(wanted, frozenset(container) if wanted is not None else None) for container, wanted in reach.sized]
         self._absent = reach.absent
-        self._sets = [(x, frozenset(map(frozen, x))) for x in reach.sets]
+        self._sets = [(x, list(map(frozen, x))) for x in reach.sets]  # in order, which func may go by
         self._dtype = torch.get_default_dtype()
         self._args = [(i, frozen(x)) for i, x in enumerate(args) if not isinstance(x, Tensor) and i not in numbers.places]
         self._arrays: list[tuple[Any, bytes, Any]] = []
@@ -239,7 +237,7 @@ class Guards:
             array = reference()
             if (array.shape, array.dtype) != kind or array.tobytes() != content:
                 return False
-        if self._sets and any([frozenset(map(frozen, x)) != before for x, before in self._sets]):
+        if self._sets and any([list(map(frozen, x)) != before for x, before in self._sets]):
             return False
         if self._contents and not all([same_bits(place(args), before) for place, before in self._contents]):
             return False
