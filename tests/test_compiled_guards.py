@@ -5,6 +5,7 @@ The program is run by NumPy beside func itself, so that nothing is compiled but 
 import argparse
 import array
 import collections
+import contextvars
 import copy
 import ctypes
 import dataclasses
@@ -19,6 +20,7 @@ import random
 import sys
 import types
 import weakref
+from os import getenv
 
 import numpy as np
 import pytest
@@ -96,6 +98,9 @@ def case(make):
 class Holder:
     def __init__(self, **values):
         self.__dict__.update(values)
+
+
+SCALE = Holder(k=2.0)
 
 
 @case
@@ -1070,6 +1075,306 @@ def copied():
     yield
 
 
+# what the code reaches without naming it
+
+
+def scaled(y):
+    return SCALE.k * y
+
+
+class Making:
+    def __init__(self):
+        self.k = SCALE.k
+
+    def __call__(self, y):
+        return self.k * y
+
+
+class MakingToo(Making):
+    @classmethod
+    def of(cls):
+        return cls()
+
+    def again(self):
+        return type(self)()
+
+
+class OfProperty(type):
+    @property
+    def k(cls):
+        return SCALE.k
+
+
+class WithMeta(metaclass=OfProperty):
+    pass
+
+
+class Doubling(enum.Enum):
+    ONE = 1
+
+    def scale(self, y):
+        return scaled(y)
+
+
+class WholeDoubling(enum.IntEnum):
+    ONE = 1
+
+    def scale(self, y):
+        return scaled(y)
+
+
+class Pair(collections.namedtuple("Pair", "a b")):
+    __slots__ = ()
+
+    def scale(self, y):
+        return scaled(y) * self.a
+
+
+class Setting:
+    def __init__(self):
+        self.held = 0.0
+
+    @property
+    def p(self):
+        return self.held
+
+    @p.setter
+    def p(self, y):
+        self.held = scaled(y)
+
+
+def with_setter():
+    s = Setting()
+
+    def f(t, y):
+        s.p = y
+        return s.p
+
+    return f
+
+
+def imported(text, where="a_users_package.net"):
+    """The function g of a module of a package whose config has the number k, called settings.k as well."""
+    package, config, net = [types.ModuleType(name) for name in ("a_users_package", "a_users_package.config", where)]
+    package.__path__, package.config, config.k = [], config, SCALE
+    net.__package__ = package.__name__
+    sys.modules.update({module.__name__: module for module in (package, config, net)})
+    exec(text, net.__dict__)
+    return net.g
+
+
+def lazy_module():
+    module = types.ModuleType("a_lazy_module")
+    module.__getattr__ = lambda name: SCALE.k
+    return lambda t, y: module.k * y
+
+
+def local_class():
+    class Local(Making):
+        pass
+
+    return lambda t, y: Local()(y)
+
+
+def pattern_of(positional):
+    def by_name(t, y):
+        match SCALE:
+            case Holder(k=q):
+                return q * y
+
+    def by_place(t, y):
+        match AT:
+            case Placed(q):
+                return q.k * y
+
+    return by_place if positional else by_name
+
+
+class Placed:
+    __match_args__ = ("kept",)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Plain:
+    held: Holder
+
+
+AT, FLAT, get = Placed(), Plain(None), getattr
+SPELLED, FORM = ["".join("k")], "{0.k}"
+
+REACHED = {
+    "a class by another name": lambda: (lambda h: lambda t, y: h.cls()(y))(Holder(cls=Making)),
+    "a class of a closure": local_class,
+    "a class that inherits": lambda: lambda t, y: MakingToo()(y),
+    "a class method": lambda: (lambda h: lambda t, y: h.of()(y))(MakingToo()),
+    "the type of an object": lambda: (lambda h: lambda t, y: h.again()(y))(MakingToo()),
+    "a metaclass": lambda: lambda t, y: WithMeta.k * y,
+    "a member of an enum": lambda: (lambda h: lambda t, y: h.m.scale(y))(Holder(m=Doubling.ONE)),
+    "a member of an enum of integers": lambda: (lambda h: lambda t, y: h.m.scale(y))(Holder(m=WholeDoubling.ONE)),
+    "a named tuple": lambda: (lambda h: lambda t, y: h.p.scale(y))(Holder(p=Pair(1.0, 2.0))),
+    "a setter": with_setter,
+    "a function for a key": lambda: (lambda d: lambda t, y: sum(w * g(y) for g, w in d.items()))({scaled: 0.5}),
+    "an object for a key": lambda: (lambda d: lambda t, y: sum(w * g.k * y for g, w in d.items()))({SCALE: 0.5}),
+    "a key within a key": lambda: (lambda d: lambda t, y: sum(w * g(y) for (_, g), w in d.items()))({("a", scaled): 0.5}),
+    "a default of a dict": lambda: (lambda d: lambda t, y: d.default_factory()(y))(collections.defaultdict(lambda: scaled)),
+    "an attribute of a partial": lambda: attributed(functools.partial(max, 1.0)),
+    "an attribute of a tensor": lambda: attributed(number(1.0)),
+    "a module that makes its names": lazy_module,
+    "a name from a package": lambda: imported("def g(t, y):\n    from .config import k\n    return k.k * y"),
+    "a module of a package": lambda: imported("def g(t, y):\n    from . import config\n    return config.k.k * y"),
+    "the package": lambda: imported("def g(t, y):\n    import a_users_package.config as c\n    return c.k.k * y"),
+    "a pattern by name": lambda: pattern_of(False),
+    "a pattern by place": lambda: pattern_of(True),
+    "attrgetter": lambda: lambda t, y: operator.attrgetter(SPELLED[0])(SCALE) * y,
+    "attrgetter of attrgetter": lambda: lambda t, y: operator.attrgetter("held.k")(FLAT) * y,
+    "getattr by another name": lambda: lambda t, y: get(SCALE, SPELLED[0]) * y,
+    "getattr of a literal": lambda: lambda t, y: getattr(SCALE, "k", 1.0) * y,
+    "getattr of a sum": lambda: lambda t, y: getattr(SCALE, "" + SPELLED[0], 1.0) * y,
+    "format": lambda: lambda t, y: float(FORM.format(SCALE)) * y,
+    "dataclasses": lambda: lambda t, y: dataclasses.replace(FLAT).held.k * y,
+    "an attribute of a package": lambda: attributed(np, lambda t, y: np.odenet_number.k * y),
+    "a decorated function": lambda: functools.wraps(scaled)(lambda t, y: scaled(y)),
+}
+
+
+def attributed(x, f=None):
+    """x with the attribute of which func makes use."""
+    x.odenet_number = SCALE
+    return f or (lambda t, y: x.odenet_number.k * y)
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_reached(name):
+    """What is found by a key, a class, an import or a method counts too. (What is written is refused.)"""
+    AT.kept = FLAT.held = SCALE
+    func = REACHED[name]()
+    field = odenet_cuda.compile(func)
+    try:
+        for k in (2.0, 3.0, 5.0):
+            SCALE.k = k
+            try:
+                assert_fresh(field)
+            except Unreadable:
+                assert name in ("a setter",)
+    finally:
+        SCALE.k = 2.0
+        for module in [module for module in sys.modules if module.startswith("a_users_package")]:
+            del sys.modules[module]
+        vars(np).pop("odenet_number", None)
+
+
+@pytest.mark.parametrize("name", ["alpha", "eps"])
+def test_attributes_of_libraries_that_share_a_name(name):
+    """With a local variable, and with a counter."""
+    f = OneNet(nn.Sequential(linear(), nn.ELU(), nn.LayerNorm(3, dtype=D)))
+    part = f.net[1] if name == "alpha" else f.net[2]
+
+    def local(t, y):
+        alpha = torch.sigmoid(y)
+        eps = 1e-3
+        return alpha * f.net(y) / (1 + eps)
+
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.alpha, self.eps = f.net, 0, 0
+
+        def forward(self, t, y):
+            self.alpha += 1
+            self.eps += 1
+            return self.net(y)
+
+    for func, refused in ((local, False), (Counter(), True)):
+        field = odenet_cuda.compile(func)
+        for value in (0.5, 0.75):
+            setattr(part, name, value)
+            if refused:
+                with pytest.raises(Unreadable, match="writes"):
+                    field.plan(Structure(Y0), (), False)
+            else:
+                assert_fresh(field)
+
+
+def test_counters_beside_literal_names():
+    """A counter stays one where hasattr, getattr and a module of a library stand beside it."""
+
+    class Net(nn.Sequential):
+        def forward(self, y):
+            self.nfe += 1
+            y = super().forward(y) if hasattr(self, "nfe_not") or torch.is_tensor(y) else y
+            return y * getattr(self, "gain", 1.0)
+
+    net, kept = Net(linear(), nn.Tanh()), types.SimpleNamespace(nfe=0)
+    net.nfe = 0
+
+    def func(t, y):
+        kept.nfe += 1
+        return net(y)
+
+    field = odenet_cuda.compile(func)
+    plan = field.plan(Structure(Y0), (), False)
+    func(0.0, Y0)
+    assert field.plan(Structure(Y0), (), False) is plan and kept.nfe == net.nfe == 1
+    net.gain = 2.0
+    assert_fresh(field)
+
+
+@case
+def tensor_with_an_attribute_replaced():
+    f = OneNet()
+    yield lambda t, y: f.net(y) * getattr(f.net.weight, "gain", 1.0)
+    f.net.weight.gain = 2.0
+    yield
+    f.net.weight.gain = 3.0
+    yield
+    f.net.weight = nn.Parameter(rows(3, 3, seed=8))
+    yield
+    other = nn.Parameter(rows(3, 3, seed=9))
+    other.gain = 4.0
+    f.net.weight = other
+    yield
+
+
+@case
+def order_of_a_set():
+    s = {0, 8}
+    yield lambda t, y: y * next(iter(s))
+    s.clear()
+    s.update((8,))
+    s.add(0)
+    yield
+
+
+@case
+def attribute_of_a_layer_that_appears():
+    class Net(nn.Sequential):
+        def forward(self, y):
+            return super().forward(y) * getattr(self, "gain", 1.0)
+
+    net = Net(linear(), nn.Tanh())
+    yield lambda t, y: net(y)
+    net.gain = 2.0
+    yield
+
+
+@case
+def module_imported_later():
+    def f(t, y):
+        try:
+            import a_module_to_come
+        except ImportError:
+            return y
+        return a_module_to_come.k * y
+
+    yield f
+    sys.modules["a_module_to_come"] = module = types.ModuleType("a_module_to_come")
+    module.k = 2.0
+    yield
+    module.k = 3.0
+    yield
+    del sys.modules["a_module_to_come"]
+
+
 # Read with a number that changes as an argument, or refused: both are right.
 STEPPER = {"signed_zero_and_nan", "training_and_evaluation"}
 
@@ -1227,6 +1532,46 @@ def test_args_written_in_place():
         assert_fresh(field, (array, given, held))
 
 
+class Bag(dict):
+    pass
+
+
+HELD_BY_ARGS = {
+    "an object": ({"held": SCALE}, lambda t, y, x: x["held"].k * y),
+    "deep": ([({"a": SCALE},)], lambda t, y, x: x[0][0]["a"].k * y),
+    "a function": ({"f": scaled}, lambda t, y, x: x["f"](y)),
+    "a key": ({SCALE: 1.0}, lambda t, y, x: sum(key.k * y for key in x)),
+    "a key that is a function": ({scaled: 1.0}, lambda t, y, x: sum(key(y) for key in x)),
+    "a method of a named tuple": (Pair(1.0, 2.0), lambda t, y, x: x.scale(y)),
+}
+
+
+@pytest.mark.parametrize("name", HELD_BY_ARGS)
+def test_what_args_hold(name):
+    """Objects and functions within containers, which are other containers the next time."""
+    given, func = HELD_BY_ARGS[name]
+    field = odenet_cuda.compile(func)
+    try:
+        for k in (2.0, 3.0, 5.0):
+            SCALE.k = k
+            assert_fresh(field, (copy.copy(given),))
+    finally:
+        SCALE.k = 2.0
+
+
+def test_args_with_attributes():
+    """Refused where they are compared by what they hold."""
+    bag, tensor = Bag(a=1.0), number(2.0)
+    bag.k = tensor.k = 2.0
+    for value in (bag, [bag], tensor, Unit(2.0)):
+        with pytest.raises(Unreadable, match="whose changes"):
+            odenet_cuda.compile(lambda t, y, x: y * x.k).plan(Structure(Y0), (value,), False)
+    field = odenet_cuda.compile(lambda t, y, x: y * getattr(x, "k", 1.0))
+    assert_fresh(field, (number(2.0),))
+    with pytest.raises(Unreadable, match="whose changes"):
+        field.plan(Structure(Y0), (tensor,), False)
+
+
 def test_args_refused():
     """Long arrays, and tensors within containers."""
     field = odenet_cuda.compile(lambda t, y, k: torch.as_tensor(k[0]) * y)
@@ -1238,9 +1583,6 @@ def test_args_refused():
 # ---- values that reach Python ----
 
 DATA = [0.0, 1.0, 2.0, 3.0]
-
-
-SCALE = Holder(k=2.0)
 
 
 class Scaled(torch.autograd.Function):
@@ -1429,6 +1771,65 @@ UNSEEN = {
     "bytearray": lambda t, y: y * BYTES[0],
     "a trained value": lambda t, y: y * TRAINED.item(),
 }
+UNSEEN |= {
+    "getenv": lambda t, y: y * len(getenv("HOME", "")),
+    "a number with attributes": lambda t, y: y * UNIT,
+    "a dict that gives its own": lambda t, y: y * COMPUTED["a"],
+    "bytes in a namespace": lambda t, y: y * SPACE.held[0],
+    "an array of array in a sequence": lambda t, y: MODULES(y),
+    "a context variable in a sequence": lambda t, y: y * MODULES[1].variable.get(),
+    "what was cached": lambda t, y: cached(2) * y,
+    "a key that is equal": lambda t, y: y * sum(x.k for x in KEYED),
+    "a key without a name": lambda t, y: y * sum(NAMELESS.values()),
+    "a function of numpy's": lambda t, y: y * float(FROMPY(2.0)),
+    "an operator of the user's": lambda t, y: torch.ops.odenet_users.twice(y),
+    "a file": lambda t, y: y * np.load("numbers.npy")[0],
+}
+
+
+class Unit(float):
+    pass
+
+
+class Computed(dict):
+    def __getitem__(self, key):
+        return 2.0
+
+
+class Holding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.variable = array.array("d", [1.0]), contextvars.ContextVar("variable", default=1.0)
+
+    def forward(self, y):
+        return y * self.words[0]
+
+
+class Equal(Holder):
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 1
+
+
+class Nameless(Equal):
+    def __repr__(self):
+        raise RuntimeError("no name")
+
+
+@functools.lru_cache
+def cached(n):
+    return SCALE.k * n
+
+
+UNIT, COMPUTED, SPACE = Unit(2.0), Computed(a=1.0), types.SimpleNamespace(held=bytearray(b"ab"))
+MODULES = nn.Sequential(nn.Tanh(), Holding())
+KEYED, NAMELESS, FROMPY = {Equal(k=1.0): 1.0}, {Nameless(): 1.0}, np.frompyfunc(lambda x: SCALE.k * x, 1, 1)
+OPERATORS = torch.library.Library("odenet_users", "DEF")
+OPERATORS.define("twice(Tensor x) -> Tensor")
+OPERATORS.impl("twice", lambda x: SCALE.k * x, "CompositeImplicitAutograd")
+torch.ops.odenet_users.twice  # noqa: B018
 ITERATOR, GENERATOR, LARGE, BYTES = iter(range(10**6)), np.random.default_rng(0), np.ones(20_000), bytearray(b"ab")
 STREAM, WORDS, COUNTER, NUMBER = io.BytesIO(b"ab"), array.array("d", [2.0]), itertools.count(), ctypes.c_double(2.0)
 TORCH, TRAINED = torch.Generator().manual_seed(0), nn.Parameter(number(2.0))

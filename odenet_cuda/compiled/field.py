@@ -138,7 +138,8 @@ class CompiledField(nn.Module):
         for x in args:
             if isinstance(x, Tensor):
                 one = x.dim() > 0 and x.shape[0] == rows  # it may have one entry a sample
-                given.append((x.dtype, x.device, one, x.shape[1:] if one else x.shape, x.requires_grad))
+                shape, kind = x.shape[1:] if one else x.shape, (type(x), not vars(x))  # attributes of Python
+                given.append((x.dtype, x.device, one, shape, x.requires_grad, kind))
             else:
                 given.append(type(x))
         return structure.spec, leaves, tuple(given), per_sample

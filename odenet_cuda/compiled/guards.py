@@ -51,8 +51,6 @@ def frozen(x: Any) -> Any:
         raise Unguarded("args holds a tensor within a list or dict; give it as an argument of its own")
     if isinstance(x, dict):
         return type(x), tuple([(frozen(key), frozen(value)) for key, value in x.items()])
-    if isinstance(x, (set, frozenset)):
-        return type(x), tuple([frozen(part) for part in x])  # in the order in which code goes through them
     if isinstance(x, _CONTAINERS):
         return type(x), tuple([frozen(part) for part in x])
     return Same(x)
@@ -91,6 +89,7 @@ class Guards:
         self._kept = [self._hold(value) for value in values]
         self._metas = {i: _meta(value) for i, value in enumerate(values) if isinstance(value, Tensor)}
         self._tensors, self._tensor_metas = list(self._metas), list(self._metas.values())
+        self._named = {i for i in self._metas if vars(values[i])}  # with attributes of Python, which another may not have
         self._sized = [container for container, _ in reach.sized]
         self._lengths = [len(container) for container in self._sized]
         self._wanted = [(wanted, frozenset(container) if wanted is not None else None) for container, wanted in reach.sized]
@@ -98,7 +97,7 @@ class Guards:
         self._ordered = [x for x in whole if len(x) > 1]
         self._order = list(chain.from_iterable(self._ordered))
         self._absent = reach.absent
-        self._sets = [(x, frozen(x)) for x in reach.sets]
+        self._sets = [(x, list(map(frozen, x))) for x in reach.sets]  # in order, which func may go by
         self._dtype = torch.get_default_dtype()
         self._args = [(i, frozen(x)) for i, x in enumerate(args) if not isinstance(x, Tensor) and i not in numbers.places]
         self._arrays: list[tuple[Any, bytes, Any]] = []
@@ -175,7 +174,7 @@ class Guards:
             array = reference()
             if (array.shape, array.dtype) != kind or array.tobytes() != content:
                 return False
-        if self._sets and any([frozen(x) != before for x, before in self._sets]):
+        if self._sets and any([list(map(frozen, x)) != before for x, before in self._sets]):
             return False
         if self._contents and not all([same_bits(place(args), before) for place, before in self._contents]):
             return False
@@ -192,7 +191,7 @@ class Guards:
             if id(value) == self._ids[i] and not (i in self._metas and self._kept[i]() is not value):
                 continue
             if i in self._metas:
-                same = isinstance(value, Tensor) and _meta(value) == self._metas[i]
+                same = isinstance(value, Tensor) and _meta(value) == self._metas[i] and not (vars(value) or i in self._named)
             else:
                 same = isinstance(value, NUMBERS) and same_number(self._kept[i], value)
             if same:

@@ -1,7 +1,8 @@
 """What the code of a function names: globals, attributes, modules that it imports, and names that it only counts with."""
 
 import dis
-import sys
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import CodeType
@@ -11,29 +12,26 @@ _COUNTING = {
     "LOAD_CONST", "LOAD_SMALL_INT", "LOAD_DEREF", "BINARY_OP", "INPLACE_ADD", "INPLACE_SUBTRACT", "BINARY_ADD", "SWAP", "COPY",
     "ROT_TWO", "PUSH_NULL", "NOP",
 }  # fmt: skip
+_STORES = {"STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF"}  # a local variable is no counter
 _LONGEST = 6  # instructions between the two
-LIBRARIES = frozenset(sys.stdlib_module_names) | {
-    "torch",
-    "numpy",
-    "functorch",
-    "torchgen",
-    "odenet_cuda",
-    "sympy",
-    "opt_einsum",
-}
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")  # as attrgetter takes them
+_FIELD = re.compile(r"\{[^{}]*\}")  # of a string for str.format
 
 
 @dataclass
 class Names:
-    """globals: that the code loads; written: that it stores. attributes: of anything, with strings that may name one.
-    read: names whose value goes elsewhere than back into the name. modules: imported inside."""
+    """globals: that the code loads; opaque: those besides the callee of a call with a literal for its second argument, as
+    getattr(x, "name"). written: globals that it stores. attributes: of anything, with strings that may name one. read: names
+    whose value goes elsewhere than back into the name. stored: attributes, globals and variables of closures. modules: imported
+    inside, each with the dots before it and what is taken from it."""
 
     globals: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     attributes: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
-    modules: set[str] = field(default_factory=set)
+    modules: set[tuple[int, str, tuple[str, ...]]] = field(default_factory=set)
+    opaque: set[str] = field(default_factory=set)
 
 
 @lru_cache(maxsize=4096)
@@ -43,20 +41,29 @@ def names_of(code: CodeType) -> Names:
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL", "RESUME")]
     for place, instruction in enumerate(instructions):
         name, value = instruction.opname, instruction.argval
+        rest = instructions[place:]
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
             names.globals.add(value)
+            names.opaque |= set() if _takes_literal(rest) else {value}
         elif name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM", "STORE_ATTR", "DELETE_ATTR"):
             names.attributes.add(value)
         elif name == "IMPORT_NAME":
-            names.modules.add(value)
-        elif name == "LOAD_CONST" and isinstance(value, str) and value.isidentifier():
-            names.attributes.add(value)
-        if name.startswith("STORE_") and isinstance(value, str):
+            level, taken = instructions[place - 2].argval, instructions[place - 1].argval
+            names.modules.add((level, value, tuple(taken or ())))
+        elif name == "LOAD_CONST":
+            found = set(_names_in(value))
+            names.attributes |= found
+            names.read |= found
+        elif name == "MATCH_CLASS" and instruction.arg:
+            names.attributes.add("__match_args__")
+        elif value == "__class__" and not (len(rest) > 2 and rest[2].opname.startswith("LOAD_SUPER")):
+            names.attributes.add("__class__")
+        if name in _STORES and isinstance(value, str):
             names.stored.add(value)
             if name in ("STORE_GLOBAL", "STORE_NAME"):
                 names.written.add(value)
-        elif name.startswith("LOAD_") and not name.startswith("LOAD_FAST") and isinstance(value, str):
-            names.read |= set() if _counts(instructions[place : place + _LONGEST + 2]) else {value}
+        elif name.startswith("LOAD_") and not name.startswith(("LOAD_FAST", "LOAD_CONST")) and isinstance(value, str):
+            names.read |= set() if _counts(rest[: _LONGEST + 2]) else {value}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             inner = names_of(constant)
@@ -79,6 +86,35 @@ def _counts(instructions: list[dis.Instruction]) -> bool:
     return False
 
 
-def is_library(name: str | None) -> bool:
-    """Whether a module of this name is the standard library's or torch's: its code is taken as it is."""
-    return name is not None and name.split(".")[0] in LIBRARIES and name != "__main__"
+def _names_in(constant: object) -> Iterator[str]:
+    """The names that a string may give to getattr, attrgetter, str.format or a pattern of match."""
+    if isinstance(constant, (tuple, frozenset)):
+        for part in constant:
+            yield from _names_in(part)
+    elif isinstance(constant, str):
+        if _NAME.fullmatch(constant):
+            yield from constant.split(".")
+        for part in _FIELD.findall(constant):
+            yield from re.findall(r"\w+", part)
+
+
+def _takes_literal(instructions: list[dis.Instruction]) -> bool:
+    """Whether what the first loads is called at once, with a string that stands in the code for its second argument."""
+    depth, literal = 0, False
+    for instruction in instructions[1:]:
+        name, before = instruction.opname, depth
+        if name == "PUSH_NULL" and depth == 0:
+            continue
+        if name in ("CALL", "CALL_FUNCTION", "CALL_METHOD") and instruction.arg == depth:
+            return literal
+        if instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs:
+            return False
+        if name == "CALL":
+            depth -= (instruction.arg or 0) + 1  # of 3.11 the rest of what it takes goes by PRECALL, which is left out
+        else:
+            depth += dis.stack_effect(instruction.opcode, instruction.arg if instruction.opcode >= dis.HAVE_ARGUMENT else None)
+        if depth < 1:
+            return False
+        if depth == 2:  # the second argument begins, or is changed
+            literal = before == 1 and name == "LOAD_CONST" and isinstance(instruction.argval, str)
+    return False
