@@ -2,12 +2,14 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from ..callbacks import find_callbacks
 from ..gradients.failed import known_cotangents, with_nan
@@ -21,6 +23,7 @@ from . import self_check
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
+from .leaks import line_of
 from .plan import Plan
 from .reading import Reading
 from .teams import H100, MATMULS
@@ -32,6 +35,11 @@ _MANY = 1 << 16  # samples
 _MOST_PLANS = 4  # kept of one kind of state: those of training and of evaluation, say
 _MOST_REFUSALS = 24  # readings in a row that refuse, of a func that changes what it reads at every call
 _MOST_CHANGES = 8  # readings for a number that changes and cannot be an argument of the code
+_FLAGS = (  # of torch, which func may ask for; whether gradients or inference mode are on is left to check.py
+    torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
+    torch.is_warn_always_enabled, torch.is_anomaly_enabled, torch.is_anomaly_check_nan_enabled,
+    torch.get_float32_matmul_precision,
+)  # fmt: skip
 _reading = threading.RLock()
 _warned = False
 
@@ -42,7 +50,7 @@ class CompiledField(nn.Module):
     What func reads from Python is compared at every call, and where it has changed func is read anew: modules, functions and
     numbers in attributes, items, closures, defaults, global names and args. What cannot be compared so is refused, and so are
     values of the time, the state or args that reach Python. func's own Python does not run in a compiled solve: what it counts
-    there stays as it was.
+    or keeps there, as a tensor for a regularizer, stays as it was.
     """
 
     def __init__(self, func: Callable[..., Any], cuda: bool = False, matmul: str = "float32"):
@@ -141,7 +149,8 @@ class CompiledField(nn.Module):
                 given.append((x.dtype, x.device, one, x.shape[1:] if one else x.shape, x.requires_grad))
             else:
                 given.append(type(x))
-        return structure.spec, leaves, tuple(given), per_sample
+        device = torch.get_default_device() if torch._C._len_torch_function_stack() else None
+        return structure.spec, leaves, tuple(given), per_sample, device, tuple([flag() for flag in _FLAGS])
 
     @torch.inference_mode(False)
     def _read(
@@ -166,18 +175,18 @@ class CompiledField(nn.Module):
     def _read_with(self, structure: Structure, args: Sequence[Any], per_sample: bool, numbers: Any) -> "Plan | Refused":
         leaves = structure.leaves
         rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
-        failure, reading = Unreadable("the leaves of y0 have no common axis of samples"), None
+        failure = Unreadable("the leaves of y0 have no common axis of samples")
         if len(rows) == 1 and None not in rows:
             try:
-                reading = Reading(self.func, args, numbers, leaves[0])
-                return Plan(self.func, structure, args, False, reading)
+                with _in_words():
+                    return Plan(self.func, structure, args, False, Reading(self.func, args, numbers, leaves[0]), per_sample)
             except Unreadable as error:
                 failure = error
         vectors = all(leaf.dim() < 2 for leaf in leaves)
         if not per_sample and (vectors or sum(leaf.numel() for leaf in leaves) <= _SMALL):
             try:
-                reading = Reading(self.func, args, numbers, leaves[0])
-                return Plan(self.func, structure, args, True, reading)
+                with _in_words():
+                    return Plan(self.func, structure, args, True, Reading(self.func, args, numbers, leaves[0]))
             except Unreadable as error:
                 if vectors:
                     failure = error
@@ -185,9 +194,23 @@ class CompiledField(nn.Module):
         if code is not None and 'File "' not in str(failure):  # torch keeps the lines of modules alone
             failure = Unreadable(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
         try:
-            return Refused(failure, Reading(self.func, args).guards(args))
+            with _in_words():
+                return Refused(failure, Reading(self.func, args).guards(args))
         except Unreadable as error:
-            return Refused(error, Always())
+            # What cannot be compared may be gone at the next call, as a parameter that is not initialized yet.
+            return Refused(error, Never() if error.__cause__ is not None else Always())
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Whatever a reading comes upon is no reason for a solve to fail that runs without it."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:
+        words = str(error).strip().splitlines() or [""]
+        raise Unreadable(f"func could not be read: {type(error).__name__}: {words[0]}{line_of(error)}") from error
 
 
 class Always:
@@ -202,6 +225,13 @@ class Always:
         return [], []
 
     def read_others(self, args: Sequence[Any]) -> bool:
+        return False
+
+
+class Never(Always):
+    """The guards of what is to be read anew at the next call."""
+
+    def hold(self, args: Sequence[Any]) -> bool:
         return False
 
 
@@ -286,8 +316,10 @@ def prepare(
         why.append("a norm of the user, or tolerances that are tensors")
     if options.perturb:
         why.append("perturb=True needs it")
-    if torch.is_autocast_enabled(problem.device.type):
+    if torch._C._is_any_autocast_enabled():
         why.append("autocast is on")
+    if _modes():
+        why.append("a mode that sees torch's operations is on")
     if torch.is_grad_enabled() and t.requires_grad:
         why.append("a gradient for t needs it")
     if find_callbacks(field.func, structure, options.adaptive):
@@ -308,6 +340,14 @@ def prepare(
                 warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=3)
     field._why = why
     return None
+
+
+def _modes() -> bool:
+    """Whether there are modes that see torch's functions or operations, besides that of a default device."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    modes = range(torch._C._len_torch_function_stack())
+    return any([not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in modes])
 
 
 class Sources:

@@ -130,7 +130,8 @@ class Guards:
     """All that a reading saw. `hold` says whether it is still so, in some microseconds."""
 
     def __init__(self, reach: Reach, args: Sequence[Any], numbers: Numbers, written: Sequence[tuple[Any, Any]] = ()):
-        """written: items that func writes before it reads them."""
+        """written: items that func writes before it reads them; it may ask of which kind they are."""
+        self._written = [(items, key, _kind(items, key)) for items, key in written]
         self.numbers, self._types = numbers, numbers.types(args)
         self._dead: list[Any] = []  # objects that are gone, which come back no more
         self._gone: list[Any] = []  # tensors
@@ -234,6 +235,8 @@ class Guards:
             return False
         if self._absent and any([name in names for names, name in self._absent]):
             return False
+        if self._written and any([_kind(items, key) is not kind for items, key, kind in self._written]):
+            return False
         for reference, content, kind in self._arrays:
             array = reference()
             if (array.shape, array.dtype) != kind or array.tobytes() != content:
@@ -309,6 +312,10 @@ class Guards:
         except _LOST:
             pass
         return found, places
+
+
+def _kind(items: dict[str, Any], key: Any) -> type | None:
+    return type(items[key]) if key in items else None
 
 
 def _reference(x: Any) -> Callable[[], Any]:

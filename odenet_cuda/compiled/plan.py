@@ -38,7 +38,13 @@ class Plan:
     """
 
     def __init__(
-        self, func: Callable, structure: Structure, args: Sequence[Any], whole: bool, reading: "Reading | None" = None
+        self,
+        func: Callable,
+        structure: Structure,
+        args: Sequence[Any],
+        whole: bool,
+        reading: "Reading | None" = None,
+        per_sample: bool = False,
     ):
         self.whole = whole
         leaves = structure.leaves
@@ -58,7 +64,7 @@ class Plan:
             self._check_size()
             self._find_constants(args, reading)
             with reading.numbers.given(args) as given:
-                self._check(func, structure, t, given)
+                self._check(func, structure, t, given, per_sample)
         self.guards = reading.guards(args, self.recording.written)
         self._guard_tensors(args)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
@@ -70,9 +76,9 @@ class Plan:
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)
 
-    def _check(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any]) -> None:
+    def _check(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], per_sample: bool) -> None:
         try:
-            check_program(self, func, structure, t, args)
+            check_program(self, func, structure, t, args, per_sample)
         except Unreadable:
             raise
         except Exception as error:  # whatever func may raise for other numbers or another number of samples
