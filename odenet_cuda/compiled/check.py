@@ -125,7 +125,7 @@ def check_program(
             _check_at(plan, func, structure, times, args, _SAMPLES, Others([], generator), generator)
         except Exception as error:
             words = str(error) if isinstance(error, Unreadable) else f"{type(error).__name__}: {error}"
-            given = f"under step_control='per_sample' func is given a time for each sample, {['batch', *shape[1:]]}"
+            given = "under step_control='per_sample' func is given a time for each sample, [batch, 1, ...] of y's rank"
             raise Unreadable(f"{given}, with which it does something else than with one time: {words}") from error
 
 

@@ -1,6 +1,7 @@
 """compile(field): a field whose solves run as one kernel call each, and how a solve of one is served."""
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from .engine import Engine
 from .leaks import line_of
 from .plan import Plan
 from .reading import Reading
+from .recheck import recheck
 from .teams import H100, MATMULS
 from .trace import Unreadable
 
@@ -59,6 +61,7 @@ class CompiledField(nn.Module):
         self._plans: dict[Any, list[Plan | Refused]] = {}  # the last few of each kind of state
         self._readings: dict[Any, tuple[int, int]] = {}  # of a kind: refused in a row, and for numbers that changed
         self._read_of: tuple = ()  # the func of the plans; in a tuple, for it is no module of this one a second time
+        self._distrust = ""  # why it is read no more, see recheck.py
         self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
         self._latest: Plan | None = None
 
@@ -77,7 +80,12 @@ class CompiledField(nn.Module):
         """Forgets what was read."""
         self._plans.clear()
         self._readings.clear()
-        self._latest = None
+        self._latest, self._distrust = None, ""
+
+    def distrust(self, reason: str) -> None:
+        """The stepper serves from now on, until `reset`."""
+        self.reset()
+        self._distrust = reason
 
     def explain(self) -> str:
         """How the last solve was served, and why not by the compiled field where it was not."""
@@ -108,6 +116,7 @@ class CompiledField(nn.Module):
             "_readings": {},
             "_read_of": (),
             "_latest": None,
+            "_distrust": "",
             "_why": [],
         }  # libraries stay behind; the cache has them
 
@@ -119,6 +128,8 @@ class CompiledField(nn.Module):
         if not self._read_of or self._read_of[0] is not func:
             self.reset()
             self._read_of = (func,)
+        if self._distrust:
+            raise Unreadable(self._distrust)
         key = self._key(structure, args, per_sample)
         whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
         for kind in (key, whole):
@@ -330,6 +341,8 @@ def prepare(
             engine.sources = Sources(engine, structure, args)
             engine.build(gradient, backward)
             self_check.check(engine, structure, args, field.func, gradient, backward)
+            recheck(field, engine, structure, args, _reading)
+            engine.begun = time.perf_counter()
             return engine
         except Unreadable as error:
             why.append(str(error))
@@ -401,11 +414,13 @@ class _Compiled(torch.autograd.Function):
             for i, grad in zip(wanted, grads, strict=True):
                 found[i] = grad
             return None, None, None, *found
+        start = time.perf_counter()
         with torch.no_grad():
             gys = list(grad_ys)
             parts = engine.adjoint(backward, ys, gys, stats) if gradient == "adjoint" else engine.reverse(gys)
             y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward
+        engine.plan.watch.add(time.perf_counter() - start, solves=0)
         flat = [*y0, *others]
         shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
         return None, None, None, *shaped

@@ -22,6 +22,7 @@ from .lower import Lowering
 from .marks import same_bits
 from .program import Linear, Program
 from .reading import Reading
+from .recheck import Watch
 from .teams import Card, Team, card_of, teams_for
 from .trace import Call, Recording, Unreadable, record, value_of
 from .values import where
@@ -72,6 +73,7 @@ class Plan:
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
         self.zeros: list[Place] = []  # tensors of func that were zero then
         self.teams: dict[Any, Team] = {}
+        self.watch = Watch()  # when it is compared with func again
         self.steps: dict[Any, int] = {}  # how many the last solve of a kind took
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)

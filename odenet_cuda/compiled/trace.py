@@ -184,9 +184,9 @@ def _written(marks: Marks) -> list[Item]:
 
 
 def _trace(call: Call, args: Sequence[Any], wanted: list[Tensor], marks: Marks, written: list[Item]) -> list[fx.GraphModule]:
-    """The recordings at both sizes. Whether an item that func writes holds nothing, None or a tensor before may be asked without
-    reading it, as by `is None`: the graph must be one with nothing to be read there, with what the user left there, and with
-    what a call before left there."""
+    """The recordings at both sizes. Whether an item that func writes holds nothing, None or a tensor before can be asked
+    without reading it, as by `is None`: the graph must be the same with nothing to be read there, with what the user left
+    there, and with what a call before left there."""
     if not written:
         return [call.trace(0, args, wanted), call.trace(1, args, wanted)]
     _unset(marks, written)
