@@ -39,8 +39,7 @@ _MOST_REFUSALS = 24  # readings in a row that refuse, of a func that changes wha
 _MOST_CHANGES = 8  # readings for a number that changes and cannot be an argument of the code
 _FLAGS = (  # of torch, which func may ask for; whether gradients or inference mode are on is left to check.py
     torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
-    torch.is_warn_always_enabled, torch.is_anomaly_enabled, torch.is_anomaly_check_nan_enabled,
-    torch.get_float32_matmul_precision,
+    torch.is_warn_always_enabled, torch.get_float32_matmul_precision,
 )  # fmt: skip
 _reading = threading.RLock()
 _warned = False
@@ -329,6 +328,8 @@ def prepare(
         why.append("perturb=True needs it")
     if torch._C._is_any_autocast_enabled():
         why.append("autocast is on")
+    if torch.is_anomaly_enabled():
+        why.append("anomaly detection is on")
     if _modes():
         why.append("a mode that sees torch's operations is on")
     if torch.is_grad_enabled() and t.requires_grad:

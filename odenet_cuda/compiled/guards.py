@@ -130,8 +130,7 @@ class Guards:
     """All that a reading saw. `hold` says whether it is still so, in some microseconds."""
 
     def __init__(self, reach: Reach, args: Sequence[Any], numbers: Numbers, written: Sequence[tuple[Any, Any]] = ()):
-        """written: items that func writes before it reads them; it may ask of which kind they are."""
-        self._written = [(items, key, _kind(items, key)) for items, key in written]
+        """written: items that func writes before it reads them; it may ask what kind of thing they hold."""
         self.numbers, self._types = numbers, numbers.types(args)
         self._dead: list[Any] = []  # objects that are gone, which come back no more
         self._gone: list[Any] = []  # tensors
@@ -169,6 +168,8 @@ class Guards:
         self._used_metas: list[Any] = []
         self._ties: list[tuple[int, int]] = []
         self._contents: list[tuple[Place, Tensor]] = []
+        self._written = list(written)
+        self._kinds_before = self._kinds(args)
         # What keeps objects alive goes: the places alone are kept.
         for slot in self._slots:
             slot.value = None
@@ -235,7 +236,7 @@ class Guards:
             return False
         if self._absent and any([name in names for names, name in self._absent]):
             return False
-        if self._written and any([_kind(items, key) is not kind for items, key, kind in self._written]):
+        if self._written and self._kinds(args) != self._kinds_before:
             return False
         for reference, content, kind in self._arrays:
             array = reference()
@@ -253,6 +254,12 @@ class Guards:
         except Unguarded:
             return False
         return torch.get_default_dtype() is self._dtype
+
+    def _kinds(self, args: Sequence[Any]) -> list[Any]:
+        """Of the items that func writes: nothing, or a type, and whether it is a tensor that func finds elsewhere too."""
+        held = [(items[key],) if key in items else () for items, key in self._written]
+        known = {*self._ids, *map(id, args)}
+        return [[(type(x), isinstance(x, Tensor) and id(x) in known) for x in value] for value in held]
 
     def _changes(self, values: list[Any]) -> list[int]:
         """Which slots hold something else now. Equal numbers, and tensors of the same kind, are taken over."""
@@ -312,10 +319,6 @@ class Guards:
         except _LOST:
             pass
         return found, places
-
-
-def _kind(items: dict[str, Any], key: Any) -> type | None:
-    return type(items[key]) if key in items else None
 
 
 def _reference(x: Any) -> Callable[[], Any]:

@@ -181,7 +181,7 @@ class Comparison:
     def _slopes(self, t: float, leaves: list[Tensor], args: list[Any]) -> list[Tensor]:
         problem = self._problem(Trial(leaves, args, [t], 1))
         with torch.no_grad():
-            return [slope.detach() for slope in problem.field(problem.start_time(False), leaves)]
+            return [slope.detach() for slope in problem.field(problem.start_time(False), problem.leaves)]
 
     def _step(self, trial: Trial) -> float:
         """The size of a step that changes the state by a tenth, without magnifying rounding where the field is stiff."""
