@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cuda_compile import CSRC
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import odenet_cuda
 from odenet_cuda import solve
+from odenet_cuda.compiled.check import run_program
 from odenet_cuda.compiled.emit import SOLVES, Target
 from odenet_cuda.compiled.plan import Plan
 from odenet_cuda.compiled.trace import Unreadable
@@ -485,6 +489,223 @@ def test_reading_leaves_modules_alone():
         for name, value in module.state_dict().items():
             assert torch.equal(value, before[name]), name
     assert all(p.grad is None for p in module.parameters()) and module.training
+
+
+# ---- what func keeps ----
+
+
+class Kept(nn.Module):
+    """Keeps y; asks what was kept before, without reading it."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, t, y):
+        asked = self.ask(self)
+        self.prev = y
+        return -y if asked else -3 * y
+
+
+MISSING = object()
+
+
+def put(func, value):
+    func.__dict__.pop("prev", None)
+    if value is not MISSING:
+        func.prev = value
+
+
+ASKED = {
+    "is None": lambda f: hasattr(f, "prev") and f.prev is None,
+    "type is None's": lambda f: hasattr(f, "prev") and type(f.prev) is type(None),
+    "type is a tensor's": lambda f: hasattr(f, "prev") and type(f.prev) is torch.Tensor,
+    "isinstance": lambda f: hasattr(f, "prev") and isinstance(f.prev, torch.Tensor),
+    "hasattr": lambda f: hasattr(f, "prev"),
+    "in": lambda f: "prev" in f.__dict__,
+    "getattr": lambda f: getattr(f, "prev", None) is None,
+    "identity": lambda f: getattr(f, "prev", None) is f.weight,
+    "nothing": lambda f: True,
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_asked_for_what_is_kept(asked):
+    """Whether a tensor is there, None or nothing is found out without reading it. What the stepper's next call would find is
+    another thing than the first: refused, unless it makes no difference; and read anew where the user changes it."""
+    func = Kept(ASKED[asked])
+    func.weight = VECTOR
+    field = odenet_cuda.compile(func)
+    for value in (MISSING, None, OTHER, VECTOR, None):
+        put(func, value)
+        expected = [float((func(None, Y0) / Y0).mean()) for _ in range(2)]
+        put(func, value)
+        try:
+            plan = field.plan(Structure(Y0), (), False)
+        except Unreadable as error:
+            assert "writes" in str(error)
+            continue
+        assert abs(expected[0] - expected[1]) < 1e-12, value
+        inputs = {"t": np.zeros((5, 1)), "y": Y0.numpy(), "arguments": np.zeros((5, 0)), "g": Y0.numpy()}
+        slope = run_program(plan.program, inputs, [])[0]
+        assert np.abs(slope - expected[0] * Y0.numpy()).max() < 1e-12
+
+
+def test_kept_and_not_asked_for():
+    """What func only writes is no reason to refuse, nor to read anew where it holds another tensor."""
+    func = Kept(lambda f: True)
+    field = odenet_cuda.compile(func)
+    plans = []
+    for value in (Y0, OTHER, None, None):
+        func.prev = value
+        plans.append(field.plan(Structure(Y0), (), False))
+    assert plans[0] is plans[1] and plans[1] is not plans[2] and plans[2] is plans[3]
+
+
+# ---- what no reading understands ----
+
+
+def strange(kind):
+    """Tensors that lie otherwise in memory, or not at all."""
+    return {
+        "sparse": lambda: torch.eye(4, dtype=D).to_sparse(),
+        "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        "meta": lambda: torch.empty(4, device="meta"),
+        "conjugated": lambda: torch.ones(4, dtype=torch.complex128).conj(),
+        "negated": lambda: torch.ones(4, dtype=torch.complex128).conj().imag,
+        "uninitialized": lambda: nn.LazyLinear(4, dtype=D).weight,
+        "large": lambda: torch.ones(1).expand(1 << 30),
+        "empty": lambda: torch.empty(0, 4),
+    }[kind]()
+
+
+STRANGE = ("sparse", "quantized", "nested", "jagged", "meta", "conjugated", "negated", "uninitialized", "large")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*STRANGE, "empty"])
+def test_strange_tensors(kind):
+    """Reached, asked for or only there: refused in words; one without numbers is no trouble."""
+    x = strange(kind)
+    for func in (lambda t, y: -y if x is not None else y, lambda t, y: -y * len({"x": x})):
+        field = odenet_cuda.compile(func)
+        if kind == "empty":
+            field.plan(Structure(Y0), (), False)
+            continue
+        with pytest.raises(Unreadable, match=r"func (reaches|could not be read)"):
+            field.plan(Structure(Y0), (), False)
+
+
+def test_initialized_by_the_first_call():
+    """A lazy layer that is initialized is no longer refused."""
+    layer = nn.LazyLinear(4, dtype=D)
+    field = odenet_cuda.compile(lambda t, y: layer(y))
+    with pytest.raises(Unreadable):
+        field.plan(Structure(Y0), (), False)
+    assert isinstance(layer, nn.LazyLinear)
+    layer(Y0)
+    field.plan(Structure(Y0), (), False)
+
+
+class NoRepr:
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+def test_a_reading_that_raises():
+    """Whatever it comes upon, the stepper serves."""
+    key = NoRepr()
+    table = {key: 2.0}
+    field = odenet_cuda.compile(lambda t, y: -y * table[key])
+    ys = solve(field, Y0, [0.0, 1.0], method="euler").ys
+    assert (ys[-1] + Y0).abs().max() < 1e-12
+
+
+# ---- what surrounds a solve ----
+
+
+class Twice(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if func is torch.sin else out
+
+
+class TwiceBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return torch.mul(out, 2) if func is torch.ops.aten.sin.default else out
+
+
+@pytest.mark.parametrize("mode", [Twice, TwiceBelow, torch.autograd.detect_anomaly], ids=["function", "dispatch", "anomaly"])
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_modes_of_torch(mode):
+    """The stepper serves where others see the operations of func."""
+    field = odenet_cuda.compile(lambda t, y: torch.sin(y) * (2 if torch.is_anomaly_enabled() else 1))
+    with mode():
+        ys = solve(field, Y0, [0.0, 1.0], method="euler").ys
+        assert "is on" in field.explain()
+    assert (ys[-1] - Y0 - 2 * torch.sin(Y0)).abs().max() < 1e-12
+
+
+FLAGS = {
+    "deterministic": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "warnings": (torch.is_warn_always_enabled, torch.set_warn_always),
+    "precision": (
+        lambda: torch.get_float32_matmul_precision() == "high",
+        lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
+    ),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_of_torch(flag):
+    """Another flag is another plan."""
+    ask, put = FLAGS[flag]
+    field = odenet_cuda.compile(lambda t, y: torch.sin(y) if ask() else torch.cos(y))
+    texts = []
+    try:
+        for on in (False, True, False):
+            put(on)
+            texts.append([s.text for s in field.plan(Structure(Y0), (), False).program.statements])
+    finally:
+        put(False)
+    assert texts[0] == texts[2] != texts[1] and any("sin" in text for text in texts[1])
+
+
+def test_inference_mode_asked_for():
+    """No recording can be made in it, so a func that asks for it is refused, wherever it is solved first."""
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        field = odenet_cuda.compile(lambda t, y: y if torch.is_inference_mode_enabled() else 2 * y)
+        with mode(), pytest.raises(Unreadable, match="no gradient is wanted"):
+            field.plan(Structure(Y0), (), False)
+        field = odenet_cuda.compile(lambda t, y: 2 * y)
+        with mode():
+            field.plan(Structure(Y0), (), False)
+
+
+TIMES_OF_SAMPLES = {
+    "sum": (lambda t, y: -y * (1 + t.sum()), False),
+    "dim": (lambda t, y: -y * (1 + t.dim()), False),
+    "numel": (lambda t, y: -y * t.numel(), False),
+    "item": (lambda t, y: torch.cat([y[:, :3], t.reshape(1, 1).expand(len(y), 1)], 1), False),
+    "product": (lambda t, y: -y * (1 + t), True),
+    "column": (lambda t, y: torch.cat([y[:, :3], t.expand(len(y), 1)], 1), True),
+}
+
+
+@pytest.mark.parametrize("name", TIMES_OF_SAMPLES)
+def test_times_of_samples(name):
+    """Under per-sample control func is given one time a sample, and what it does with that is compared too."""
+    func, right = TIMES_OF_SAMPLES[name]
+    field = odenet_cuda.compile(func)
+    field.plan(Structure(Y0), (), False)
+    if right:
+        field.plan(Structure(Y0), (), True)
+        return
+    with pytest.raises(Unreadable, match="a time for each sample"):
+        field.plan(Structure(Y0), (), True)
 
 
 # ---- random modules ----

@@ -238,6 +238,49 @@ def test_layer_that_begins_with_zero(faulty, monkeypatch):
     assert torch.equal(ys, solve(net, y0, TIMES).ys)
 
 
+class Log:
+    def __init__(self):
+        self.count, self.times, self.kept = 0, [], None
+
+
+def test_objects_in_args_are_put_back():
+    """A counter, a list and what is kept there stand as before the solve."""
+
+    def func(t, y, log):
+        log.count += 1
+        log.kept = torch.tanh(y)
+        return -log.kept
+
+    field, log = odenet_cuda.compile(func), Log()
+    solve(field, rows(3, 2), TIMES, args=(log,))
+    assert field.explain() == "compiled" and (log.count, log.times, log.kept) == (0, [], None)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_slopes_with_a_gradient(gradient):
+    """A func that turns gradients on inside itself is asked no numbers of tensors that require one."""
+
+    class Divergence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, t, state):
+            with torch.enable_grad():
+                x = state[0].requires_grad_(True)
+                dx = self.net(t, x)
+                parts = [torch.autograd.grad(dx[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)]
+            return dx, -sum(parts)[:, None]
+
+    field = odenet_cuda.compile(Divergence())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for needed in (False, True):
+            with torch.set_grad_enabled(needed):
+                solve(field, (rows(3, 2), rows(3, 1)), TIMES, method="rk4", gradient=gradient)
+                assert field.explain() == "compiled"
+
+
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 def test_gradients_of_arguments(gradient):
     """Those of arguments with one entry a sample, one that func does not use among them, are compared with func's own."""

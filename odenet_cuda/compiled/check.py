@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..problem import Structure
+from .memory import has_memory
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
 from .trace import Unreadable, sample_rows, unchanged_generators
 
@@ -42,14 +43,18 @@ _NAMES: dict[str, Any] = {
 
 def _without_gradients(
     func: Callable, structure: Structure, t: Tensor, leaves: Sequence[Tensor], args: Sequence[Any], others: "Others"
-) -> list[Tensor] | None:
-    """The slopes where no gradient is wanted, as the stepper asks for them; None where func needs one."""
+) -> list[list[Tensor]]:
+    """The slopes where no gradient is wanted, as the stepper asks for them, and in inference mode; without those for which func
+    needs one."""
     given = [x.detach() if isinstance(x, Tensor) and not x.is_leaf else x for x in args]
-    try:
-        with torch.no_grad(), unchanged_generators(t.device), others:
-            return structure.flatten(func(t, structure.unflatten([leaf.detach() for leaf in leaves]), *given))
-    except Exception:
-        return None
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        try:
+            with mode(), unchanged_generators(t.device), others:
+                found.append(structure.flatten(func(t, structure.unflatten([leaf.detach() for leaf in leaves]), *given)))
+        except Exception:
+            continue
+    return found
 
 
 def run_program(program: Program, inputs: dict[str, np.ndarray], constants: list[np.ndarray]) -> list[np.ndarray]:
@@ -92,12 +97,15 @@ def run_program(program: Program, inputs: dict[str, np.ndarray], constants: list
 # Times, and how many samples there are, where a program is checked: with the tensors of func as they are, then with others.
 _POINTS = ((0.25, 5), (-0.625, 2), (1.75, 40), (0.125, 1100))
 _MOST_NUMBERS = 5_000_000  # in all values of a check
+_SAMPLES = 5  # with a time for each
 
 
-def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor, args: Sequence[Any]) -> None:
+def check_program(
+    plan: "Plan", func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], per_sample: bool = False
+) -> None:
     """Raises Unreadable where slopes or products of the program are not those of func, at states near the one given, with the
     tensors of func as they are and with others: a layer that is zero now, as last layers of flows are, hides what is before it.
-    What func writes is left as it is then."""
+    What func writes is left as it is then. per_sample: at a time for each sample too, as the stepper gives them then."""
     generator = torch.Generator().manual_seed(0)
     rows = structure.leaves[0].shape[0] if structure.leaves[0].dim() else 1
     most = max(2, _MOST_NUMBERS // (1 + sum(buffer.size for buffer in plan.program.buffers)))
@@ -110,6 +118,15 @@ def check_program(plan: "Plan", func: Callable, structure: Structure, t: Tensor,
             raise
         except Exception:  # func may not take other numbers, such as a matrix that must be positive definite
             _check_at(plan, func, structure, t + time, args, size, Others([], generator), generator)
+    if per_sample:
+        shape = [_SAMPLES, *[1] * (structure.leaves[0].dim() - 1)]
+        times = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(t)
+        try:
+            _check_at(plan, func, structure, times, args, _SAMPLES, Others([], generator), generator)
+        except Exception as error:
+            words = str(error) if isinstance(error, Unreadable) else f"{type(error).__name__}: {error}"
+            given = "under step_control='per_sample' func is given a time for each sample, [batch, 1, ...] of y's rank"
+            raise Unreadable(f"{given}, with which it does something else than with one time: {words}") from error
 
 
 class Others(TorchDispatchMode):
@@ -119,14 +136,13 @@ class Others(TorchDispatchMode):
         super().__init__()
         self._found: dict[Any, Tensor] = {}
         for x in tensors:
-            if x.is_floating_point() and x.numel() and _key(x) not in self._found:
+            if x.is_floating_point() and has_memory(x) and _key(x) not in self._found:
                 moved = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x) * 0.1
                 other = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.detach() + moved)
                 self._found[_key(x)] = other
 
     def of(self, x: Any) -> Any:
-        plain = isinstance(x, Tensor) and x.layout is torch.strided and x.numel() > 0 and x.device.type != "meta"
-        return self._found.get(_key(x), x) if plain else x
+        return self._found.get(_key(x), x) if isinstance(x, Tensor) and has_memory(x) else x
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         args, kwargs = pytree.tree_map(self.of, (args, kwargs or {}))
@@ -170,18 +186,19 @@ def _check_at(
         rows = [part.detach().double().cpu().reshape(batch, -1) for part in parts]
         return torch.cat(rows, 1).numpy() if rows else np.zeros((batch, 0))
 
-    inputs = {"t": np.full((batch, 1), float(t)), "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
+    times = np.broadcast_to(t.double().cpu().numpy().reshape(-1, 1), (batch, 1))
+    inputs = {"t": times, "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
     nodes = [node for node in plan.recording.graphs[0].nodes if node.op == "get_attr"]
     seen = {node: others.of(plan.recording.constant(node)) for node in nodes}
     arrays = [plan.array(node, seen).cpu().numpy() for node in plan.program.constants]
     with np.errstate(all="ignore"):
         results = run_program(plan.program, inputs, [a if a.dtype == bool else a.astype(float) for a in arrays])
     wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) :])]
-    if alone is not None:
-        results.append(results[0])
-        wanted.append(flat(alone))
+    results += [results[0]] * len(alone)
+    wanted += [flat(slopes) for slopes in alone]
     tolerance = 1e-6 if plan.dtype == torch.float64 else 1e-3  # constants of torch are float32 in places
-    for what, got, expected in zip(("slopes", "products", "products", "slopes"), results, wanted, strict=False):
+    names = ("slopes", "products", "products", *["slopes where no gradient is wanted"] * len(alone))
+    for what, got, expected in zip(names, results, wanted, strict=True):
         # Where func is not finite, float32 and the NumPy here may differ in how; elsewhere each sample has its own scale.
         known = np.isfinite(expected)
         scale = 1 + np.abs(np.where(known, expected, 0)).max(1, initial=0, keepdims=True)

@@ -68,6 +68,7 @@ class Engine:
         self._device = -1 if problem.device.type == "cpu" else problem.device.index or 0
         self.tape: Tensor | None = None
         self.sources: Any = None
+        self.begun = 0.0  # when the solve began, for recheck.py; 0: it is none of the user's
 
     def target(self, solve: str) -> Target:
         if self.like is not None:
@@ -196,6 +197,8 @@ class Engine:
         self.y0 = _rows(self.problem.leaves, self.batch, self.problem.leaves[0])
         with marked("solve"):
             ys, state = self._solve(self.control, self.y0, self.problem, self.options, self.grid, keep)
+        if self.begun:
+            self.plan.watch.add(time.perf_counter() - self.begun)
         return Trajectory(ys=self._leaves(ys), last=self._leaves(self.y_last), state=state)
 
     def _leaves(self, rows: Tensor) -> list[Tensor]:

@@ -1,13 +1,16 @@
 """compile(field): a field whose solves run as one kernel call each, and how a solve of one is served."""
 
 import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from ..callbacks import find_callbacks
 from ..gradients.failed import known_cotangents, with_nan
@@ -21,8 +24,10 @@ from . import self_check
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
+from .leaks import line_of
 from .plan import Plan
 from .reading import Reading
+from .recheck import recheck
 from .teams import H100, MATMULS
 from .trace import Unreadable
 
@@ -32,6 +37,10 @@ _MANY = 1 << 16  # samples
 _MOST_PLANS = 4  # kept of one kind of state: those of training and of evaluation, say
 _MOST_REFUSALS = 24  # readings in a row that refuse, of a func that changes what it reads at every call
 _MOST_CHANGES = 8  # readings for a number that changes and cannot be an argument of the code
+_FLAGS = (  # of torch, which func may ask for; whether gradients or inference mode are on is left to check.py
+    torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
+    torch.is_warn_always_enabled, torch.get_float32_matmul_precision,
+)  # fmt: skip
 _reading = threading.RLock()
 _warned = False
 
@@ -42,7 +51,7 @@ class CompiledField(nn.Module):
     What func reads from Python is compared at every call, and where it has changed func is read anew: modules, functions and
     numbers in attributes, items, closures, defaults, global names and args. What cannot be compared so is refused, and so are
     values of the time, the state or args that reach Python. func's own Python does not run in a compiled solve: what it counts
-    there stays as it was.
+    or keeps there, as a tensor for a regularizer, stays as it was.
     """
 
     def __init__(self, func: Callable[..., Any], cuda: bool = False, matmul: str = "float32"):
@@ -51,6 +60,7 @@ class CompiledField(nn.Module):
         self._plans: dict[Any, list[Plan | Refused]] = {}  # the last few of each kind of state
         self._readings: dict[Any, tuple[int, int]] = {}  # of a kind: refused in a row, and for numbers that changed
         self._read_of: tuple = ()  # the func of the plans; in a tuple, for it is no module of this one a second time
+        self._distrust = ""  # why it is read no more, see recheck.py
         self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
         self._latest: Plan | None = None
 
@@ -69,7 +79,12 @@ class CompiledField(nn.Module):
         """Forgets what was read."""
         self._plans.clear()
         self._readings.clear()
-        self._latest = None
+        self._latest, self._distrust = None, ""
+
+    def distrust(self, reason: str) -> None:
+        """The stepper serves from now on, until `reset`."""
+        self.reset()
+        self._distrust = reason
 
     def explain(self) -> str:
         """How the last solve was served, and why not by the compiled field where it was not."""
@@ -100,6 +115,7 @@ class CompiledField(nn.Module):
             "_readings": {},
             "_read_of": (),
             "_latest": None,
+            "_distrust": "",
             "_why": [],
         }  # libraries stay behind; the cache has them
 
@@ -111,6 +127,8 @@ class CompiledField(nn.Module):
         if not self._read_of or self._read_of[0] is not func:
             self.reset()
             self._read_of = (func,)
+        if self._distrust:
+            raise Unreadable(self._distrust)
         key = self._key(structure, args, per_sample)
         whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
         for kind in (key, whole):
@@ -142,7 +160,8 @@ class CompiledField(nn.Module):
                 given.append((x.dtype, x.device, one, shape, x.requires_grad, kind))
             else:
                 given.append(type(x))
-        return structure.spec, leaves, tuple(given), per_sample
+        device = torch.get_default_device() if torch._C._len_torch_function_stack() else None
+        return structure.spec, leaves, tuple(given), per_sample, device, tuple([flag() for flag in _FLAGS])
 
     @torch.inference_mode(False)
     def _read(
@@ -167,18 +186,18 @@ class CompiledField(nn.Module):
     def _read_with(self, structure: Structure, args: Sequence[Any], per_sample: bool, numbers: Any) -> "Plan | Refused":
         leaves = structure.leaves
         rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
-        failure, reading = Unreadable("the leaves of y0 have no common axis of samples"), None
+        failure = Unreadable("the leaves of y0 have no common axis of samples")
         if len(rows) == 1 and None not in rows:
             try:
-                reading = Reading(self.func, args, numbers, leaves[0])
-                return Plan(self.func, structure, args, False, reading)
+                with _in_words():
+                    return Plan(self.func, structure, args, False, Reading(self.func, args, numbers, leaves[0]), per_sample)
             except Unreadable as error:
                 failure = error
         vectors = all(leaf.dim() < 2 for leaf in leaves)
         if not per_sample and (vectors or sum(leaf.numel() for leaf in leaves) <= _SMALL):
             try:
-                reading = Reading(self.func, args, numbers, leaves[0])
-                return Plan(self.func, structure, args, True, reading)
+                with _in_words():
+                    return Plan(self.func, structure, args, True, Reading(self.func, args, numbers, leaves[0]))
             except Unreadable as error:
                 if vectors:
                     failure = error
@@ -186,9 +205,23 @@ class CompiledField(nn.Module):
         if code is not None and 'File "' not in str(failure):  # torch keeps the lines of modules alone
             failure = Unreadable(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
         try:
-            return Refused(failure, Reading(self.func, args).guards(args))
+            with _in_words():
+                return Refused(failure, Reading(self.func, args).guards(args))
         except Unreadable as error:
-            return Refused(error, Always())
+            # What cannot be compared may be gone at the next call, as a parameter that is not initialized yet.
+            return Refused(error, Never() if error.__cause__ is not None else Always())
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Whatever a reading comes upon is no reason for a solve to fail that runs without it."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:
+        words = str(error).strip().splitlines() or [""]
+        raise Unreadable(f"func could not be read: {type(error).__name__}: {words[0]}{line_of(error)}") from error
 
 
 class Always:
@@ -203,6 +236,13 @@ class Always:
         return [], []
 
     def read_others(self, args: Sequence[Any]) -> bool:
+        return False
+
+
+class Never(Always):
+    """The guards of what is to be read anew at the next call."""
+
+    def hold(self, args: Sequence[Any]) -> bool:
         return False
 
 
@@ -287,8 +327,12 @@ def prepare(
         why.append("a norm of the user, or tolerances that are tensors")
     if options.perturb:
         why.append("perturb=True needs it")
-    if torch.is_autocast_enabled(problem.device.type):
+    if torch._C._is_any_autocast_enabled():
         why.append("autocast is on")
+    if torch.is_anomaly_enabled():
+        why.append("anomaly detection is on")
+    if _modes():
+        why.append("a mode that sees torch's operations is on")
     if torch.is_grad_enabled() and t.requires_grad:
         why.append("a gradient for t needs it")
     if find_callbacks(field.func, structure, options.adaptive):
@@ -299,6 +343,8 @@ def prepare(
             engine.sources = Sources(engine, structure, args)
             engine.build(gradient, backward)
             self_check.check(engine, structure, args, field.func, gradient, backward)
+            recheck(field, engine, structure, args, _reading)
+            engine.begun = time.perf_counter()
             return engine
         except Unreadable as error:
             why.append(str(error))
@@ -309,6 +355,14 @@ def prepare(
                 warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=3)
     field._why = why
     return None
+
+
+def _modes() -> bool:
+    """Whether there are modes that see torch's functions or operations, besides that of a default device."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    modes = range(torch._C._len_torch_function_stack())
+    return any([not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in modes])
 
 
 class Sources:
@@ -362,11 +416,13 @@ class _Compiled(torch.autograd.Function):
             for i, grad in zip(wanted, grads, strict=True):
                 found[i] = grad
             return None, None, None, *found
+        start = time.perf_counter()
         with torch.no_grad():
             gys = list(grad_ys)
             parts = engine.adjoint(backward, ys, gys, stats) if gradient == "adjoint" else engine.reverse(gys)
             y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward
+        engine.plan.watch.add(time.perf_counter() - start, solves=0)
         flat = [*y0, *others]
         shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
         return None, None, None, *shaped

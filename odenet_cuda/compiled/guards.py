@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .kinds import CONTAINERS, NUMBERS
 from .marks import same_bits
 from .memory import has_memory
-from .numbers import Numbers as Numbers
-from .numbers import Place as Place
-from .numbers import is_number
-from .reach import _CONTAINERS, LARGEST_ARRAY, NUMBERS, Reach
+from .numbers import Numbers, Place, is_number
+from .reach import LARGEST_ARRAY, Reach
 
 _meta = attrgetter("requires_grad", "dtype", "shape", "device", "__class__")  # of a tensor
 
@@ -51,7 +50,7 @@ def frozen(x: Any) -> Any:
         raise Unguarded("args holds a tensor within a list or dict; give it as an argument of its own")
     if isinstance(x, dict):
         return type(x), tuple([(frozen(key), frozen(value)) for key, value in x.items()])
-    if isinstance(x, _CONTAINERS):
+    if isinstance(x, CONTAINERS):
         return type(x), tuple([frozen(part) for part in x])
     return Same(x)
 
@@ -73,7 +72,7 @@ class Guards:
     """All that a reading saw. `hold` says whether it is still so, in some microseconds."""
 
     def __init__(self, reach: Reach, args: Sequence[Any], numbers: Numbers, written: Sequence[tuple[Any, Any]] = ()):
-        """written: items that func writes before it reads them."""
+        """written: items that func writes before it reads them; it may ask what kind of thing they hold."""
         self.numbers = numbers
         self._dead: list[Any] = []  # objects that are gone, which come back no more
         self._gone: list[Any] = []  # tensors
@@ -109,6 +108,8 @@ class Guards:
                 self._arrays.append((weakref.ref(array, self._dead.append), array.tobytes(), (array.shape, array.dtype)))
         self._ties: list[tuple[Place, Place]] = []
         self._contents: list[tuple[Place, Tensor]] = []
+        self._written = list(written)
+        self._kinds_before = self._kinds(args)
 
     def _hold(self, value: Any) -> Any:
         """Keeps it, weakly where that is possible: a plan keeps no module alive."""
@@ -170,6 +171,8 @@ class Guards:
             return False
         if self._absent and any([name in names for names, name in self._absent]):
             return False
+        if self._written and self._kinds(args) != self._kinds_before:
+            return False
         for reference, content, kind in self._arrays:
             array = reference()
             if (array.shape, array.dtype) != kind or array.tobytes() != content:
@@ -183,6 +186,12 @@ class Guards:
         if any([frozen(args[i]) != before for i, before in self._args]):
             return False
         return torch.get_default_dtype() is self._dtype
+
+    def _kinds(self, args: Sequence[Any]) -> list[Any]:
+        """Of the items that func writes: nothing, or a type, and whether it is a tensor that func finds elsewhere too."""
+        held = [(items[key],) if key in items else () for items, key in self._written]
+        known = {*self._ids, *map(id, args)}
+        return [[(type(x), isinstance(x, Tensor) and id(x) in known) for x in value] for value in held]
 
     def _changes(self, values: list[Any]) -> list[int]:
         """Which slots hold something else now. Equal numbers, and tensors of the same kind, are taken over."""

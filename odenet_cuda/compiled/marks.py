@@ -9,20 +9,55 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from .memory import has_memory
 from .reach import Reach
 
 _MISSING = object()
+_MOST_BYTES = 256 << 20  # of tensors and arrays that a reading copies
+
+
+class Unreadable(Exception):
+    """A field that cannot be compiled; the words say which operation, and where in the source."""
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Not of tensors without memory of their own, whose numbers are not looked at."""
+    if not (has_memory(x) and has_memory(y)):
+        return _empty(x) and _empty(y) and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
     if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
         return False
     return torch.equal(*[part.detach().reshape(-1).contiguous().view(torch.uint8) for part in (x, y)])
 
 
-def _plain(x: Tensor) -> bool:
-    return x.layout is torch.strided and x.device.type != "meta" and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+def _empty(x: Tensor) -> bool:
+    """Whether this is a tensor without numbers; there is nothing of it to be changed."""
+    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and not is_lazy(x) and not x.is_nested and x.numel() == 0
+
+
+def _check_tensors(reach: Reach) -> None:
+    """Raises Unreadable where a call could change what cannot be put back, or what is not worth a copy."""
+    size = sum(x.nbytes for x, _ in reach.arrays.values())
+    for x in reach.tensors.values():
+        if has_memory(x):
+            size += x.numel() * x.element_size()
+        elif not _empty(x):
+            raise Unreadable(f"func reaches a tensor that is {_kind(x)}, whose changes cannot be seen")
+    if size > _MOST_BYTES:
+        raise Unreadable(f"func reaches tensors and arrays of {size >> 20} MB, more than {_MOST_BYTES >> 20}")
+
+
+def _kind(x: Tensor) -> str:
+    if is_lazy(x):
+        return "not initialized yet"
+    kinds = {"quantized": x.is_quantized, "nested": x.is_nested, "a view to be conjugated": x.is_conj()}
+    kinds |= {
+        "a view to be negated": x.is_neg(),
+        "on meta": x.device.type == "meta",
+        str(x.layout): x.layout is not torch.strided,
+    }
+    return next((name for name, found in kinds.items() if found), f"a {type(x).__name__}")
 
 
 def _state(generator: Any) -> Any:
@@ -57,9 +92,13 @@ def _same(container: Any, before: Any) -> bool:
 
 
 class Marks:
-    """All that func reaches as it was, but for torch's own generators."""
+    """All that func reaches as it was, but for torch's own generators.
 
-    def __init__(self, reach: Reach):
+    hooks: those of tensors are off meanwhile. Raises Unreadable where a tensor cannot be put back.
+    """
+
+    def __init__(self, reach: Reach, hooks: bool = True):
+        _check_tensors(reach)
         self._reach = reach
         self._containers = [(x, _copy(x), path) for x, path in reach.containers]
         self._globals = [(names, name, names.get(name, _MISSING)) for names, name in reach.globals]
@@ -67,10 +106,12 @@ class Marks:
         self._classes = [(part, dict(vars(part))) for part in reach.classes]
         self._slotted = [(x, name, getattr(x, name), path) for x, name, path in reach.slotted]
         self._tensors = [
-            (x, x.detach().clone(), x.requires_grad, x.grad if x.is_leaf else None) for x in reach.tensors.values() if _plain(x)
+            (x, x.detach().clone(), x.requires_grad, x.grad if x.is_leaf else None)
+            for x in reach.tensors.values()
+            if has_memory(x)
         ]
         self._arrays = [(x, x.copy(), path) for x, path in reach.arrays.values()]
-        self._hooks = [(x, x._backward_hooks) for x in reach.tensors.values() if x._backward_hooks]
+        self._hooks = [(x, x._backward_hooks) for x in reach.tensors.values() if hooks and x._backward_hooks]
         for x, _ in self._hooks:  # they are for gradients of the user's
             x._backward_hooks = None
         self._generators = [*reach.generators, np.random.mtrand._rand, random._inst]  # type: ignore[attr-defined]
@@ -202,9 +243,9 @@ def _content(cell: Any) -> Any:
 
 
 @contextmanager
-def unmarked(reach: Reach) -> Iterator[Marks]:
-    """What is done inside is undone afterwards."""
-    marks = Marks(reach)
+def unmarked(reach: Reach, hooks: bool = True) -> Iterator[Marks]:
+    """What is done inside is undone afterwards. hooks: as for Marks."""
+    marks = Marks(reach, hooks)
     try:
         yield marks
     finally:

@@ -24,6 +24,7 @@ from .memory import has_memory
 from .numbers import Place
 from .program import Linear, Program
 from .reading import Reading
+from .recheck import Watch
 from .teams import Card, Team, card_of, teams_for
 from .trace import Call, Recording, Unreadable, record, value_of
 from .values import where
@@ -41,7 +42,13 @@ class Plan:
     """
 
     def __init__(
-        self, func: Callable, structure: Structure, args: Sequence[Any], whole: bool, reading: "Reading | None" = None
+        self,
+        func: Callable,
+        structure: Structure,
+        args: Sequence[Any],
+        whole: bool,
+        reading: "Reading | None" = None,
+        per_sample: bool = False,
     ):
         self.whole = whole
         leaves = structure.leaves
@@ -61,7 +68,7 @@ class Plan:
             self._check_size()
             self._find_constants(args, reading)
             with reading.numbers.given(args) as given:
-                self._check(func, structure, t, given)
+                self._check(func, structure, t, given, per_sample)
         self.guards = reading.guards(args, self.recording.written)
         self._guard_tensors(args)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
@@ -69,13 +76,14 @@ class Plan:
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
         self.zeros: list[Place] = []  # tensors of func that were zero then
         self.teams: dict[Any, Team] = {}
+        self.watch = Watch()  # when it is compared with func again
         self.steps: dict[Any, int] = {}  # how many the last solve of a kind took
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)
 
-    def _check(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any]) -> None:
+    def _check(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], per_sample: bool) -> None:
         try:
-            check_program(self, func, structure, t, args)
+            check_program(self, func, structure, t, args, per_sample)
         except Unreadable:
             raise
         except Exception as error:  # whatever func may raise for other numbers or another number of samples

@@ -27,12 +27,9 @@ from . import kinds
 from .kinds import CONTAINERS, NUMBERS, PLAIN, PURE, in_, is_fixed, is_library, is_library_class
 from .scan import Names, names_of
 
-__all__ = ["CONTAINERS", "LARGEST_ARRAY", "NUMBERS", "Reach", "Slot"]
-
 MOST = 5_000  # slots
 LARGEST_ARRAY = 1 << 16  # bytes that are compared at every call
 
-_CONTAINERS = CONTAINERS
 _BARE = {object, nn.Module, abc.ABC, typing.Generic, typing.Protocol, enum.Enum, *CONTAINERS}  # bases that call no other names
 _MAKING = {"__init__", "__new__", "__post_init__", "__init_subclass__", "__set_name__", "__reduce__", "__class_getitem__"}
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__qualname__"}

@@ -32,6 +32,7 @@ _ROUNDING = 64  # units in the last place that two right answers may differ by, 
 _CONDITION = 16  # times what a change of the inputs by _CHANGE units brings: more than the rounding of a long sum
 _CHANGE = 4
 _ROWS = 64  # samples among which those of the trials are
+_MANY = 1 << 18  # numbers in a state, of which not all are compared again
 _STEP = 0.1  # of the state, about: what a step of a trial changes
 _STIFF = 0.5  # the largest step times the field's rate of change, so that a step magnifies rounding by little
 
@@ -70,7 +71,7 @@ def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, 
         plan.trusted.clear()  # what was multiplied by zero, as by a last layer before its training, has not been seen yet
     if plan.trusted.issuperset(keys):
         return
-    with torch.inference_mode(False), unmarked(Reach(func)), unchanged_generators(engine.problem.device):
+    with torch.inference_mode(False), unmarked(Reach(func, args)), unchanged_generators(engine.problem.device):
         ways = gradient if len(keys) > 1 and keys[1] not in plan.trusted else ""
         found = None
         for seed in (0, 1):  # a field may have a kink where one of the trials begins
@@ -123,6 +124,15 @@ class Comparison:
             raise Unchecked("func has no finite values here, so the compiled field could not be checked against it")
         return None
 
+    def step(self) -> Difference | None:
+        """One step of the samples at hand, or of some where they are many; values alone."""
+        engine = self.engine
+        many = engine.batch * engine.state > _MANY
+        count = 1 if self.whole else min(engine.batch, _ROWS) if many else engine.batch
+        self.rows = torch.arange(count, device=engine.problem.device)
+        trial = self._trial(count, engine.problem.t[0], 1, 0.0)
+        return self._compare(trial, self._step(trial), "", None)[0]
+
     # Inputs
 
     def _finite_rows(self) -> Tensor:
@@ -171,7 +181,7 @@ class Comparison:
     def _slopes(self, t: float, leaves: list[Tensor], args: list[Any]) -> list[Tensor]:
         problem = self._problem(Trial(leaves, args, [t], 1))
         with torch.no_grad():
-            return problem.field(problem.start_time(False), leaves)
+            return [slope.detach() for slope in problem.field(problem.start_time(False), problem.leaves)]
 
     def _step(self, trial: Trial) -> float:
         """The size of a step that changes the state by a tenth, without magnifying rounding where the field is stiff."""

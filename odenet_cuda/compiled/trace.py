@@ -17,9 +17,9 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..problem import Structure
-from .guards import Numbers
 from .leaks import Leak, Observed, Tracked, observe
-from .marks import Marks, Unset
+from .marks import Marks, Unreadable, Unset, same_bits
+from .numbers import Numbers
 from .reach import Reach
 
 Item = tuple[dict[str, Any], Any]
@@ -43,10 +43,6 @@ _DECOMPOSED = [
 
 # Read as they are, not decomposed.
 _READ = ("var", "var_mean", "cumsum", "cumprod", "index_select", "roll", "split", "split_with_sizes")
-
-
-class Unreadable(Exception):
-    """A field that cannot be compiled; the words say which operation, and where in the source."""
 
 
 @dataclass
@@ -118,18 +114,16 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> R
     try:
         with torch.no_grad(), unchanged_generators(call.t.device):
             known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
-            observed, written = _observe(call, args, known, reach, numbers)
+            marks = Marks(reach)
+            observed = _observe(call, args, known, numbers)
+            written = _written(marks)
+            if written:
+                observed = _observe_unset(call, args, known, numbers, marks, written)
             wanted = _wanted(observed, known)
             if any(x.requires_grad and not x.is_leaf and id(x) in known for x in observed.used.values()):
                 raise Unreadable("func closes over a tensor that is itself the result of a differentiable computation")
-            before = [(items, key, items.get(key)) for items, key in written]
             with numbers.given(args) as given:
-                for items, key in written:
-                    items[key] = Unset()
-                modules = [call.trace(0, given, wanted)]
-                for items, key, value in before:
-                    items[key] = value
-                modules.append(call.trace(1, given, wanted))
+                modules = _trace(call, given, wanted, marks, written)
     except Unreadable:
         raise
     except Leak as error:
@@ -142,38 +136,85 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> R
     return Recording(graphs, modules, len(call.structure.leaves), call.batched, wanted, call.whole, read, written)
 
 
-def _observe(
-    call: Call, args: Sequence[Any], known: dict[int, Tensor], reach: Reach, numbers: Numbers
-) -> tuple[Observed, list[Item]]:
-    """A call of func, and its product, that tells what it uses; what it reads or writes besides is refused. And the items that
-    it writes before it reads them, in every call."""
-    marks, written, unset = Marks(reach), list[Item](), Unset()
-    while True:
-        observed = Observed(known)
-        with numbers.given(args, Tracked) as given:
-            field, inputs = call.field(0, given, partial(_wanted, observed, known))
-            try:
-                observe(field, inputs, observed)
-            except Leak:
-                raise
-            except Exception as error:
-                if not written:
-                    raise
-                raise _writes(str(written[0][1])) from error
-        if marks.random():
-            raise Unreadable("func draws random numbers from a generator that is not torch's own")
-        paths, items = marks.changes()
-        left = [str(key) for container, key in written if container[key] is unset]
-        if paths or left:
-            raise _writes([*paths, *left][0])
-        if len(items) == len(written):
-            return observed, items
-        if written:
-            raise _writes(str(items[-1][1]))
-        marks.restore()
-        written = items
-        for container, key in written:
-            container[key] = unset
+def _observe(call: Call, args: Sequence[Any], known: dict[int, Tensor], numbers: Numbers) -> Observed:
+    """A call of func, and its product, that tells what it uses."""
+    observed = Observed(known)
+    with numbers.given(args, Tracked) as given:
+        field, inputs = call.field(0, given, partial(_wanted, observed, known))
+        observe(field, inputs, observed)
+    return observed
+
+
+def _observe_unset(
+    call: Call, args: Sequence[Any], known: dict[int, Tensor], numbers: Numbers, marks: Marks, written: list[Item]
+) -> Observed:
+    """Once more, where nothing can be read that func has not written before. marks: from before the first call; what was there
+    then is there again afterwards. Raises Unreadable where func reads something, or writes other items than `written`."""
+    _unset(marks, written)
+    try:
+        observed = _observe(call, args, known, numbers)
+    except Leak:
+        raise
+    except Exception as error:
+        raise _writes(str(written[0][1])) from error
+    again = {(id(items), key) for items, key in _written(marks)}
+    for items, key in written:
+        if (id(items), key) not in again:
+            raise _writes(str(key))
+    if len(again) > len(written):
+        raise _writes("more at one call than at another")
+    marks.restore()
+    return observed
+
+
+def _unset(marks: Marks, written: list[Item]) -> None:
+    marks.restore()
+    for items, key in written:
+        items[key] = Unset()
+
+
+def _written(marks: Marks) -> list[Item]:
+    """The items that a call wrote a tensor into. Raises Unreadable where it left other traces."""
+    if marks.random():
+        raise Unreadable("func draws random numbers from a generator that is not torch's own")
+    paths, items = marks.changes()
+    if paths:
+        raise _writes(paths[0])
+    return items
+
+
+def _trace(call: Call, args: Sequence[Any], wanted: list[Tensor], marks: Marks, written: list[Item]) -> list[fx.GraphModule]:
+    """The recordings at both sizes. Whether an item that func writes holds nothing, None or a tensor before can be asked
+    without reading it, as by `is None`: the graph must be the same with nothing to be read there, with what the user left
+    there, and with what a call before left there."""
+    if not written:
+        return [call.trace(0, args, wanted), call.trace(1, args, wanted)]
+    _unset(marks, written)
+    first = call.trace(0, args, wanted)
+    marks.restore()
+    for _ in range(2):
+        if not _same_graph(first, call.trace(0, args, wanted)):
+            raise _writes(str(written[0][1]))
+    return [first, call.trace(1, args, wanted)]
+
+
+def _same_graph(x: fx.GraphModule, y: fx.GraphModule) -> bool:
+    places: list[dict[fx.Node, int]] = [{node: i for i, node in enumerate(module.graph.nodes)} for module in (x, y)]
+    if len(places[0]) != len(places[1]):
+        return False
+    for a, b in zip(x.graph.nodes, y.graph.nodes, strict=True):
+        if a.op == b.op == "get_attr":
+            constants = getattr(x, str(a.target)), getattr(y, str(b.target))
+            if constants[0] is not constants[1] and not same_bits(*constants):
+                return False
+            continue
+        given = [
+            repr(fx.node.map_arg((node.args, node.kwargs), lambda n, at=at: f"%{at[n]}"))  # type: ignore[misc]
+            for node, at in zip((a, b), places, strict=True)
+        ]
+        if a.op != b.op or a.target != b.target or given[0] != given[1]:
+            return False
+    return True
 
 
 def _wanted(observed: Observed, known: dict[int, Tensor]) -> list[Tensor]:
