@@ -20,8 +20,8 @@ UNKNOWN_TENSOR = (
     "gradient: name it in adjoint_params, or use gradient='direct'"
 )
 KEPT_RESULTS = (
-    "func depends on a result that it kept of an earlier call at some times, and at others not; one that it kept while the solve "
-    "recorded no gradients has none: use gradient='direct'"
+    "func depends on a result that it kept of an earlier call at some times, and at others not; one that it kept while the "
+    "solve recorded no gradients has none: use gradient='direct'"
 )
 _END = 2**64  # no number is as high
 _Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]

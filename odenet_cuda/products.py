@@ -21,11 +21,17 @@ class Targets:
 
     def __init__(self, tensors: Sequence[Tensor], edges: Sequence[Any] | None = None):
         self.tensors = list(tensors)
-        self.inputs: list[Any] = self.tensors if edges is None else [GradientEdge(*edge, None) for edge in edges]
-        self.upstream: dict[Edge, int] = {}
-        made = [tensor.grad_fn for tensor in tensors] if edges is None else [node for node, _ in edges if not is_leaf(node)]
-        if any(made):
-            self.own = {edge: i for i, edge in enumerate([edge_of(x) for x in tensors] if edges is None else edges)}
+        self.inputs: list[Any] = self.tensors
+        self.own: dict[Any, int] = {}
+        self.upstream: dict[Any, int] = {}
+        if edges is not None:
+            self.inputs = [GradientEdge(node, i) for node, i in edges]
+            made = [node for node, _ in edges if not is_leaf(node)]
+        else:
+            made = [x.grad_fn for x in tensors if x.grad_fn is not None]
+        if made:
+            own = [edge_of(x) for x in tensors] if edges is None else edges
+            self.own = {edge: i for i, edge in enumerate(own)}
             self.upstream = {edge: self.own[edge] for edge in _behind(self.own)}
 
 
@@ -97,7 +103,7 @@ def gradients(
     rest = [i for i in range(len(targets.tensors)) if i not in positions]
     border = _border(outputs, targets)
     sizes = [len(node._input_metadata) for node in border]
-    ends = [GradientEdge(node, i, None) for node, size in zip(border, sizes, strict=True) for i in range(size)]
+    ends = [GradientEdge(node, i) for node, size in zip(border, sizes, strict=True) for i in range(size)]
     asked = [*inputs, *(targets.inputs[i] for i in rest), *ends]
     got = list(product(outputs, asked, cotangents, True, create_graph))
     sums: list[Any] = [None] * len(targets.tensors)
@@ -160,11 +166,8 @@ def _passed(node: Any, grads: Sequence[Tensor | None], create_graph: bool) -> Se
     """What this node alone makes of the gradients of its outputs, for each of its inputs."""
     if callable(node):
         found = node(*grads)
-        found = found if isinstance(found, tuple) else (found,)
-        return [
-            None if x is None or end is None else _taken(x, end, i)
-            for x, (end, i) in zip(found, node.next_functions, strict=True)
-        ]
+        parts = zip(found if isinstance(found, tuple) else (found,), node.next_functions, strict=True)
+        return [None if x is None or end is None else _taken(x, end, i) for x, (end, i) in parts]
     # That of an autograd.Function is run by the engine alone, which is stopped behind it. Hooks of the outputs have had these.
     passed: list[Tensor | None] = []
 
@@ -173,8 +176,8 @@ def _passed(node: Any, grads: Sequence[Tensor | None], create_graph: bool) -> Se
         raise _Passed
 
     handles = [node.register_prehook(lambda _: tuple(grads)), node.register_hook(take)]
-    roots = [(GradientEdge(node, i, None), grad) for i, grad in enumerate(grads) if grad is not None]
-    inputs = [GradientEdge(*edge, None) for edge in node.next_functions if edge[0] is not None]
+    roots = [(GradientEdge(node, i), grad) for i, grad in enumerate(grads) if grad is not None]
+    inputs = [GradientEdge(end, i) for end, i in node.next_functions if end is not None]
     try:
         _run([edge for edge, _ in roots], inputs, [grad for _, grad in roots], True, create_graph)
     except _Passed:
