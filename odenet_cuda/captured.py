@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import _get_sequence_nr
-from torch.autograd.graph import Node, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from .hooks import Task, any_quiet
 
 UNKNOWN_TENSOR = (
     "func depends somewhere in the solve on a tensor that it does not depend on at its start, so that tensor would get no "
     "gradient: name it in adjoint_params, or use gradient='direct'"
+)
+KEPT_RESULTS = (
+    "func depends on a result that it kept of an earlier call at some times, and at others not; one that it kept while the "
+    "solve recorded no gradients has none: use gradient='direct'"
 )
 _END = 2**64  # no number is as high
 _Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
@@ -68,7 +70,7 @@ class Walk:
     ):
         self.known, self.window, self.outside = known, window, set(outside)
         self.inputs = {id(x) for x in inputs}
-        self.nodes: set[Node] = set()
+        self.nodes: dict[Node, None] = {}  # in the order in which they were met
         self.boundary: set[Node] = set()
         self.leaves: dict[Node, Tensor] = {}
         self.edges: dict[Edge, None] = {}
@@ -89,14 +91,14 @@ class Walk:
             elif window is not None and node._sequence_nr() not in window:
                 self.boundary.add(node)
             else:
-                nodes.add(node)
+                nodes[node] = None
                 waiting.extend(node.next_functions)
 
     def pass_through(self, nodes: Iterable[Node]) -> None:
         """These nodes of the boundary were made inside."""
         nodes = list(nodes)
         self.boundary.difference_update(nodes)
-        self.nodes.update(nodes)
+        self.nodes.update(dict.fromkeys(nodes))
         self._walk([edge for node in nodes for edge in node.next_functions])
 
     def pass_all(self) -> None:
@@ -169,16 +171,13 @@ def find_captured(
     """`known`, and every other tensor outside of func that one of these evaluations, with their graphs, depends on.
 
     since: autograd's number before the first of them, None where numbers tell nothing about func. closed: the first depends
-    on known leaves only; then just the last is looked at, and the rest only where that depends on more: func may branch on the
-    time. func is called once more where it cannot be told from the graphs alone: a leaf that one of them alone has, say.
+    on known leaves only, and so may all. func is called once more where it cannot be told from the graphs alone: a leaf that
+    one of them alone has, say.
     """
     found = Known(known)
     window = None if since is None else range(since, _END)
-    if closed:
-        first, last = (Walk(e.k, [e.t, *e.y], found, window) for e in (evaluations[0], evaluations[-1]))
-        alike = not last.leaves and not last.boundary
-        if alike and (evaluations[0] is evaluations[-1] or first.nodes.isdisjoint(last.nodes)):
-            return list(known)
+    if closed and are_closed(evaluations, found, window):
+        return list(known)
     counts: Counter[Node] = Counter()
     for e in evaluations:
         counts.update(Walk(e.k, [e.t, *e.y], found, window).seen)
@@ -192,105 +191,60 @@ def find_captured(
     return list(found.tensors.values())
 
 
-def leans_on_more(
-    field: Callable[..., list[Tensor]],
-    k: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    known: Known,
-    since: int,
-    chosen: bool,
-) -> bool:
-    """Whether a call of func on the way back leans on graphs made before it, which must then be kept from one to the next.
+def are_closed(evaluations: Sequence[Any], known: Known, window: range | None) -> bool:
+    """Whether each of them depends on nothing outside of func but known tensors: func may branch on the time."""
+    nodes: set[Node] = set()
+    for e in evaluations:
+        walk = Walk(e.k, [e.t, *e.y], known, window)
+        if walk.leaves or walk.boundary or not nodes.isdisjoint(walk.nodes):
+            return False
+        nodes.update(walk.nodes)
+    return True
 
-    inputs: t and y. known: the tensors that get gradients. chosen: by the user; else RuntimeError is raised where func's
-    results depend on a tensor, outside of func and its inputs, that is not known.
+
+class Watch:
+    """Calls func on the way back, and looks at what its results depend on.
+
+    tensors: those that get gradients. chosen: by the user; then the first call alone is looked at, for graphs made before it.
+    Else RuntimeError is raised where results depend on another tensor outside of func: it would get no gradient.
+    keeps_graphs: func leans on graphs made before it was called, which must be kept from one call to the next.
     """
-    walk = Walk(k, inputs, known, range(since, sequence_number()))
-    earlier = bool(walk.boundary)
-    if chosen:
-        return earlier
-    walk.pass_all()
-    if walk.leaves:
-        with torch.enable_grad():
-            again = Walk(field(inputs[0], inputs[1:]), inputs, known, None)
-        if walk.leaves.keys() & again.leaves.keys():
+
+    def __init__(self, tensors: Sequence[Tensor], chosen: bool):
+        self.known, self.chosen, self.keeps_graphs = Known(tensors), chosen, False
+        self._looked = False
+        self._leans: bool | None = None  # whether calls lean on earlier graphs
+        self._kinds: set[Any] = set()  # of graphs, of calls whose further leaves were made inside
+        self._leaves: set[Node] = set()  # the further leaves of the last call
+
+    def evaluate(self, field: Callable[..., list[Tensor]], t: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
+        """func at leaves t and y, with its graph; to be called where gradients are recorded."""
+        if self._looked:
+            return field(t, y)
+        since = sequence_number()
+        k = field(t, y)
+        self._look(field, k, [t, *y], range(since, sequence_number()))
+        return k
+
+    def _look(self, field: Callable[..., list[Tensor]], k: Sequence[Tensor], inputs: Sequence[Tensor], window: range) -> None:
+        walk = Walk(k, inputs, self.known, window)
+        leans = bool(walk.boundary)
+        self.keeps_graphs = self.keeps_graphs or leans
+        self._looked = self.chosen
+        if self.chosen:
+            return
+        if self._leans not in (None, leans):
+            raise RuntimeError(KEPT_RESULTS)
+        self._leans = leans
+        walk.pass_all()
+        if not walk.leaves:
+            return
+        # A leaf that func makes is another one in each call. So the second call of each kind tells, and after it the next.
+        leaves, kind = set(walk.leaves), (*map(type, walk.nodes), len(walk.leaves))
+        others = self._leaves
+        if kind not in self._kinds:
+            others = others | Walk(field(inputs[0], inputs[1:]), inputs, self.known, None).leaves.keys()
+        if leaves & others:
             raise RuntimeError(UNKNOWN_TENSOR)
-    return earlier
-
-
-def cut_points(captured: Sequence[Tensor]) -> list[Tensor]:
-    """The captured results on whose way back lies another captured tensor: their gradient must not flow on to it twice."""
-    if all(tensor.grad_fn is None for tensor in captured):
-        return []
-    own = {edge_of(tensor) for tensor in captured}
-    cuts = []
-    for tensor in captured:
-        if tensor.grad_fn is None:
-            continue
-        waiting, seen = list(tensor.grad_fn.next_functions), set()
-        while waiting:
-            node, index = waiting.pop()
-            if node is None or node in seen:
-                continue
-            if (node, index) in own:
-                cuts.append(tensor)
-                break
-            seen.add(node)
-            waiting.extend(node.next_functions)
-    return cuts
-
-
-def product(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    retain_graph: bool,
-    create_graph: bool = False,
-) -> Sequence[Tensor | None]:
-    """The vector-Jacobian product for each of the inputs, None where there is none.
-
-    This is what torch.autograd.grad calls once it has checked its arguments, which takes it 20 us; here they are right.
-    """
-    if any_quiet():
-        with Task(outputs) as task:
-            return _run(task.outputs, inputs, cotangents, retain_graph, create_graph)
-    return _run(outputs, inputs, cotangents, retain_graph, create_graph)
-
-
-def _run(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool, create_graph: bool
-) -> Sequence[Tensor | None]:
-    arguments = tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs)
-    return _engine_run_backward(*arguments, allow_unreachable=True, accumulate_grad=False)
-
-
-def gradients(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    cuts: Sequence[Tensor],
-    retain_graph: bool,
-    create_graph: bool = False,
-) -> Sequence[Any]:
-    """The vector-Jacobian product for each of the inputs; nothing flows back beyond the cuts."""
-    if not cuts:
-        return product(outputs, inputs, cotangents, retain_graph, create_graph)
-    stopped: dict[int, Tensor] = {}
-    with Task(outputs) as task:
-
-        def stop(tensor: Tensor) -> Callable[[Tensor], Tensor | None]:
-            def hook(grad: Tensor) -> Tensor | None:
-                if not task.runs():
-                    return None
-                stopped[id(tensor)] = grad
-                return torch.zeros_like(grad)
-
-            return hook
-
-        hooks = [tensor.register_hook(stop(tensor)) for tensor in cuts]
-        try:
-            grads = _run(task.outputs, inputs, cotangents, True, create_graph)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return [stopped.get(id(tensor), grad) for tensor, grad in zip(inputs, grads, strict=True)]
+        self._kinds.add(kind)
+        self._leaves = leaves

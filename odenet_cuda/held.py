@@ -99,8 +99,15 @@ class Captured:
         self.places = [place for place in _places(modules_of(func)) if place[2].grad_fn is None or id(place[2]) in own]
 
     def check(self) -> None:
-        """Raises RuntimeError, as torch does, where a captured tensor was changed since the solve."""
+        """Raises RuntimeError, as torch does, where a captured tensor was changed since the solve. To be called where func is
+        called again; what the graphs of its calls hold, they look after themselves."""
         for x, version in zip(self.tensors, self.versions, strict=True):
+            if not x.requires_grad:
+                raise RuntimeError(
+                    f"a tensor that func depends on, of shape {list(x.shape)}, required a gradient at the solve and does not "
+                    "now, but func is called again for the gradient: freeze it after the backward pass, or use "
+                    "gradient='direct'"
+                )
             if x._version != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "

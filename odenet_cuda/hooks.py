@@ -33,7 +33,7 @@ def any_quiet() -> bool:
 
 
 class Task:
-    """One product. outputs: those given, by which hooks can tell that it is this product that runs them."""
+    """One product. outputs: those given, whose own hooks tell of it before any other runs."""
 
     def __init__(self, outputs: Sequence[Tensor]):
         self._ids: set[int] = set()
@@ -45,9 +45,6 @@ class Task:
     def _begun(self, grad: Tensor) -> None:
         self._ids.add(_task_id())
         _tasks.add(_task_id())
-
-    def runs(self) -> bool:
-        return _task_id() in self._ids
 
     def __enter__(self) -> "Task":
         return self

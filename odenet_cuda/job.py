@@ -118,8 +118,7 @@ class Job:
             stats.nfe = self.field.nfe
         if frozen is not None:
             frozen.settle()
-            check = "chosen" if params is not None else "first" if closed and not late else "all"
-            outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, check)
+            outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, params is not None)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
             outputs[:n] = [leaf[None].clone() for leaf in self.structure.leaves]
         elif empty and torch.is_grad_enabled():
@@ -280,16 +279,15 @@ class Job:
         outputs: list[Tensor],
         captured: Sequence[Tensor],
         stats: Stats,
-        check: str,
+        chosen: bool,
     ) -> list[Tensor]:
-        """The outputs with a gradient for y0, t and the captured tensors."""
+        """The outputs with a gradient for y0, t and the captured tensors. chosen: these, by the user."""
         kept = Captured(captured, self.field.func)
         common = self.problem, outputs, self.structure.leaves, self.t, kept, stats
         if gradient == "direct":
             return direct_gradient.attach(recorder, *common)
         if gradient == "checkpoint":
-            return checkpoint_gradient.attach(recorder, *common, check)
-        backward = replace(backward, check=check)
+            return checkpoint_gradient.attach(recorder, *common, chosen)
         if gradient == "quadrature":
             return quadrature_gradient.attach(backward, recorder, *common)
         return adjoint_gradient.attach(backward, *common)

@@ -188,7 +188,7 @@ def solve(
         given = (adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)
         if gradient == "quadrature" and (adjoint_options or {}).get("norm") is not None:
             raise ValueError("adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards")
-        backward = adjoint_setup(func, problem, structure, options, *given, check=adjoint_params is None)
+        backward = adjoint_setup(func, problem, structure, options, *given, chosen=adjoint_params is not None)
     if compiled is not None:
         needs = {
             "dense=True": dense,

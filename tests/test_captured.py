@@ -802,12 +802,164 @@ def test_tensors_used_only_for_a_while(gradient, result):
     assert_alike(found, wanted, 1e-1)  # of two solves across jumps; a gradient that is missing is 1 off
 
 
+class InTheMiddle(nn.Module):
+    """A Module that depends on its parameters alone, but for a while in the middle."""
+
+    def __init__(self, v, w):
+        super().__init__()
+        self.weight, self.v = w, v
+
+    def forward(self, t, y):
+        k = slope(y, self.weight)
+        return k + self.v if 0.1 < float(t.max()) < 0.4 else k
+
+
+IN_THE_MIDDLE = {
+    "closure": lambda v, w: lambda t, y: slope(y, w) + (v if 0.1 < float(t.max()) < 0.4 else 0.0),
+    "module": lambda v, w: InTheMiddle(v, nn.Parameter(w.detach())),
+    "frozen module": lambda v, w: InTheMiddle(v, w.detach()),
+    "result": lambda v, w: InTheMiddle(v.exp(), nn.Parameter(w.detach())),
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", IN_THE_MIDDLE)
+def test_a_tensor_used_in_the_middle_alone(gradient, kind):
+    """Its gradient is there, or is refused in words."""
+    grads = []
+    steps = {"method": "rk4", "step_size": T1 / 40}
+    for mine in (True, False):
+        v, w = numbers(3), numbers(3, 3)
+        func = IN_THE_MIDDLE[kind](v, w)
+        y1 = solve(func, Y0, [0.0, T1], gradient=gradient, **steps).ys[-1] if mine else reference(func)
+        try:
+            y1.sum().backward()
+        except RuntimeError as error:
+            assert mine and gradient != "direct" and "use gradient='direct'" in str(error)
+            return
+        grads.append(v.grad)
+    assert_alike(*[[x] for x in grads], 0.1)  # of steps across jumps; a gradient that is missing is 1 off
+
+
+class Product(torch.autograd.Function):
+    """A node at the border that autograd alone can run."""
+
+    @staticmethod
+    def forward(ctx, y, w):
+        ctx.save_for_backward(y, w)
+        return y * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, w = ctx.saved_tensors
+        return grad * w, (grad * y).sum(0)
+
+
+BEYOND = {
+    "product": lambda t, y, w, u, h: h * y.sin() - w * y,  # autograd's engine sums over what is broadcast
+    "matrix": lambda t, y, w, u, h: torch.tanh(y @ torch.diag(w)) * h,
+    "both in one": lambda t, y, w, u, h: (h * w).expand_as(y) - 0.1 * y,
+    "three deep": lambda t, y, w, u, h: torch.stack([w * y, u * y, h * y]).sin().sum(0).mul(0.3) - 0.1 * w.sin() * u,
+    "function": lambda t, y, w, u, h: Product.apply(y, w) + Product.apply(y.cos(), h),
+    "sums": lambda t, y, w, u, h: (w + h).expand_as(y) + u,
+    "in place": lambda t, y, w, u, h: y.clone().mul_(w).add_(h),
+}
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", BEYOND)
+def test_nothing_between_captured_tensors_is_run(kind, gradient, second):
+    """func uses h and what h was made of; a hook between them that is not linear sees the whole gradient, once."""
+    if second and gradient in ("adjoint", "quadrature"):
+        return
+    steps = {"method": "rk4", "step_size": T1 / 40, "gradient": gradient}
+    found = []
+    for run in (lambda func: solve(func, Y0, [0.0, T1], **steps).ys[-1], reference):
+        calls = []
+
+        class Counted(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, grad, calls=calls):
+                calls.append("node")
+                return grad * 2
+
+        w = (1 + numbers(3)).detach().requires_grad_()
+        u = Counted.apply(w)
+        u.register_hook(lambda grad, calls=calls: (calls.append("hook"), grad / grad.norm())[1])
+        h = 0.5 * u
+        h.grad_fn.register_prehook(lambda grads, calls=calls: calls.append("prehook"))
+        y1 = run(lambda t, y, w=w, u=u, h=h: BEYOND[kind](t, y, w, u, h))
+        (grad,) = torch.autograd.grad(y1.square().sum(), w, create_graph=second)
+        assert sorted(calls) == ["hook", "node", "prehook"]
+        found.append([grad, *(torch.autograd.grad(grad.square().sum(), w) if second else ())])
+    assert_alike(*found, 1e-4 if gradient in ("adjoint", "quadrature") else TOLERANCE)  # rk4 backwards
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_chained_solves_run_each_of_them_once(gradient):
+    """h = solve(..., args=(h,)) in a loop: the way back of one solve does not enter those before it."""
+    net, h, counts = Linear(), Y0.clone().requires_grad_(), []
+    for _ in range(4):
+        h = solve(lambda t, y, c: net(t, y) * c, h, [0.0, 0.3], args=(h,), method="rk4", gradient=gradient).ys[-1]
+        runs = []
+        h.grad_fn.next_functions[0][0].register_prehook(lambda grads, runs=runs: runs.append(1))
+        counts.append(runs)
+    h.square().sum().backward()
+    assert [len(runs) for runs in counts] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("view", [True, False])
+def test_a_result_changed_in_place_after_the_solve(view, recorded):
+    """Where its value is not needed, as in plain torch: the gradient goes to what it was then."""
+    found = []
+    for run in (ours("direct"), reference):
+        w = numbers(2, 3)
+        base = w * 2
+        h = base[0] if view else base.sum(0)
+        y1 = run(lambda t, y, h=h: h - y)
+        with torch.set_grad_enabled(recorded):
+            (base if view else h).mul_(3)
+        (y1.square().sum() + h.sum()).backward()
+        found.append([w.grad])
+    assert_alike(*found)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_parameter_frozen_after_the_solve(gradient):
+    found = []
+    for run in (ours(gradient), reference):
+        net = Linear()
+        y1 = run(net)
+        net.linear.bias.requires_grad_(False)
+        if gradient != "direct" and run is not reference:
+            with pytest.raises(RuntimeError, match="freeze it after the backward pass"):
+                y1.sum().backward()
+            return
+        y1.sum().backward()
+        found.append([net.linear.weight.grad, net.linear.bias.grad])
+    assert_alike(*found)
+
+
 @pytest.mark.parametrize("gradient", ["checkpoint", "adjoint", "quadrature"])
-def test_a_tensor_used_in_the_middle_alone_is_refused(gradient):
-    w, v = numbers(3, 3), numbers(3)
-    func = lambda t, y: slope(y, w) + (v if 0.1 < float(t.max()) < 0.4 else 0.0)  # noqa: E731
-    with pytest.raises(RuntimeError, match="gradient='direct'"):
-        solve(func, Y0, [0.0, T1], gradient=gradient, max_step=0.05).ys.sum().backward()
+def test_results_kept_while_no_graph_was_recorded(gradient):
+    """A module that makes one matrix early and another one late."""
+    net, kept = Linear(), {}
+
+    def forward(t, y):
+        late = float(t.max()) > 0.25
+        if late not in kept:
+            kept[late] = net.linear.weight.exp() * (1.0 + late)
+        return torch.tanh(y @ kept[late] + net.linear.bias)
+
+    net.forward = forward
+    with pytest.raises(RuntimeError, match="a result that it kept"):
+        solve(net, Y0, [0.0, T1], method="rk4", step_size=0.05, gradient=gradient).ys.sum().backward()
 
 
 def test_a_closed_module_is_called_no_more_than_needed():

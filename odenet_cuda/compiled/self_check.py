@@ -238,7 +238,7 @@ class Comparison:
         options = self._options(engine.options, step)
         grid = None if options.adaptive else (nodes, [0, *[None] * (trial.steps - 1), 2])
         if backward is not None:
-            backward = replace(backward, options=self._options(backward.options, step), check="first")
+            backward = replace(backward, options=self._options(backward.options, step), chosen=False)
             backward = replace(backward, rtol=[1.0] * len(trial.leaves), atol=[1.0] * len(trial.leaves))
         solve = Solves(self, options, grid, gradient, backward)
         try:

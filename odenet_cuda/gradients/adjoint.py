@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..captured import Known, cut_points, gradients, leans_on_more, sequence_number
+from ..captured import Watch
 from ..formulas import rms_norm
 from ..held import Captured
 from ..integrate import Options, backward_grid, integrate
 from ..ops import FIELDS, readable
 from ..problem import Field, Problem, aliased
+from ..products import NOTHING, Targets, gradients
 from ..ranges import in_range
 from ..solution import Solution, Stats, failure
 from .accumulator import SHORT, Accumulator, combinations
@@ -41,8 +42,8 @@ class Adjoint:
 
     options, rtol, atol (one number a leaf of y): of the backward solve. seminorm: leave the parameters out of the error norm
     (Kidger et al. 2021, arXiv:2009.09457). norm: a user's norm of (t, y, a, *params), or None. callbacks: by name.
-    user_options: what the autograd node shows as `adjoint_options`. check: "all" calls of func, or the "first", are looked at
-    for tensors that are not among the parameters; "chosen": the user chose these, and may have left some out.
+    user_options: what the autograd node shows as `adjoint_options`. chosen: the user chose the parameters, and may have
+    left some out.
     """
 
     options: Options
@@ -52,7 +53,7 @@ class Adjoint:
     norm: Callable[[tuple], Any] | None
     callbacks: dict[str, Callable]
     user_options: dict[str, Any]
-    check: str
+    chosen: bool
 
 
 def attach(
@@ -117,18 +118,20 @@ class AugmentedField:
         like: Sequence[Tensor],
         costs: Sequence[Tensor],
         quadrature_stages: Sequence[bool],
-        check: str,
+        chosen: bool,
     ):
         self.costs = list(costs)  # cotangents of the running costs
-        self.field, self.params, self.quadrature_stages = field, list(params), quadrature_stages
-        self.leaves, self.cuts = len(like), cut_points(params)
+        self.field, self.targets, self.quadrature_stages = field, Targets(params), quadrature_stages
+        self.leaves, self.watch = len(like), Watch(params, chosen)
         # Where func does not depend on something.
         self.zeros = [*(torch.zeros_like(x) for x in like), *(_as_leaf(torch.zeros_like(x)) for x in params)]
         self.convert = any(x.dtype in SHORT for x in params)
         self.none: list[Tensor | None] = [None] * len(self.params)
         self.recording = torch.enable_grad()
-        self.known, self.check = Known(params), check
-        self.looked = self.keeps_graphs = False  # at a call of func: whether it leans on graphs made before
+
+    @property
+    def params(self) -> list[Tensor]:
+        return self.targets.tensors
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -138,7 +141,7 @@ class AugmentedField:
         n, with_params = self.leaves, self.quadrature_stages[stage]
         y = state[:n]
         k = self.evaluate(t, y)
-        grads = self.product(k, [*state[n:], *self.costs], [*y, *self.params] if with_params else y, False)
+        grads = self.product(k, [*state[n:], *self.costs], y, self.targets if with_params else NOTHING, False)
         if self.convert:
             grads = [*grads[:n], *(grad if grad is None else _as_leaf(grad) for grad in grads[n:])]
         slopes: list[Tensor | None] = [slope.detach() for slope in k[:n]]
@@ -152,25 +155,18 @@ class AugmentedField:
         for leaf in y:
             leaf.requires_grad_()
         with self.recording:
-            if self.looked:
-                return self.field(t, y)
-            self.looked = self.check != "all"
-            since = sequence_number()
-            k = self.field(t, y)
-            leans = leans_on_more(self.field, k, [t, *y], self.known, since, self.check == "chosen")
-            self.keeps_graphs = self.keeps_graphs or leans
-            return k
+            return self.watch.evaluate(self.field, t, y)
 
     def product(
-        self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor], keep_graph: bool
+        self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor], targets: Targets, keep_graph: bool
     ) -> Sequence[Tensor | None]:
-        """a^T dk/dinputs"""
+        """a^T dk/dinputs, and then by the targets"""
         if not all([slope.requires_grad for slope in k]):
             a = [cotangent for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
             k = [slope for slope in k if slope.requires_grad]
             if not k:
-                return [None] * len(inputs)
-        return gradients(k, inputs, a, self.cuts, keep_graph or self.keeps_graphs)
+                return [None] * (len(inputs) + len(targets.tensors))
+        return gradients(k, inputs, a, targets, keep_graph or self.watch.keeps_graphs)
 
 
 class PerSampleField(AugmentedField):
@@ -187,9 +183,9 @@ class PerSampleField(AugmentedField):
         like: Sequence[Tensor],
         costs: Sequence[Tensor],
         b: Sequence[float],
-        check: str,
+        chosen: bool,
     ):
-        super().__init__(field, params, like, costs, [False] * len(b), check)
+        super().__init__(field, params, like, costs, [False] * len(b), chosen)
         self.b, self.none = b, []
         self.sums = Accumulator(params, len(b), like[0].device)
         self.kept: dict[int, tuple[list[Tensor], Sequence[Tensor]]] = {}
@@ -208,7 +204,7 @@ class PerSampleField(AugmentedField):
         y, a = state[:n], state[n:]
         k = self.evaluate(t, y)
         keep = stage != 0 and self.b[stage] != 0 and bool(self.params)
-        grads = self.product(k, [*a, *self.costs], y, keep)
+        grads = self.product(k, [*a, *self.costs], y, NOTHING, keep)
         if keep:
             self.kept[stage] = k, a
         slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
@@ -223,7 +219,7 @@ class PerSampleField(AugmentedField):
         return "parameters of 16 bits, or on another device" if self.sums.others else ""
 
     def resume(self, field: Any) -> "PerSampleField":
-        self.field, self.params = field.field, field.params
+        self.field, self.targets = field.field, field.targets
         return self
 
     def add(self, t0: Tensor, y0: Sequence[Tensor], dt: Tensor) -> None:
@@ -234,7 +230,7 @@ class PerSampleField(AugmentedField):
         self.kernels.bind_dt(dt.data_ptr())
         self.kernels.stage(1, [x.data_ptr() for stage in self.cotangents for x in (*self.kept[stage][1], *self.costs)])
         for stage, (k, _) in self.kept.items():
-            self.sums.add(self.product(k, self.cotangents[stage], self.params, False))
+            self.sums.add(self.product(k, self.cotangents[stage], (), self.targets, False))
         self.sums.flush()
         self.kept.clear()
 
@@ -268,14 +264,14 @@ def solve_backwards(
     in_norm = not adjoint.seminorm and not problem.per_sample
     per_sample = problem.per_sample
     if per_sample:
-        augmented: AugmentedField = PerSampleField(field, params, problem.state_leaves, costs, tableau.b, adjoint.check)
+        augmented: AugmentedField = PerSampleField(field, params, problem.state_leaves, costs, tableau.b, adjoint.chosen)
     else:
         e = tableau.e if in_norm and tableau.e else [0.0] * tableau.stages
         needed = [
             b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
             for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))
         ]
-        augmented = AugmentedField(field, params, problem.state_leaves, costs, needed, adjoint.check)
+        augmented = AugmentedField(field, params, problem.state_leaves, costs, needed, adjoint.chosen)
     a = [torch.zeros_like(y[0]) for y in ys]
     integral = [_as_leaf(torch.zeros_like(param)) for param in params]
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None

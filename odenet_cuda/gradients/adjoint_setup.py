@@ -23,7 +23,7 @@ def adjoint_setup(
     rtol: Any,
     atol: Any,
     given: dict[str, Any] | None,
-    check: bool,
+    chosen: bool,
 ) -> Adjoint:
     """The backward solve as the user asked for it; what is not given is as forward, but for the norm."""
     given = dict(given or {})
@@ -72,7 +72,7 @@ def adjoint_setup(
         norm=norm if callable(norm) else None,
         callbacks=callbacks,
         user_options={**given, "norm": shown},
-        check="first" if check else "chosen",
+        chosen=chosen,
     )
 
 

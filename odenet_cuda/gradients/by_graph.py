@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..captured import Known, are_closed
 from ..cuda_graph import MET, NEVER, Busy, Fence, being_captured, graphs, warming_up
 from ..cuda_graph import captured as replay_of
 from ..held import Captured
 from ..integrate import Grid, Options
 from ..problem import Problem, aliased, counter_of
+from ..products import Targets
 from ..ranges import in_range
 from ..solution import Stats
 from ..solvers.by_graph import first_call, key_of
@@ -61,8 +63,11 @@ class GraphedSolve:
         self.calls = calls_on_grid(options.tableau, grid[0], problem.t, problem.direction, options.perturb)
         self.grads = [torch.zeros_like(y) for y in self.solver.ys]
         draws = torch.random.fork_rng([problem.device] if problem.device.type == "cuda" else [])
+        self._replays: list[Any] = [None]
         with draws, warming_up(problem.device):
             self._solve()  # what is done once is done here
+            if kept is None and not are_closed(direct.evaluations(self.recorder.tape), Known(self.captured), None):
+                return
             self._walk()
         self._replays = [replay_of(self._solve, problem.device)]
         self._replays += [replay_of(self._walk, problem.device)] if self._replays[0] is not None else []
@@ -77,12 +82,12 @@ class GraphedSolve:
         self.solver.solve_again()
 
     def _walk(self) -> None:
-        arguments = self.recorder, self.own, self.captured, self.grads, False
         with torch.autocast(**self.cast):
             if self.kept is None:
-                (y0, _, found), calls = direct.way_back(*arguments), 0
+                y0, _, found = direct.way_back(self.recorder, self.own, Targets(self.captured), self.grads, False)
+                calls = 0
             else:
-                (y0, _, found), calls = checkpoint.way_back(*arguments, "first")
+                (y0, _, found), calls = checkpoint.way_back(self.recorder, self.own, self.captured, self.grads, False, False)
         self.found = y0, found, calls
 
     def solve(self, problem: Problem, options: Options, start: Evaluation) -> Trajectory:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..captured import Known, leans_on_more, sequence_number
+from ..captured import Watch
 from ..held import Captured
 from ..problem import Problem
+from ..products import Targets
 from ..ranges import in_range
 from ..solution import Stats
 from ..solvers.checkpoints import best_subset, binomial_split
@@ -39,10 +40,10 @@ def attach(
     t: Tensor,
     captured: Captured,
     stats: Stats,
-    check: str,
+    chosen: bool,
 ) -> list[Tensor]:
-    """ys, with a gradient for y0, t and the captured tensors. check: as in `Recomputation`."""
-    how = autocast_state(problem.device), check, captured
+    """ys, with a gradient for y0, t and the captured tensors. chosen: as in `Watch`."""
+    how = autocast_state(problem.device), chosen, captured
     return list(_Checkpoint.apply(recorder, problem, tuple(ys), stats, how, len(y0), t, *y0, *captured.tensors))
 
 
@@ -50,7 +51,7 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recorder, problem, ys, stats, how, count, t, *tensors):
         ctx.recorder, ctx.problem, ctx.stats, ctx.count, ctx.t_device = recorder, problem, stats, count, t.device
-        ctx.autocast, ctx.check, ctx.captured = how
+        ctx.autocast, ctx.chosen, ctx.captured = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(t, *tensors[:count])
         return ys
@@ -70,7 +71,7 @@ class _Checkpoint(torch.autograd.Function):
             grad_y0, grad_t, others = with_nan(spoilt, problem, found[:count], found[count], found[count + 1 :])
             return None, None, None, None, None, None, grad_t, *grad_y0, *others
         with torch.autocast(**ctx.autocast), ctx.captured.again():
-            grads, ctx.stats.nfe_backward = way_back(recorder, problem, captured, grad_ys, t_grad, ctx.check)
+            grads, ctx.stats.nfe_backward = way_back(recorder, problem, captured, grad_ys, t_grad, ctx.chosen)
         grad_y0, grad_t, grad_captured = with_nan(spoilt, problem, *grads)
         return None, None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 
@@ -81,11 +82,11 @@ def way_back(
     captured: Sequence[Tensor],
     grad_ys: Sequence[Tensor | None],
     t_grad: bool,
-    check: str,
+    chosen: bool,
 ) -> tuple[tuple[list[Tensor], Any, list[Tensor | None]], int]:
-    """The gradients for y0, t and the captured tensors, and how often func was called. check: as in `Recomputation`."""
-    walk = BackwardWalk(problem, recorder, captured, grad_ys, t_grad, keep_graphs=False)
-    again = Recomputation(problem, recorder, captured, check, t_grad)
+    """The gradients for y0, t and the captured tensors, and how often func was called. chosen: as in `Watch`."""
+    walk = BackwardWalk(problem, recorder, Targets(captured), grad_ys, t_grad, keep_graphs=False)
+    again = Recomputation(problem, recorder, captured, chosen, t_grad)
     with again.generators():
         undo_all(again, walk, recorder.checkpoints.limit)
     again.refuse_others()
@@ -93,18 +94,13 @@ def way_back(
 
 
 class Recomputation:
-    """Makes the steps of a tape again.
+    """Makes the steps of a tape again. chosen: as in `Watch`."""
 
-    check: "all" evaluations, the "first", or "" for none, are looked at for tensors that are not among the captured ones;
-    "chosen": the user chose these, and the first is looked at for graphs made before it alone.
-    keeps_graphs: func leans on such graphs, which are then needed again.
-    """
-
-    def __init__(self, problem: Problem, recorder: Recorder, captured: Sequence[Tensor], check: str, t_grad: bool):
+    def __init__(self, problem: Problem, recorder: Recorder, captured: Sequence[Tensor], chosen: bool, t_grad: bool):
         forward: Any = problem.field
         self.problem, self.tableau, self.carried = problem, recorder.tableau, recorder.carried
-        self.known, self.check, self.keeps_graphs = Known(captured), check, False
         self.field, self.n = forward.again(), len(problem.state_leaves)
+        self.watch = Watch(captured, chosen)
         self.step_costs = recorder.step_costs
         self.stepper = Stepper(problem, self.tableau, self.tableau.rows)
         self.stepper.new_stages()
@@ -237,15 +233,7 @@ class Recomputation:
         return self.problem.time_views(step.times)
 
     def _evaluate(self, t: Tensor, y: list[Tensor]) -> Evaluation:
-        if not self.check:
-            return self.recorder.evaluate(self.field, t, y)
-        since = sequence_number()
-        evaluation = self.recorder.evaluate(self.field, t, y)
-        leans = leans_on_more(self.field, evaluation.k, [t, *y], self.known, since, self.check == "chosen")
-        self.keeps_graphs = self.keeps_graphs or leans
-        if self.check != "all":
-            self.check = ""
-        return evaluation
+        return self.recorder.evaluate(lambda t, y: self.watch.evaluate(self.field, t, y), t, y)
 
     def _replaced(self, old: Any, new: list[Tensor], mask: Tensor | None) -> list[Tensor]:
         if mask is None:
@@ -298,7 +286,7 @@ def undo_all(again: Recomputation, walk: BackwardWalk, limit: int | None) -> Non
             state = again.advance(begin, end - 1, state)
         end -= 1
         entries = again.record(end, state)
-        walk.keep_graphs = again.keeps_graphs
+        walk.keep_graphs = again.watch.keeps_graphs
         for entry in reversed(entries):
             walk.undo(entry)
         if again.expected is not None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import formulas
-from ..captured import cut_points, gradients
 from ..held import Captured
 from ..problem import Problem
+from ..products import Targets, gradients
 from ..ranges import in_range, marked
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
@@ -82,8 +82,10 @@ class _Direct(torch.autograd.Function):
             parts = found[: ctx.count], found[ctx.count], found[ctx.count + 1 :]
             grad_y0, grad_t, others = with_nan(spoilt, ctx.problem, *parts)
             return None, None, None, None, None, grad_t, *grad_y0, *others
+        tensors = captured.tensors
+        targets = Targets(tensors, ctx.next_functions[-len(tensors) :] if tensors else ())
         with captured.again():
-            grads = way_back(recorder, ctx.problem, captured.tensors, grad_ys, ctx.needs_input_grad[5], keep)
+            grads = way_back(recorder, ctx.problem, targets, grad_ys, ctx.needs_input_grad[5], keep)
         grad_y0, grad_t, grad_captured = with_nan(spoilt, ctx.problem, *grads)
         return None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 
@@ -91,7 +93,7 @@ class _Direct(torch.autograd.Function):
 def way_back(
     recorder: Recorder,
     problem: Problem,
-    captured: Sequence[Tensor],
+    captured: Targets,
     grad_ys: Sequence[Tensor | None],
     t_grad: bool,
     keep: bool = True,
@@ -115,20 +117,19 @@ class BackwardWalk:
         self,
         problem: Problem,
         recorder: Recorder,
-        captured: Sequence[Tensor],
+        captured: Targets,
         grad_outputs: Sequence[Tensor | None],
         t_grad: bool,
         keep_graphs: bool = True,
     ):
         tableau, a = recorder.tableau, recorder.tableau.rows
         self.keep_graphs = keep_graphs
-        self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, list(captured), t_grad
-        self.cuts = cut_points(captured)
+        self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, captured, t_grad
         self.careful = problem.per_sample and problem.missing is not None  # what is no number may belong to rows without a part
         self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
         self.step_costs = recorder.step_costs
         self.begin(grad_outputs)
-        self.sums = Accumulator(self.captured, max(len(a), 1), problem.device)
+        self.sums = Accumulator(captured.tensors, max(len(a), 1), problem.device)
         self.grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device)
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         points = self.points
@@ -187,11 +188,11 @@ class BackwardWalk:
                 return [None] * self.leaves, None
         # The first evaluation has no gradient for y0 where none is wanted, but func may differentiate by a part of it itself.
         wanted = [leaf.requires_grad for leaf in evaluation.y]
-        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if self.t_grad else []), *self.captured]
-        grads = gradients(outputs, inputs, kappa, self.cuts, self.keep_graphs)
+        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if self.t_grad else [])]
+        grads = gradients(outputs, inputs, kappa, self.captured, self.keep_graphs)
         n = sum(wanted)
         by_y = iter(grads[:n])
-        if self.captured:
+        if self.captured.tensors:
             self.sums.add(grads[n + self.t_grad :])
         found = [next(by_y) if needed else None for needed in wanted]
         return [*found, *[None] * (self.leaves - self.n)], grads[n] if self.t_grad else None

@@ -17,6 +17,7 @@ from ..cuda_graph import captured as replay_of
 from ..cuda_graph import pool, warming_up
 from ..integrate import Options
 from ..problem import Problem, aliased, counter_of
+from ..products import Targets
 from ..solvers.adaptive import AdaptiveSolver
 from ..solvers.checkpoints import Checkpoints
 from ..solvers.trajectory import Evaluation, Recorder, Step, Trajectory
@@ -71,7 +72,7 @@ class GraphedSteps:
             if self.back is not None:
                 return self.back.walk(self._steps(), grad_ys)
             # No step was ever accepted.
-            (y0, _, found), calls = way_back(self.recorder, self.own, self.captured, grad_ys, False, "")
+            (y0, _, found), calls = way_back(self.recorder, self.own, self.captured, grad_ys, False, False)
             return y0, found, calls
 
 
@@ -87,8 +88,10 @@ class StepBack:
     ):
         tableau = recorder.tableau
         self.tableau = tableau
-        self.undoing = BackwardWalk(problem, recorder, captured, [None] * len(problem.leaves), False, keep_graphs=False)
-        self.again = Recomputation(problem, recorder, captured, "first", False)
+        self.undoing = BackwardWalk(
+            problem, recorder, Targets(captured), [None] * len(problem.leaves), False, keep_graphs=False
+        )
+        self.again = Recomputation(problem, recorder, captured, False, False)
         self.start = self.again.start
         self.dt = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         self.step = replace(example, times=example.times.clone(), first=example.first.clone(), dt=self.dt, k=[], evaluations=())

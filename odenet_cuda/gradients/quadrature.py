@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import formulas, noise, ops
-from ..captured import Known, cut_points, gradients, leans_on_more, sequence_number
+from ..captured import Watch
 from ..held import Captured
 from ..integrate import backward_grid, integrate
 from ..ops import FIELDS
 from ..problem import Field, Problem
+from ..products import NOTHING, Targets, gradients
 from ..ranges import in_range
 from ..solution import Stats, failure
 from ..solvers.trajectory import Recorder, Step
@@ -182,16 +183,15 @@ class Polynomials(Recorder):
 class AdjointField:
     """a^T df/dy on the stored solution; the problem's signs turn it round."""
 
-    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], costs: Sequence[Tensor], check: str):
+    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], costs: Sequence[Tensor], chosen: bool):
         self.costs = costs  # cotangents of the running costs
-        self.field, self.solution, self.params, self.check = field, solution, params, check
-        self.cuts, self.known = cut_points(params), Known(params)
-        self.looked = self.keeps_graphs = False  # at a call of func: whether it leans on graphs made before
+        self.field, self.solution, self.params = field, solution, Targets(params)
+        self.watch = Watch(params, chosen)
         self.others_at: Tensor | None = None  # as given by `stand_ins`
 
     def __call__(self, t: Tensor, a: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         k, y = self.evaluate(t)
-        grads = self.product(k, [*a, *self.costs], y)
+        grads = self.product(k, [*a, *self.costs], y, NOTHING)
         return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, y, strict=True)]
 
     def evaluate(self, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -200,20 +200,16 @@ class AdjointField:
             found = [leaf[self.others_at] for leaf in found]
         y = [leaf.requires_grad_() for leaf in found]
         with torch.enable_grad():
-            since = sequence_number()
-            k = self.field(t, y)
-        if not self.looked:
-            self.looked = self.check != "all"
-            leans = leans_on_more(self.field, k, [t, *y], self.known, since, self.check == "chosen")
-            self.keeps_graphs = self.keeps_graphs or leans
-        return k, y
+            return self.watch.evaluate(self.field, t, y), y
 
-    def product(self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def product(
+        self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor], targets: Targets
+    ) -> Sequence[Tensor | None]:
         used = [(slope, cotangent) for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
-        if not used or not inputs:
-            return [None] * len(inputs)
+        if not used:
+            return [None] * (len(inputs) + len(targets.tensors))
         outputs, cotangents = zip(*used, strict=True)
-        return gradients(outputs, inputs, cotangents, self.cuts, self.keeps_graphs)
+        return gradients(outputs, inputs, cotangents, targets, self.watch.keeps_graphs)
 
 
 class ParameterQuadrature(Recorder):
@@ -247,7 +243,7 @@ class ParameterQuadrature(Recorder):
                 cotangents = [formulas.per_row(part, x) * x for x in (*a, *self.field.costs)]
                 t = problem.time_views((start + theta * dt).to(problem.real)[None])[0]
                 slopes, _ = self.field.evaluate(t)
-                self.sums.add(self.field.product(slopes, cotangents, self.params))
+                self.sums.add(self.field.product(slopes, cotangents, (), self.field.params))
         self.sums.flush()
 
     def _adjoint_at(self, theta: float | Tensor, step: Step, k: list[Tensor], dt: Tensor) -> list[Tensor]:
@@ -284,7 +280,7 @@ def solve_backwards(
     grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
     field, grad_ys, costs = forward.again(), grads[:n], grads[n:]
     generators = noise.states(problem.device)
-    on_solution = AdjointField(field, solution, params, costs, adjoint.check)
+    on_solution = AdjointField(field, solution, params, costs, adjoint.chosen)
     options, tableau = adjoint.options, adjoint.options.tableau
     a = [torch.zeros_like(leaf) for leaf in problem.state_leaves]
     backward = Problem(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import formulas, noise
-from ..captured import cut_points, gradients
 from ..problem import Problem, counter_of
+from ..products import Targets, gradients
 from ..solvers.trajectory import End, Evaluation, Recorder, Step
 from ..tableau import ButcherTableau
 
@@ -44,11 +44,10 @@ def second_gradients(
         wanted = [*inputs, *captured]
         positions = [i for i, x in enumerate(wanted) if x.requires_grad]
         sources = [wanted[i] for i in positions]
-        cuts = [*(x for x in inputs if x.requires_grad), *cut_points(captured)]
         found: list[Tensor | None] = [None] * len(wanted)
         if used and sources:
             outputs, cotangents = zip(*used, strict=True)
-            for i, grad in zip(positions, gradients(outputs, sources, cotangents, cuts, True, True), strict=True):
+            for i, grad in zip(positions, gradients(outputs, [], cotangents, Targets(sources), True, True), strict=True):
                 found[i] = grad
     return found
 
