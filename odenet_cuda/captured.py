@@ -19,7 +19,8 @@ from .hooks import Task, any_quiet
 
 UNKNOWN_TENSOR = (
     "func depends somewhere in the solve on a tensor that it does not depend on at its start, so that tensor would get no "
-    "gradient: name it in adjoint_params, or use gradient='direct'"
+    "gradient: name it in adjoint_params, or use gradient='direct'. Or it required no gradient yet when func was solved: call "
+    "requires_grad_() before the solve"
 )
 _END = 2**64  # no number is as high
 _Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
