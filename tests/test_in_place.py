@@ -130,13 +130,8 @@ class Late:
     """At t = 0 and y = 0 its slope tells nothing of what it reads."""
 
     def __init__(self) -> None:
-        self.tensor, self.parts, self.number, self.w = (
-            torch.ones(3, dtype=D),
-            [torch.ones(3, dtype=D)],
-            1.0,
-            torch.ones(3, dtype=D),
-        )
-        self.w.requires_grad_()
+        self.tensor, self.parts, self.number = torch.ones(3, dtype=D), [torch.ones(3, dtype=D)], 1.0
+        self.w = torch.ones(3, dtype=D, requires_grad=True)
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         return self.number * self.tensor * self.parts[0] * torch.sin(t) - self.w * y

@@ -18,8 +18,8 @@ from ..solvers.trajectory import Evaluation
 OTHER_SLOPE = (
     "func does not give what it gave in the solve, at the same t and y: gradient={!r} calls it again{}, so the gradient would "
     "be that of another solve. Something that func reads has been modified by an inplace operation or replaced since: a "
-    "tensor, an attribute, a variable that it closes over, an element of a list, train() or eval(). Call backward before the change, "
-    "hand what changes to func in args as a new tensor, or use gradient='direct'"
+    "tensor, an attribute, a variable that it closes over, an element of a list, train() or eval(). Call backward before the "
+    "change, hand what changes to func in args as a new tensor, or use gradient='direct'"
 )
 OTHER_EVERY_TIME = (
     "func gives something else at every call, at the same t and y: it counts its calls, draws random numbers, or adapts with "
