@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 UNKNOWN_TENSOR = (
     "func depends somewhere in the solve on a tensor that it does not depend on at its start, so that tensor would get no "
-    "gradient: name it in adjoint_params, or use gradient='direct'"
+    "gradient: name it in adjoint_params, or use gradient='direct'. Or it required no gradient yet when func was solved: call "
+    "requires_grad_() before the solve"
 )
 KEPT_RESULTS = (
     "func depends on a result that it kept of an earlier call at some times, and at others not; one that it kept while the "

@@ -14,7 +14,6 @@ from .callbacks import find_callbacks
 from .captured import Known, Walk, find_captured, outside, sequence_number
 from .compiled.engine import Engine, evaluations
 from .compiled.field import attach as attach_compiled
-from .frozen import Frozen
 from .gradients import adjoint as adjoint_gradient
 from .gradients import by_graph
 from .gradients import checkpoint as checkpoint_gradient
@@ -90,7 +89,6 @@ class Job:
                 "func has parameters that are made of other tensors, such as DTensor: gradient='adjoint' would add up their "
                 "gradients in its own state; use gradient='direct' or 'checkpoint'"
             )
-        frozen = counter.frozen = Frozen(self.field.func) if wanted else None
         if wanted and self.options.cuda_graph and gradient in ("direct", "checkpoint"):
             replayed = self._by_graph(gradient, checkpoints, captured, closed, params is not None)
             if replayed is not None:
@@ -116,8 +114,11 @@ class Job:
         elif wanted and params is None and not closed and not late:
             captured = self._captured_at_end(trajectory)
             stats.nfe = self.field.nfe
-        if frozen is not None:
-            frozen.settle()
+        if wanted:
+            if gradient != "direct":
+                assert start is not None
+                self.problem.calls = self._some_calls(start, None if error is not None else trajectory, gradient)
+                stats.nfe = self.field.nfe
             outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, params is not None)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
             outputs[:n] = [leaf[None].clone() for leaf in self.structure.leaves]
@@ -183,7 +184,6 @@ class Job:
     def _replayed(self, trajectory: Trajectory, lease: by_graph.Lease, captured: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution of a solve by graphs."""
         stats, outputs = self._stats(trajectory), trajectory.ys
-        counter_of(self.field).frozen.settle()
         host = None if trajectory.state is None else trajectory.state.cpu().numpy()
         error = self._failure(host, trajectory, outputs, stats)
         if error is not None and on_failure == "raise":
@@ -334,8 +334,6 @@ class Job:
     def _probe(self, gradient: str, params: Sequence[Tensor] | None) -> tuple[Evaluation | None, list[Tensor], bool]:
         """f(t0, y0) with its graph, the tensors outside of func that get gradients, and whether func can have no others."""
         params_wanted = [param for param in params or () if param.requires_grad]
-        if params is not None and gradient != "checkpoint":
-            return None, params_wanted, True
         problem = self.problem
         t0 = problem.time_beside(0, self.options.on_side(problem, 0))
         recorder = self._recorder(graphs=params is None, t_grad=self.t.requires_grad)
@@ -389,6 +387,20 @@ class Job:
         with no_sharded_calls():
             end = recorder.evaluate(self.field, problem.time_views(times)[0], y)
         return find_captured(self.field, [self.first, end], self.known, self.since, False)
+
+    def _some_calls(self, start: Evaluation, trajectory: Trajectory | None, gradient: str) -> list[Evaluation]:
+        """What func gave at the start and late in the solve: there, for where t or y is zero it may not show what it reads.
+        trajectory: None where the solve failed."""
+        start = Evaluation(start.t.detach(), start.y, start.k)
+        if trajectory is None or (trajectory.call is None and gradient == "checkpoint"):
+            return [start]
+        if trajectory.call is not None:
+            return [start, trajectory.call.copy()]
+        problem = self.problem
+        t1 = problem.time_beside(len(problem.t) - 1, self.options.on_side(problem, len(problem.t) - 1))
+        y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
+        with torch.no_grad(), no_sharded_calls():
+            return [start, Evaluation(t1, y, self.field(t1, y))]
 
     def _stats(self, trajectory: Trajectory) -> Stats:
         state = trajectory.state

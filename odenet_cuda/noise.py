@@ -14,8 +14,9 @@ States = tuple[Tensor, ...]
 OTHER_STEP = (
     "gradient='checkpoint' made a step of the solve again, and it ended elsewhere: func does not give the same for the same "
     "t and y. Torch's default generators were put back; numbers of a torch.Generator of func's own, of NumPy or of Python are "
-    "not, nor is what func counts or keeps from call to call, and its module may have changed since the solve. Use "
-    "gradient='direct', or draw the numbers before the solve"
+    "not, nor is what func counts or keeps from call to call, and its module may have changed since the solve, or something "
+    "else that func reads has been modified by an inplace operation or replaced. Use gradient='direct', or draw the numbers "
+    "before the solve"
 )
 OTHER_NUMBERS = (
     "func draws random numbers at every call: gradient={!r} calls it again backwards, with other numbers than in the solve, so "

@@ -118,16 +118,13 @@ class Field:
         self.structure = structure if torch.compiler.is_compiling() else structure.without_graph()
         self.with_gradients = self.gave_graph = False
         self.nfe = 0
-        self.frozen: Any = None  # of this solve, see frozen.py
         self._unknown = 2  # calls until it is known whether func returns one buffer
         self._first: list[Tensor] = []
         self._returns_one_buffer = False
         self._device = structure.leaves[0].get_device()
 
     def again(self) -> "Field":
-        """The same func, counted anew: for a solve backwards. Raises RuntimeError where a frozen tensor of func has changed."""
-        if self.frozen is not None:
-            self.frozen.check()
+        """The same func, counted anew: for a solve backwards."""
         field = Field(self.func, self.structure)
         field._unknown, field._first, field._returns_one_buffer = self._unknown, self._first, self._returns_one_buffer
         return field
@@ -286,7 +283,8 @@ class Problem:
     leaves, or None for the largest of the leaves' RMS norms. quadratures: how many of the last leaves func does not depend
     on; they have slopes but no stages. quadratures_in_norm: whether their error counts. signs: of the slopes of each leaf, -1
     where field gives them for the opposite direction of time; none: all +1. held: bool [rows], those that take no part and
-    stay at t[0]. missing: after a solve in which rows failed, the outputs that they did not reach, [T, rows].
+    stay at t[0]. missing: after a solve in which rows failed, the outputs that they did not reach, [T, rows]. calls: after a
+    solve, some of those of func, for a way back that calls it again (`Evaluation`).
     """
 
     field: Callable[..., list[Any]]
@@ -302,6 +300,7 @@ class Problem:
     signs: list[float] | None = None
     held: Tensor | None = None
     missing: Tensor | None = None
+    calls: Sequence[Any] = ()
 
     @property
     def state_leaves(self) -> list[Tensor]:

@@ -88,7 +88,10 @@ def solve(
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
         does not grow (Chen et al. 2018, arXiv:1806.07366); "checkpoint", as exact as direct, keeps the state of each step
         alone and makes the steps again; "quadrature", the adjoint on the stored solution. All give gradients for y0, t
-        and every tensor func depends on.
+        and every tensor func depends on. All but direct call func again on the way back: what it reads must be as in the
+        solve, and what it computes from tensors with gradients must not be kept by it from one call to the next ("checkpoint"
+        would lose the gradient of what was kept in the solve). A `torch.utils.checkpoint` inside func needs
+        use_reentrant=False.
     step_control: "joint", one step size for the whole state; "per_sample", one for each sample on axis 0 of every leaf.
     controller: "I", "PI", "PID" or (proportional, integral, derivative) coefficients (Soderlind 2003).
     first_step, min_step, max_step: step sizes, positive, in units of t. A step of min_step is accepted whatever its error.

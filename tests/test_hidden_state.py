@@ -121,6 +121,33 @@ def test_the_adjoints_warn(name):
             gradient_of(name, gradient, method="rk4", step_size=0.1)
 
 
+@pytest.mark.parametrize("name", ["generator", "numpy", "python", "counter"])
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
+def test_the_adjoints_warn_of_what_differs_at_every_call(gradient, name):
+    with pytest.warns(UserWarning, match="func gives something else at every call"):
+        gradient_of(name, gradient, method="rk4", step_size=0.1)
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
+def test_weights_that_adapt_with_each_call(gradient):
+    """spectral_norm in training: served, with a word."""
+    torch.manual_seed(0)
+    first, second = (torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(*n)) for n in ((8, 32), (32, 8)))
+    ys = solve(lambda t, y: second(torch.tanh(first(y))), torch.randn(16, 8), [0.0, 1.0], gradient=gradient, method="rk4").ys
+    with pytest.warns(UserWarning, match="spectral_norm"):
+        ys.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
+def test_a_module_that_changed_since_is_refused_by_the_adjoints(gradient):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).double()
+    y0 = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    loss = solve(lambda t, y: net(y), y0, [0.0, 1.0], gradient=gradient, rtol=1e-3, atol=1e-3).ys[-1].sum()
+    net.eval()
+    with pytest.raises(RuntimeError, match="func does not give what it gave in the solve"):
+        loss.backward()
+
+
 def test_a_module_that_changed_since_is_refused():
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5)).double().eval()
     y0 = torch.ones(SHAPE, dtype=torch.float64, requires_grad=True)

@@ -124,3 +124,137 @@ def test_tensors_of_a_function():
             written.mul_(0.5)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             ys.sum().backward()
+
+
+class Late:
+    """At t = 0 and y = 0 its slope tells nothing of what it reads."""
+
+    def __init__(self) -> None:
+        self.tensor, self.parts, self.number = torch.ones(3, dtype=D), [torch.ones(3, dtype=D)], 1.0
+        self.w = torch.ones(3, dtype=D, requires_grad=True)
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.number * self.tensor * self.parts[0] * torch.sin(t) - self.w * y
+
+
+def _written(func: Late) -> None:
+    func.tensor.mul_(2)
+
+
+def _replaced(func: Late) -> None:
+    func.tensor = 2 * func.tensor
+
+
+def _written_in_list(func: Late) -> None:
+    func.parts[0].mul_(2)
+
+
+def _replaced_in_list(func: Late) -> None:
+    func.parts[0] = 2 * func.parts[0]
+
+
+def _number(func: Late) -> None:
+    func.number = 2.0
+
+
+SOLVES = {
+    "dopri5": {},
+    "per sample": {"step_control": "per_sample"},
+    "carried slope": {"method": "adaptive_heun", "rtol": 1e-4, "atol": 1e-4},
+    "jump at the end": {"jump_t": [1.0]},
+    "rk4, one step": {"method": "rk4"},
+    "euler": {"method": "euler", "step_size": 0.3},
+    "chosen parameters": {"adjoint_params": ()},
+    "cuda_graph": {"cuda_graph": True},
+    "regularizers": {"regularizers": ["kinetic"]},
+}
+
+
+@pytest.mark.parametrize("change", [_written, _replaced, _written_in_list, _replaced_in_list, _number])
+@pytest.mark.parametrize("solved", SOLVES)
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature", "checkpoint"])
+def test_what_nobody_can_list(gradient, solved, change):
+    """Whatever func reads: where its slope is another, it is refused, each time; set back, the gradient is as before."""
+    options, func = SOLVES[solved], Late()
+    y0 = torch.zeros(2, 3, dtype=D, requires_grad=True)
+    ys, expected = (solve(func, y0, [0.0, 1.0], gradient=gradient, **options).ys[-1] for _ in range(2))
+    (expected,) = torch.autograd.grad(expected.sum(), y0)
+    kept = func.tensor.clone(), func.parts[0].clone()
+    with torch.no_grad():
+        change(func)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(ys.sum(), y0)
+        if gradient == "checkpoint":  # it finds out on its way
+            return
+    func.tensor, func.parts[0], func.number = *kept, 1.0
+    torch.testing.assert_close(torch.autograd.grad(ys.sum(), y0)[0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+def test_second_derivatives_of_what_nobody_can_list(gradient):
+    func, y0 = Late(), torch.zeros(2, 3, dtype=D, requires_grad=True)
+    ys = solve(func, y0, [0.0, 1.0], gradient=gradient).ys
+    func.number = 2.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(ys[-1].sum(), y0, create_graph=True)
+
+
+class Model(nn.Module):
+    """A batch norm, and an average of the weights, that its field does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm, self.average = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3).requires_grad_(False)
+
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(self.net(y))
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature", "checkpoint", "odeint_adjoint"])
+@pytest.mark.parametrize("closure", [False, True])
+def test_what_func_does_not_use_may_change(gradient, closure):
+    """Before the backward pass, in a second forward pass say."""
+    torch.manual_seed(0)
+    model, x, t = Model().double(), torch.randn(4, 3, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
+    func = (lambda t, y: model.field(t, y)) if closure else model.field
+
+    def loss() -> Tensor:
+        if gradient == "odeint_adjoint":
+            parameters = tuple(model.parameters())
+            return odenet_cuda.odeint_adjoint(func, model.norm(x), t, adjoint_params=parameters)[-1].square().sum()
+        return solve(func, model.norm(x), t, gradient=gradient).ys[-1].square().sum()
+
+    first = loss()
+    model.norm(x + 1), model.average.weight.mul_(0.9)
+    expected = torch.autograd.grad(loss(), model.net.weight)
+    torch.testing.assert_close(torch.autograd.grad(first, model.net.weight), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint", "quadrature"])
+def test_a_buffer_for_y0_and_t(gradient):
+    """Without a gradient, they are the user's to write into; second derivatives need their values, not them."""
+    w = torch.linspace(0.5, 1.5, 3, dtype=D, requires_grad=True)
+    found = []
+    for write in (False, True):
+        y0, t = torch.ones(2, 3, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
+        ys = solve(lambda t, y: -w * y.square(), y0, t, gradient=gradient).ys
+        if write:
+            y0.zero_(), t.add_(1)
+        create = gradient in ("direct", "checkpoint")
+        (grad,) = torch.autograd.grad(ys[-1].sum(), w, create_graph=create)
+        found.append([grad, *(torch.autograd.grad(grad.sum(), w) if create else ())])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_a_batch_of_gradients_that_was_refused():
+    """The next pass is as usual: it lets go of what the solve kept."""
+    func, y0 = Late(), torch.zeros(2, 3, dtype=D, requires_grad=True)
+    ys = solve(func, y0, [0.0, 1.0], gradient="adjoint").ys[-1]
+    func.number = 2.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(ys, y0, torch.ones(2, 2, 3, dtype=D), is_grads_batched=True)
+    func.number = 1.0
+    torch.autograd.grad(ys.sum(), y0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(ys.sum(), y0)

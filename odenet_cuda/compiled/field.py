@@ -15,7 +15,7 @@ from torch.utils._device import DeviceContext
 from ..callbacks import find_callbacks
 from ..gradients.failed import known_cotangents, with_nan
 from ..gradients.one_by_one import one_by_one
-from ..gradients.release import kept
+from ..gradients.release import kept, let_go
 from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
@@ -402,8 +402,9 @@ class _Compiled(torch.autograd.Function):
         gradient, backward, stats, again = ctx.how
         saved = ctx.saved_tensors  # says so where one was changed since, a frozen one too
         tensors, ys = saved[: ctx.count], saved[ctx.count : ctx.count + len(grad_ys)]
-        engine, _ = kept(ctx, "engine")
+        engine = kept(ctx, "engine")
         grad_ys, spoilt = known_cotangents(engine.problem, grad_ys)
+        let_go(ctx, "engine")
         if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
             if gradient == "adjoint":
                 raise RuntimeError(

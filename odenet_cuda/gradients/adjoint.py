@@ -29,7 +29,8 @@ from .direct import real_product
 from .drift import add_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
 from .one_by_one import one_by_one
-from .release import kept
+from .release import kept, let_go
+from .same_func import refuse_another
 
 NO_SECOND_DERIVATIVE = (
     "gradient='adjoint' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
@@ -86,18 +87,21 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        ys, params, adjoint = ctx.saved_tensors, ctx.params.tensors, ctx.adjoint
-        problem, _ = kept(ctx, "problem")
-        ctx.params.check()
+        ys, adjoint, stats = ctx.saved_tensors, ctx.adjoint, ctx.stats
+        problem, params = kept(ctx, "problem"), ctx.params
+        params.check()
         grad_ys, spoilt = known_cotangents(problem, grad_ys)
         shown = ctx.adjoint_options.get("norm")
         if shown is not adjoint.user_options["norm"]:  # the user put another in its place
             if not callable(shown):
                 raise TypeError(f"adjoint_options['norm'] of the result must be callable, got {shown!r}")
             adjoint = replace(adjoint, norm=shown, seminorm=False)
-        with torch.autocast(**ctx.autocast), ctx.params.again():
+        with torch.autocast(**ctx.autocast), params.again():
+            field = problem.field.again()
+            refuse_another(field, problem, problem.calls, "adjoint", " backwards")
+            let_go(ctx, "problem", "params")
             grad_y0, grad_t, grad_params = solve_backwards(
-                adjoint, problem, ys, params, grad_ys, ctx.needs_input_grad[6], ctx.stats
+                adjoint, problem, field, ys, params.tensors, grad_ys, ctx.needs_input_grad[6], stats
             )
         grad_y0, grad_t, grad_params = with_nan(spoilt, problem, grad_y0, grad_t, grad_params)
         if grad_t is not None:
@@ -244,20 +248,20 @@ class PerSampleField(AugmentedField):
 def solve_backwards(
     adjoint: Adjoint,
     problem: Problem,
+    field: Any,
     ys: Sequence[Tensor],
     params: Sequence[Tensor],
     grad_outputs: Sequence[Tensor | None],
     t_grad: bool,
     stats: Stats,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """(dL/dy0, dL/dt, dL/dparams)"""
+    """(dL/dy0, dL/dt, dL/dparams). field: of the problem, for the calls on the way back."""
     n = len(problem.state_leaves)
     outputs = [*ys, *problem.leaves[n:]]
     grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
     grad_ys, costs = grads[:n], grads[n:]
     tableau = adjoint.options.tableau
-    forward: Any = problem.field
-    field, generators = forward.again(), noise.states(problem.device)
+    generators = noise.states(problem.device)
     stats.drift = None
     others = aliased(field, params) if adjoint.options.cuda_graph else None
     field, params = others or (field, params)

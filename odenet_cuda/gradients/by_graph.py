@@ -31,8 +31,8 @@ from .autocast import autocast_state
 from .failed import known_cotangents, with_nan
 from .graphed_steps import GraphedSteps
 from .one_by_one import one_by_one
-from .release import kept
-from .replay import second_gradients
+from .release import kept, let_go
+from .replay import save_inputs, saved_inputs, second_gradients
 
 # Gradients for y0 and the captured tensors, and how often func was called.
 Found = tuple[list[Tensor], list[Tensor | None], int]
@@ -114,10 +114,21 @@ Graphed = GraphedSolve | GraphedSteps
 
 
 class Lease:
-    """Gives the graphs back when it goes. fence: behind their last use."""
+    """Gives the graphs back when it goes. fence: behind their last use. read: tensors that they read where they lie and that
+    get no gradient, with their versions."""
 
-    def __init__(self, key: Hashable, graphed: Graphed, fence: Fence):
+    def __init__(self, key: Hashable, graphed: Graphed, fence: Fence, read: Sequence[tuple[Tensor, int]]):
         self.key, self.graphed, self.fence, self._give = key, graphed, fence, graphs.give_from_anywhere
+        self.read = read
+
+    def check(self) -> None:
+        """Raises RuntimeError where one was written into since."""
+        for x, version in self.read:
+            if x._version != version:
+                raise RuntimeError(
+                    f"a tensor of func, {x.dtype} {list(x.shape)}, has been modified by an inplace operation since the solve, "
+                    "and its gradient by a captured graph reads it"
+                )
 
     def __del__(self) -> None:
         self._give(self.key, self.graphed, self.fence)
@@ -140,6 +151,7 @@ def solve(
     """
     counter = counter_of(problem.field)
     called = counter.nfe
+    read = [(x, x._version) for x in counter.tensors if not x.requires_grad and not x.is_inference()]
     with torch.no_grad():
         calls, start = first_call(problem, options.perturb)
         counter.nfe = called
@@ -167,7 +179,8 @@ def solve(
             return None
         ys, last = ([leaf.detach().clone() for leaf in leaves] for leaves in (found.ys, found.last))
         state = None if found.state is None else found.state.clone()
-    return Trajectory(ys, last, state), Lease(key, graphed, Fence(problem.device))
+    read = [(x, version) for x, version in read if x._version == version]  # the others func writes itself: counts, say
+    return Trajectory(ys, last, state), Lease(key, graphed, Fence(problem.device), read)
 
 
 def attach(
@@ -189,24 +202,25 @@ class _Graphed(torch.autograd.Function):
         (ctx.lease, ctx.captured), ctx.problem, ctx.stats, ctx.count = how, problem, stats, count
         ctx.autocast = autocast_state(problem.device)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *tensors[:count])
+        save_inputs(ctx, t, tensors[:count])
         return ys
 
     @staticmethod
     @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        t, *y0 = ctx.saved_tensors  # says so where one was changed since
-        lease, _ = kept(ctx, "lease")
+        _ = ctx.saved_tensors  # says so where one was changed since
+        lease = kept(ctx, "lease")
         grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
         graphed, count = lease.graphed, ctx.count
-        ctx.captured.check()
+        ctx.captured.check(), lease.check()
         if torch.is_grad_enabled():
             problem, captured = ctx.problem, ctx.captured.tensors
             with torch.autocast(**ctx.autocast), ctx.captured.again():
-                again = second_gradients(graphed.recorder, problem, problem.field, y0, t, captured, grad_ys)
+                inputs = saved_inputs(ctx, problem, graphed.recorder)
+                again = second_gradients(graphed.recorder, problem, problem.field, inputs, captured, grad_ys)
             return None, None, None, None, None, None, *again[:count], *again[count + 1 :]
-        counter_of(ctx.problem.field).frozen.check()
+        let_go(ctx, "lease")
         with torch.no_grad():
             y0, captured, ctx.stats.nfe_backward = graphed.walk(grad_ys)
             y0, _, captured = with_nan(spoilt, ctx.problem, y0, None, captured)

@@ -25,8 +25,9 @@ from .autocast import autocast_state
 from .direct import BackwardWalk
 from .failed import known_cotangents, with_nan
 from .one_by_one import one_by_one
-from .release import kept
-from .replay import second_gradients
+from .release import kept, let_go
+from .replay import SECOND, save_inputs, saved_inputs, second_gradients
+from .same_func import refuse_another
 
 _FEW = 32  # states, of which the best may be looked for; with more the gaps between are short, and the search is not
 State = tuple[list[Tensor], "list[Tensor] | None"]  # at the start of a step, and its first slope where that is carried
@@ -53,7 +54,7 @@ class _Checkpoint(torch.autograd.Function):
         ctx.recorder, ctx.problem, ctx.stats, ctx.count, ctx.t_device = recorder, problem, stats, count, t.device
         ctx.autocast, ctx.chosen, ctx.captured = how
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *tensors[:count])
+        save_inputs(ctx, t, tensors[:count])
         return ys
 
     @staticmethod
@@ -61,17 +62,20 @@ class _Checkpoint(torch.autograd.Function):
     @in_range("backward")
     def backward(ctx, *grad_ys):
         problem, count, t_grad = ctx.problem, ctx.count, ctx.needs_input_grad[6]
-        (t, *y0), captured = ctx.saved_tensors, ctx.captured.tensors
-        recorder, _ = kept(ctx, "recorder")
-        ctx.captured.check()
+        _ = ctx.saved_tensors  # says so where one was changed since
+        recorder, stats, captured = kept(ctx, "recorder"), ctx.stats, ctx.captured
+        captured.check()
         grad_ys, spoilt = known_cotangents(problem, grad_ys)
         if torch.is_grad_enabled():
-            with torch.autocast(**ctx.autocast), ctx.captured.again():
-                found = second_gradients(recorder, problem, problem.field, y0, t, captured, grad_ys)
+            with torch.autocast(**ctx.autocast), captured.again():
+                refuse_another(problem.field.again(), problem, problem.calls, "checkpoint", SECOND)
+                inputs = saved_inputs(ctx, problem, recorder)
+                found = second_gradients(recorder, problem, problem.field, inputs, captured.tensors, grad_ys)
             grad_y0, grad_t, others = with_nan(spoilt, problem, found[:count], found[count], found[count + 1 :])
             return None, None, None, None, None, None, grad_t, *grad_y0, *others
-        with torch.autocast(**ctx.autocast), ctx.captured.again():
-            grads, ctx.stats.nfe_backward = way_back(recorder, problem, captured, grad_ys, t_grad, ctx.chosen)
+        let_go(ctx, "recorder", "captured", "problem")
+        with torch.autocast(**ctx.autocast), captured.again():
+            grads, stats.nfe_backward = way_back(recorder, problem, captured.tensors, grad_ys, t_grad, ctx.chosen)
         grad_y0, grad_t, grad_captured = with_nan(spoilt, problem, *grads)
         return None, None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 

@@ -27,8 +27,9 @@ from .accumulator import Accumulator
 from .autocast import autocast_state
 from .failed import known_cotangents, with_nan
 from .one_by_one import one_by_one
-from .release import kept
-from .replay import second_gradients
+from .release import kept, let_go
+from .replay import SECOND, save_inputs, saved_inputs, second_gradients
+from .same_func import refuse_another
 
 
 def attach(
@@ -65,28 +66,32 @@ class _Direct(torch.autograd.Function):
         ctx.autocast = autocast_state(problem.device)
         ctx.captured = captured
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *tensors[:count])
+        save_inputs(ctx, t, tensors[:count])
         return ys
 
     @staticmethod
     @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        (t, *y0), func, captured = ctx.saved_tensors, ctx.problem.field, ctx.captured
-        recorder, keep = kept(ctx, "recorder")
-        grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
+        _ = ctx.saved_tensors  # says so where one was changed since
+        recorder, problem, captured = kept(ctx, "recorder"), ctx.problem, ctx.captured
+        grad_ys, spoilt = known_cotangents(problem, grad_ys)
         if torch.is_grad_enabled():
             captured.check()
             with torch.autocast(**ctx.autocast), captured.again():
-                found = second_gradients(recorder, ctx.problem, func, y0, t, captured.tensors, grad_ys)
+                calls = evaluations([recorder.tape[0], *recorder.tape[-1:]])
+                refuse_another(problem.field.again(), problem, [calls[0], calls[-1]], "direct", SECOND)
+                inputs = saved_inputs(ctx, problem, recorder)
+                found = second_gradients(recorder, problem, problem.field, inputs, captured.tensors, grad_ys)
             parts = found[: ctx.count], found[ctx.count], found[ctx.count + 1 :]
-            grad_y0, grad_t, others = with_nan(spoilt, ctx.problem, *parts)
+            grad_y0, grad_t, others = with_nan(spoilt, problem, *parts)
             return None, None, None, None, None, grad_t, *grad_y0, *others
+        keep = not let_go(ctx, "recorder", "captured", "problem")
         tensors = captured.tensors
         targets = Targets(tensors, ctx.next_functions[-len(tensors) :] if tensors else ())
         with captured.again():
-            grads = way_back(recorder, ctx.problem, targets, grad_ys, ctx.needs_input_grad[5], keep)
-        grad_y0, grad_t, grad_captured = with_nan(spoilt, ctx.problem, *grads)
+            grads = way_back(recorder, problem, targets, grad_ys, ctx.needs_input_grad[5], keep)
+        grad_y0, grad_t, grad_captured = with_nan(spoilt, problem, *grads)
         return None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured
 
 

@@ -46,9 +46,12 @@ def _each(backward: Callable[..., tuple], ctx: Any, grads: Sequence[Tensor | Non
         raise NotImplementedError("the backward pass of a solve serves one level of torch.vmap, got several: use a loop")
     size = max([len(grad) for grad in given])
     passes = []
-    for i in range(size):
-        ctx.more_to_come = i < size - 1  # what the solve kept is needed again
-        passes.append(backward(ctx, *[x if x is None else x.expand(size, *x.shape[1:])[i] for x in grads]))
+    try:
+        for i in range(size):
+            ctx.more_to_come = i < size - 1  # what the solve kept is needed again
+            passes.append(backward(ctx, *[x if x is None else x.expand(size, *x.shape[1:])[i] for x in grads]))
+    finally:
+        ctx.more_to_come = False
     found: list[Tensor | None] = []
     for parts in zip(*passes, strict=True):
         like = next((part for part in parts if part is not None), None)

@@ -33,7 +33,8 @@ from .adjoint import Adjoint, at_rest, last_state, slope_product
 from .autocast import autocast_state
 from .failed import known_cotangents, stand_ins, with_nan
 from .one_by_one import one_by_one
-from .release import kept
+from .release import kept, let_go
+from .same_func import refuse_another
 
 NO_SECOND_DERIVATIVE = (
     "gradient='quadrature' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
@@ -69,15 +70,18 @@ class _Quadrature(torch.autograd.Function):
     def backward(ctx, *grad_ys):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        ys = ctx.saved_tensors
-        (adjoint, solution, stats, autocast, params), _ = kept(ctx, "how")
+        ys, problem = ctx.saved_tensors, ctx.problem
+        adjoint, solution, stats, autocast, params = kept(ctx, "how")
         params.check()
-        grad_ys, spoilt = known_cotangents(ctx.problem, grad_ys)
+        grad_ys, spoilt = known_cotangents(problem, grad_ys)
         with torch.autocast(**autocast), params.again():
+            field = problem.field.again()
+            refuse_another(field, problem, problem.calls, "quadrature", " backwards")
+            let_go(ctx, "how", "problem")
             grad_y0, grad_t, grad_params = solve_backwards(
-                adjoint, solution, ctx.problem, ys, params.tensors, grad_ys, ctx.needs_input_grad[4], stats
+                adjoint, solution, problem, field, ys, params.tensors, grad_ys, ctx.needs_input_grad[4], stats
             )
-        grad_y0, grad_t, grad_params = with_nan(spoilt, ctx.problem, grad_y0, grad_t, grad_params)
+        grad_y0, grad_t, grad_params = with_nan(spoilt, problem, grad_y0, grad_t, grad_params)
         if grad_t is not None:
             grad_t = grad_t.to(ctx.t_device)
         return None, None, None, None, grad_t, *grad_y0, *grad_params
@@ -267,18 +271,18 @@ def solve_backwards(
     adjoint: Adjoint,
     solution: Polynomials,
     problem: Problem,
+    field: Any,
     ys: Sequence[Tensor],
     params: Sequence[Tensor],
     grad_outputs: Sequence[Tensor | None],
     t_grad: bool,
     stats: Stats,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """(dL/dy0, dL/dt, dL/dparams)"""
-    forward: Any = problem.field
+    """(dL/dy0, dL/dt, dL/dparams). field: of the problem, for the calls on the way back."""
     n = len(problem.state_leaves)
     outputs = [*ys, *problem.leaves[n:]]
     grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
-    field, grad_ys, costs = forward.again(), grads[:n], grads[n:]
+    grad_ys, costs = grads[:n], grads[n:]
     generators = noise.states(problem.device)
     on_solution = AdjointField(field, solution, params, costs, adjoint.chosen)
     options, tableau = adjoint.options, adjoint.options.tableau

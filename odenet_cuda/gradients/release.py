@@ -10,17 +10,22 @@ _SECOND = (
 )
 
 
-def kept(ctx: Any, name: str) -> tuple[Any, bool]:
-    """An attribute of the autograd node `ctx`, and whether it stays there: with retain_graph or create_graph, and where more
-    passes are made of a batch of gradients. Else the node has let it go when this returns. To be called first in `backward`,
-    after a look at `ctx.saved_tensors`.
+def kept(ctx: Any, name: str) -> Any:
+    """An attribute of the autograd node `ctx`. To be asked for first in `backward`, after a look at `ctx.saved_tensors`.
 
     Raises RuntimeError where it is gone, as `saved_tensors` does.
     """
     value = getattr(ctx, name)
     if value is None:
         raise RuntimeError(_SECOND)
+    return value
+
+
+def let_go(ctx: Any, *names: str) -> bool:
+    """The node lets these go, and whether it did: not with retain_graph or create_graph, and not where more passes are made of
+    a batch of gradients. To be called when nothing speaks against the pass any more, before anything is used up: a pass that
+    was refused says the same again."""
     stays = torch._C._autograd._get_current_graph_task_keep_graph() or getattr(ctx, "more_to_come", False)
-    if not stays:
+    for name in () if stays else names:
         setattr(ctx, name, None)
-    return value, stays
+    return not stays

@@ -4,38 +4,51 @@ Steps are taken as given; where they end depends on t only at the times of t the
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import formulas, noise
-from ..problem import Problem, counter_of
+from ..problem import Problem
 from ..products import Targets, gradients
 from ..solvers.trajectory import End, Evaluation, Recorder, Step
 from ..tableau import ButcherTableau
 
 Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+SECOND = " for second derivatives"
+
+
+def save_inputs(ctx: Any, t: Tensor, y0: Sequence[Tensor]) -> None:
+    """For `second_gradients`. Those without a gradient are known besides, and the user may write into his."""
+    ctx.saved = [x.requires_grad for x in (t, *y0)]
+    ctx.save_for_backward(*compress((t, *y0), ctx.saved))
+
+
+def saved_inputs(ctx: Any, problem: Problem, recorder: Recorder) -> list[Tensor]:
+    """y0 and t."""
+    first = next(entry.y0 for entry in recorder.tape if isinstance(entry, Step)) or ()
+    known = [torch.tensor(problem.t, dtype=torch.float64, device="cpu"), *(leaf.detach() for leaf in first)]
+    saved = iter(ctx.saved_tensors)
+    t, *y0 = [next(saved) if with_grad else x for x, with_grad in zip(known, ctx.saved, strict=False)]
+    return [*y0, t]
 
 
 def second_gradients(
     recorder: Recorder,
     problem: Problem,
     func: Func,
-    y0: Sequence[Tensor],
-    t: Tensor,
+    y0_and_t: Sequence[Tensor],
     captured: Sequence[Tensor],
     grad_ys: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:
     """The gradients by y0, t and the captured tensors with a graph of their own."""
     if recorder.step_costs is not None:
         raise RuntimeError("regularizers 'error' and 'stiffness' have first derivatives only: solve without create_graph=True")
-    frozen = counter_of(problem.field).frozen
-    if frozen is not None:
-        frozen.check()
     with torch.enable_grad():
         # Other names for y0 and t: what lies behind them is no part of the solve.
-        inputs = [x.view_as(x) if x.requires_grad else x for x in (*y0, t)]
+        inputs = [x.view_as(x) if x.requires_grad else x for x in y0_and_t]
         generators = noise.states(problem.device)
         ys = replay(recorder.tape, recorder.tableau, problem, func, inputs[:-1], inputs[-1])
         if noise.differ(generators, noise.states(problem.device)):

@@ -155,7 +155,14 @@ class AdaptiveSolver:
             for out, leaf in zip(self.ys, self.stepper.y0, strict=False):
                 out[1] = leaf
         sums = [] if self.after_step is None else self.after_step.take()
-        return Trajectory(ys=self.ys, last=self.stepper.y0, state=self.state, sums=sums)
+        return Trajectory(ys=self.ys, last=self.stepper.y0, state=self.state, sums=sums, call=self._call_at_end())
+
+    def _call_at_end(self) -> Evaluation | None:
+        """f(t1, y1), where it was the last stage, of one call for all rows."""
+        stepper, problem = self.stepper, self.problem
+        if not self.tableau.fsal or problem.per_sample or problem.quadratures or self.stop_times[1]:
+            return None
+        return Evaluation(self.t[-1].to(problem.real), stepper.y0, stepper.k[0])
 
     # ---- ahead of the device ------------------------------------------------------------------------------------------
 

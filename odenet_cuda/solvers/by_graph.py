@@ -92,8 +92,9 @@ def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], calle
     counter_of(problem.field).nfe -= called
     ys, last = ([leaf.clone() for leaf in leaves] for leaves in (found.ys, found.last))
     state = None if found.state is None else found.state.clone()
+    call = None if found.call is None or problem.quadratures else found.call.copy()
     if solver.captures:
         graphs.give(key, solver, Fence(problem.device))
     elif wanted:
         graphs.set_mark(key, NEVER)
-    return Trajectory(ys=ys, last=last, state=state, sums=found.sums)
+    return Trajectory(ys=ys, last=last, state=state, sums=found.sums, call=call)

@@ -110,6 +110,7 @@ class FixedSolver:
         self.replay: Callable[[], None] | None = None  # a captured solve
         self.initial = [leaf.clone() for leaf in self.stepper.y0] if graph else []
         self.calls = 0  # of func in a solve, the first not counted
+        self.call: Evaluation | None = None  # the last
 
     def _numbers(self, problem: Problem, nodes: list[float]) -> tuple[Tensor, Tensor]:
         """The sizes of the steps, and the times of their stages."""
@@ -121,7 +122,7 @@ class FixedSolver:
         """start: f(t0, y0), where the caller already has it."""
         if not self.captures:
             self._solve(start)
-            return Trajectory(ys=self.ys, last=self.stepper.y0, state=None)
+            return Trajectory(ys=self.ys, last=self.stepper.y0, state=None, call=self.call)
         counter = counter_of(self.problem.field)
         called = counter.nfe
         if self.calls and self.replay is None:  # the solve before was not captured: what func does once is done
@@ -133,7 +134,7 @@ class FixedSolver:
         else:
             self.replay()
             counter.nfe = called + self.calls
-        return Trajectory(ys=self.ys, last=self.stepper.y0, state=None)
+        return Trajectory(ys=self.ys, last=self.stepper.y0, state=None, call=self.call)
 
     def reset(self, problem: Problem, nodes: list[float]) -> None:
         """Another problem of the same kind takes the place of the last: in the same memory, for a captured solve. Its outputs
@@ -178,7 +179,7 @@ class FixedSolver:
                     start = None
                     if self.recorder is not None:
                         self.recorder.start(first_slope, self.moves_with[step])
-                    last_slope = first_slope.k
+                    last_slope, self.call = first_slope.k, first_slope
                 kernels.bind_slopes(0, stepper.set_slopes(0, last_slope, not recording))
                 last_slope = None
                 evaluations: list[Evaluation | None] = []
@@ -187,7 +188,7 @@ class FixedSolver:
                     kernels.stage(i, addresses)
                     # The slope at the end of the step serves the next step and outputs inside this one.
                     if i < stages and (i < len(self.rows) or inside or step < last_step or every_slope):
-                        evaluation = self._evaluate(i, views[i], stepper.y[i])
+                        self.call = evaluation = self._evaluate(i, views[i], stepper.y[i])
                         evaluations.append(evaluation)
                         addresses = stepper.set_slopes(i, evaluation.k, not recording)
                         last_slope = stepper.k[i] if fsal and i == stages - 1 else None

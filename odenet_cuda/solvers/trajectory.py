@@ -18,12 +18,14 @@ from .checkpoints import Checkpoints
 @dataclass
 class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
-    sums: what was added up after the steps."""
+    sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
+    the next solve may write."""
 
     ys: list[Tensor]
     last: list[Tensor]
     state: Tensor | None
     sums: Sequence[Tensor] = ()
+    call: "Evaluation | None" = None
 
 
 @dataclass(slots=True)
@@ -40,6 +42,11 @@ class Evaluation:
     mask: Tensor | None = None
     end: "End | None" = None
     noise: Any = None
+
+    def copy(self) -> "Evaluation":
+        """The values, in memory of their own."""
+        t, *leaves = [x.detach().clone() for x in (self.t, *self.y, *self.k)]
+        return Evaluation(t, leaves[: len(self.y)], leaves[len(self.y) :])
 
 
 Output = tuple[int, "float | Tensor", "Tensor | None"]
