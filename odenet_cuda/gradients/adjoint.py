@@ -99,7 +99,8 @@ class _Adjoint(torch.autograd.Function):
         with torch.autocast(**ctx.autocast), params.again():
             field = problem.field.again()
             refuse_another(field, problem, problem.calls, "adjoint", " backwards")
-            let_go(ctx, "problem", "params")
+            if let_go(ctx, "problem", "params"):
+                problem.calls = ()  # the norm that the node shows keeps the problem
             grad_y0, grad_t, grad_params = solve_backwards(
                 adjoint, problem, field, ys, params.tensors, grad_ys, ctx.needs_input_grad[6], stats
             )
