@@ -28,7 +28,7 @@ from .ops import FIELDS
 from .problem import Field, Problem, Structure, check_state, counter_of, own_tensors, to_device
 from .regularizers import OF_STEPS, RUNNING, StepCosts
 from .sharding import is_plain, no_sharded_calls, refuse_sharded
-from .solution import Interpolant, Solution, Stats, failure
+from .solution import Interpolant, Solution, Stats, raise_failure
 from .solvers.adaptive import runs_ahead
 from .solvers.checkpoints import Checkpoints
 from .solvers.fixed import calls_on_grid
@@ -105,9 +105,7 @@ class Job:
         n = len(trajectory.ys)
         outputs = [*trajectory.ys, *trajectory.last[n:], *([] if step_costs is None else step_costs.sums(self.problem))]
         host = None if trajectory.state is None else trajectory.state.cpu().numpy()
-        error = self._failure(host, trajectory, outputs[:n], stats)
-        if error is not None and on_failure == "raise":
-            raise error
+        failed = self._failed(host, trajectory, outputs[:n], stats, on_failure)
         if wanted and gradient == "direct":
             calls = direct_gradient.evaluations(recorder.tape)
             captured = find_captured(self.field, calls, self.known, self.since, closed and not late)
@@ -117,7 +115,7 @@ class Job:
         if wanted:
             if gradient != "direct":
                 assert start is not None
-                self.problem.calls = self._some_calls(start, None if error is not None else trajectory, gradient)
+                self.problem.calls = self._some_calls(start, None if failed else trajectory, gradient)
                 stats.nfe = self.field.nfe
             outputs = self._attach(gradient, backward, recorder, outputs, captured, stats, params is not None)
         elif len(self.problem.t) == 1 and torch.is_grad_enabled():
@@ -185,9 +183,7 @@ class Job:
         """The solution of a solve by graphs."""
         stats, outputs = self._stats(trajectory), trajectory.ys
         host = None if trajectory.state is None else trajectory.state.cpu().numpy()
-        error = self._failure(host, trajectory, outputs, stats)
-        if error is not None and on_failure == "raise":
-            raise error
+        self._failed(host, trajectory, outputs, stats, on_failure)
         kept = Captured(captured, self.field.func)
         outputs = by_graph.attach(lease, self.problem, outputs, self.structure.leaves, self.t, kept, stats)
         return self._solution(outputs, trajectory, None, stats)
@@ -242,9 +238,7 @@ class Job:
         stats = self._stats(trajectory)
         host = None if trajectory.state is None else trajectory.state.cpu().numpy()
         outputs = trajectory.ys
-        error = self._failure(host, trajectory, outputs, stats)
-        if error is not None and on_failure == "raise":
-            raise error
+        self._failed(host, trajectory, outputs, stats, on_failure)
         if wanted:
             outputs = attach_compiled(engine, gradient, backward, outputs, stats, lambda: self._again(on_failure))
         return self._solution(outputs, trajectory, None, stats)
@@ -309,9 +303,7 @@ class Job:
             trajectory, host = Trajectory(ys, [leaf[-1].detach() for leaf in ys], None), None
         self.field.nfe = nfe
         stats = self._stats(trajectory)
-        error = self._failure(host, trajectory, ys, stats)
-        if error is not None and on_failure == "raise":
-            raise error
+        self._failed(host, trajectory, ys, stats, on_failure)
         return self._solution(ys, trajectory, None, stats)
 
     def _run_mapped(self, on_failure: str) -> Solution:
@@ -412,23 +404,24 @@ class Job:
             counts = torch.full((rows,), steps, device="cpu"), torch.zeros(rows, dtype=torch.int64, device="cpu")
         return Stats(self.field.nfe, *counts, self.problem.per_sample)
 
-    def _failure(self, state: Any, trajectory: Trajectory, ys: list[Tensor], stats: Stats):
-        """The exception of a solver state, a NumPy array; where there is one, outputs that were not reached become NaN."""
+    def _failed(self, state: Any, trajectory: Trajectory, ys: list[Tensor], stats: Stats, on_failure: str) -> bool:
+        """Whether the solver state, a NumPy array, is that of a solve that failed. It is raised, or outputs that were not
+        reached become NaN."""
         if state is None:
-            return None
+            return False
         status = state[FIELDS["status"]]
         if status[0] == SUCCESS if len(status) == 1 else (status == SUCCESS).all():
-            return None
+            return False
         last = self._solution(ys, trajectory, None, stats)
-        error = failure(state, last, self.options.control.max_num_steps)
-        if error is not None:
-            reached = torch.from_numpy(state[FIELDS["output_end"]]).to(ys[0].device)
-            missing = torch.arange(len(self.problem.t), device=ys[0].device)[:, None] >= reached  # [T, rows]
-            self.problem.missing = missing
-            for out in ys:
-                columns = [missing.shape[1], *[1] * (out.dim() - 2)] if out.dim() > 1 else []
-                out.masked_fill_(missing.reshape(-1, *columns), math.nan)
-        return error
+        reached = torch.from_numpy(state[FIELDS["output_end"]]).to(ys[0].device)
+        missing = torch.arange(len(self.problem.t), device=ys[0].device)[:, None] >= reached  # [T, rows]
+        self.problem.missing = missing
+        for out in ys:
+            columns = [missing.shape[1], *[1] * (out.dim() - 2)] if out.dim() > 1 else []
+            out.masked_fill_(missing.reshape(-1, *columns), math.nan)
+        if on_failure == "raise":
+            raise_failure(state, last, self.options.control.max_num_steps)
+        return True
 
     def _solution(self, ys: list[Tensor], trajectory: Trajectory, recorder: Recorder | None, stats: Stats) -> Solution:
         interpolant = None

@@ -110,12 +110,13 @@ class Solution:
         return words if self.per_sample else words[0]
 
 
-def failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> SolverError | None:
-    """The exception for a solver state [NUM_FIELDS, rows] in which a row failed, or None."""
+def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> None:
+    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. No frame keeps the exception, whose traceback
+    keeps the frames: func would be gone with the garbage collector only."""
     status = state[FIELDS["status"]]
     failed = np.flatnonzero(status != SUCCESS)
     if len(failed) == 0:
-        return None
+        return
     row = int(failed[0])
     code = int(status[row])
     t, dt = float(state[FIELDS["time"], row]), float(state[FIELDS["last_dt"], row])
@@ -130,7 +131,7 @@ def failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> Solver
     if sample is not None:
         where = f"in sample {sample} of {len(status)} ({len(failed)} failed) {where}"
     message = f"{start}; {where}. Remedy: {_REMEDIES[code]}. The last accepted state is in `y` of this exception."
-    return SolverError(message, status=STATUS_WORDS[code], sample=sample, t=t, dt=dt, solution=solution)
+    raise SolverError(message, status=STATUS_WORDS[code], sample=sample, t=t, dt=dt, solution=solution)
 
 
 @dataclass

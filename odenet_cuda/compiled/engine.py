@@ -340,7 +340,7 @@ class Engine:
 
     def check(self, state: Tensor | None, problem: Problem) -> None:
         """Raises SolverError where the backward solve failed."""
-        from ..solution import Solution, Stats, failure
+        from ..solution import Solution, Stats, raise_failure
 
         if state is None:
             return
@@ -348,9 +348,7 @@ class Engine:
         last = self._leaves(self.y_last[:, : self.state])
         t = torch.tensor(problem.t, dtype=torch.float64, device="cpu")
         solution = Solution(last, t, Stats(0, *counts, problem.per_sample), last, None, problem.per_sample)
-        error = failure(state.cpu().numpy(), solution, self.options.control.max_num_steps)
-        if error is not None:
-            raise error
+        raise_failure(state.cpu().numpy(), solution, self.options.control.max_num_steps)
 
 
 def evaluations(options: Options, state: Tensor | None, grid: Grid | None, problem: Problem) -> int:

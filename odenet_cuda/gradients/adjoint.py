@@ -22,7 +22,7 @@ from ..ops import FIELDS, readable
 from ..problem import Field, Problem, aliased
 from ..products import NOTHING, Targets, gradients
 from ..ranges import in_range
-from ..solution import Solution, Stats, failure
+from ..solution import Solution, Stats, raise_failure
 from .accumulator import SHORT, Accumulator, combinations
 from .autocast import autocast_state
 from .direct import real_product
@@ -313,10 +313,8 @@ def solve_backwards(
         trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid)
         if trajectory.state is not None:
             state = trajectory.state.cpu().numpy()
-            words = failure(state, last_state(trajectory.last[: 2 * n], problem, stats), options.control.max_num_steps)
-            if words is not None:
-                stats.nfe_backward = field.nfe
-                raise words
+            stats.nfe_backward = field.nfe
+            raise_failure(state, last_state(trajectory.last[: 2 * n], problem, stats), options.control.max_num_steps)
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]

@@ -25,7 +25,7 @@ from ..ops import FIELDS
 from ..problem import Field, Problem
 from ..products import NOTHING, Targets, gradients
 from ..ranges import in_range
-from ..solution import Stats, failure
+from ..solution import Stats, raise_failure
 from ..solvers.trajectory import Recorder, Step
 from ..tableau import ButcherTableau
 from .accumulator import Accumulator
@@ -316,10 +316,8 @@ def solve_backwards(
         trajectory = integrate(backward, options, callbacks=adjoint.callbacks, recorder=recorder, grid=grid)
         if trajectory.state is not None:
             state = trajectory.state.cpu().numpy()
-            words = failure(state, last_state(trajectory.last, problem, stats), options.control.max_num_steps)
-            if words is not None:
-                stats.nfe_backward = field.nfe
-                raise words
+            stats.nfe_backward = field.nfe
+            raise_failure(state, last_state(trajectory.last, problem, stats), options.control.max_num_steps)
             if not problem.per_sample:
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last
