@@ -111,6 +111,7 @@ class Numbers:
         self._known: dict[Any, int] = {}  # where each step stands
         self._leaves: dict[Any, tuple[Tensor, list[int], type]] = {}  # a tensor, the steps to it, the type of the last
         self._wrap: Callable[[Tensor], Tensor] | None = None
+        self.met: set[Any] = set()  # the leaves that func took when it was given these numbers last
 
     def __bool__(self) -> bool:
         return bool(self._roots)
@@ -126,7 +127,7 @@ class Numbers:
         """The arguments with a Number for each number; in attributes they stand inside alone. wrap: of tensors, where func is
         watched; it may not ask what a number is then."""
         before = [slot.get() for slot in self.slots]
-        given, self._wrap = list(args), wrap
+        given, self._wrap, self.met = list(args), wrap, set()
         numbers = [Number(self, i, value) for i, value in enumerate(self._values)]
         for place, x in zip(self.places, numbers[len(self.slots) :], strict=True):
             given[place] = x
@@ -168,6 +169,7 @@ class Numbers:
         if (index, dtype) not in self._leaves:
             tensor = torch.tensor(float(value), dtype=dtype, device=self._device)
             self._leaves[index, dtype] = tensor, self._needed(index), type(value)
+        self.met.add((index, dtype))
         tensor = self._leaves[index, dtype][0]
         return tensor if self._wrap is None else self._wrap(tensor)
 

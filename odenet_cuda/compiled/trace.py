@@ -122,8 +122,7 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> R
             wanted = _wanted(observed, known)
             if any(x.requires_grad and not x.is_leaf and id(x) in known for x in observed.used.values()):
                 raise Unreadable("func closes over a tensor that is itself the result of a differentiable computation")
-            with numbers.given(args) as given:
-                modules = _trace(call, given, wanted, marks, written)
+            modules = _trace(call, args, numbers, wanted, marks, written)
     except Unreadable:
         raise
     except Leak as error:
@@ -183,19 +182,30 @@ def _written(marks: Marks) -> list[Item]:
     return items
 
 
-def _trace(call: Call, args: Sequence[Any], wanted: list[Tensor], marks: Marks, written: list[Item]) -> list[fx.GraphModule]:
+def _trace(
+    call: Call, args: Sequence[Any], numbers: Numbers, wanted: list[Tensor], marks: Marks, written: list[Item]
+) -> list[fx.GraphModule]:
     """The recordings at both sizes. Whether an item that func writes holds nothing, None or a tensor before can be asked
     without reading it, as by `is None`: the graph must be the same with nothing to be read there, with what the user left
     there, and with what a call before left there."""
+    met = numbers.met
+
+    def trace(index: int) -> fx.GraphModule:
+        with numbers.given(args) as given:  # after `marks` put things back: among them may be these numbers
+            module = call.trace(index, given, wanted)
+        if numbers.met != met:
+            raise Unreadable("func does not take the same of the numbers that change at every call")
+        return module
+
     if not written:
-        return [call.trace(0, args, wanted), call.trace(1, args, wanted)]
+        return [trace(0), trace(1)]
     _unset(marks, written)
-    first = call.trace(0, args, wanted)
+    first = trace(0)
     marks.restore()
     for _ in range(2):
-        if not _same_graph(first, call.trace(0, args, wanted)):
+        if not _same_graph(first, trace(0)):
             raise _writes(str(written[0][1]))
-    return [first, call.trace(1, args, wanted)]
+    return [first, trace(1)]
 
 
 def _same_graph(x: fx.GraphModule, y: fx.GraphModule) -> bool:

@@ -224,7 +224,7 @@ class PerSampleField(AugmentedField):
         return "parameters of 16 bits, or on another device" if self.sums.others else ""
 
     def resume(self, field: Any) -> "PerSampleField":
-        self.field, self.targets = field.field, field.targets
+        self.field, self.targets, self.watch = field.field, field.targets, field.watch
         return self
 
     def add(self, t0: Tensor, y0: Sequence[Tensor], dt: Tensor) -> None:
@@ -264,8 +264,10 @@ def solve_backwards(
     tableau = adjoint.options.tableau
     generators = noise.states(problem.device)
     stats.drift = None
+    calls = field.nfe
     others = aliased(field, params) if adjoint.options.cuda_graph else None
     field, params = others or (field, params)
+    field.nfe = calls
     in_norm = not adjoint.seminorm and not problem.per_sample
     per_sample = problem.per_sample
     if per_sample:
