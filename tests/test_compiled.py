@@ -1095,3 +1095,32 @@ def test_no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve(odenet_cuda.compile(Net()), rows(5, 2).requires_grad_(), TIMES).ys.sum().backward()
+
+
+class Hypernet(nn.Module):
+    """The weights of the layer are computed from the time."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.make = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 12)).double()
+
+    def forward(self, t, y):
+        p = self.make(t.reshape(1, 1)).reshape(-1)
+        return torch.tanh(y @ p[:9].view(3, 3) + p[9:])
+
+
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_hypernet(gradient):
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    compare_gradients(Hypernet(), rows(5, 3), t, 1e-6, gradient=gradient, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["fehlberg2", "adaptive_heun"])
+def test_adjoint_that_does_not_go_on_with_the_last_slope(method):
+    """Per sample the stepper's takes the parameters' integral from a slope of its own there, so a compiled one differs."""
+    weight = rows(3, 3, seed=1).requires_grad_()
+    field = odenet_cuda.compile(lambda t, y: torch.tanh(y @ weight))
+    how = {"method": method, "step_control": "per_sample", "gradient": "adjoint", "rtol": 1e-4, "atol": 1e-4}
+    solve(field, rows(5, 3), [0.0, 1.0], **how).ys.sum().backward()
+    assert "per-sample adjoint" in field.explain()

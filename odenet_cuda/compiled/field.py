@@ -209,7 +209,7 @@ class CompiledField(nn.Module):
                 return Refused(failure, Reading(self.func, args).guards(args))
         except Unreadable as error:
             # What cannot be compared may be gone at the next call, as a parameter that is not initialized yet.
-            return Refused(error, Never() if error.__cause__ is not None else Always())
+            return Refused(error, Never())
 
 
 @contextmanager
@@ -341,8 +341,13 @@ def prepare(
         try:
             engine = Engine(field.plan(structure, args, problem.per_sample), problem, options, args, grid, field._matmul)
             engine.sources = Sources(engine, structure, args)
+            adjoint = backward.options.tableau if gradient == "adjoint" and engine.sources.wanted else None
+            if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.fsal:
+                raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
             engine.build(gradient, backward)
-            self_check.check(engine, structure, args, field.func, gradient, backward)
+            if self_check.due(engine, args):
+                with _reading:
+                    self_check.check(engine, structure, args, field.func, gradient, backward)
             recheck(field, engine, structure, args, _reading)
             engine.begun = time.perf_counter()
             return engine
@@ -352,7 +357,7 @@ def prepare(
             why.append(str(error))
             if not _warned and not error.quiet:
                 _warned = True
-                warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=3)
+                warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=4)
     field._why = why
     return None
 

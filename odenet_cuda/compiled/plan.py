@@ -203,7 +203,11 @@ class Plan:
             if s.b is not None:
                 part = part.view(s.a.shape[1], s.b.shape[1])
                 part = part.t() if node in summed.transposed else part
-            values[node] = part.reshape(summed.shapes[node])
+            part = part.reshape(summed.shapes[node])
+            stride = node.meta["val"].stride()  # which views of it rely on
+            if part.stride() != stride:
+                part = part.new_empty_strided(part.shape, stride).copy_(part)
+            values[node] = part
         return [None if node is None else value_of(node, values) for node in self.lowering.gradients]
 
     # Libraries

@@ -85,7 +85,7 @@ def recheck(field: "CompiledField", engine: "Engine", structure: Structure, args
         f"odenet_cuda.compile: something that func reads has changed since it was read, and was not seen to: {much} "
         f"({found.allowed:.1e}). The last {watch.unseen} compiled solves may be wrong. The stepper serves this one and later "
         f"ones, until field.reset(). Please report this, with the field, {engine.plan.title}, and what changed; {found.where}",
-        stacklevel=4,
+        stacklevel=5,
     )
     raise Unreadable(reason)
 

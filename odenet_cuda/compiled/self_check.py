@@ -62,15 +62,19 @@ class Difference:
     of_gradient: bool
 
 
-def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, gradient: str, backward: Any) -> None:
-    """Checks the libraries of this solve that have not been. Raises Refused for one that is wrong, Unchecked where func has no
-    finite value here."""
+def due(engine: Engine, args: Sequence[Any]) -> bool:
+    """Whether a library of this solve has not been checked."""
     plan = engine.plan
-    keys = [(id(tableau), target) for tableau, target in engine.wanted]
     if any([bool(place(args).any()) for place in plan.zeros]):
         plan.trusted.clear()  # what was multiplied by zero, as by a last layer before its training, has not been seen yet
-    if plan.trusted.issuperset(keys):
-        return
+    return not plan.trusted.issuperset([(id(tableau), target) for tableau, target in engine.wanted])
+
+
+def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, gradient: str, backward: Any) -> None:
+    """Checks the libraries of this solve. Raises Refused for one that is wrong, Unchecked where func has no finite value here.
+    It calls func with what is not the user's: no other thread may read func meanwhile."""
+    plan = engine.plan
+    keys = [(id(tableau), target) for tableau, target in engine.wanted]
     with torch.inference_mode(False), unmarked(Reach(func, args)), unchanged_generators(engine.problem.device):
         ways = gradient if len(keys) > 1 and keys[1] not in plan.trusted else ""
         found = None
@@ -401,7 +405,7 @@ def _report(engine: Engine, tableau: Any, target: Any, found: Difference, seed: 
         f"odenet_cuda.compile: {reason} ({found.allowed:.1e}); the stepper serves instead, so the result is right. Please "
         f"report this, with the field and: {describe(text, capability)}; {target}, {type(tableau).__name__} of "
         f"{tableau.stages} stages; {found.where}, seed {seed}, y0 {[list(x.shape) for x in engine.problem.leaves]}; {kept}",
-        stacklevel=5,
+        stacklevel=6,
     )
     return reason
 
