@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from odenet_cuda import _C
+from odenet_cuda.compiled import build
 
 THREADS = 2
 
@@ -31,3 +32,15 @@ def device(request) -> torch.device:
     if request.param == "cuda" and (reason := _why_no_cuda()):
         pytest.skip(reason)
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def quick_compiler():
+    """Compiled fields without optimisation, where the machine code is not tried. Skips where there is no compiler."""
+    try:
+        build.find_compiler()
+    except build.NoCompiler as reason:
+        pytest.skip(str(reason))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ODENET_CXXFLAGS", "-O0")
+        yield

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import odenet_cuda
 from odenet_cuda import solve
-from odenet_cuda.compiled import build
 from odenet_cuda.compiled.operations import OPERATIONS
 from odenet_cuda.compiled.pointwise import MASKS, TEXTS
 
@@ -22,16 +21,7 @@ F = nn.functional
 Case = Callable[..., Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Skips all where there is none."""
-    try:
-        build.find_compiler()
-    except build.NoCompiler as reason:
-        pytest.skip(str(reason))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ODENET_CXXFLAGS", "-O0")
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 class Cases(nn.Module):

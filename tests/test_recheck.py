@@ -13,7 +13,7 @@ from torch import nn
 
 import odenet_cuda
 from odenet_cuda import solve
-from odenet_cuda.compiled import build, recheck
+from odenet_cuda.compiled import recheck
 from odenet_cuda.compiled.guards import Guards
 from odenet_cuda.compiled.recheck import Watch
 
@@ -21,16 +21,7 @@ Y0 = rows(5, 2)
 TOLERANCE = 1e-12  # of a few steps in float64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Skips all where there is none."""
-    try:
-        build.find_compiler()
-    except build.NoCompiler as reason:
-        pytest.skip(str(reason))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ODENET_CXXFLAGS", "-O0")
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture

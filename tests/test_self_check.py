@@ -28,16 +28,7 @@ FAULTS = {
 OF_VALUES, OF_GRADIENTS = list(FAULTS)[1:-1], ["one lane", "many tiles", "one tile"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler(tmp_path_factory):
-    """Skips all where there is none."""
-    try:
-        build.find_compiler()
-    except build.NoCompiler as reason:
-        pytest.skip(str(reason))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ODENET_CXXFLAGS", "-O0")
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from . import self_check
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
-from .leaks import line_of
+from .leaks import line_of, summary
 from .plan import Plan
 from .reading import Reading
 from .recheck import recheck
@@ -220,8 +220,7 @@ def _in_words() -> Iterator[None]:
     except Unreadable:
         raise
     except Exception as error:
-        words = str(error).strip().splitlines() or [""]
-        raise Unreadable(f"func could not be read: {type(error).__name__}: {words[0]}{line_of(error)}") from error
+        raise Unreadable(f"func could not be read: {summary(error)}{line_of(error)}") from error
 
 
 class Always:

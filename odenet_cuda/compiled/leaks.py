@@ -216,6 +216,12 @@ _WORDS = (
 )
 
 
+def summary(error: BaseException) -> str:
+    """Its type and its first line."""
+    words = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {words[0]}"
+
+
 def line_of(error: BaseException) -> str:
     """The user's line that it comes from."""
     lines = [

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..problem import Structure
+from .leaks import summary
 from .marks import Unreadable, unmarked
 from .reach import Reach
 from .trace import unchanged_generators
@@ -71,8 +72,7 @@ def recheck(field: "CompiledField", engine: "Engine", structure: Structure, args
     try:
         found = _difference(engine, structure, args, field.func)
     except Exception as error:
-        words = str(error).strip().splitlines() or [""]
-        raise Unreadable(f"func could not be compared again: {type(error).__name__}: {words[0]}") from error
+        raise Unreadable(f"func could not be compared again: {summary(error)}") from error
     finally:
         reading.release()
     if found is None:

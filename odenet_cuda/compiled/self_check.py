@@ -23,6 +23,7 @@ from ..step_control import SUCCESS
 from . import build
 from .build import NoCompiler, Refused
 from .engine import Engine
+from .leaks import summary
 from .marks import unmarked
 from .reach import Reach
 from .teams import card_of
@@ -84,8 +85,7 @@ def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, 
             except NoCompiler:
                 raise
             except Exception as error:  # whatever func may raise for other samples than those at hand
-                words = str(error).strip().splitlines() or [""]
-                raise Unchecked(f"func cannot be checked against: {type(error).__name__}: {words[0]}") from error
+                raise Unchecked(f"func cannot be checked against: {summary(error)}") from error
             if found is None:
                 break
     if found is not None:

@@ -17,7 +17,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..problem import Structure
-from .leaks import Leak, Observed, Tracked, observe
+from .leaks import Leak, Observed, Tracked, observe, summary
 from .marks import Marks, Unreadable, Unset, same_bits
 from .numbers import Numbers
 from .reach import Reach
@@ -128,8 +128,7 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> R
     except Leak as error:
         raise Unreadable(str(error)) from error
     except Exception as error:  # whatever a user's function may raise when it is not given real numbers
-        words = str(error).strip().splitlines() or [""]
-        raise Unreadable(f"func could not be recorded: {type(error).__name__}: {words[0]}") from error
+        raise Unreadable(f"func could not be recorded: {summary(error)}") from error
     read = list(observed.read.values())
     graphs = [module.graph for module in modules]
     return Recording(graphs, modules, len(call.structure.leaves), call.batched, wanted, call.whole, read, written)
