@@ -253,7 +253,16 @@ def _decompositions() -> dict[Any, Callable]:
     for name in _READ:
         for overload in getattr(_aten, name).overloads():
             table.pop(getattr(getattr(_aten, name), overload), None)
+    table[_aten.hardsigmoid_backward.default] = _hardsigmoid_backward
     return table
+
+
+def _hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """As torch computes it, with a sixth of float32 in float64 too, which its own decomposition does not know."""
+    one = torch.ones((), dtype=x.dtype)
+    with torch._C._DisableTorchDispatch():
+        slope = float(_aten.hardsigmoid_backward(one, torch.zeros_like(one)))
+    return torch.where((x > -3.0) & (x < 3.0), grad * slope, 0.0)
 
 
 def value_of(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
