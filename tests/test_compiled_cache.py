@@ -71,6 +71,7 @@ def start(cache: Path, factor: float = 1.5, **environment: object) -> subprocess
     variables = {
         **os.environ,
         "ODENET_CACHE": str(cache),
+        "ODENET_CXXFLAGS": "-O0",  # it is not the machine code that is tried here
         "OMP_NUM_THREADS": "1",
         **{k: str(v) for k, v in environment.items()},
     }

@@ -174,7 +174,7 @@ def test_gradients_of_groups(grouped, control, gradient):
 def test_groups_deal_all_kinds_of_statements(grouped):
     """Sums, slices, masks, derivatives of the field, leaves, arguments; a state of more rows than there are groups and of
     fewer; a jump in time."""
-    compare_gradients(Flow(), rows(9, 3), TIMES[[0, 4]], 1e-9, rtol=1e-4, atol=1e-4, step_control="per_sample")
+    compare_gradients(Flow(), rows(9, 3), TIMES[[0, 2]], 1e-9, rtol=1e-4, atol=1e-4, step_control="per_sample")
     weight, p = rows(23, 23, seed=3) / 4, rows(9, 5, seed=5)
 
     def mixed(t, y, p):
@@ -186,7 +186,7 @@ def test_groups_deal_all_kinds_of_statements(grouped):
     options = {"step_control": "per_sample", "rtol": 1e-4, "atol": 1e-4}
     compare_gradients(mixed, y0, TIMES[[0, 2, 4]], 1e-9, args=(p,), **options)
     compare_gradients(
-        mixed, y0, [0.0, 0.5], 1e-5, args=(p,), gradient="adjoint", step_control="per_sample", rtol=1e-9, atol=1e-9
+        mixed, y0, [0.0, 0.05], 1e-5, args=(p,), gradient="adjoint", step_control="per_sample", rtol=1e-8, atol=1e-8
     )
     compare(odenet_cuda.compile(Net(hidden=19)), rows(9, 2), TIMES, jump_t=[0.5], step_control="per_sample")
 
@@ -225,10 +225,10 @@ def test_tensor_cores(grouped, monkeypatch, matmul, most, lanes):
     monkeypatch.setattr(teams, "LANES", (lanes,))
     net = Wide()
     func = odenet_cuda.compile(net, matmul=matmul)
-    y0, options = rows(37, 17, dtype=torch.float32), {"method": "rk4", "step_size": 0.25}
+    y0, times, options = rows(37, 17, dtype=torch.float32), [0.0, 0.4, 0.5], {"method": "rk4", "step_size": 0.25}
     for gradient in ("direct", "adjoint"):
-        found = gradients(func, y0, [0.0, 0.4, 1.0], list(net.parameters()), gradient=gradient, **options)
-        expected = gradients(net, y0, [0.0, 0.4, 1.0], list(net.parameters()), gradient=gradient, **options)
+        found = gradients(func, y0, times, list(net.parameters()), gradient=gradient, **options)
+        expected = gradients(net, y0, times, list(net.parameters()), gradient=gradient, **options)
         errors = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(found, expected, strict=True)]
         assert max(errors) < most
         assert matmul == "float32" or max(errors) > most / 50

@@ -1,18 +1,18 @@
-// CUDA C++ as far as csrc/cuda/ uses it, run by the threads of a CPU: the blocks of a launch one after the other, or at
-// once where they wait for each other, the threads of a block each a std::thread, which meet at __syncthreads. What a
+// CUDA C++ as far as csrc/cuda/ uses it, run by a CPU: the blocks of a launch one after the other, or at once where
+// they wait for each other, and the threads of a block as in threads_of_a_block.h, which meet at __syncthreads. What a
 // kernel computes, and what its threads race for, can then be tested where no GPU is. Given to the compiler before each
 // .cu file.
 #pragma once
 
 #include <atomic>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "threads_of_a_block.h"
 
 #define __global__
 #define __device__
@@ -33,28 +33,42 @@ struct Fragment {  // of a thread: what it has of the operands of a tensor core'
 // What the threads of a block share.
 struct Block {
   Block(int threads, int bytes) : meeting(threads), memory(new unsigned char[bytes]), fragments(threads) {
-    for (int warp = 0; warp < threads / 32; ++warp) warps.push_back(std::make_unique<std::barrier<>>(32));
+    for (int warp = 0; warp < threads / 32; ++warp) warps.push_back(std::make_unique<Barrier>(32));
   }
-  std::barrier<> meeting;
-  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  Barrier meeting;
+  std::vector<std::unique_ptr<Barrier>> warps;
   std::unique_ptr<unsigned char[]> memory;
   std::vector<Fragment> fragments;
   std::atomic<int> votes{0};
 };
 
-inline thread_local Index thread_index{0}, block_index{0};
-inline thread_local Block* block = nullptr;
+// What a thread knows of itself.
+struct Self {
+  Index thread{0}, block_index{0};
+  Block* block = nullptr;
+};
+inline thread_local Self self;
 inline Index grid_size{1}, block_size{1};
 constexpr int kResident = 3;  // blocks that run at once
 
+// Whatever waits may let others go on in the same thread of the CPU.
+template <class Waiting>
+void wait(const Waiting& waiting) {
+  const Self own = self;
+  waiting();
+  self = own;
+}
+inline void meet(Barrier& barrier) {
+  wait([&] { barrier.arrive_and_wait(); });
+}
 inline void meet() {
-  block->meeting.arrive_and_wait();
+  meet(self.block->meeting);
 }
 
 }  // namespace emulation
 
-#define threadIdx emulation::thread_index
-#define blockIdx emulation::block_index
+#define threadIdx emulation::self.thread
+#define blockIdx emulation::self.block_index
 #define gridDim emulation::grid_size
 #define blockDim emulation::block_size
 
@@ -64,7 +78,7 @@ inline void __syncthreads() {
 #endif
 }
 inline int __syncthreads_or(int some) {
-  std::atomic<int>& votes = emulation::block->votes;
+  std::atomic<int>& votes = emulation::self.block->votes;
   if (some) votes = 1;
   emulation::meet();
   const int found = votes;
@@ -92,9 +106,9 @@ template <int depth>
 void multiply(float (&sums)[4], const Fragment& own) {
   constexpr int each = depth / 8;  // numbers in a register
   const unsigned warp = threadIdx.x / 32, place = threadIdx.x % 32;
-  Fragment* all = block->fragments.data() + warp * 32;
+  Fragment* all = self.block->fragments.data() + warp * 32;
   all[place] = own;
-  block->warps[warp]->arrive_and_wait();
+  meet(*self.block->warps[warp]);
   for (unsigned q = 0; q < 4; ++q) {
     const unsigned i = place / 4 + q / 2 * 8, k = place % 4 * 2 + q % 2;
     for (unsigned j = 0; j < depth; ++j) {
@@ -102,7 +116,7 @@ void multiply(float (&sums)[4], const Fragment& own) {
       sums[q] += all[i % 8 * 4 + member].left[high * 2 + i / 8][half] * all[k * 4 + member].right[high][half];
     }
   }
-  block->warps[warp]->arrive_and_wait();
+  meet(*self.block->warps[warp]);
 }
 
 inline float from_bits(uint32_t bits) {
@@ -121,7 +135,7 @@ inline uint32_t to_bits(float x) {
 namespace odenet {
 
 inline void* team_memory(int offset) {
-  return emulation::block->memory.get() + offset;
+  return emulation::self.block->memory.get() + offset;
 }
 inline uint32_t round_to_tf32(float x) {
   return x - x == 0 ? (emulation::to_bits(x) + 0x1000) & ~0x1fffu : emulation::to_bits(x);
@@ -154,7 +168,7 @@ inline void multiply_bf16(float (&sums)[4], const uint32_t (&left)[4], const uin
 namespace odenet {
 
 inline unsigned read_through(const unsigned* at) {
-  std::this_thread::yield();
+  emulation::wait(emulation::pause);
   return std::atomic_ref<unsigned>(*const_cast<unsigned*>(at)).load();
 }
 inline double read_through(const double* at) {
@@ -165,14 +179,13 @@ inline double read_through(const double* at) {
 
 namespace odenet::cuda {
 
-// body(thread) in the threads of a block.
+// body() in each thread of a block.
 template <class Body>
-void start(std::vector<std::thread>& all, emulation::Block& block, int threads, const Body& body) {
+void add(emulation::Threads& all, emulation::Block& block, int threads, const Body& body) {
   emulation::block_size.x = threads;
   for (int thread = 0; thread < threads; ++thread) {
-    all.emplace_back([&block, body, thread] {
-      emulation::block = &block;
-      emulation::thread_index.x = thread;
+    all.add([&block, body, thread] {
+      emulation::self = {{static_cast<unsigned>(thread)}, {0}, &block};
       body();
     });
   }
@@ -183,16 +196,16 @@ template <int threads, int bytes = 0, class... Parameters, class... Args>
 const char* run(void (*kernel)(Parameters...), unsigned blocks, void*, const Args&... args) {
   emulation::Block block(threads, bytes);
   emulation::grid_size.x = blocks;
-  std::vector<std::thread> all;
-  start(all, block, threads, [&] {
+  emulation::Threads all;
+  add(all, block, threads, [&] {
     for (unsigned b = 0; b < blocks; ++b) {
-      emulation::block_index.x = b;
+      emulation::self.block_index.x = b;
       emulation::meet();
       kernel(args...);
       emulation::meet();
     }
   });
-  for (std::thread& thread : all) thread.join();
+  all.run();
   return nullptr;
 }
 
@@ -201,15 +214,15 @@ const char* run_together(void (*kernel)(Parameters...), unsigned count, void*, P
   if (count > emulation::kResident) return "too many blocks to run at once";
   emulation::grid_size.x = count;
   std::vector<std::unique_ptr<emulation::Block>> blocks;
-  std::vector<std::thread> all;
+  emulation::Threads all;
   for (unsigned b = 0; b < count; ++b) {
     blocks.push_back(std::make_unique<emulation::Block>(threads, bytes));
-    start(all, *blocks[b], threads, [&, b] {
-      emulation::block_index.x = b;
+    add(all, *blocks[b], threads, [&, b] {
+      emulation::self.block_index.x = b;
       kernel(args...);
     });
   }
-  for (std::thread& thread : all) thread.join();
+  all.run();
   return nullptr;
 }
 
