@@ -1,5 +1,7 @@
 """What every test file shares: the devices, the number of threads and the settings of hypothesis."""
 
+import gc
+
 import hypothesis
 import pytest
 import torch
@@ -16,6 +18,12 @@ hypothesis.settings.load_profile("suite")
 def pytest_sessionstart() -> None:
     """Runs torch on a fixed number of threads, so that times and reductions are alike everywhere."""
     torch.set_num_threads(THREADS)
+
+
+def pytest_collection_finish() -> None:
+    """Many tests let the garbage collector run; it need not look through what torch and the tests consist of each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _why_no_cuda() -> str | None:
