@@ -1,10 +1,12 @@
 """What of Python is taken as it is: values that never change, code of libraries; and what cannot be seen through."""
 
+import abc
 import builtins
 import collections
 import dataclasses
 import datetime
 import decimal
+import enum
 import functools
 import logging
 import operator
@@ -13,29 +15,34 @@ import re
 import sys
 import sysconfig
 import types
+import typing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .scan import names_of
 
 NUMBERS = (bool, int, float, complex, str, bytes, type(None), np.generic)
 CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
+CALLABLES = (types.BuiltinFunctionType, types.MethodWrapperType)
+WRAPPED = (property, staticmethod, classmethod, functools.cached_property, functools._lru_cache_wrapper)
+BARE = {object, nn.Module, abc.ABC, typing.Generic, typing.Protocol, enum.Enum, *CONTAINERS}  # bases that call no other names
 PLAIN = {*CONTAINERS, collections.OrderedDict, collections.defaultdict, types.MappingProxyType, torch.Size}
 
 
-def _derived(kind: type) -> set[type]:
+def _and_derived(kind: type) -> set[type]:
     parts: list[type] = kind.__subclasses__()
-    return {kind}.union(*[_derived(part) for part in parts if part not in (np.void, np.object_)])
+    return {kind}.union(*[_and_derived(part) for part in parts if part not in (np.void, np.object_)])
 
 
 # By the exact type: what a user derives from one of these may have attributes and methods.
-PURE = {bool, int, float, complex, str, bytes, type(None), *_derived(np.generic)}
+PURE = {bool, int, float, complex, str, bytes, type(None), *_and_derived(np.generic)}
 FIXED = {
     *PURE, range, type(...), type(NotImplemented), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
-    torch.finfo, torch.iinfo, np.finfo, np.iinfo, *_derived(np.dtype), type(np.sum), types.MethodDescriptorType,
+    torch.finfo, torch.iinfo, np.finfo, np.iinfo, *_and_derived(np.dtype), type(np.sum), types.MethodDescriptorType,
     types.WrapperDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
     types.CodeType, re.Pattern, decimal.Decimal, datetime.date, datetime.time, datetime.datetime, datetime.timedelta,
     type(vars(collections.namedtuple("_", "x"))["x"]), object, type(dataclasses.MISSING), logging.Logger, logging.RootLogger,
@@ -94,6 +101,11 @@ def is_library_class(kind: type) -> bool:
     if kind.__module__ == "builtins":  # which a class of a namespace without a name says too
         return not kind.__flags__ & _MADE_BY_CLASS
     return is_library(None, kind.__module__)
+
+
+def derived(kind: type) -> bool:
+    """Whether library code may call what this class of the user defines by names that the user's code does not have."""
+    return any(part not in BARE and is_library_class(part) for part in kind.__mro__)
 
 
 def impure(module: Any) -> str:

@@ -163,7 +163,7 @@ class Marks:
         return paths, items
 
     def _counted(self, name: Any, old: Any, new: Any) -> bool:
-        return type(old) is type(new) and self._reach._counted(name, old)
+        return type(old) is type(new) and self._reach.counted(name, old)
 
     def _counted_cell(self, cell: Any) -> bool:
         return all(slot.owner is not cell for slot in self._reach.slots)
