@@ -18,7 +18,7 @@ from .kinds import CONTAINERS, NUMBERS
 from .marks import same_bits
 from .memory import has_memory
 from .numbers import Numbers, Place, is_number
-from .reach import LARGEST_ARRAY, Reach
+from .reach import LARGEST_ARRAY, Reach, Slot
 
 _meta = attrgetter("requires_grad", "dtype", "shape", "device", "__class__")  # of a tensor
 
@@ -71,8 +71,16 @@ class Same:
 class Guards:
     """All that a reading saw. `hold` says whether it is still so, in some microseconds."""
 
-    def __init__(self, reach: Reach, args: Sequence[Any], numbers: Numbers, written: Sequence[tuple[Any, Any]] = ()):
-        """written: items that func writes before it reads them; it may ask what kind of thing they hold."""
+    def __init__(
+        self,
+        reach: Reach,
+        args: Sequence[Any],
+        numbers: Numbers,
+        written: Sequence[tuple[Any, Any]] = (),
+        counted: Sequence[Slot] = (),
+    ):
+        """written: items that func writes before it reads them; it may ask what kind of thing they hold. counted: where it only
+        counts, with any number of this type."""
         self.numbers = numbers
         self._dead: list[Any] = []  # objects that are gone, which come back no more
         self._gone: list[Any] = []  # tensors
@@ -82,6 +90,8 @@ class Guards:
         values = [slot.value for slot in (*items, *attributes)]
         self._owners, self._keys = [slot.owner for slot in items], [slot.key for slot in items]
         self._objects, self._names = [_reference(slot.owner) for slot in attributes], [slot.key for slot in attributes]
+        counting = {id(slot) for slot in counted}
+        self._counted = {i for i, slot in enumerate((*items, *attributes)) if id(slot) in counting}
         for slot in slots:  # the places alone are kept: a plan keeps nothing alive that func has let go
             slot.value = None
         self._ids = [id(value) for value in values]
@@ -201,6 +211,8 @@ class Guards:
                 continue
             if i in self._metas:
                 same = isinstance(value, Tensor) and _meta(value) == self._metas[i] and not (vars(value) or i in self._named)
+            elif i in self._counted:
+                same = type(value) is type(self._kept[i])
             else:
                 same = isinstance(value, NUMBERS) and same_number(self._kept[i], value)
             if same:

@@ -26,6 +26,7 @@ from torch import nn
 from .scan import names_of
 
 NUMBERS = (bool, int, float, complex, str, bytes, type(None), np.generic)
+COUNTING = (int, float)  # exact types of what func may count with
 CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 CALLABLES = (types.BuiltinFunctionType, types.MethodWrapperType)
 WRAPPED = (property, staticmethod, classmethod, functools.cached_property, functools._lru_cache_wrapper)
@@ -50,13 +51,28 @@ FIXED = {
 }  # fmt: skip
 
 # Code that names attributes which cannot be seen in the code of the user: all of them then count.
-DYNAMIC = [getattr, setattr, delattr, hasattr, vars, dir, operator.attrgetter, operator.methodcaller, object.__getattribute__]
-DYNAMIC_NAMES = {"__dict__", "__getattribute__", "attrgetter", "methodcaller", "format", "format_map", "__match_args__"}
+BY_NAME = [getattr, setattr, delattr, hasattr]  # the second argument says which
+DYNAMIC = [
+    *BY_NAME, vars, dir, operator.attrgetter, operator.methodcaller, object.__getattribute__,
+    dataclasses.asdict, dataclasses.astuple, dataclasses.replace, dataclasses.fields, dataclasses.dataclass,
+    dataclasses.make_dataclass,
+]  # fmt: skip
+DYNAMIC_NAMES = {
+    "__dict__",
+    "__getattribute__",
+    "attrgetter",
+    "methodcaller",
+    "format",
+    "format_map",
+    "__match_args__",
+    "__replace__",
+}
 # Functions of these name no attributes of the user's objects by themselves.
 _QUIET = {
     "torch", "numpy", "scipy", "einops", "opt_einsum", "functorch", "odenet_cuda", "torchdiffeq", "builtins", "math", "cmath",
-    "functools", "itertools", "collections", "operator", "typing", "abc", "enum", "contextlib", "types", "random", "warnings",
-    "logging", "numbers", "re", "string", "statistics", "decimal", "fractions", "argparse", "weakref",
+    "functools", "itertools", "collections", "operator", "typing", "abc", "enum", "contextlib", "types", "random",
+    "dataclasses", "warnings", "logging", "numbers", "re", "string", "statistics", "decimal", "fractions", "argparse",
+    "weakref",
 }  # fmt: skip
 
 # What gives other values from call to call, or values from elsewhere.
@@ -123,6 +139,13 @@ def builtins_of(names: dict[str, Any]) -> dict[str, Any]:
     """Where code with these globals finds what is no global."""
     found = names.get("__builtins__", builtins)
     return found if isinstance(found, dict) else vars(found)
+
+
+def refuses_changes(part: type, name: str, member: Any) -> bool:
+    """Whether this is what dataclasses put into a frozen class, which lets them do that alone, so that attributes cannot be
+    set: it names nothing, and asks `type` of nothing but the object."""
+    frozen = getattr(vars(part).get("__dataclass_params__"), "frozen", False) and name in ("__setattr__", "__delattr__")
+    return frozen and isinstance(member, types.FunctionType) and member.__code__.co_filename == "<string>"
 
 
 def names_in_methods(kind: type) -> set[str]:

@@ -2,8 +2,11 @@
 
 import pickle
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CellType
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .kinds import COUNTING
 from .memory import has_memory
 from .reach import Reach
 
@@ -91,6 +95,18 @@ def _same(container: Any, before: Any) -> bool:
     return all(x is y for x, y in zip(container, before, strict=True))
 
 
+@dataclass
+class Changes:
+    """What a call of func has written. items: of dicts, no more than tensors or None before, that hold a tensor now and may be
+    written before they are read in every call. numbers: owners and keys, as of slots, with their paths, of numbers that are
+    others now. tensors: written in place. paths: of all else."""
+
+    items: list[tuple[dict[str, Any], Any]] = field(default_factory=list)
+    numbers: list[tuple[Any, Any, str]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+
+
 class Marks:
     """All that func reaches as it was, but for torch's own generators.
 
@@ -101,9 +117,10 @@ class Marks:
         _check_tensors(reach)
         self._reach = reach
         self._containers = [(x, _copy(x), path) for x, path in reach.containers]
+        self._dicts = {id(x) for x, _ in reach.containers if isinstance(x, dict)}
         self._globals = [(names, name, names.get(name, _MISSING)) for names, name in reach.globals]
         self._cells = [(cell, _content(cell), path) for cell, path in reach.cells]
-        self._classes = [(part, dict(vars(part))) for part in reach.classes]
+        self._classes = [(part, members, dict(members)) for part, members in reach.classes]
         self._slotted = [(x, name, getattr(x, name), path) for x, name, path in reach.slotted]
         self._tensors = [
             (x, x.detach().clone(), x.requires_grad, x.grad if x.is_leaf else None)
@@ -122,60 +139,66 @@ class Marks:
         now = [pickle.dumps(_state(x)) for x in self._generators]
         return now != [pickle.dumps(state) for state in self._states]
 
-    def changes(self) -> tuple[list[str], list[tuple[dict[str, Any], Any]]]:
-        """The paths of what func has written besides counting; and items that were no more than tensors or None and now hold a
-        tensor, which may be written before they are read in every call."""
-        paths, items = [], []
+    def changes(self) -> Changes:
+        """What func has written besides what it only counts with by its code."""
+        found = Changes()
+        for owner, key, old, new, path in self._differences():
+            if self._counted(owner, key, old, new):
+                continue
+            if type(old) is type(new) and type(old) in COUNTING:
+                found.numbers.append((owner, key, path))
+            elif id(owner) in self._dicts and isinstance(new, Tensor) and _may_hold_tensor(old):
+                found.items.append((owner, key))
+            else:
+                found.paths.append(path)
+        for x, value, requires_grad, _ in self._tensors:
+            if x.requires_grad != requires_grad or x.shape != value.shape or x.dtype != value.dtype:
+                found.paths.append(f"a tensor {list(x.shape)}")
+            elif not same_bits(x, value):
+                found.tensors.append(x)
+        found.paths += [path for x, value, path in self._arrays if x.tobytes() != value.tobytes()]
+        return found
+
+    def _differences(self) -> Iterator[tuple[Any, Any, Any, Any, str]]:
+        """Of all but tensors and arrays: owner and key as slots have them, what was there and what is, and the path."""
         for container, before, path in self._containers:
             if _same(container, before):
                 continue
-            if not isinstance(before, dict):
-                paths.append(path)
-                continue
-            for key in {*before, *container}:
-                old, new = before.get(key, _MISSING), container.get(key, _MISSING)
-                if old is new or (old is not _MISSING and self._counted(key, old, new)):
-                    continue
-                if isinstance(new, Tensor) and (old is None or old is _MISSING or isinstance(old, Tensor)):
-                    items.append((container, key))
-                else:
-                    paths.append(f"{path}.{key}")
+            if isinstance(before, dict):
+                for key in {*before, *container}:
+                    yield container, key, before.get(key, _MISSING), container.get(key, _MISSING), f"{path}.{key}"
+            elif isinstance(before, list) and len(container) == len(before):
+                for i, (old, new) in enumerate(zip(before, container, strict=True)):
+                    yield container, i, old, new, f"{path}[{i}]"
+            else:
+                yield container, None, before, container, path
         for names, name, old in self._globals:
-            if names.get(name, _MISSING) is not old and not self._counted(name, old, names.get(name)):
-                paths.append(name)
-        for part, before in self._classes:
-            paths += [
-                f"{part.__name__}.{name}"
-                for name in {*before, *vars(part)}
-                if (old := before.get(name, _MISSING)) is not (new := vars(part).get(name, _MISSING))
-                and not self._counted(name, old, new)
-            ]
+            yield names, name, old, names.get(name, _MISSING), name
+        for part, members, before in self._classes:
+            for name in {*before, *members}:
+                yield members, name, before.get(name, _MISSING), members.get(name, _MISSING), f"{part.__name__}.{name}"
         for cell, old, path in self._cells:
-            if _content(cell) is not old and not (isinstance(old, (int, float)) and self._counted_cell(cell)):
-                paths.append(f"a variable that {path} closes over")
+            yield cell, "cell_contents", old, _content(cell), f"a variable that {path} closes over"
         for x, name, old, path in self._slotted:
-            if getattr(x, name, _MISSING) is not old and not self._counted(name, old, getattr(x, name, None)):
-                paths.append(f"{path}.{name}")
-        for x, value, requires_grad, _ in self._tensors:
-            if not same_bits(x, value) or x.requires_grad != requires_grad:
-                paths.append(f"a tensor {list(x.shape)}")
-        paths += [path for x, value, path in self._arrays if x.tobytes() != value.tobytes()]
-        return paths, items
+            yield x, name, old, getattr(x, name, _MISSING), f"{path}.{name}"
 
-    def _counted(self, name: Any, old: Any, new: Any) -> bool:
-        return type(old) is type(new) and self._reach.counted(name, old)
-
-    def _counted_cell(self, cell: Any) -> bool:
-        return all(slot.owner is not cell for slot in self._reach.slots)
+    def _counted(self, owner: Any, key: Any, old: Any, new: Any) -> bool:
+        if old is new:
+            return True
+        if isinstance(owner, CellType):
+            return isinstance(old, COUNTING) and all(slot.owner is not owner for slot in self._reach.slots)
+        return type(old) is type(new) and self._reach.counted(key, old)
 
     def restore(self) -> None:
         for container, before, _ in self._containers:
             if _same(container, before):
                 continue
             if isinstance(before, dict):
+                kind = OrderedDict if isinstance(container, OrderedDict) else dict  # a Counter adds in its `update`
                 for key in [key for key in container if key not in before]:
-                    del container[key]
-                container.update(before)
+                    kind.__delitem__(container, key)
+                for key, value in before.items():
+                    kind.__setitem__(container, key, value)
             elif isinstance(before, set):
                 container.clear()
                 container.update(before)
@@ -187,7 +210,7 @@ class Marks:
                 names.pop(name, None)
             else:
                 names[name] = old
-        for part, before in self._classes:
+        for part, _, before in self._classes:
             for name in {*before, *vars(part)}:
                 if name not in before:
                     delattr(part, name)
@@ -233,6 +256,10 @@ class Unset:
         _refuse
     )
     __pow__ = __rpow__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __index__ = __array__ = _refuse
+
+
+def _may_hold_tensor(x: Any) -> bool:
+    return x is None or x is _MISSING or isinstance(x, Tensor)
 
 
 def _content(cell: Any) -> Any:

@@ -137,6 +137,8 @@ class Numbers:
                 slot.set(x)
                 done.append(slot)
             yield given
+            if any(slot.get() is not x for slot, x in zip(self.slots, numbers, strict=False)):
+                raise Leak("func writes a number that changes from call to call")
         finally:
             self._wrap = None
             for slot, value in zip(done, before, strict=False):

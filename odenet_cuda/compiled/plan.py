@@ -69,7 +69,7 @@ class Plan:
             self._find_constants(args, reading)
             with reading.numbers.given(args) as given:
                 self._check(func, structure, t, given, per_sample)
-        self.guards = reading.guards(args, self.recording.written)
+        self.guards = reading.guards(args, self.recording.written, self.recording.counted)
         self._guard_tensors(args)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
         self.refused: dict[Any, tuple[ButcherTableau, str]] = {}  # the same of libraries that there are not, and why

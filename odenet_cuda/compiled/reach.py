@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import kinds
-from .kinds import CALLABLES, CONTAINERS, PLAIN, is_fixed, is_library_class
+from .kinds import CALLABLES, CONTAINERS, COUNTING, PLAIN, is_fixed, is_library_class
 from .reach_code import CODE, CONTENT_ALONE
 from .reach_objects import MOST, OBJECTS, any_object, container
 from .scan import Names
@@ -39,13 +39,16 @@ class Slot:
     attribute: bool
     value: Any
     path: str
+    of: type | None = None  # whose members the owner is
 
     def get(self) -> Any:
         return getattr(self.owner, self.key) if self.attribute else self.owner[self.key]
 
     def set(self, value: Any) -> None:
         """Raises TypeError, AttributeError where nothing can be written there."""
-        if self.attribute:
+        if self.of is not None:
+            type.__setattr__(self.of, self.key, value)
+        elif self.attribute:
             setattr(self.owner, self.key, value)
         else:
             self.owner[self.key] = value
@@ -89,7 +92,7 @@ class Reach:
         self.globals: list[tuple[dict[str, Any], str]] = []  # that the code writes
         self.cells: list[tuple[Any, str]] = []
         self.slotted: list[tuple[Any, str, str]] = []
-        self.classes: list[type] = []
+        self.classes: list[tuple[type, types.MappingProxyType]] = []  # with their members
         self.tensors: dict[int, Tensor] = {}
         self.arrays: dict[int, tuple[np.ndarray, str]] = {}
         self.generators: list[Any] = []
@@ -129,7 +132,7 @@ class Reach:
 
     def counted(self, name: Any, value: Any) -> bool:
         """Whether the code only counts with this name, so that its number is nowhere in the program."""
-        counts = type(value) in (int, float) and not self.everything
+        counts = type(value) in COUNTING and not self.everything
         return counts and name in self.names.stored and name not in self.names.read and name not in self.owned
 
     def _open(self, value: Any, path: str) -> None:

@@ -73,7 +73,7 @@ def _code(reach: "Reach", code: types.CodeType, names: dict[str, Any]) -> None:
         value = places[0][name]
         if not reach.counted(name, value):
             reach.keep(places[0], name, value, name)
-            if name in found.opaque or not in_(value, kinds.DYNAMIC):
+            if name in found.opaque or not in_(value, kinds.BY_NAME):
                 reach.visit(value, name)
     for level, module, taken in sorted(found.modules):
         _imported(reach, level, module, taken, names)
@@ -174,14 +174,16 @@ def _class(reach: "Reach", value: type, path: str) -> None:
         if not is_library_class(kind):
             reach.slot(part, "__class__", kind, part.__name__, attribute=True)
         members, whole = vars(part), part in reach.whole
-        reach.classes.append(part)
+        reach.classes.append((part, members))
         reach.sized.append((members, None if whole else reach.wanted()))
         for name, member in members.items():
             special = name.startswith("__") and (callable(member) or isinstance(member, WRAPPED))
             if name in _OF_CLASSES or (name in _MAKING and part not in reach.made):
                 continue
             if (special or whole or name == "forward" or reach.named(name)) and not reach.counted(name, member):
-                reach.slot(members, name, member, f"{part.__name__}.{name}")
+                alone = kinds.refuses_changes(part, name, member)
+                (reach.keep if alone else reach.slot)(members, name, member, f"{part.__name__}.{name}")
+                reach.slots[-1].of = part
                 if isinstance(member, classmethod):  # it is given the class
                     reach.made.update(value.__mro__)
 

@@ -53,10 +53,10 @@ class Reading:
         slots = [_of(slot) for slot in self.reach.slots if slot.value is tensor]
         return slots + [_argument(i) for i, x in shared if x is tensor]
 
-    def guards(self, args: Sequence[Any], written: Sequence[tuple[Any, Any]] = ()) -> Guards:
+    def guards(self, args: Sequence[Any], written: Sequence[tuple[Any, Any]] = (), counted: Sequence[Slot] = ()) -> Guards:
         """Ends the reading. Raises Unreadable where something cannot be compared at every call."""
         try:
-            guards = Guards(self.reach, args, self.numbers, written)
+            guards = Guards(self.reach, args, self.numbers, written, counted)
         except Unguarded as error:
             raise Unreadable(str(error)) from None
         if guards.refusal:

@@ -5,8 +5,8 @@ differentiates inside itself would then get wrong gradients. The graph is record
 depends on the batch is known from one that does not.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -17,12 +17,15 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..problem import Structure
+from .counters import Tallies, without
 from .leaks import Leak, Observed, Tracked, observe, summary
-from .marks import Marks, Unreadable, Unset, same_bits
+from .marks import Changes, Marks, Unreadable, Unset, same_bits
+from .memory import has_memory
 from .numbers import Numbers
-from .reach import Reach
+from .reach import Reach, Slot
 
 Item = tuple[dict[str, Any], Any]
+Given = Callable[..., AbstractContextManager[list[Any]]]  # the arguments for a call; takes what wraps tensors
 
 BATCHES = (7, 11)  # of the two recordings
 
@@ -58,6 +61,7 @@ class Recording:
     whole: bool  # the state has no axis of samples
     read: list[Tensor] = field(default_factory=list)  # constants whose values Python read
     written: list[Item] = field(default_factory=list)  # items that func writes before it reads them
+    counted: list[Slot] = field(default_factory=list)  # where it counts
 
     def constant(self, node: fx.Node) -> Tensor:
         return getattr(self.modules[0], str(node.target))
@@ -115,52 +119,74 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> R
         with torch.no_grad(), unchanged_generators(call.t.device):
             known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
             marks = Marks(reach)
-            observed = _observe(call, args, known, numbers)
-            written = _written(marks)
-            if written:
-                observed = _observe_unset(call, args, known, numbers, marks, written)
+            given: Given = partial(_given, args, numbers, Tallies())
+            observed = _observe(call, known, given)
+            changes = _changes(marks)
+            tallies = _tallies(changes, reach)
+            given = partial(_given, args, numbers, tallies)
+            if changes.items or changes.numbers or changes.tensors:
+                observed = _observe_again(call, known, given, marks, changes)
             wanted = _wanted(observed, known)
             if any(x.requires_grad and not x.is_leaf and id(x) in known for x in observed.used.values()):
                 raise Unreadable("func closes over a tensor that is itself the result of a differentiable computation")
-            modules = _trace(call, args, numbers, wanted, marks, written)
+            modules = _trace(call, given, numbers, wanted, marks, changes.items)
+            for module in modules if changes.tensors else ():
+                if not without(module, changes.tensors):
+                    raise _writes(f"a tensor {list(changes.tensors[0].shape)}")
     except Unreadable:
         raise
     except Leak as error:
         raise Unreadable(str(error)) from error
     except Exception as error:  # whatever a user's function may raise when it is not given real numbers
         raise Unreadable(f"func could not be recorded: {summary(error)}") from error
-    read = list(observed.read.values())
-    graphs = [module.graph for module in modules]
-    return Recording(graphs, modules, len(call.structure.leaves), call.batched, wanted, call.whole, read, written)
+    read, graphs = list(observed.read.values()), [module.graph for module in modules]
+    return Recording(
+        graphs, modules, len(call.structure.leaves), call.batched, wanted, call.whole, read, changes.items, tallies.slots
+    )
 
 
-def _observe(call: Call, args: Sequence[Any], known: dict[int, Tensor], numbers: Numbers) -> Observed:
+@contextmanager
+def _given(
+    args: Sequence[Any], numbers: Numbers, tallies: Tallies, wrap: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[list[Any]]:
+    """The arguments for a call, while what stands for numbers is in its place."""
+    with numbers.given(args, wrap) as given, tallies.standing():
+        yield given
+
+
+def _observe(call: Call, known: dict[int, Tensor], given: Given) -> Observed:
     """A call of func, and its product, that tells what it uses."""
     observed = Observed(known)
-    with numbers.given(args, Tracked) as given:
-        field, inputs = call.field(0, given, partial(_wanted, observed, known))
+    with given(Tracked) as args:
+        field, inputs = call.field(0, args, partial(_wanted, observed, known))
         observe(field, inputs, observed)
     return observed
 
 
-def _observe_unset(
-    call: Call, args: Sequence[Any], known: dict[int, Tensor], numbers: Numbers, marks: Marks, written: list[Item]
-) -> Observed:
-    """Once more, where nothing can be read that func has not written before. marks: from before the first call; what was there
-    then is there again afterwards. Raises Unreadable where func reads something, or writes other items than `written`."""
-    _unset(marks, written)
+def _observe_again(call: Call, known: dict[int, Tensor], given: Given, marks: Marks, changes: Changes) -> Observed:
+    """Once more, where nothing can be read that func has not written before, nor what it counts with. marks: from before the
+    first call; what was there then is there again afterwards. Raises Unreadable where func reads something of that, or writes
+    anything else than at the first call."""
+    _unset(marks, changes.items)
+    first = next(
+        path for path in (*[str(key) for _, key in changes.items], *[path for *_, path in changes.numbers], "a tensor")
+    )
     try:
-        observed = _observe(call, args, known, numbers)
-    except Leak:
-        raise
+        observed = _observe(call, known, given)
     except Exception as error:
-        raise _writes(str(written[0][1])) from error
-    again = {(id(items), key) for items, key in _written(marks)}
-    for items, key in written:
-        if (id(items), key) not in again:
+        if isinstance(error, Leak) and not changes.numbers:
+            raise
+        raise _writes(first) from error
+    memory = {x.untyped_storage().data_ptr() for x in changes.tensors}
+    if any(has_memory(x) and x.untyped_storage().data_ptr() in memory for x in observed.read.values()):
+        raise _writes("a tensor whose values it reads")
+    again = _changes(marks)
+    written = {(id(items), key) for items, key in again.items}
+    for items, key in changes.items:
+        if (id(items), key) not in written:
             raise _writes(str(key))
-    if len(again) > len(written):
-        raise _writes("more at one call than at another")
+    if len(written) > len(changes.items) or again.numbers or len(again.tensors) != len(changes.tensors):
+        raise _writes("other things at one call than at another")
     marks.restore()
     return observed
 
@@ -171,18 +197,27 @@ def _unset(marks: Marks, written: list[Item]) -> None:
         items[key] = Unset()
 
 
-def _written(marks: Marks) -> list[Item]:
-    """The items that a call wrote a tensor into. Raises Unreadable where it left other traces."""
+def _changes(marks: Marks) -> Changes:
+    """What a call wrote. Raises Unreadable where it left other traces than those that may not matter."""
     if marks.random():
         raise Unreadable("func draws random numbers from a generator that is not torch's own")
-    paths, items = marks.changes()
-    if paths:
-        raise _writes(paths[0])
-    return items
+    changes = marks.changes()
+    if changes.paths:
+        raise _writes(changes.paths[0])
+    return changes
+
+
+def _tallies(changes: Changes, reach: Reach) -> Tallies:
+    """For the numbers that a call changed. Raises Unreadable where none can stand."""
+    slots = {(id(slot.owner), slot.key): slot for slot in reach.slots}
+    for owner, key, path in changes.numbers:
+        if type in reach.made or (id(owner), key) not in slots:  # what is a Tally can tell by `type`
+            raise _writes(path)
+    return Tallies([slots[id(owner), key] for owner, key, _ in changes.numbers])
 
 
 def _trace(
-    call: Call, args: Sequence[Any], numbers: Numbers, wanted: list[Tensor], marks: Marks, written: list[Item]
+    call: Call, given: Given, numbers: Numbers, wanted: list[Tensor], marks: Marks, written: list[Item]
 ) -> list[fx.GraphModule]:
     """The recordings at both sizes. Whether an item that func writes holds nothing, None or a tensor before can be asked
     without reading it, as by `is None`: the graph must be the same with nothing to be read there, with what the user left
@@ -190,8 +225,8 @@ def _trace(
     met = numbers.met
 
     def trace(index: int) -> fx.GraphModule:
-        with numbers.given(args) as given:  # after `marks` put things back: among them may be these numbers
-            module = call.trace(index, given, wanted)
+        with given() as args:  # after `marks` put things back: among them may be these numbers
+            module = call.trace(index, args, wanted)
         if numbers.met != met:
             raise Unreadable("func does not take the same of the numbers that change at every call")
         return module

@@ -1,0 +1,128 @@
+"""What func counts with: numbers and tensors that it changes at every call and that its results do not depend on.
+
+A number is proved to be one by a stand-in that can be added to and multiplied, and is an error for whatever else is asked of
+it: where a call of func succeeds with it, func takes the same way whatever the number is, and no tensor takes it up. A tensor
+is proved to be one in the graph: nothing that is computed of it reaches the output, and Python has not read it. By induction
+over the calls, the results are the same however often func was called before. Counters are therefore no part of the guards,
+but for the type of a number; a compiled solve leaves them as they were.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx
+
+from .kinds import COUNTING
+from .leaks import Leak
+from .memory import has_memory
+from .numbers import Number
+from .reach import Slot
+
+
+class Tally:
+    """A number of which nobody can ask more than its type."""
+
+    __slots__ = ("_value",)
+    __array_ufunc__ = None  # NumPy leaves it alone
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # type: ignore[override]
+        """What isinstance asks for; it is guarded."""
+        return type(self._value)
+
+    def _leak(self, *args: Any, **kwargs: Any) -> Any:
+        raise Leak("func reads a number that it changes")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise Leak("a number that func changes meets a tensor")
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(self._value, name):
+            self._leak()
+        raise AttributeError(name)
+
+    def __neg__(self) -> "Tally":
+        return Tally(-self._value)
+
+
+def _compute(op: Callable, reflected: bool) -> Callable:
+    """No sum, difference or product of these raises for some numbers, or is of another type."""
+
+    def method(self: Tally, other: Any) -> Any:
+        if type(other) not in (Tally, Number, bool, *COUNTING):
+            self._leak()
+        x, y = self._value, other._value if type(other) in (Tally, Number) else other
+        return Tally(op(y, x) if reflected else op(x, y))
+
+    return method
+
+
+for _op in (operator.add, operator.sub, operator.mul):
+    setattr(Tally, f"__{_op.__name__}__", _compute(_op, False))
+    setattr(Tally, f"__r{_op.__name__}__", _compute(_op, True))
+for _name in (
+    *("truediv", "floordiv", "mod", "pow", "divmod", "matmul", "lshift", "rshift", "and", "or", "xor"),
+    *("rtruediv", "rfloordiv", "rmod", "rpow", "rdivmod", "rmatmul", "rlshift", "rrshift", "rand", "ror", "rxor"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "pos", "abs", "invert", "round", "floor", "ceil", "trunc"),
+    *("bool", "int", "float", "complex", "index", "hash", "repr", "str", "format", "reduce_ex", "array", "dir", "sizeof"),
+):
+    setattr(Tally, f"__{_name}__", Tally._leak)
+
+
+class Tallies:
+    """A Tally in each of these places, while func is called to be recorded."""
+
+    def __init__(self, slots: Sequence[Slot] = ()):
+        self.slots = list(slots)
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Raises Leak where func leaves something else there than a number."""
+        before = [slot.get() for slot in self.slots]
+        try:
+            for slot, value in zip(self.slots, before, strict=True):
+                slot.set(Tally(value))
+            yield
+            for slot in self.slots:
+                if type(slot.get()) not in (Tally, *COUNTING):
+                    raise Leak(f"func keeps a {type(slot.get()).__name__} in {slot.path}, where a number was")
+        finally:
+            for slot, value in zip(self.slots, before, strict=True):
+                slot.set(value)
+
+
+def without(module: fx.GraphModule, tensors: Sequence[Tensor]) -> bool:
+    """Takes what is computed of these tensors out of the graph, where it is written into them alone. Whether that is so: not
+    where the output, or what is written elsewhere, depends on them, or where they are changed by no operation of the graph."""
+    memory = {x.untyped_storage().data_ptr() for x in tensors}
+    tainted: dict[fx.Node, set[int]] = {}  # the memory of these that a node may be a view of
+    written: set[int] = set()
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            x = getattr(module, str(node.target))
+            if isinstance(x, Tensor) and has_memory(x) and x.untyped_storage().data_ptr() in memory:
+                tainted[node] = {x.untyped_storage().data_ptr()}
+            continue
+        found = [x for x in node.all_input_nodes if x in tainted]
+        if not found:
+            continue
+        if node.op != "call_function":
+            return False
+        schema = getattr(node.target, "_schema", None)
+        for argument, x in zip(schema.arguments, node.args, strict=False) if schema is not None else ():
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                if x not in tainted:
+                    return False
+                written |= tainted[x]
+        tainted[node] = set().union(*[tainted[x] for x in found])
+    if not memory <= written:
+        return False
+    for node in reversed(tainted):
+        module.graph.erase_node(node)
+    return True
