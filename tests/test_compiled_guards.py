@@ -757,6 +757,55 @@ def a_field_within_a_field():
     yield
 
 
+class Act(str, enum.Enum):
+    TANH, SIN = "tanh", "sin"
+
+    def __repr__(self):
+        return "an act"
+
+
+class Order(enum.IntEnum):
+    FIRST, SECOND = 1, 2
+
+
+class Kind(enum.Enum):
+    A, B = 1.0, 2.0
+
+
+@case
+def enums_as_keys():
+    h = Holder(act=Act.TANH, order=Order.FIRST, kind=Kind.A, kinds={Kind.A}, acts={Act.TANH: torch.tanh, Act.SIN: torch.sin})
+    h.orders, h.scales = {Order.FIRST: 1.0, Order.SECOND: 2.0}, {Kind.A: 0.5, Kind.B: 0.7}
+
+    def f(t, y):
+        return h.acts[h.act](y) * h.orders[h.order] * h.scales[h.kind] * (2.0 if Kind.B in h.kinds else 1.0)
+
+    yield f
+    for name, value in (("act", Act.SIN), ("order", Order.SECOND), ("kind", Kind.B)):
+        setattr(h, name, value)
+        yield
+    h.kinds.add(Kind.B)
+    yield
+    h.orders[Order.SECOND] = 3.0
+    yield
+
+
+@case
+def the_only_key_of_a_dict():
+    """It is replaced by an equal one."""
+    h = Holder(table={0.0: 1.0, Order.FIRST: 2.0})
+    h.one = {0.0: 0}
+
+    def f(t, y):
+        return y * sum(h.table.values()) * sum(math.copysign(1.0, key) + isinstance(key, enum.Enum) for key in h.one)
+
+    yield f
+    for key in (-0.0, 1, Order.FIRST, True):
+        h.one.clear()
+        h.one[key] = 0
+        yield
+
+
 @case
 def frozen_and_replaced_instances():
     @dataclasses.dataclass(frozen=True)
@@ -2076,6 +2125,8 @@ TENSOR_LOOKS = {
     "before": lambda p, y: y * p.before,
     "written elsewhere": lambda p, y: y * torch.zeros((), dtype=D).add_(p.tensor),
     "into the slopes": lambda p, y: (y * 2).add_(p.tensor),
+    "of the state": lambda p, y: (p.tensor.mul_(0.9).add_(y.detach().mean()), y)[1],
+    "of a batch": lambda p, y: F.batch_norm(y, p.means, p.means + 1, training=True),
     "as a number": lambda p, y: y * p.tensor.item(),
     "in a branch": lambda p, y: y if p.tensor < 10**6 else -y,
     "as a mask": lambda p, y: torch.where(p.whole[0] > 5, y, -y),
@@ -2088,7 +2139,7 @@ TENSOR_LOOKS = {
 @pytest.mark.parametrize("look", TENSOR_LOOKS)
 def test_counting_tensors_that_are_looked_at(look):
     p = types.SimpleNamespace(**{name: getattr(Places(), name) for name in ("tensor", "whole")})
-    p.shared = torch.zeros(2, dtype=D)
+    p.shared, p.means = torch.zeros(2, dtype=D), torch.zeros(3, dtype=D)
     p.tensor = p.shared[0]
 
     def func(t, y):

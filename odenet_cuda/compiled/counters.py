@@ -99,7 +99,9 @@ class Tallies:
 
 def without(module: fx.GraphModule, tensors: Sequence[Tensor]) -> bool:
     """Takes what is computed of these tensors out of the graph, where it is written into them alone. Whether that is so: not
-    where the output, or what is written elsewhere, depends on them, or where they are changed by no operation of the graph."""
+    where the output, or what is written elsewhere, depends on them, or where they are changed by no operation of the graph. Nor
+    where they take up the state: the running mean of a batch norm is for later, when it is no counter."""
+    moving: set[fx.Node] = set()  # what depends on the time, the state or arguments
     memory = {x.untyped_storage().data_ptr() for x in tensors}
     tainted: dict[fx.Node, set[int]] = {}  # the memory of these that a node may be a view of
     written: set[int] = set()
@@ -109,10 +111,12 @@ def without(module: fx.GraphModule, tensors: Sequence[Tensor]) -> bool:
             if isinstance(x, Tensor) and has_memory(x) and x.untyped_storage().data_ptr() in memory:
                 tainted[node] = {x.untyped_storage().data_ptr()}
             continue
+        if node.op == "placeholder" or not moving.isdisjoint(node.all_input_nodes):
+            moving.add(node)
         found = [x for x in node.all_input_nodes if x in tainted]
         if not found:
             continue
-        if node.op != "call_function":
+        if node.op != "call_function" or node in moving:
             return False
         schema = getattr(node.target, "_schema", None)
         for argument, x in zip(schema.arguments, node.args, strict=False) if schema is not None else ():

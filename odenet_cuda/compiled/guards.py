@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kinds import CONTAINERS, NUMBERS
+from .kinds import CONTAINERS, NUMBERS, PURE
 from .marks import same_bits
 from .memory import has_memory
 from .numbers import Numbers, Place, is_number
@@ -28,9 +28,9 @@ class Unguarded(Exception):
 
 
 def same_number(x: Any, y: Any) -> bool:
-    """1, 1.0 and True are three, and so are 0.0 and -0.0; a NaN is like itself."""
-    if type(x) is not type(y):
-        return False
+    """1, 1.0 and True are three, and so are 0.0 and -0.0; a NaN is like itself. Members of an enum are so alone."""
+    if type(x) is not type(y) or type(x) not in PURE:
+        return x is y
     return x is y or (repr(x) == repr(y) if not isinstance(x, np.generic) else x.tobytes() == y.tobytes())
 
 
@@ -44,7 +44,7 @@ def frozen(x: Any) -> Any:
         return np.ndarray, x.dtype.str, x.shape, x.tobytes()
     if isinstance(x, np.generic):
         return type(x), x.tobytes()
-    if isinstance(x, NUMBERS):
+    if type(x) in PURE:
         return type(x), repr(x)
     if isinstance(x, Tensor):
         raise Unguarded("args holds a tensor within a list or dict; give it as an argument of its own")
@@ -103,7 +103,7 @@ class Guards:
         self._lengths = [len(container) for container in self._sized]
         self._wanted = [(wanted, frozenset(container) if wanted is not None else None) for container, wanted in reach.sized]
         whole = [x for x, wanted in reach.sized if wanted is None and isinstance(x, dict)]
-        self._ordered = [x for x in whole if len(x) > 1]
+        self._ordered = [x for x in whole if len(x) > 1 or any([type(key) is not str for key in x])]
         self._order = list(chain.from_iterable(self._ordered))
         self._absent = reach.absent
         self._sets = [(x, list(map(frozen, x))) for x in reach.sets]  # in order, which func may go by

@@ -61,6 +61,16 @@ def _view(low: "Lowering", node: Any, twin: Any) -> Value:
     return _rearranged(low, node, value, value.refs.reshape(low.shapes(node)[0]))
 
 
+@operation("as_strided")
+def _as_strided(low: "Lowering", node: Any, twin: Any) -> Value:
+    """As a view in the same order: of what is contiguous, all of it, to what is."""
+    x, value = node.args[0].meta["val"], node.meta["val"]
+    all_of_it = x.is_contiguous() and value.is_contiguous() and x.numel() == value.numel() and len(node.args) < 4
+    if not all_of_it or {_source(low, node).batch, low.shapes(node)[1]} not in ({0}, {None}):
+        raise Unreadable(f"{where(node)} is not read")
+    return _view(low, node, twin)
+
+
 @operation("expand")
 def _expand(low: "Lowering", node: Any, twin: Any) -> Value:
     value = _source(low, node)

@@ -60,8 +60,11 @@ def container(reach: "Reach", value: Any, path: str) -> None:
         return
     keys: Iterable[Any] = ()
     if isinstance(value, (set, frozenset)):
-        if not all(type(x) in PURE for x in value):
-            reach.refuse(f"{path} is a set of objects, whose changes cannot be seen")
+        for x in value:
+            if isinstance(x, enum.Enum):  # of which there is one alone
+                reach.visit(x, f"{path}[...]")
+            elif type(x) not in PURE:
+                reach.refuse(f"{path} is a set of objects, whose changes cannot be seen")
         reach.sets.append(value)
     elif isinstance(value, (dict, types.MappingProxyType)):
         keys = list(value)
@@ -81,12 +84,13 @@ def container(reach: "Reach", value: Any, path: str) -> None:
 
 
 def _key(reach: "Reach", key: Any, path: str) -> None:
-    """An entry is found again by a key that is equal; what is not, by identity or as a number, may be another object."""
+    """An entry is found again by a key that is equal; what is not, by identity or as a number, may be another object. Members
+    of an enum are compared by identity, as the guards compare all keys, whatever they are equal to."""
     if type(key) is tuple:
         for part in key:
             _key(reach, part, path)
     elif not is_fixed(key):
-        if type(key).__eq__ is not object.__eq__ and not isinstance(key, (Tensor, *CALLABLES)):
+        if type(key).__eq__ is not object.__eq__ and not isinstance(key, (Tensor, enum.Enum, *CALLABLES)):
             reach.refuse(f"{path} has a {type(key).__name__} for a key, whose changes cannot be seen")
         reach.visit(key, f"a key of {path}")
 

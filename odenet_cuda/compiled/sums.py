@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # Linear in the first operand, whatever the others are.
 _LINEAR = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "expand"}
-_LINEAR |= {"neg", "sum", "slice", "select", "clone", "alias", "detach"}
+_LINEAR |= {"neg", "sum", "slice", "select", "clone", "alias", "detach", "tril", "triu", "flip", "diagonal", "diagonal_copy"}
+_LINEAR |= {"constant_pad_nd", "diag_embed"}
+_LINEAR_IN = {"linalg_solve_triangular": 1, "linalg_lu_solve": 2}  # in this operand, where the others are no sums
 
 
 class Sums:
@@ -50,7 +52,7 @@ class Sums:
         batched = isinstance(node.meta["val"], Tensor) and low.shapes(node)[1] is not None
         if batched or not self._is_linear(name, operands, inputs):
             raise Unreadable(f"{where(node)} of a sum over samples")
-        if name != "where" and not any(isinstance(value, Sample) for value in inputs):
+        if not any(isinstance(value, Sample) for value in inputs):
             return Summed(node)
         if name == "mm" and operands[0].meta["val"].shape[1] == 1:
             a, b = (self.addend(x) if self.has(x) else low.sample(x, x, node).refs for x in operands)
@@ -61,8 +63,10 @@ class Sums:
     def _is_linear(self, name: str, operands: list[Any], inputs: list[Value]) -> bool:
         """In the sums alone, whatever else is among the operands."""
         summed = [isinstance(value, Summed) for value in inputs]
-        if name in ("mul", "mm"):
+        if name in ("mul", "mm", "bmm"):
             return sum(summed) == 1
+        if name in _LINEAR_IN:
+            return sum(summed) == 1 and self.has(operands[_LINEAR_IN[name]])
         if name in ("add", "sub", "cat"):
             return all(summed) and not any(isinstance(x, (int, float)) for x in operands[:2])
         if name == "div":

@@ -41,7 +41,8 @@ _DECOMPOSED = [
     _aten.silu_backward, _aten.softplus, _aten.softplus_backward, _aten.tanh_backward, _aten.threshold,
     _aten.threshold_backward, _aten._softmax, _aten._softmax_backward_data, _aten._log_softmax,
     _aten._log_softmax_backward_data, _aten.stack, _aten.unbind, _aten.select_backward,
-    _aten.slice_backward, _aten.mv, _aten.dot, _aten.addmv, _aten.norm, _aten.logsumexp,
+    _aten.slice_backward, _aten.mv, _aten.dot, _aten.addmv, _aten.norm, _aten.logsumexp, _aten.native_group_norm,
+    _aten.native_group_norm_backward, _aten.native_batch_norm, _aten.native_batch_norm_backward,
 ]  # fmt: skip
 
 # Read as they are, not decomposed.
