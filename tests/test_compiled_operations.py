@@ -149,6 +149,7 @@ UNARY = [
     "erfc",
     "floor",
     "ceil",
+    "trunc",
     "sigmoid",
     "relu",
     "abs",
@@ -231,7 +232,7 @@ def some_rows(count: int = 5) -> Tensor:
 def test_unary(dtype):
     operands = ("x", "t", "given", "mask_of_x", "constant_mask") if dtype == torch.float32 else ("x",)
     cases = {f"{name} of {of}": unary(name, of) for name in UNARY for of in operands}
-    for name in ("atanh", "floor", "ceil", "sign"):
+    for name in ("atanh", "floor", "ceil", "trunc", "sign"):
         cases.pop(f"{name} of given", None)  # the first is in NOT_READ; zeros added to a sum over samples are refused
     compare(cases, dtype, some_rows())
 
@@ -275,6 +276,10 @@ def test_where():
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
     return a[:, None] * b
+
+
+def square(f: Cases) -> Tensor:
+    return torch.eye(COLUMNS, dtype=f.weight.dtype) + outer(f.weight, f.other)
 
 
 COMPOSITE: dict[str, Case] = {
@@ -329,6 +334,10 @@ COMPOSITE: dict[str, Case] = {
     "logsumexp": lambda f, v: v["x"].logsumexp(1, keepdim=True),
     "layer norm": lambda f, v: F.layer_norm(v["x"], (COLUMNS,), f.weight, v["given"]),
     "norm": lambda f, v: v["x"].norm(dim=1, keepdim=True) + v["x"].norm(1, dim=1, keepdim=True),
+    "weights": lambda f, v: v["x"] @ (torch.diag(f.weight) + square(f).tril() + torch.where(f.mask, square(f), 0.0)),
+    "solved for weights": lambda f, v: v["x"] @ torch.linalg.solve(3 + square(f), outer(f.constant, f.weight)),
+    "solved by a triangle": lambda f, v: v["x"] @ torch.linalg.solve_triangular(square(f).tril(), square(f), upper=False),
+    "largest": lambda f, v: v["x"].max(1, keepdim=True).values * v["moved"].min(1).values[:, None],
     "extremes": lambda f, v: v["x"].amax(1, keepdim=True) - 2 * v["x"].amin(1, keepdim=True),
     "moments": lambda f, v: v["x"].var(1, keepdim=True) + v["x"].std(1, keepdim=True) + v["x"].mean(1, keepdim=True),
     "products": lambda f, v: v["x"].prod(1, keepdim=True) + v["x"].cumsum(1),

@@ -129,6 +129,8 @@ SHAPES = {
     "logsumexp": lambda y: y - y.logsumexp(1, keepdim=True),
     "amax": lambda y: y - y.amax(1, keepdim=True),
     "amin": lambda y: y - y.amin(1, keepdim=True),
+    "max": lambda y: y - y.max(1, keepdim=True).values,
+    "min of parts": lambda y: y * y.view(-1, 2, 2).min(2)[0].repeat(1, 2),
     "einsum": lambda y: torch.einsum("bi,ij,bj->bi", y, SQUARE, y),
     "einsum of a tensor": lambda y: torch.einsum("bi,ijk,bj->bk", y, CUBE, torch.sin(y)),
     "matmul": lambda y: torch.tanh(y @ WIDE) @ TALL,
@@ -279,6 +281,18 @@ class Of(nn.Module):
         return self.module(y)
 
 
+class Attention(nn.Module):
+    """Over the parts of the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+
+    def forward(self, t, y):
+        x = y.reshape(-1, 2, 2)
+        return self.attention(x, x, x, need_weights=False)[0].flatten(1)
+
+
 def weight_norm():
     return Of(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
 
@@ -299,6 +313,11 @@ MODULES = {
     "RMSNorm": lambda: Of(nn.RMSNorm(4)),
     "Dropout in eval": lambda: Of(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))).eval(),
     "Identity": lambda: Of(nn.Identity()),
+    "GroupNorm": lambda: Of(nn.GroupNorm(2, 4)),
+    "GroupNorm of channels": lambda: Of(nn.Sequential(nn.Unflatten(1, (2, 2)), nn.GroupNorm(2, 2, affine=False), nn.Flatten())),
+    "BatchNorm in eval": lambda: Of(nn.BatchNorm1d(4)).eval(),
+    "attention": Attention,
+    "orthogonal": lambda: Of(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="cayley")),
     "weight_norm": weight_norm,
     "spectral_norm": spectral_norm,
 }

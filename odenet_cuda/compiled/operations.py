@@ -350,6 +350,50 @@ def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
     return Sample(low.program.reduce(refs, True).reshape(shape), batch)
 
 
+@operation("max", "min")
+def _selected(low: "Lowering", node: Any, twin: Any) -> Value:
+    """Values, and the first places where they are found, as numbers."""
+    value = low.number_of(_source(low, node))
+    if len(node.args) < 2 or not isinstance(node.args[1], int):
+        raise Unreadable(f"{where(node)} is not read")
+    refs, reduced = _split_axes(value, [node.args[1]])
+    if value.batch in reduced:
+        raise Unreadable(f"{where(node)} mixes samples")
+    sign = "" if packet(node.target) == "max" else "-"
+    turned = low.program.statement(f"{sign}{{0}}", [refs.reshape(-1)]).reshape(refs.shape)
+    best = low.program.reduce(turned, True)
+    count, places = refs.shape[1], low.program.full(best.shape, float(refs.shape[1] - 1))
+    for i in reversed(range(count - 1)):
+        here = low.program.full(best.shape, float(i))
+        places = low.program.statement("select({0} == {1}, {2}, {3})", [turned[:, i], best, here, places])
+    best = low.program.statement(f"{sign}{{0}}", [best])
+    results = []
+    for found, seen, other in zip((best, places), node.meta["val"], twin.meta["val"], strict=True):
+        shape, batch = low.shape_of(seen, other, node)
+        results.append(Sample(found.reshape(shape), batch))
+    low.tuples[node] = results
+    return results[0]
+
+
+@operation("scatter")
+def _scatter_by_places(low: "Lowering", node: Any, twin: Any) -> Value:
+    """At places that are numbers of the sample."""
+    value, places, source = _source(low, node), _source(low, node, 2), _source(low, node, 3)
+    axis = _axis(value, node.args[1], node)
+    if places.refs.shape[axis] != 1 or node.kwargs or value.batch != places.batch:
+        raise Unreadable(f"{where(node)} is not read")
+    refs = np.broadcast_to(value.refs, low.shapes(node)[0]).copy()
+    at, new = (np.broadcast_to(x.refs, places.refs.shape).take(0, axis) for x in (places, source))
+    parts = [
+        low.program.statement(
+            "select({0} == {1}, {2}, {3})",
+            [at.reshape(-1), low.program.full([at.size], float(i)), new.reshape(-1), old.reshape(-1)],
+        ).reshape(at.shape)
+        for i, old in enumerate(np.moveaxis(refs, axis, 0))
+    ]
+    return _rearranged(low, node, value, np.stack(parts, axis))
+
+
 @operation("prod")
 def _product(low: "Lowering", node: Any, twin: Any) -> Value:
     value = low.number_of(_source(low, node))

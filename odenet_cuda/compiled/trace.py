@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..problem import Structure
 from .counters import Tallies, without
@@ -110,7 +111,8 @@ class Call:
 
     def trace(self, index: int, args: Sequence[Any], wanted: list[Tensor]) -> fx.GraphModule:
         field, inputs = self.field(index, args, lambda: wanted)
-        return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
+        with sdpa_kernel(SDPBackend.MATH):  # attention as the products that it consists of
+            return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
 
 
 def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> Recording:
