@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import kinds
 from .kinds import CONTAINERS, NUMBERS, PLAIN, PURE, in_, is_fixed, is_library, is_library_class
 from .scan import Names, names_of
+from .trees import kinds_in, parts_of
 
 MOST = 5_000  # slots
 LARGEST_ARRAY = 1 << 16  # bytes that are compared at every call
@@ -64,18 +65,20 @@ class Slot:
 
     def set(self, value: Any) -> None:
         """Raises TypeError, AttributeError where nothing can be written there."""
-        if self.attribute:
-            setattr(self.owner, self.key, value)
+        if self.attribute:  # without code of the user
+            (type if isinstance(self.owner, type) else object).__setattr__(self.owner, self.key, value)
         else:
             self.owner[self.key] = value
 
 
 class Reach:
     """The walk from func, and from what args hold besides tensors and numbers. refusal: why it cannot be trusted, or "".
+    closed: values made of numbers, of which the kinds alone are walked; met: how often the walk came upon each, by id.
 
     What the code names is known only when all of it has been seen: the walk begins anew until it finds no more names."""
 
-    def __init__(self, func: Callable, args: Sequence[Any] = ()):
+    def __init__(self, func: Callable, args: Sequence[Any] = (), closed: Sequence[Any] = ()):
+        self._closed = {id(x): x for x in closed}
         self.names = Names()
         self.everything = False  # the code names attributes that cannot be seen
         self.made: set[type] = set()  # classes that the code may call, with their bases
@@ -117,6 +120,7 @@ class Reach:
         self._seen: dict[int, Any] = {}  # kept alive, so that no other object gets the id of one
         self._parts: set[type] = set()  # classes and their bases
         self._given: dict[int, Any] = {}  # containers of args
+        self.met = dict.fromkeys(self._closed, 0)
         self._waiting: list[tuple[Any, str]] = []
 
     def refuse(self, why: str) -> None:
@@ -130,7 +134,23 @@ class Reach:
             self.made.update(value.__mro__)
         self._wait(value, path)
 
+    @property
+    def known(self) -> frozenset[int]:
+        """The ids of all but tensors, which come and go."""
+        return frozenset([i for i, x in (*self._seen.items(), *self._given.items()) if not isinstance(x, Tensor)])
+
+    def _pass(self, value: Any, path: str) -> bool:
+        """Whether it is closed."""
+        if id(value) not in self.met:
+            return False
+        self.met[id(value)] += 1
+        for kind in kinds_in(value) - PLAIN:
+            (self._visit if "__class__" in self.names.attributes else self._wait)(kind, path)
+        return True
+
     def _wait(self, value: Any, path: str) -> None:
+        if self._closed and self._pass(value, path):
+            return
         if id(value) not in self._seen and not is_fixed(value):
             self._seen[id(value)] = value
             self._waiting.append((value, path))
@@ -164,6 +184,8 @@ class Reach:
     def _argument(self, value: Any, path: str) -> None:
         """Numbers, tensors and what containers hold are compared by value: the next solve may be given others."""
         kind = type(value)
+        if self._pass(value, path):
+            return
         if isinstance(value, CONTAINERS):
             if id(value) in self._given:
                 return
@@ -388,7 +410,9 @@ class Reach:
                 if name in _OF_CLASSES or (name in _MAKING and part not in self.made):
                     continue
                 if (special or whole or name == "forward" or self._named(name)) and not self._counted(name, member):
-                    self._slot(members, name, member, f"{part.__name__}.{name}")
+                    plain = (type(member) in PURE or parts_of(member) is not None) and getattr(part, name, None) is member
+                    owner = part if plain else members  # the former can be written to
+                    self._slot(owner, name, member, f"{part.__name__}.{name}", attribute=plain)
                     if isinstance(member, classmethod):  # it is given the class
                         self.made.update(value.__mro__)
 
