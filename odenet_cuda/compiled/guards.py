@@ -5,7 +5,7 @@ for tensors whose values Python read. Tensors of the graph may be replaced by ot
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from operator import attrgetter, getitem, is_
@@ -36,8 +36,12 @@ def same_number(x: Any, y: Any) -> bool:
     return x is y or (repr(x) == repr(y) if not isinstance(x, np.generic) else x.tobytes() == y.tobytes())
 
 
-def frozen(x: Any) -> Any:
-    """An argument as something to be compared by."""
+def frozen(x: Any, known: Container[int] = (), seen: dict[int, int] | None = None) -> Any:
+    """An argument as something to be compared by. known, seen: of containers and arrays, as for `trees.opened`."""
+    if seen is not None and isinstance(x, (np.ndarray, *CONTAINERS)):  # func may ask by `is`
+        if id(x) in known or id(x) in seen:
+            return "known", id(x) if id(x) in known else seen[id(x)]
+        seen[id(x)] = len(seen)
     if isinstance(x, np.ndarray):
         if x.dtype.hasobject or x.nbytes > LARGEST_ARRAY:
             raise Unguarded(
@@ -51,9 +55,9 @@ def frozen(x: Any) -> Any:
     if isinstance(x, Tensor):
         raise Unguarded("args holds a tensor within a list or dict; give it as an argument of its own")
     if isinstance(x, dict):
-        return type(x), tuple([(frozen(key), frozen(value)) for key, value in x.items()])
+        return type(x), tuple([(frozen(key), frozen(value, known, seen)) for key, value in x.items()])
     if isinstance(x, CONTAINERS):
-        return type(x), tuple([frozen(part) for part in x])
+        return type(x), tuple([frozen(part, known, seen) for part in x])
     return Same(x)
 
 
@@ -80,7 +84,9 @@ class Guards:
         self._gone: list[Any] = []  # tensors
         given = {(id(root.slot.owner), root.slot.key) for root in numbers.roots if root.slot is not None}
         given |= {(id(owner), key) for owner, key in written}
-        slots = [slot for slot in reach.slots if (id(slot.owner), slot.key) not in given]
+        # a global name may be in many functions
+        once = {(id(slot.owner), slot.key, slot.attribute): slot for slot in reach.slots}
+        slots = [slot for key, slot in once.items() if key[:2] not in given]
         items, attributes = [slot for slot in slots if not slot.attribute], [slot for slot in slots if slot.attribute]
         values = [slot.value for slot in (*items, *attributes)]
         self._owners, self._keys = [slot.owner for slot in items], [slot.key for slot in items]
@@ -103,9 +109,12 @@ class Guards:
         self._absent = reach.absent
         self._sets = [(x, list(map(frozen, x))) for x in reach.sets]  # in order, which func may go by
         self._dtype = torch.get_default_dtype()
-        others = [i for i, x in enumerate(args) if not isinstance(x, Tensor) and not numbers.has(i)]
-        self._args = [(i, frozen(args[i])) for i in others]
-        self._given = {i: tree for i in others if (tree := opened(args[i])) is not None}
+        self._known = reach.known
+        self._others = [i for i, x in enumerate(args) if not isinstance(x, Tensor) and not numbers.has(i)]
+        seen: dict[int, int] = {}
+        numbers.opened(args, seen)
+        self._args = self._frozen(args, seen)
+        self._given = {i: tree for i in self._others if (tree := opened(args[i])) is not None}
         self._arrays: list[tuple[Any, bytes, Any]] = []
         self.refusal = ""
         for array, path in reach.arrays.values():
@@ -188,11 +197,15 @@ class Guards:
             return False
         if self._contents and not all([same_bits(place(args), before) for place, before in self._contents]):
             return False
-        if self.numbers and not self.numbers.hold(args):
+        seen: dict[int, int] = {}
+        if self.numbers and not self.numbers.hold(args, seen):
             return False
-        if any([frozen(args[i]) != before for i, before in self._args]):
+        if self._others and self._frozen(args, seen) != self._args:
             return False
         return torch.get_default_dtype() is self._dtype
+
+    def _frozen(self, args: Sequence[Any], seen: dict[int, int]) -> list[Any]:
+        return [frozen(args[i], self._known, seen) for i in self._others]
 
     def _kinds(self, args: Sequence[Any]) -> list[Any]:
         """Of the items that func writes: nothing, or a type, and whether it is a tensor that func finds elsewhere too."""
@@ -232,10 +245,9 @@ class Guards:
 
     def changed(self, args: Sequence[Any]) -> str:
         """The path of something that does not hold, or "" where that is not known."""
-        for i, before in self._args:
-            with suppress(Exception):
-                if frozen(args[i]) != before:
-                    return f"args[{i}]"
+        with suppress(Exception):
+            now = self._frozen(args, {})
+            return next(f"args[{i}]" for i, x, before in zip(self._others, now, self._args, strict=True) if x != before)
         return next((path for i, path in enumerate(self._paths) if self._differs(i)), "")
 
     def _differs(self, i: int) -> bool:

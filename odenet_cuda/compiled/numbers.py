@@ -128,7 +128,7 @@ class Numbers:
 
     def __init__(self, roots: Sequence[Root] = (), args: Sequence[Any] = (), known: Container[int] = (), device: Any = None):
         self.roots, self._others, self._device = list(roots), known, device
-        self._kept = self._opened(args)
+        self._kept = self.opened(args)
         self._values = list(self._parts(args))
         places = [_place_of(root, path) for root in roots for path in root.paths]
         self._steps: list[tuple[Callable, list[int] | None]] = [(place, None) for place in places]
@@ -162,18 +162,18 @@ class Numbers:
             for root, value in zip(self.roots, before, strict=True):
                 root.put(replaced(value, {path: next(rest) for path in root.paths}, self._others), given)
                 done += 1
-            shape = self._opened(given)
+            shape = self.opened(given)
             yield given
-            if self._opened(given) != shape or any(map(is_not, self._parts(given), numbers)):
+            if self.opened(given) != shape or any(map(is_not, self._parts(given), numbers)):
                 raise Unreadable("func writes a number that changes, or what holds it")
         finally:
             self._wrap = None
             for root, value in zip(self.roots[:done], before, strict=False):
                 root.put(value, given)
 
-    def _opened(self, args: Sequence[Any]) -> list[Tree | None]:
-        """What the roots hold besides these numbers, of which the types remain."""
-        seen: dict[int, int] = {}
+    def opened(self, args: Sequence[Any], seen: dict[int, int] | None = None) -> list[Tree | None]:
+        """What the roots hold besides these numbers, of which the types remain. seen: as for `trees.opened`."""
+        seen = {} if seen is None else seen
         return [opened(root.get(args), root.paths, self._others, seen) for root in self.roots]
 
     def _parts(self, args: Sequence[Any]) -> Iterator[Any]:
@@ -239,10 +239,10 @@ class Numbers:
             values[i] = op(args) if operands is None else op(*[values[j] for j in operands])
         return values[needed[-1]]
 
-    def hold(self, args: Sequence[Any]) -> bool:
+    def hold(self, args: Sequence[Any], seen: dict[int, int] | None = None) -> bool:
         """Whether all are numbers of the same type still, and so is what is computed of them, and nothing but these is other
         than it was. Raises what Python raises."""
-        if self._opened(args) != self._kept:
+        if self.opened(args, seen) != self._kept:
             return False
         for _, needed, kind in self._leaves.values():
             value = self._value(needed, args)

@@ -119,7 +119,7 @@ class Reach:
         self.refusal = ""
         self._seen: dict[int, Any] = {}  # kept alive, so that no other object gets the id of one
         self._parts: set[type] = set()  # classes and their bases
-        self._given: dict[int, Any] = {}  # containers of args
+        self.given: dict[int, Any] = {}  # containers of args
         self.met = dict.fromkeys(self._closed, 0)
         self._waiting: list[tuple[Any, str]] = []
 
@@ -136,8 +136,8 @@ class Reach:
 
     @property
     def known(self) -> frozenset[int]:
-        """The ids of all but tensors, which come and go."""
-        return frozenset([i for i, x in (*self._seen.items(), *self._given.items()) if not isinstance(x, Tensor)])
+        """The ids of all that func reaches but tensors, which come and go, and containers of args."""
+        return frozenset([i for i, x in self._seen.items() if not isinstance(x, Tensor)])
 
     def _pass(self, value: Any, path: str) -> bool:
         """Whether it is closed."""
@@ -187,9 +187,9 @@ class Reach:
         if self._pass(value, path):
             return
         if isinstance(value, CONTAINERS):
-            if id(value) in self._given:
+            if id(value) in self.given:
                 return
-            self._given[id(value)] = value
+            self.given[id(value)] = value
             if kind not in PLAIN:
                 self._visit(kind, path)
                 if not isinstance(value, tuple) or hasattr(value, "__dict__") or kinds.accessors_replaced(kind):

@@ -29,7 +29,7 @@ class Reading:
     def _reached(self, roots: Sequence[Root], args: Sequence[Any], known: frozenset[int]) -> list[Root]:
         """Those that func still comes upon, each there alone and apart from the others. A number is one wherever it is."""
         found: list[Root] = []
-        inside: dict[int, int] = {}
+        inside = {i: 0 for i in self.reach.given}  # other containers
         for root in roots:
             x, slot = root.get(args), root.slot
             places = [s for s in self.reach.slots if slot and s.owner is slot.owner and s.key == slot.key]
