@@ -154,22 +154,25 @@ class Numbers:
     def given(self, args: Sequence[Any], wrap: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Any]]:
         """The arguments with a Number for each number; in attributes they stand inside alone. wrap: of tensors, where func is
         watched; it may not ask what a number is then."""
-        before = [root.get(args) for root in self.roots]
         given, self._wrap, self.met = list(args), wrap, set()
         numbers = [Number(self, i, value) for i, value in enumerate(self._values)]
-        rest, done = iter(numbers), 0
+        rest = iter(numbers)
+        before: list[tuple[Root, Any, Any]] = []
         try:
-            for root, value in zip(self.roots, before, strict=True):
-                root.put(replaced(value, {path: next(rest) for path in root.paths}, self._others), given)
-                done += 1
+            for root in self.roots:
+                value = root.get(args)
+                x = replaced(value, {path: next(rest) for path in root.paths}, self._others)
+                before.append((root, x, value))
+                root.put(x, given)
             shape = self.opened(given)
             yield given
             if self.opened(given) != shape or any(map(is_not, self._parts(given), numbers)):
                 raise Unreadable("func writes a number that changes, or what holds it")
         finally:
             self._wrap = None
-            for root, value in zip(self.roots[:done], before, strict=False):
-                root.put(value, given)
+            for root, x, value in before:
+                if root.get(given) is x:
+                    root.put(value, given)
 
     def opened(self, args: Sequence[Any], seen: dict[int, int] | None = None) -> list[Tree | None]:
         """What the roots hold besides these numbers, of which the types remain. seen: as for `trees.opened`."""

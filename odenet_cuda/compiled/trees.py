@@ -8,9 +8,9 @@ stands for itself, so that whatever `is` would tell of two is told here.
 import argparse
 import types
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .kinds import PURE
 Path = tuple[tuple[bool, Any], ...]  # the steps to a part: whether it is an attribute, and its name or key
 Tree = dict[Path, Any]  # of each part its kind and the names of its own parts, or its value
 
-_MOST = 1_000  # parts
+_MOST, _DEEPEST = 1_000, 20  # parts, and within one another
 _ALONE = {*PURE, torch.dtype, torch.device}  # what is like all that reads the same
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
@@ -29,6 +29,8 @@ _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 def opened(x: Any, free: Container[Path] = (), known: Container[int] = (), seen: dict[int, int] | None = None) -> Tree | None:
     """free: paths where only the kind matters. known: ids of what stands for itself. seen: of other trees that go with this.
     None where there is anything else in it."""
+    if () in free:  # a number alone
+        return {(): type(x)}
     tree: Tree = {}
     return tree if _open(x, (), tree, free, known, {} if seen is None else seen) else None
 
@@ -45,11 +47,12 @@ def _open(x: Any, path: Path, tree: Tree, free: Container[Path], known: Containe
         tree[path] = "again", seen[id(x)]
     else:
         parts = parts_of(x)
-        if parts is None or len(tree) + len(parts) > _MOST:
+        if parts is None or len(tree) + len(parts.keys) > _MOST or len(path) == _DEEPEST:
             return False
         seen[id(x)] = len(seen)
-        tree[path] = kind, tuple([(attribute, _exactly(key)) for attribute, key in parts])  # in order
-        return all(_open(part, (*path, step), tree, free, known, seen) for step, part in parts.items())
+        tree[path] = kind, parts.names()
+        paths = [(*path, (parts.attributes, key)) for key in parts.keys]
+        return all(_open(part, at, tree, free, known, seen) for at, part in zip(paths, parts.values, strict=True))
     return True
 
 
@@ -57,19 +60,29 @@ def _exactly(x: Any) -> Any:
     return (type(x), x.tobytes()) if isinstance(x, np.generic) else (type(x), repr(x))
 
 
-def parts_of(x: Any) -> dict[tuple[bool, Any], Any] | None:
-    """Those of a container or record that is understood; an empty dict of one that is empty."""
+class Parts(NamedTuple):
+    """Those of one container or record. attributes: whether the keys are names of such."""
+
+    attributes: bool
+    keys: Sequence[Any]
+    values: Iterable[Any]
+
+    def names(self) -> Any:
+        """The keys in order, as they are compared."""
+        keys = self.keys
+        return keys if isinstance(keys, range) else [key if type(key) is str else _exactly(key) for key in keys]
+
+
+def parts_of(x: Any) -> Parts | None:
     kind = type(x)
-    if kind in (list, tuple):
-        return {(False, i): part for i, part in enumerate(x)}
+    if kind in (list, tuple) or (issubclass(kind, tuple) and "_fields" in vars(kind) and not kind.__dictoffset__):
+        return Parts(False, range(len(x)), tuple.__iter__(x) if issubclass(kind, tuple) else x)
     if kind in (dict, OrderedDict):
-        return {(False, key): part for key, part in x.items()} if all([type(key) in PURE for key in x]) else None
-    if hasattr(kind, "__del__"):
-        return None
-    if issubclass(kind, tuple):
-        plain = kind.__base__ is tuple and not kind.__dictoffset__ and not kinds.accessors_replaced(kind)
-        return {(False, i): part for i, part in enumerate(tuple.__iter__(x))} if plain else None
-    return {(True, name): part for name, part in _members(x).items()} if _is_record(kind) else None
+        return Parts(False, list(x), x.values()) if all([type(key) in PURE for key in x]) else None
+    if _is_record(kind):
+        members = _members(x)
+        return Parts(True, list(members), members.values())
+    return None
 
 
 def _is_record(kind: type) -> bool:
@@ -81,7 +94,7 @@ def _is_record(kind: type) -> bool:
 
 @lru_cache(maxsize=256)
 def _hides(kind: Any) -> bool:
-    return kinds.hides(kind, (types.SimpleNamespace,))
+    return kinds.hides(kind, (types.SimpleNamespace,)) or hasattr(kind, "__del__")
 
 
 def _members(x: Any) -> Mapping[str, Any]:
@@ -106,7 +119,7 @@ def _slots(kind: Any) -> dict[str, Any]:
 def follow(x: Any, path: Path) -> Any:
     """The part of x at this path."""
     for attribute, key in path:
-        x = _members(x)[key] if attribute else x[key]
+        x = _members(x)[key] if attribute else tuple.__getitem__(x, key) if isinstance(x, tuple) else x[key]
     return x
 
 
@@ -137,18 +150,22 @@ def _replace(x: Any, path: Path, others: Mapping[Path, Any], known: Container[in
         return x
     if id(x) in done:
         return done[id(x)]
-    found = parts_of(x) or {}
+    found = parts_of(x) or Parts(False, (), ())
+    paths = [(*path, (found.attributes, key)) for key in found.keys]
+    parts = (_replace(part, at, others, known, done) for at, part in zip(paths, found.values, strict=True))
     if issubclass(kind, tuple):
-        parts = [_replace(part, (*path, step), others, known, done) for step, part in found.items()]
         return done.setdefault(id(x), tuple.__new__(kind, parts))
     base = object if not issubclass(kind, (list, dict, types.SimpleNamespace)) else kind
     new = done[id(x)] = base.__new__(kind)
-    for (attribute, key), part in found.items():
-        part = _replace(part, (*path, (attribute, key)), others, known, done)
-        if not attribute:
-            new.append(part) if kind is list else new.__setitem__(key, part)
-        elif (slot := _slots(kind).get(key)) is not None:
-            slot.__set__(new, part)
+    if kind is list:
+        new.extend(parts)
+        return new
+    slots = _slots(kind)
+    for key, part in zip(found.keys, parts, strict=True):
+        if not found.attributes:
+            new[key] = part
+        elif key in slots:
+            slots[key].__set__(new, part)
         else:
             object.__getattribute__(new, "__dict__")[key] = part
     return new
@@ -156,4 +173,4 @@ def _replace(x: Any, path: Path, others: Mapping[Path, Any], known: Container[in
 
 def kinds_in(x: Any) -> set[type]:
     """The types of containers and records in it."""
-    return {value[0] for value in (opened(x) or {}).values() if isinstance(value[1], tuple)}
+    return {value[0] for value in (opened(x) or {}).values() if isinstance(value[1], (range, list))}
