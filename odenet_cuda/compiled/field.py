@@ -46,10 +46,11 @@ _warned = False
 class CompiledField(nn.Module):
     """What `compile` gives: the field itself when called, and a program of it wherever it is solved.
 
-    What func reads from Python is compared at every call, and where it has changed func is read anew: modules, functions and
-    numbers in attributes, items, closures, defaults, global names and args. What cannot be compared so is refused, and so are
-    values of the time, the state or args that reach Python. func's own Python does not run in a compiled solve: what it counts
-    or keeps there, as a tensor for a regularizer, stays as it was.
+    What func reads from Python is compared at every call, and where it has changed func is read anew: modules, functions
+    and numbers in attributes, items, closures, defaults, global names and args. Numbers that have changed are arguments of
+    the code from then on; where something else changes at call after call, the stepper serves. What cannot be compared so
+    is refused, and so are values of the time, the state or args that reach Python. func's own Python does not run in a
+    compiled solve: what it counts or keeps there, as a tensor for a regularizer, stays as it was.
     """
 
     def __init__(self, func: Callable[..., Any], cuda: bool = False, matmul: str = "float32"):

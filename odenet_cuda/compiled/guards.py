@@ -39,9 +39,14 @@ def same_number(x: Any, y: Any) -> bool:
 def frozen(x: Any, known: Container[int] = (), seen: dict[int, int] | None = None) -> Any:
     """An argument as something to be compared by. known, seen: of containers and arrays, as for `trees.opened`."""
     if seen is not None and isinstance(x, (np.ndarray, *CONTAINERS)):  # func may ask by `is`
-        if id(x) in known or id(x) in seen:
-            return "known", id(x) if id(x) in known else seen[id(x)]
+        if id(x) in seen:
+            return "again", seen[id(x)]
         seen[id(x)] = len(seen)
+        return id(x) in known and id(x), _content(x, known, seen)
+    return _content(x, known, seen)
+
+
+def _content(x: Any, known: Container[int], seen: dict[int, int] | None) -> Any:
     if isinstance(x, np.ndarray):
         if x.dtype.hasobject or x.nbytes > LARGEST_ARRAY:
             raise Unguarded(
@@ -246,7 +251,9 @@ class Guards:
     def changed(self, args: Sequence[Any]) -> str:
         """The path of something that does not hold, or "" where that is not known."""
         with suppress(Exception):
-            now = self._frozen(args, {})
+            seen: dict[int, int] = {}
+            self.numbers.opened(args, seen)
+            now = self._frozen(args, seen)
             return next(f"args[{i}]" for i, x, before in zip(self._others, now, self._args, strict=True) if x != before)
         return next((path for i, path in enumerate(self._paths) if self._differs(i)), "")
 

@@ -1,9 +1,10 @@
 """Python's numbers that change from call to call: Python computes with them at every call, and the program gets the results.
 
-In a recording a `Number` stands for each. What Python computes of them is kept as a list of steps, which is gone through again
-with the numbers of a later call. Where one meets a tensor, its value there is an argument of the program: a tensor without axes
-of that tensor's type, as torch takes Python's numbers. Whatever else is asked of one, by which func might take another way for
-another number, is a leak.
+They are found by their path: alone, or within what is replaced as a whole, such as a config object or a dict of args. In a
+recording a `Number` stands for each, and a copy for what holds some. What Python computes of them is kept as a list of steps,
+which is gone through again with the numbers of a later call. Where one meets a tensor, its value there is an argument of the
+program: a tensor without axes of that tensor's type, as torch takes Python's numbers. Whatever else is asked of one, by which
+func might take another way for another number, is a leak.
 """
 
 import math

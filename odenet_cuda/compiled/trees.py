@@ -42,6 +42,8 @@ def _open(x: Any, path: Path, tree: Tree, free: Container[Path], known: Containe
     elif kind in _ALONE:
         tree[path] = _exactly(x)
     elif id(x) in known:
+        if kind in (dict, OrderedDict):  # of an object, whose attributes are not all compared
+            return False
         tree[path] = "known", id(x)
     elif id(x) in seen:
         tree[path] = "again", seen[id(x)]
