@@ -4,13 +4,16 @@ The program is run by NumPy beside func itself, as in test_compiled_guards.py: a
 be, or the stepper serves. Programs that serve every value are those that were read with the number as an argument."""
 
 import collections
+import dataclasses
 import enum
 import functools
 import math
 import numbers
 import operator
+import types
 import weakref
 from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,6 +23,8 @@ from test_compiled_guards import Y0, D, Holder, assert_fresh, number, slopes
 from torch import nn
 
 import odenet_cuda
+from odenet_cuda.compiled import refusals
+from odenet_cuda.compiled.field import CompiledField
 from odenet_cuda.compiled.memory import has_memory
 from odenet_cuda.compiled.trace import Unreadable
 from odenet_cuda.problem import Structure
@@ -147,6 +152,375 @@ def test_numbers_in_float32():
         held.k = k
         expected = field.func(torch.tensor(0.0), y)
         torch.testing.assert_close(slopes(field, 0.0, y).float(), expected, rtol=1e-6, atol=0)  # of float32
+
+
+# ---- numbers within what is replaced: a case yields func with args, changes something, and yields args again ----
+
+
+@dataclasses.dataclass
+class Config:
+    k: float
+    name: str = "a"
+    inner: Any = None
+
+    @property
+    def twice(self):
+        return 2 * self.k
+
+    def rate(self):
+        return self.k
+
+
+@dataclasses.dataclass
+class Other(Config):
+    pass
+
+
+class Pair(NamedTuple):
+    k: float
+    n: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    k: float
+    name: str = "a"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    k: float
+
+
+class Classed:
+    k, pair, listed = 1.0, (1.0, 2.0), [1.0]
+
+    def __call__(self, t, y):
+        return -self.k * self.pair[1] * self.listed[0] * y
+
+
+STANDARD, GLOBALS = Config(5.0), [1.0, 2.0]
+WITHIN = {}
+
+
+def within(make):
+    WITHIN[make.__name__] = make
+    return make
+
+
+def replacing(func, first, *others):
+    """In an attribute."""
+    held = Holder(c=first)
+    yield (lambda t, y: func(y, held.c)), ()
+    for held.c in others:
+        yield ()
+
+
+def giving(func, first, *others):
+    """In args."""
+    yield (lambda t, y, *args: func(y, *args)), first
+    yield from others
+
+
+def count_in(y, c):
+    c["n"] += 1
+    return y * c["k"] * c["n"]
+
+
+def itself(k):
+    x = [k]
+    x.append(x)
+    return x
+
+
+ANY = {  # of the state and what is replaced
+    "strings": (
+        lambda y, c: y * c.k * (2 if c.name == "a" else 3),
+        [Config(1.0), Config(2.0), Config(3.0), Config(3.0, "b"), Config(4.0, "b"), Config(5.0, None), Config(5, "b")],
+    ),
+    "types of numbers": (
+        lambda y, c: y * (c.k if isinstance(c.k, float) else 2 * c.k) * math.copysign(1, c.inner),
+        [Config(1.0, "a", 0.0), Config(2.0, "a", 0.0), Config(3.0, "a", -0.0), Config(4, "a", -0.0), Config(True, "a", 0.0)],
+    ),
+    "classes": (
+        lambda y, c: y * c.k * (2 if isinstance(c, Other) else 3),
+        [Config(1.0), Config(2.0), Config(3.0), Other(3.0), Other(4.0), Config(5.0)],
+    ),
+    "one that is known": (
+        lambda y, c: y * c.k * (2 if c is STANDARD else 3),
+        [Config(1.0), Config(2.0), Config(3.0), STANDARD, Config(5.0)],
+    ),
+    "keys": (
+        lambda y, c: y * sum(c.values()) * (2 if "z" in c else 3),
+        [{"k": 1.0}, {"k": 2.0}, {"k": 3.0}, {"k": 3.0, "z": 1.0}, {"k": 4.0, "z": 1.0}, {1: 4.0}, {True: 5.0}, {"k": 3.0}],
+    ),
+    "order": (
+        lambda y, c: y * functools.reduce(lambda s, x: s / 2 + x, c.values(), 0.0),
+        [{"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 3.0}, {"a": 3.0, "b": 2.0}, {"b": 3.0, "a": 2.0}, {"b": 3.0, "a": 4.0}],
+    ),
+    "lengths": (
+        lambda y, c: y * sum(c) * len(c),
+        [[1.0], [2.0], [3.0], [3.0, 1.0], [4.0, 1.0], (4.0, 1.0), (5.0, 1.0), []],
+    ),
+    "nested": (
+        lambda y, c: y * c.k * c.inner["k"][0] * c.inner["k"][1][0] * sum([1 for _ in range(c.inner["k"][1][1])]),
+        [
+            Config(a, inner={"k": [b, (c, n)]})
+            for a, b, c, n in [
+                (1.0, 1.0, 1.0, 3),
+                (2.0, 1.0, 1.0, 3),
+                (3.0, 2.0, 2.0, 3),
+                (4.0, 3.0, 1.0, 4),
+                (5.0, 3.0, 2.0, 4),
+            ]
+        ],
+    ),
+    "named tuples": (
+        lambda y, c: y * c[0] * c.n * len(c),
+        [Pair(1.0), Pair(2.0), Pair(3.0), Pair(3.0, 4), Pair(4.0, 5), Pair(5, 5)],
+    ),
+    "namespaces": (
+        lambda y, c: y * c.k * len(vars(c)),
+        [types.SimpleNamespace(**x) for x in ({"k": 1.0}, {"k": 2.0}, {"k": 3.0}, {"k": 3.0, "z": 2.0}, {"k": 4.0, "z": 3.0})],
+    ),
+    "made anew of it": (
+        lambda y, c: y * dataclasses.replace(c, k=2 * c.k).k + c.twice,
+        [Config(float(k)) for k in range(1, 5)],
+    ),
+    "compared by its numbers": (lambda y, c: y * (2 if c == Config(3.0) else 3), [Config(float(k)) for k in (1, 2, 3, 4)]),
+    "a key": (lambda y, c: y * {Pair(3.0): 2.0}.get(c, c.k), [Pair(float(k)) for k in (1, 2, 3, 4)]),
+    "counted": (count_in, [{"k": float(k), "n": 0} for k in range(1, 5)]),
+    "grown": (lambda y, c: (c.append(1.0), y * c[0] * len(c))[1], [[float(k)] for k in range(1, 5)]),
+    "turned": (lambda y, c: (c.reverse(), y * c[0])[1], [[float(k), k + 1.0] for k in range(1, 5)]),
+    "it itself in it": (
+        lambda y, c: y * c[0] * (2 if c[-1] is c else 3),
+        [itself(float(k)) for k in (1, 2, 3)] + [[4.0, [4.0]]],
+    ),
+}
+WITHIN |= {f"{name}, in an attribute": lambda name=name: replacing(ANY[name][0], *ANY[name][1]) for name in ANY}
+GIVEN = ("strings", "one that is known", "lengths", "order", "named tuples", "counted")
+WITHIN |= {f"{name}, in args": lambda name=name: giving(ANY[name][0], *[(x,) for x in ANY[name][1]]) for name in GIVEN}
+
+
+@within
+def two_that_are_one():
+    held = Holder(a=[1.0], b=[2.0])
+    yield (lambda t, y: y * held.a[0] * held.b[0] * (2 if held.a is held.b else 3)), ()
+    for held.a, held.b in (([2.0], [3.0]), ([4.0], [3.5]), ([one := [4.0], one][0], one), ([4.0], [3.5])):
+        yield ()
+
+
+@within
+def parts_that_are_one():
+    held = Holder(a=[[1.0], [2.0]])
+    yield (lambda t, y: y * held.a[0][0] * held.a[1][0] * (2 if held.a[0] is held.a[1] else 3)), ()
+    for held.a in ([[2.0], [3.0]], [[4.0], [3.0]], [[5.0]] * 2, [[6.0]] * 2, [[7.0]] * 2, [[4.0], [3.0]]):
+        yield ()
+
+
+@within
+def arguments_that_are_one():
+    return giving(
+        lambda y, a, b: y * a[0] * b[0] * (2 if a is b else 3),
+        ([1.0], [2.0]), ([2.0], [3.0]), ([4.0], [5.0]), ([4.0],) * 2, ([4.0], [4.0]), ([5.0],) * 2, ([4.0],) * 2,
+    )  # fmt: skip
+
+
+@within
+def arguments_that_func_holds():
+    held = Holder(d=[2.0], c=Config(2.0))
+    yield (
+        (lambda t, y, d, c: y * d[0] * c.k * held.c.k * (2 if d is held.d else 3) * (2 if c is held.c else 3)),
+        (held.d, held.c),
+    )
+    for d in ([2.0], held.d, [3.0], [4.0], held.d):
+        yield d, held.c
+        yield d, Config(2.0)
+    held.c = Config(3.0)
+    yield held.d, held.c
+    yield [2.0], Config(4.0)
+    held.c = Config(5.0)
+    yield [2.0], Config(6.0)
+    yield [2.0], held.c
+
+
+@within
+def held_by_a_method():
+    first = Config(1.0)
+    held = Holder(c=first, f=first.rate)
+    yield (lambda t, y: y * held.c.k * held.f()), ()
+    for held.c in (Config(2.0), Config(3.0), Config(4.0)):
+        yield ()
+    for first.k in (6.0, 7.0):
+        yield ()
+        held.c = first
+        yield ()
+        held.c = Config(3.0)
+        yield ()
+
+
+@within
+def changed_where_it_lies():
+    held = Holder(c=Config(1.0, inner={"k": [1.0, 2.0]}))
+    yield (lambda t, y: y * held.c.rate() * held.c.twice * sum(held.c.inner["k"])), ()
+    for held.c in (Config(2.0, inner={"k": [1.0, 3.0]}), Config(3.0, inner={"k": [2.0, 4.0]})):
+        yield ()
+    held.c.inner["k"][0] = 9.0
+    yield ()
+    held.c.inner["k"].append(9.0)
+    yield ()
+    held.c.k = 8.0
+    yield ()
+    held.c.rate = lambda: 5.0
+    yield ()
+
+
+@within
+def of_functions():
+    held = Holder(c=Config(1.0))
+
+    def f(t, y, k=(1.0, 2.0), *, d={"a": 1.0}):  # noqa: B006
+        return y * k[0] * k[1] * d["a"] * sum(listed) * held.c.twice
+
+    listed = [1.0, 2.0]
+    yield f, ()
+    for k in (2.0, 3.0, 4.0):
+        f.__defaults__ = ((k, 1.5),)
+        yield ()
+        f.__kwdefaults__ = {"d": {"a": k}}
+        yield ()
+        listed = [k, 2.0]
+        yield ()
+
+
+@within
+def of_a_property():
+    class Mine(Config):
+        pass
+
+    mine = dataclasses.dataclass(Mine)
+    held = Holder(c=mine(1.0))
+    yield (lambda t, y: y * held.c.twice), ()
+    for held.c in (mine(2.0), mine(3.0)):
+        yield ()
+    mine.twice = property(lambda self: 7 * self.k)
+    yield ()
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_numbers_within(name):
+    """Served as they are now, or refused."""
+    steps = WITHIN[name]()
+    func, args = next(steps)
+    field = odenet_cuda.compile(func)
+    for given in (args, *steps):
+        with suppress(Unreadable):
+            assert_fresh(field, given)
+
+
+# ---- how often a func is read that changes at every call ----
+
+CLASSED = Classed()
+READ_TWICE = {  # by how the i-th func is made of a holder
+    "a config": lambda held, i: setattr(held, "c", Config(1.0 + i)) or (lambda t, y: -held.c.k * y, ()),
+    "a frozen config": lambda held, i: setattr(held, "c", Frozen(1.0 + i)) or (lambda t, y: -held.c.k * y, ()),
+    "one with slots": lambda held, i: setattr(held, "c", Slotted(1.0 + i)) or (lambda t, y: -held.c.k * y, ()),
+    "a slot": lambda held, i: object.__setattr__(SLOTTED, "k", 1.0 + i) or (lambda t, y: -SLOTTED.k * y, ()),
+    "a list": lambda held, i: setattr(held, "c", [1.0 + i, 2.0]) or (lambda t, y: -held.c[0] * y, ()),
+    "a tuple": lambda held, i: setattr(held, "c", (1.0, 2.0 + i)) or (lambda t, y: -held.c[1] * y, ()),
+    "a global": lambda held, i: globals().update(GLOBALS=[1.0 + i]) or (lambda t, y: -GLOBALS[0] * y, ()),
+    "a class": lambda held, i: setattr(Classed, "k", 1.0 + i) or (CLASSED, ()),
+    "a tuple of a class": lambda held, i: setattr(Classed, "pair", (1.0, 2.0 + i)) or (CLASSED, ()),
+    "a dict in args": lambda held, i: (lambda t, y, d: -d["k"] * y, ({"k": 1.0 + i, "n": 2},)),
+    "a list in args": lambda held, i: (lambda t, y, d: -d[0] * y, ([1.0 + i],)),
+    "a named tuple in args": lambda held, i: (lambda t, y, p: -p.k * y, (Pair(1.0 + i),)),
+    "a config in args": lambda held, i: (lambda t, y, c: -c.k * y, (Frozen(1.0 + i),)),
+}
+SLOTTED = Slotted(1.0)
+READ_OFTEN = {  # the same, by what changes
+    "a type is asked": (
+        "held.k",
+        lambda held, i: setattr(held, "k", 1.0 + i) or (lambda t, y: -held.k * y if type(y) is torch.Tensor else y, ()),
+    ),
+    "of math": ("held.k", lambda held, i: setattr(held, "k", 1.0 + i) or (lambda t, y: -math.exp(held.k) * y, ())),
+    "a function": ("held.f", lambda held, i: setattr(held, "f", lambda t: i * t) or (lambda t, y: held.f(t) * y, ())),
+    "a partial": (
+        "held.f",
+        lambda held, i: setattr(held, "f", functools.partial(torch.mul, other=INDEX)) or (lambda t, y: held.f(y), ()),
+    ),
+    "a list of tensors": ("held.e", lambda held, i: setattr(held, "e", [number(1.0)]) or (lambda t, y: -held.e[0] * y, ())),
+    "an object in args": ("args[0]", lambda held, i: (lambda t, y, p: -p.k * y, (Holder(k=1.0 + i),))),
+    "a string": ("held.name", lambda held, i: setattr(held, "name", "a" * i) or (lambda t, y: -len(held.name) * y, ())),
+    "a tensor that Python reads": (
+        "what func reads",
+        lambda held, i: setattr(held, "k", number(1.0 + i)) or (lambda t, y: -held.k.item() * y, ()),
+    ),
+    "what cannot be read": ("held.k", lambda held, i: setattr(held, "k", i) or (lambda t, y: y.mean().item() * held.k * y, ())),
+}
+
+
+class Count:
+    def __init__(self, patch):
+        self.readings, read = 0, CompiledField._read
+
+        def counted(*args):
+            self.readings += 1
+            return read(*args)
+
+        patch.setattr(CompiledField, "_read", counted)
+
+
+@pytest.mark.parametrize("name", [*READ_TWICE, *READ_OFTEN])
+def test_how_often_it_is_read(name, monkeypatch):
+    """Twice where the numbers become arguments; else a few times, until the stepper serves and names what changes."""
+    monkeypatch.setattr(refusals, "MOST_AHEAD", 3)
+    count, held, served, why = Count(monkeypatch), Holder(), [], ""
+    change = READ_TWICE[name] if name in READ_TWICE else READ_OFTEN[name][1]
+    field = odenet_cuda.compile(change(held, 0)[0])
+    for i in range(1, 8):
+        args = change(held, i)[1]
+        try:
+            assert_fresh(field, args)
+            served.append(i)
+        except Unreadable as error:
+            why = str(error)
+    if name in READ_TWICE:
+        assert count.readings == 2 and len(served) == 7
+        return
+    assert count.readings == 3 and "reset()" in why and READ_OFTEN[name][0] in why
+    before, _ = count.readings, field.reset()
+    with suppress(Unreadable):
+        assert_fresh(field, args)
+    assert count.readings == before + 1
+
+
+@pytest.mark.parametrize("every", [1, refusals.WORTH + 1])
+def test_variants_that_stay(every, monkeypatch):
+    """Those that take turns are read once each; what changes seldom is read again."""
+    count = Count(monkeypatch)
+    functions = [lambda y, i=i: (1.0 + i) * y for i in range(3 if every == 1 else 12)]
+    held = Holder(f=functions[0])
+    field = odenet_cuda.compile(lambda t, y: held.f(y))
+    for i in range(12 * every if every > 1 else 60):
+        held.f = functions[i // every % len(functions)]
+        field.plan(Structure(Y0), (), False)
+    assert count.readings == len(functions)
+
+
+def test_replaced_config_solved(quick_compiler):
+    """With gradients, as the stepper."""
+    net, held = nn.Linear(3, 3, dtype=D), Holder(c=None)
+    func = lambda t, y, d: torch.tanh(net(y)) * held.c.k - d["k"][0] * y  # noqa: E731
+    field = odenet_cuda.compile(func)
+    for i in range(4):
+        held.c = Frozen(1.0 + i / 8)
+        found = []
+        for f in (field, func):
+            ys = odenet_cuda.solve(f, Y0, [0.0, 0.5], args=({"k": (0.5 - i, 1.0)},), method="rk4", step_size=0.25).ys
+            found.append([ys.detach(), *torch.autograd.grad(ys.square().sum(), list(net.parameters()))])
+        assert field.explain() == "compiled"
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)  # of float64, a few steps
 
 
 # ---- one tensor at several places ----

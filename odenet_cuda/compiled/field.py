@@ -5,7 +5,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from .leaks import line_of, summary
 from .plan import Plan
 from .reading import Reading
 from .recheck import recheck
+from .refusals import Never, Readings, Refused
 from .teams import H100, MATMULS
 from .trace import Unreadable
 
@@ -35,8 +35,6 @@ _SERVED = (torch.float32, torch.float64)
 _SMALL = 64  # numbers: a batch of no more, whose samples are mixed, is read as one sample
 _MANY = 1 << 16  # samples
 _MOST_PLANS = 4  # kept of one kind of state: those of training and of evaluation, say
-_MOST_REFUSALS = 24  # readings in a row that refuse, of a func that changes what it reads at every call
-_MOST_CHANGES = 8  # readings for a number that changes and cannot be an argument of the code
 _FLAGS = (  # of torch, which func may ask for; whether gradients or inference mode are on is left to check.py
     torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
     torch.is_warn_always_enabled, torch.get_float32_matmul_precision,
@@ -48,17 +46,18 @@ _warned = False
 class CompiledField(nn.Module):
     """What `compile` gives: the field itself when called, and a program of it wherever it is solved.
 
-    What func reads from Python is compared at every call, and where it has changed func is read anew: modules, functions and
-    numbers in attributes, items, closures, defaults, global names and args. What cannot be compared so is refused, and so are
-    values of the time, the state or args that reach Python. func's own Python does not run in a compiled solve: what it counts
-    or keeps there, as a tensor for a regularizer, stays as it was.
+    What func reads from Python is compared at every call, and where it has changed func is read anew: modules, functions
+    and numbers in attributes, items, closures, defaults, global names and args. Numbers that have changed are arguments of
+    the code from then on; where something else changes at call after call, the stepper serves. What cannot be compared so
+    is refused, and so are values of the time, the state or args that reach Python. func's own Python does not run in a
+    compiled solve: what it counts or keeps there, as a tensor for a regularizer, stays as it was.
     """
 
     def __init__(self, func: Callable[..., Any], cuda: bool = False, matmul: str = "float32"):
         super().__init__()
         self.func, self._cuda, self._matmul = func, cuda, matmul
         self._plans: dict[Any, list[Plan | Refused]] = {}  # the last few of each kind of state
-        self._readings: dict[Any, tuple[int, int]] = {}  # of a kind: refused in a row, and for numbers that changed
+        self._readings: dict[Any, Readings] = {}  # of each kind
         self._read_of: tuple = ()  # the func of the plans; in a tuple, for it is no module of this one a second time
         self._distrust = ""  # why it is read no more, see recheck.py
         self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
@@ -134,12 +133,15 @@ class CompiledField(nn.Module):
         for kind in (key, whole):
             for found in self._plans.get(kind, ()):
                 if found.guards.hold(args):
+                    found.used += 1
                     if isinstance(found, Refused):
                         raise found.error
                     self._latest = found
                     return found
+        stale = [*self._plans.get(key, ()), *self._plans.get(whole, ())]
         with _reading:
-            found = self._read(structure, args, per_sample, [*self._plans.get(key, ()), *self._plans.get(whole, ())], key)
+            self._readings.setdefault(key, Readings()).begin(stale, args)
+            found = self._read(structure, args, per_sample, stale)
         kind = whole if isinstance(found, Refused) or found.whole else key
         kept = [plan for plan in self._plans.get(kind, ()) if plan.guards.alive]
         self._plans[kind] = [found, *kept[: _MOST_PLANS - 1]]
@@ -164,26 +166,13 @@ class CompiledField(nn.Module):
         return structure.spec, leaves, tuple(given), per_sample, device, tuple([flag() for flag in _FLAGS])
 
     @torch.inference_mode(False)
-    def _read(
-        self, structure: Structure, args: Sequence[Any], per_sample: bool, stale: list[Any], key: Any
-    ) -> "Plan | Refused":
-        """A Plan, or a Refused. stale: plans that were right once; numbers that are others now become arguments of the code."""
-        refused, changes = self._readings.get(key, (0, 0))
-        if refused >= _MOST_REFUSALS or changes >= _MOST_CHANGES:
-            why = "what func reads from Python changes from call to call, and would be read anew each time; call reset()"
-            return Refused(Unreadable(why), Always())
-        numbers = stale[0].guards.changed_numbers(args) if stale else ([], [])
-        changes += bool(stale) and stale[0].guards.read_others(args)
-        found: Plan | Refused | None = None
-        if numbers[0] or numbers[1]:
-            found = self._read_with(structure, args, per_sample, numbers)
-            if isinstance(found, Refused):
-                found, changes = None, changes + 1
-        found = found or self._read_with(structure, args, per_sample, ([], []))
-        self._readings[key] = refused + 1 if isinstance(found, Refused) else 0, changes
-        return found
+    def _read(self, structure: Structure, args: Sequence[Any], per_sample: bool, stale: list[Any]) -> Plan | Refused:
+        """stale: plans that were right once; numbers that are others now become arguments of the code."""
+        numbers = stale[0].guards.changed_numbers(args) if stale else ()
+        found = self._read_with(structure, args, per_sample, numbers) if numbers else None
+        return found if isinstance(found, Plan) else self._read_with(structure, args, per_sample, ())
 
-    def _read_with(self, structure: Structure, args: Sequence[Any], per_sample: bool, numbers: Any) -> "Plan | Refused":
+    def _read_with(self, structure: Structure, args: Sequence[Any], per_sample: bool, numbers: Any) -> Plan | Refused:
         leaves = structure.leaves
         rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
         failure = Unreadable("the leaves of y0 have no common axis of samples")
@@ -221,36 +210,6 @@ def _in_words() -> Iterator[None]:
         raise
     except Exception as error:
         raise Unreadable(f"func could not be read: {summary(error)}{line_of(error)}") from error
-
-
-class Always:
-    """The guards of a refusal that no change lifts but `reset`."""
-
-    alive = True
-
-    def hold(self, args: Sequence[Any]) -> bool:
-        return True
-
-    def changed_numbers(self, args: Sequence[Any]) -> tuple[list[Any], list[int]]:
-        return [], []
-
-    def read_others(self, args: Sequence[Any]) -> bool:
-        return False
-
-
-class Never(Always):
-    """The guards of what is to be read anew at the next call."""
-
-    def hold(self, args: Sequence[Any]) -> bool:
-        return False
-
-
-@dataclass
-class Refused:
-    """Why func could not be read, as long as the guards hold."""
-
-    error: Unreadable
-    guards: Any
 
 
 def compile(func: Callable[..., Any], *, cuda: bool = False, matmul: str = "float32") -> CompiledField:

@@ -5,7 +5,8 @@ for tensors whose values Python read. Tensors of the graph may be replaced by ot
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor
 from .kinds import CONTAINERS, NUMBERS, PURE
 from .marks import same_bits
 from .memory import has_memory
-from .numbers import Numbers, Place, is_number
+from .numbers import KINDS, Numbers, Place, Root
 from .reach import LARGEST_ARRAY, Reach, Slot
+from .trees import has_any, numbers_changed, opened
 
 _meta = attrgetter("requires_grad", "dtype", "shape", "device", "__class__")  # of a tensor
 
@@ -34,8 +36,17 @@ def same_number(x: Any, y: Any) -> bool:
     return x is y or (repr(x) == repr(y) if not isinstance(x, np.generic) else x.tobytes() == y.tobytes())
 
 
-def frozen(x: Any) -> Any:
-    """An argument as something to be compared by."""
+def frozen(x: Any, known: Container[int] = (), seen: dict[int, int] | None = None) -> Any:
+    """An argument as something to be compared by. known, seen: of containers and arrays, as for `trees.opened`."""
+    if seen is not None and isinstance(x, (np.ndarray, *CONTAINERS)):  # func may ask by `is`
+        if id(x) in seen:
+            return "again", seen[id(x)]
+        seen[id(x)] = len(seen)
+        return id(x) in known and id(x), _content(x, known, seen)
+    return _content(x, known, seen)
+
+
+def _content(x: Any, known: Container[int], seen: dict[int, int] | None) -> Any:
     if isinstance(x, np.ndarray):
         if x.dtype.hasobject or x.nbytes > LARGEST_ARRAY:
             raise Unguarded(
@@ -49,9 +60,9 @@ def frozen(x: Any) -> Any:
     if isinstance(x, Tensor):
         raise Unguarded("args holds a tensor within a list or dict; give it as an argument of its own")
     if isinstance(x, dict):
-        return type(x), tuple([(frozen(key), frozen(value)) for key, value in x.items()])
+        return type(x), tuple([(frozen(key), frozen(value, known, seen)) for key, value in x.items()])
     if isinstance(x, CONTAINERS):
-        return type(x), tuple([frozen(part) for part in x])
+        return type(x), tuple([frozen(part, known, seen) for part in x])
     return Same(x)
 
 
@@ -84,14 +95,19 @@ class Guards:
         self.numbers = numbers
         self._dead: list[Any] = []  # objects that are gone, which come back no more
         self._gone: list[Any] = []  # tensors
-        given = {(id(slot.owner), slot.key) for slot in numbers.slots} | {(id(owner), key) for owner, key in written}
-        slots = [slot for slot in reach.slots if (id(slot.owner), slot.key) not in given]
+        given = {(id(root.slot.owner), root.slot.key) for root in numbers.roots if root.slot is not None}
+        given |= {(id(owner), key) for owner, key in written}
+        # a global name may be in many functions
+        once = {(id(slot.owner), slot.key, slot.attribute): slot for slot in reach.slots}
+        slots = [slot for key, slot in once.items() if key[:2] not in given]
         items, attributes = [slot for slot in slots if not slot.attribute], [slot for slot in slots if slot.attribute]
         values = [slot.value for slot in (*items, *attributes)]
         self._owners, self._keys = [slot.owner for slot in items], [slot.key for slot in items]
         self._objects, self._names = [_reference(slot.owner) for slot in attributes], [slot.key for slot in attributes]
-        counting = {id(slot) for slot in counted}
-        self._counted = {i for i, slot in enumerate((*items, *attributes)) if id(slot) in counting}
+        counting = {(id(slot.owner), slot.key) for slot in counted}
+        self._counted = {i for i, slot in enumerate((*items, *attributes)) if (id(slot.owner), slot.key) in counting}
+        self._paths = [slot.path for slot in (*items, *attributes)]
+        self._trees = {i: tree for i, value in enumerate(values) if (tree := opened(value)) and has_any(tree, KINDS)}
         for slot in slots:  # the places alone are kept: a plan keeps nothing alive that func has let go
             slot.value = None
         self._ids = [id(value) for value in values]
@@ -108,7 +124,12 @@ class Guards:
         self._absent = reach.absent
         self._sets = [(x, list(map(frozen, x))) for x in reach.sets]  # in order, which func may go by
         self._dtype = torch.get_default_dtype()
-        self._args = [(i, frozen(x)) for i, x in enumerate(args) if not isinstance(x, Tensor) and i not in numbers.places]
+        self._known = reach.known
+        self._others = [i for i, x in enumerate(args) if not isinstance(x, Tensor) and not numbers.has(i)]
+        seen: dict[int, int] = {}
+        numbers.opened(args, seen)
+        self._args = self._frozen(args, seen)
+        self._given = {i: tree for i in self._others if (tree := opened(args[i])) is not None}
         self._arrays: list[tuple[Any, bytes, Any]] = []
         self.refusal = ""
         for array, path in reach.arrays.values():
@@ -191,11 +212,15 @@ class Guards:
             return False
         if self._contents and not all([same_bits(place(args), before) for place, before in self._contents]):
             return False
-        if self.numbers and not self.numbers.hold(args):
+        seen: dict[int, int] = {}
+        if self.numbers and not self.numbers.hold(args, seen):
             return False
-        if any([frozen(args[i]) != before for i, before in self._args]):
+        if self._others and self._frozen(args, seen) != self._args:
             return False
         return torch.get_default_dtype() is self._dtype
+
+    def _frozen(self, args: Sequence[Any], seen: dict[int, int]) -> list[Any]:
+        return [frozen(args[i], self._known, seen) for i in self._others]
 
     def _kinds(self, args: Sequence[Any]) -> list[Any]:
         """Of the items that func writes: nothing, or a type, and whether it is a tensor that func finds elsewhere too."""
@@ -203,25 +228,25 @@ class Guards:
         known = {*self._ids, *map(id, args)}
         return [[(type(x), isinstance(x, Tensor) and id(x) in known) for x in value] for value in held]
 
-    def _changes(self, values: list[Any]) -> list[int]:
-        """Which slots hold something else now. Equal numbers, and tensors of the same kind, are taken over."""
-        changed = []
-        for i, value in enumerate(values):
-            if id(value) == self._ids[i] and not (i in self._metas and self._kept[i]() is not value):
-                continue
-            if i in self._metas:
-                same = isinstance(value, Tensor) and _meta(value) == self._metas[i] and not (vars(value) or i in self._named)
-            elif i in self._counted:
-                same = type(value) is type(self._kept[i])
-            else:
-                same = isinstance(value, NUMBERS) and same_number(self._kept[i], value)
-            if same:
-                self._ids[i], self._kept[i] = id(value), self._hold(value)
-            else:
-                changed.append(i)
+    def _changes(self, values: list[Any]) -> bool:
+        """Whether a slot holds something else now. Equal numbers, and tensors of the same kind, are taken over."""
+        changed = [i for i, value in enumerate(values) if self._is_other(i, value)]
         if not changed:
             self._gone.clear()
-        return changed
+        return bool(changed)
+
+    def _is_other(self, i: int, value: Any) -> bool:
+        if id(value) == self._ids[i] and not (i in self._metas and self._kept[i]() is not value):
+            return False
+        if i in self._metas:
+            same = isinstance(value, Tensor) and _meta(value) == self._metas[i] and not (vars(value) or i in self._named)
+        elif i in self._counted:
+            same = type(value) is type(self._kept[i])
+        else:
+            same = isinstance(value, NUMBERS) and same_number(self._kept[i], value)
+        if same:
+            self._ids[i], self._kept[i] = id(value), self._hold(value)
+        return not same
 
     def _grown(self) -> bool:
         """Whether containers changed in size only by attributes that no code names."""
@@ -233,39 +258,41 @@ class Guards:
                 self._lengths[place], self._wanted[place] = len(container), (wanted, frozenset(container))
         return True
 
-    def read_others(self, args: Sequence[Any]) -> bool:
-        """Whether a tensor whose values Python reads holds others now."""
+    # What changed
+
+    def changed(self, args: Sequence[Any]) -> str:
+        """The path of something that does not hold, or "" where that is not known."""
+        with suppress(Exception):
+            seen: dict[int, int] = {}
+            self.numbers.opened(args, seen)
+            now = self._frozen(args, seen)
+            return next(f"args[{i}]" for i, x, before in zip(self._others, now, self._args, strict=True) if x != before)
+        return next((path for i, path in enumerate(self._paths) if self._differs(i)), "")
+
+    def _differs(self, i: int) -> bool:
         try:
-            return not all([same_bits(place(args), before) for place, before in self._contents])
+            value, kept = self._slot(i).get(), self._kept[i]
+            dead = i in self._trees and isinstance(kept, weakref.ref) and kept() is not value  # another has its address
+            return dead or self._is_other(i, value)
         except Exception:
-            return False
+            return True
 
-    # Numbers that change
+    def changed_numbers(self, args: Sequence[Any]) -> list[Root]:
+        """Of the program, and where there are others now and all else is as it was."""
+        roots = [Root(root.slot, root.index, dict(root.paths), root.before) for root in self.numbers.roots]
+        roots += [Root(self._slot(i), 0, {}, tree) for i, tree in self._trees.items() if self._differs(i)]
+        roots += [Root(None, i, {}, tree) for i, tree in self._given.items()]
+        for root in roots:
+            try:
+                root.paths |= dict.fromkeys(numbers_changed(root.before, opened(root.get(args)), KINDS))
+            except Exception:  # it is gone
+                root.paths.clear()
+        return [root for root in roots if root.paths]
 
-    def changed_numbers(self, args: Sequence[Any]) -> tuple[list[tuple[Any, Any]], list[int]]:
-        """Where numbers are others now, of the same type: owners with keys, and places in args."""
-        places = [
-            i
-            for i, before in self._args
-            if i < len(args) and is_number(args[i]) and before != frozen(args[i]) and before[0] is type(args[i])
-        ]
-        places += self.numbers.places
-        found = [(slot.owner, slot.key) for slot in self.numbers.slots]
-        if self._dead:
-            return found, places
-        try:
-            values = list(self._values())
-            for i in self._changes(values):
-                kept = self._kept[i]
-                if is_number(kept) and type(values[i]) is type(kept):
-                    found.append(self._place(i))
-        except Exception:
-            pass
-        return found, places
-
-    def _place(self, i: int) -> tuple[Any, Any]:
+    def _slot(self, i: int) -> Slot:
         n = len(self._owners)
-        return (self._owners[i], self._keys[i]) if i < n else (self._objects[i - n](), self._names[i - n])
+        owner = self._owners[i] if i < n else self._objects[i - n]()
+        return Slot(owner, self._keys[i] if i < n else self._names[i - n], i >= n, None, self._paths[i])
 
 
 def _reference(x: Any) -> Callable[[], Any]:

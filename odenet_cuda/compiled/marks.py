@@ -120,7 +120,7 @@ class Marks:
         self._dicts = {id(x) for x, _ in reach.containers if isinstance(x, dict)}
         self._globals = [(names, name, names.get(name, _MISSING)) for names, name in reach.globals]
         self._cells = [(cell, _content(cell), path) for cell, path in reach.cells]
-        self._classes = [(part, members, dict(members)) for part, members in reach.classes]
+        self._classes = [(part, dict(vars(part))) for part in reach.classes]
         self._slotted = [(x, name, getattr(x, name), path) for x, name, path in reach.slotted]
         self._tensors = [
             (x, x.detach().clone(), x.requires_grad, x.grad if x.is_leaf else None)
@@ -174,9 +174,9 @@ class Marks:
                 yield container, None, before, container, path
         for names, name, old in self._globals:
             yield names, name, old, names.get(name, _MISSING), name
-        for part, members, before in self._classes:
-            for name in {*before, *members}:
-                yield members, name, before.get(name, _MISSING), members.get(name, _MISSING), f"{part.__name__}.{name}"
+        for part, before in self._classes:
+            for name in {*before, *vars(part)}:
+                yield part, name, before.get(name, _MISSING), vars(part).get(name, _MISSING), f"{part.__name__}.{name}"
         for cell, old, path in self._cells:
             yield cell, "cell_contents", old, _content(cell), f"a variable that {path} closes over"
         for x, name, old, path in self._slotted:
@@ -210,7 +210,7 @@ class Marks:
                 names.pop(name, None)
             else:
                 names[name] = old
-        for part, _, before in self._classes:
+        for part, before in self._classes:
             for name in {*before, *vars(part)}:
                 if name not in before:
                     delattr(part, name)

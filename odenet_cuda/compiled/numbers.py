@@ -1,15 +1,18 @@
 """Python's numbers that change from call to call: Python computes with them at every call, and the program gets the results.
 
-In a recording a `Number` stands for each. What Python computes of them is kept as a list of steps, which is gone through again
-with the numbers of a later call. Where one meets a tensor, its value there is an argument of the program: a tensor without axes
-of that tensor's type, as torch takes Python's numbers. Whatever else is asked of one, by which func might take another way for
-another number, is a leak.
+They are found by their path: alone, or within what is replaced as a whole, such as a config object or a dict of args. In a
+recording a `Number` stands for each, and a copy for what holds some. What Python computes of them is kept as a list of steps,
+which is gone through again with the numbers of a later call. Where one meets a tensor, its value there is an argument of the
+program: a tensor without axes of that tensor's type, as torch takes Python's numbers. Whatever else is asked of one, by which
+func might take another way for another number, is a leak.
 """
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,14 @@ import torch
 from torch import Tensor
 
 from .leaks import Leak
+from .marks import Unreadable
 from .reach import Slot
+from .trees import Path, Tree, follow, opened, replaced
 
 Place = Callable[[Sequence[Any]], Any]  # where a value is found, given the arguments of a solve
 _LARGEST = 2**53  # whole numbers up to this are numbers of float64
 _MOST = 1_000  # steps
-_KINDS = (int, float, np.float64)
+KINDS = (int, float, np.float64)
 # Operations of torch, with or without underscores, that take a number where they take a tensor, and give the same then.
 _WITH_TENSORS = {
     *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "truediv", "pow"),
@@ -33,7 +38,27 @@ _WITH_TENSORS = {
 
 
 def is_number(x: Any) -> bool:
-    return type(x) in _KINDS
+    return type(x) in KINDS
+
+
+@dataclass
+class Root:
+    """Where numbers that change are found: in a slot of func, or in an argument where there is none. They are that itself, or
+    lie in it at these paths. before: what all of it was."""
+
+    slot: Slot | None
+    index: int
+    paths: dict[Path, None]
+    before: Tree
+
+    def get(self, args: Sequence[Any]) -> Any:
+        return args[self.index] if self.slot is None else self.slot.get()
+
+    def put(self, value: Any, args: list[Any]) -> None:
+        if self.slot is None:
+            args[self.index] = value
+        else:
+            self.slot.set(value)
 
 
 class Number:
@@ -76,7 +101,7 @@ class Number:
 
 def _compute(op: Callable, reflected: bool) -> Callable:
     def method(self: Number, other: Any) -> Any:
-        if type(other) is not Number and type(other) not in (*_KINDS, bool):
+        if type(other) is not Number and type(other) not in (*KINDS, bool):
             return NotImplemented
         return self._numbers.apply(op, [other, self] if reflected else [self, other])
 
@@ -100,21 +125,25 @@ for _name in ("bool", "int", "float", "complex", "index", "hash", "repr", "str",
 
 
 class Numbers:
-    """slots: where func finds them; places: of those in args, which are those of the reading."""
+    """known: ids of what is no part of the roots, but reached by func besides."""
 
-    def __init__(self, slots: Sequence[Slot] = (), places: Sequence[int] = (), args: Sequence[Any] = (), device: Any = None):
-        self.slots, self.places, self._device = list(slots), list(places), device
-        self._roots: list[Place] = [*map(_place_of, slots), *map(operator.itemgetter, places)]
-        self._values = [root(args) for root in self._roots]
-        self._types = [type(x) for x in self._values]
-        self._steps: list[tuple[Callable, list[int] | None]] = [(root, None) for root in self._roots]
+    def __init__(self, roots: Sequence[Root] = (), args: Sequence[Any] = (), known: Container[int] = (), device: Any = None):
+        self.roots, self._others, self._device = list(roots), known, device
+        self._kept = self.opened(args)
+        self._values = list(self._parts(args))
+        places = [_place_of(root, path) for root in roots for path in root.paths]
+        self._steps: list[tuple[Callable, list[int] | None]] = [(place, None) for place in places]
         self._known: dict[Any, int] = {}  # where each step stands
         self._leaves: dict[Any, tuple[Tensor, list[int], type]] = {}  # a tensor, the steps to it, the type of the last
         self._wrap: Callable[[Tensor], Tensor] | None = None
         self.met: set[Any] = set()  # the leaves that func took when it was given these numbers last
 
     def __bool__(self) -> bool:
-        return bool(self._roots)
+        return bool(self.roots)
+
+    def has(self, index: int) -> bool:
+        """Whether there are some in this argument."""
+        return any([root.slot is None and root.index == index for root in self.roots])
 
     @property
     def watched(self) -> bool:
@@ -126,29 +155,39 @@ class Numbers:
     def given(self, args: Sequence[Any], wrap: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Any]]:
         """The arguments with a Number for each number; in attributes they stand inside alone. wrap: of tensors, where func is
         watched; it may not ask what a number is then."""
-        before = [slot.get() for slot in self.slots]
         given, self._wrap, self.met = list(args), wrap, set()
         numbers = [Number(self, i, value) for i, value in enumerate(self._values)]
-        for place, x in zip(self.places, numbers[len(self.slots) :], strict=True):
-            given[place] = x
-        done: list[Slot] = []
+        rest = iter(numbers)
+        before: list[tuple[Root, Any, Any]] = []
         try:
-            for slot, x in zip(self.slots, numbers, strict=False):
-                slot.set(x)
-                done.append(slot)
+            for root in self.roots:
+                value = root.get(args)
+                x = replaced(value, {path: next(rest) for path in root.paths}, self._others)
+                before.append((root, x, value))
+                root.put(x, given)
+            shape = self.opened(given)
             yield given
-            if any(slot.get() is not x for slot, x in zip(self.slots, numbers, strict=False)):
-                raise Leak("func writes a number that changes from call to call")
+            if self.opened(given) != shape or any(map(is_not, self._parts(given), numbers)):
+                raise Unreadable("func writes a number that changes, or what holds it")
         finally:
             self._wrap = None
-            for slot, value in zip(done, before, strict=False):
-                slot.set(value)
+            for root, x, value in before:
+                if root.get(given) is x:
+                    root.put(value, given)
+
+    def opened(self, args: Sequence[Any], seen: dict[int, int] | None = None) -> list[Tree | None]:
+        """What the roots hold besides these numbers, of which the types remain. seen: as for `trees.opened`."""
+        seen = {} if seen is None else seen
+        return [opened(root.get(args), root.paths, self._others, seen) for root in self.roots]
+
+    def _parts(self, args: Sequence[Any]) -> Iterator[Any]:
+        return (follow(root.get(args), path) for root in self.roots for path in root.paths)
 
     def apply(self, op: Callable, operands: Sequence[Any]) -> Number:
         """Raises whatever Python raises for these numbers, and Leak where the result is no number."""
         indices = [x._index if type(x) is Number else self._literal(x) for x in operands]
         value = op(*[x._value if type(x) is Number else x for x in operands])
-        if type(value) not in _KINDS:
+        if type(value) not in KINDS:
             raise Leak(f"func computes a {type(value).__name__} of a number that changes")
         return Number(self, self._step((op, *indices), op, indices), value)
 
@@ -204,9 +243,10 @@ class Numbers:
             values[i] = op(args) if operands is None else op(*[values[j] for j in operands])
         return values[needed[-1]]
 
-    def hold(self, args: Sequence[Any]) -> bool:
-        """Whether all are numbers of the same type still, and so is what is computed of them. Raises what Python raises."""
-        if [type(root(args)) for root in self._roots] != self._types:
+    def hold(self, args: Sequence[Any], seen: dict[int, int] | None = None) -> bool:
+        """Whether all are numbers of the same type still, and so is what is computed of them, and nothing but these is other
+        than it was. Raises what Python raises."""
+        if self.opened(args, seen) != self._kept:
             return False
         for _, needed, kind in self._leaves.values():
             value = self._value(needed, args)
@@ -215,8 +255,8 @@ class Numbers:
         return True
 
 
-def _place_of(slot: Slot) -> Place:
-    return lambda args: slot.get()
+def _place_of(root: Root, path: Path) -> Place:
+    return lambda args: follow(root.get(args), path)
 
 
 def _dtype_beside(value: Any, tensors: Sequence[Tensor]) -> torch.dtype:

@@ -51,6 +51,7 @@ class Plan:
         per_sample: bool = False,
     ):
         self.whole = whole
+        self.used = 0  # calls that it served, see refusals.py
         leaves = structure.leaves
         first = leaves[0]
         self.dtype, self.device = first.dtype, first.device

@@ -18,6 +18,7 @@ from .kinds import CALLABLES, CONTAINERS, COUNTING, PLAIN, is_fixed, is_library_
 from .reach_code import CODE, CONTENT_ALONE
 from .reach_objects import MOST, OBJECTS, any_object, container
 from .scan import Names
+from .trees import kinds_in
 
 LARGEST_ARRAY = 1 << 16  # bytes that are compared at every call
 
@@ -39,27 +40,26 @@ class Slot:
     attribute: bool
     value: Any
     path: str
-    of: type | None = None  # whose members the owner is
 
     def get(self) -> Any:
         return getattr(self.owner, self.key) if self.attribute else self.owner[self.key]
 
     def set(self, value: Any) -> None:
         """Raises TypeError, AttributeError where nothing can be written there."""
-        if self.of is not None:
-            type.__setattr__(self.of, self.key, value)
-        elif self.attribute:
-            setattr(self.owner, self.key, value)
+        if self.attribute:  # without code of the user
+            (type if isinstance(self.owner, type) else object).__setattr__(self.owner, self.key, value)
         else:
             self.owner[self.key] = value
 
 
 class Reach:
     """The walk from func, and from what args hold besides tensors and numbers. refusal: why it cannot be trusted, or "".
+    closed: values made of numbers, of which the kinds alone are walked; met: how often the walk came upon each, by id.
 
     What the code names is known only when all of it has been seen: the walk begins anew until it finds no more names."""
 
-    def __init__(self, func: Callable, args: Sequence[Any] = ()):
+    def __init__(self, func: Callable, args: Sequence[Any] = (), closed: Sequence[Any] = ()):
+        self._closed = {id(x): x for x in closed}
         self.names = Names()
         self.everything = False  # the code names attributes that cannot be seen
         self.made: set[type] = set()  # classes that the code may call, with their bases
@@ -92,7 +92,7 @@ class Reach:
         self.globals: list[tuple[dict[str, Any], str]] = []  # that the code writes
         self.cells: list[tuple[Any, str]] = []
         self.slotted: list[tuple[Any, str, str]] = []
-        self.classes: list[tuple[type, types.MappingProxyType]] = []  # with their members
+        self.classes: list[type] = []
         self.tensors: dict[int, Tensor] = {}
         self.arrays: dict[int, tuple[np.ndarray, str]] = {}
         self.generators: list[Any] = []
@@ -100,7 +100,8 @@ class Reach:
         self.refusal = ""
         self.seen: dict[int, Any] = {}  # opened or waiting; kept alive, so that no other object gets the id of one
         self.parts: set[type] = set()  # classes and their bases
-        self._given: dict[int, Any] = {}  # containers of args
+        self.given: dict[int, Any] = {}  # containers of args
+        self.met = dict.fromkeys(self._closed, 0)
         self._waiting: list[tuple[Any, str]] = []
 
     def refuse(self, why: str) -> None:
@@ -114,7 +115,23 @@ class Reach:
             self.made.update(value.__mro__)
         self.wait(value, path)
 
+    @property
+    def known(self) -> frozenset[int]:
+        """The ids of all that func reaches but tensors, which come and go, and containers of args."""
+        return frozenset([i for i, x in self.seen.items() if not isinstance(x, Tensor)])
+
+    def _pass(self, value: Any, path: str) -> bool:
+        """Whether it is closed."""
+        if id(value) not in self.met:
+            return False
+        self.met[id(value)] += 1
+        for kind in kinds_in(value) - PLAIN:
+            (self.visit if "__class__" in self.names.attributes else self.wait)(kind, path)
+        return True
+
     def wait(self, value: Any, path: str) -> None:
+        if self._closed and self._pass(value, path):
+            return
         if id(value) not in self.seen and not is_fixed(value):
             self.seen[id(value)] = value
             self._waiting.append((value, path))
@@ -152,10 +169,12 @@ class Reach:
     def _argument(self, value: Any, path: str) -> None:
         """Numbers, tensors and what containers hold are compared by value: the next solve may be given others."""
         kind = type(value)
+        if self._pass(value, path):
+            return
         if isinstance(value, CONTAINERS):
-            if id(value) in self._given:
+            if id(value) in self.given:
                 return
-            self._given[id(value)] = value
+            self.given[id(value)] = value
             if kind not in PLAIN:
                 self.visit(kind, path)
                 if not isinstance(value, tuple) or hasattr(value, "__dict__") or kinds.accessors_replaced(kind):

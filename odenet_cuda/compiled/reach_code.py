@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import kinds
-from .kinds import BARE, CALLABLES, WRAPPED, in_, is_library, is_library_class
+from .kinds import BARE, CALLABLES, PURE, WRAPPED, in_, is_library, is_library_class
 from .reach_objects import Rule, attributes
 from .scan import names_of
+from .trees import parts_of
 
 if TYPE_CHECKING:
     from .reach import Reach
@@ -174,16 +175,17 @@ def _class(reach: "Reach", value: type, path: str) -> None:
         if not is_library_class(kind):
             reach.slot(part, "__class__", kind, part.__name__, attribute=True)
         members, whole = vars(part), part in reach.whole
-        reach.classes.append((part, members))
+        reach.classes.append(part)
         reach.sized.append((members, None if whole else reach.wanted()))
         for name, member in members.items():
             special = name.startswith("__") and (callable(member) or isinstance(member, WRAPPED))
             if name in _OF_CLASSES or (name in _MAKING and part not in reach.made):
                 continue
             if (special or whole or name == "forward" or reach.named(name)) and not reach.counted(name, member):
+                plain = (type(member) in PURE or parts_of(member) is not None) and getattr(part, name, None) is member
+                owner = part if plain else members  # the former can be written to
                 alone = kinds.refuses_changes(part, name, member)
-                (reach.keep if alone else reach.slot)(members, name, member, f"{part.__name__}.{name}")
-                reach.slots[-1].of = part
+                (reach.keep if alone else reach.slot)(owner, name, member, f"{part.__name__}.{name}", attribute=plain)
                 if isinstance(member, classmethod):  # it is given the class
                     reach.made.update(value.__mro__)
 

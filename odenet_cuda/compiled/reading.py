@@ -9,28 +9,43 @@ from torch import Tensor
 from .guards import Guards, Unguarded
 from .marks import Marks, unmarked
 from .memory import has_memory
-from .numbers import Numbers, Place, is_number
+from .numbers import KINDS, Numbers, Place, Root
 from .reach import Reach, Slot
 from .trace import Unreadable
+from .trees import opened, parts_of
 
 
 class Reading:
-    """numbers: owners with keys, and places in args, of numbers that become arguments of the program."""
+    """roots: of numbers that become arguments of the program. Raises Unreadable where they cannot."""
 
-    def __init__(
-        self,
-        func: Callable,
-        args: Sequence[Any],
-        numbers: tuple[Sequence[tuple[Any, Any]], Sequence[int]] = ((), ()),
-        like: Tensor | None = None,
-    ):
-        self.reach = Reach(func, args)
-        wanted = {(id(owner), key) for owner, key in numbers[0]}
-        slots = [s for s in self.reach.slots if (id(s.owner), s.key) in wanted and is_number(s.value) and _writable(s)]
-        places = [i for i in numbers[1] if is_number(args[i])]
-        if "type" in self.reach.names.globals | self.reach.names.attributes:  # it would tell what stands for a number
-            slots, places = [], []
-        self.numbers = Numbers(slots, places, args, None if like is None else like.device)
+    def __init__(self, func: Callable, args: Sequence[Any], roots: Sequence[Root] = (), like: Tensor | None = None):
+        closed = [x for x in (root.get(args) for root in roots) if parts_of(x) is not None]
+        self.reach = Reach(func, args, closed)
+        if roots and "type" in self.reach.names.globals | self.reach.names.attributes:
+            raise Unreadable("func asks for types, which would tell what stands for a number")
+        known = self.reach.known
+        self.numbers = Numbers(self._reached(roots, args, known), args, known, None if like is None else like.device)
+
+    def _reached(self, roots: Sequence[Root], args: Sequence[Any], known: frozenset[int]) -> list[Root]:
+        """Those that func still comes upon, each there alone and apart from the others. A number is one wherever it is."""
+        found: list[Root] = []
+        inside = {i: 0 for i in self.reach.given}  # other containers
+        for root in roots:
+            x, slot = root.get(args), root.slot
+            places = [s for s in self.reach.slots if slot and s.owner is slot.owner and s.key == slot.key]
+            ways, parts = self.reach.met.get(id(x)), dict[int, int]()
+            if slot and not places and not ways:
+                continue  # it lies in another that is closed, or func comes to it no more
+            writable = slot is None or (bool(places) and _writable(places[0]))
+            if ways is None and not writable:
+                continue
+            tree = opened(x, (), known, parts)
+            shared = ways not in (None, len(places) if slot else 1) or not parts.keys().isdisjoint(inside)
+            if shared or not writable or tree is None or not all([tree.get(path, (None,))[0] in KINDS for path in root.paths]):
+                raise Unreadable("func comes upon what holds a number that changes in several ways")
+            inside |= parts
+            found.append(Root(slot, root.index, root.paths, opened(x) or {}))
+        return found
 
     def unmarked(self) -> AbstractContextManager[Marks]:
         if self.reach.refusal:
