@@ -15,7 +15,7 @@ import odenet_cuda
 from odenet_cuda import solve
 from odenet_cuda.compiled import recheck
 from odenet_cuda.compiled.guards import Guards
-from odenet_cuda.compiled.recheck import Watch
+from odenet_cuda.compiled.watch import Watch
 
 Y0 = rows(5, 2)
 TOLERANCE = 1e-12  # of a few steps in float64

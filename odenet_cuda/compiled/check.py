@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..problem import Structure
 from .memory import has_memory
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
-from .trace import Unreadable, sample_rows, unchanged_generators
+from .trace import Unreadable, sample_rows
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -50,7 +50,7 @@ def _without_gradients(
     found = []
     for mode in (torch.no_grad, torch.inference_mode):
         try:
-            with mode(), unchanged_generators(t.device), others:
+            with mode(), others:
                 found.append(structure.flatten(func(t, structure.unflatten([leaf.detach() for leaf in leaves]), *given)))
         except Exception:
             continue
@@ -173,7 +173,7 @@ def _check_at(
     given = list(args)
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]
-    with torch.enable_grad(), unchanged_generators(t.device), others:
+    with torch.enable_grad(), others:
         slopes = structure.flatten(func(t, structure.unflatten(leaves), *given))
         used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
         grads: Sequence[Any] = [None] * (len(leaves) + len(samples))

@@ -25,6 +25,7 @@ from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
 from .leaks import line_of, summary
+from .marks import Disturbed
 from .plan import Plan
 from .reading import Reading
 from .recheck import recheck
@@ -131,22 +132,28 @@ class CompiledField(nn.Module):
             raise Unreadable(self._distrust)
         key = self._key(structure, args, per_sample)
         whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
-        for kind in (key, whole):
-            for found in self._plans.get(kind, ()):
-                if found.guards.hold(args):
-                    if isinstance(found, Refused):
-                        raise found.error
-                    self._latest = found
-                    return found
-        with _reading:
-            found = self._read(structure, args, per_sample, [*self._plans.get(key, ()), *self._plans.get(whole, ())], key)
-        kind = whole if isinstance(found, Refused) or found.whole else key
-        kept = [plan for plan in self._plans.get(kind, ()) if plan.guards.alive]
-        self._plans[kind] = [found, *kept[: _MOST_PLANS - 1]]
+        found = self._held((key, whole), args)
+        if found is None:
+            with _reading:
+                found = self._held((key, whole), args)  # while another thread reads, Numbers stand for numbers
+                if found is None:
+                    stale = [*self._plans.get(key, ()), *self._plans.get(whole, ())]
+                    found = self._read(structure, args, per_sample, stale, key)
+                    kind = whole if isinstance(found, Refused) or found.whole else key
+                    kept = [plan for plan in self._plans.get(kind, ()) if plan.guards.alive]
+                    self._plans[kind] = [found, *kept[: _MOST_PLANS - 1]]
         if isinstance(found, Refused):
             raise found.error
         self._latest = found
         return found
+
+    def _held(self, kinds: Sequence[Any], args: Sequence[Any]) -> "Plan | Refused | None":
+        """What has been read and is so still."""
+        for kind in kinds:
+            for found in self._plans.get(kind, ()):
+                if found.guards.hold(args):
+                    return found
+        return None
 
     def _key(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
         """Shapes and types, for which there are plans; what else a reading depends on is compared by the guards of each."""
@@ -203,10 +210,11 @@ class CompiledField(nn.Module):
                     failure = error
         code = getattr(getattr(self.func, "__func__", self.func), "__code__", None)
         if code is not None and 'File "' not in str(failure):  # torch keeps the lines of modules alone
-            failure = Unreadable(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
+            failure = type(failure)(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
         try:
             with _in_words():
-                return Refused(failure, Reading(self.func, args).guards(args))
+                again = isinstance(failure, Disturbed)
+                return Refused(failure, Never() if again else Reading(self.func, args).guards(args))
         except Unreadable as error:
             # What cannot be compared may be gone at the next call, as a parameter that is not initialized yet.
             return Refused(error, Never())
@@ -357,6 +365,10 @@ def prepare(
             if not _warned and not error.quiet:
                 _warned = True
                 warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=4)
+        except Warning:  # of ours, where filters make them errors
+            raise
+        except Exception as error:  # what func reads may change at any moment, by another thread
+            why.append(f"what func reads has changed in between: {summary(error)}")
     field._why = why
     return None
 

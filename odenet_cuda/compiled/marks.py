@@ -2,9 +2,9 @@
 
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from .memory import has_memory
 from .reach import Reach
+from .writes import MISSING, Code, Place, Watched, memory_of
 
-_MISSING = object()
 _MOST_BYTES = 256 << 20  # of tensors and arrays that a reading copies
 
 
@@ -87,139 +87,152 @@ def _same(container: Any, before: Any) -> bool:
     if isinstance(before, set):
         return container == before
     if isinstance(before, dict):
-        return all(container.get(key, _MISSING) is value for key, value in before.items())
+        return all(container.get(key, MISSING) is value for key, value in before.items())
     return all(x is y for x, y in zip(container, before, strict=True))
 
 
+class Disturbed(Unreadable):
+    """What func reads was changed by another thread while it was read: the next call reads it again."""
+
+
+class _Tensor(NamedTuple):
+    """A tensor as it was. memory: itself, where it lies."""
+
+    x: Tensor
+    memory: Tensor
+    value: Tensor
+    version: int
+    requires_grad: bool
+    grad: Tensor | None
+
+
 class Marks:
-    """All that func reaches as it was, but for torch's own generators.
+    """All that func reaches as it was, but for torch's own generators, and what of it func has changed since. What its code
+    cannot have written is another thread's, and is left alone: attributes and variables that no code stores, and tensors that
+    operations elsewhere wrote into. Of lists, plain dicts and arrays nobody can tell; what has been changed of these is put
+    back.
 
-    hooks: those of tensors are off meanwhile. Raises Unreadable where a tensor cannot be put back.
-    """
+    watched: sees the operations since. Raises Unreadable where a tensor cannot be
+    put back."""
 
-    def __init__(self, reach: Reach, hooks: bool = True):
+    def __init__(self, reach: Reach, watched: Watched):
         _check_tensors(reach)
-        self._reach = reach
+        self._reach, self._code, self._watched = reach, Code(reach), watched
         self._containers = [(x, _copy(x), path) for x, path in reach.containers]
-        self._globals = [(names, name, names.get(name, _MISSING)) for names, name in reach.globals]
-        self._cells = [(cell, _content(cell), path) for cell, path in reach.cells]
         self._classes = [(part, dict(vars(part))) for part in reach.classes]
-        self._slotted = [(x, name, getattr(x, name), path) for x, name, path in reach.slotted]
+        places = [(Place(names, name), name, name) for names, name in reach.globals]
+        places += [(Place(cell, "cell_contents"), name, f"{name} of {path}") for cell, path, name in reach.cells]
+        places += [(Place(x, name, True), name, f"{path}.{name}") for x, name, path in reach.slotted]
+        self._places = [(place, place.get(), name, path) for place, name, path in places]
         self._tensors = [
-            (x, x.detach().clone(), x.requires_grad, x.grad if x.is_leaf else None)
+            _Tensor(x, x.detach(), x.detach().clone(), _version(x), x.requires_grad, x.grad if x.is_leaf else None)
             for x in reach.tensors.values()
             if has_memory(x)
         ]
         self._arrays = [(x, x.copy(), path) for x, path in reach.arrays.values()]
-        self._hooks = [(x, x._backward_hooks) for x in reach.tensors.values() if hooks and x._backward_hooks]
-        for x, _ in self._hooks:  # they are for gradients of the user's
-            x._backward_hooks = None
         self._generators = [*reach.generators, np.random.mtrand._rand, random._inst]  # type: ignore[attr-defined]
         self._states = [_state(x) for x in self._generators]
 
-    def random(self) -> bool:
-        """Whether numbers were drawn that the recording cannot see."""
-        now = [pickle.dumps(_state(x)) for x in self._generators]
-        return now != [pickle.dumps(state) for state in self._states]
+    def drawn(self) -> list[tuple[Any, Any, bool]]:
+        """Generators that were drawn from besides torch's own, their states before, and whether func reaches them."""
+        pairs = zip(self._generators, self._states, strict=True)
+        found = [(x, state) for x, state in pairs if pickle.dumps(_state(x)) != pickle.dumps(state)]
+        return [(x, state, any([x is own for own in self._reach.generators])) for x, state in found]
 
-    def changes(self) -> tuple[list[str], list[tuple[dict[str, Any], Any]]]:
-        """The paths of what func has written besides counting; and items that were no more than tensors or None and now hold a
-        tensor, which may be written before they are read in every call."""
-        paths, items = [], []
+    def _differences(self) -> Iterator[tuple[Place, Any, Any, bool, str]]:
+        """Of dicts, classes, variables and slots: where, what was there, what is, whether func may have written it, and its
+        path."""
         for container, before, path in self._containers:
-            if _same(container, before):
-                continue
-            if not isinstance(before, dict):
-                paths.append(path)
+            if not isinstance(before, dict) or _same(container, before):
                 continue
             for key in {*before, *container}:
-                old, new = before.get(key, _MISSING), container.get(key, _MISSING)
-                if old is new or (old is not _MISSING and self._counted(key, old, new)):
-                    continue
-                if isinstance(new, Tensor) and (old is None or old is _MISSING or isinstance(old, Tensor)):
-                    items.append((container, key))
-                else:
-                    paths.append(f"{path}.{key}")
-        for names, name, old in self._globals:
-            if names.get(name, _MISSING) is not old and not self._counted(name, old, names.get(name)):
-                paths.append(name)
-        for part, before in self._classes:
-            paths += [
-                f"{part.__name__}.{name}"
-                for name in {*before, *vars(part)}
-                if (old := before.get(name, _MISSING)) is not (new := vars(part).get(name, _MISSING))
-                and not self._counted(name, old, new)
-            ]
-        for cell, old, path in self._cells:
-            if _content(cell) is not old and not (isinstance(old, (int, float)) and self._counted_cell(cell)):
-                paths.append(f"a variable that {path} closes over")
-        for x, name, old, path in self._slotted:
-            if getattr(x, name, _MISSING) is not old and not self._counted(name, old, getattr(x, name, None)):
-                paths.append(f"{path}.{name}")
-        for x, value, requires_grad, _ in self._tensors:
-            if not same_bits(x, value) or x.requires_grad != requires_grad:
-                paths.append(f"a tensor {list(x.shape)}")
-        paths += [path for x, value, path in self._arrays if x.tobytes() != value.tobytes()]
-        return paths, items
-
-    def _counted(self, name: Any, old: Any, new: Any) -> bool:
-        return type(old) is type(new) and self._reach._counted(name, old)
-
-    def _counted_cell(self, cell: Any) -> bool:
-        return all(slot.owner is not cell for slot in self._reach.slots)
-
-    def restore(self) -> None:
-        for container, before, _ in self._containers:
-            if _same(container, before):
-                continue
-            if isinstance(before, dict):
-                for key in [key for key in container if key not in before]:
-                    del container[key]
-                container.update(before)
-            elif isinstance(before, set):
-                container.clear()
-                container.update(before)
-            else:
-                container.clear()
-                container.extend(before)
-        for names, name, old in self._globals:
-            if old is _MISSING:
-                names.pop(name, None)
-            else:
-                names[name] = old
+                old, new = before.get(key, MISSING), container.get(key, MISSING)
+                if old is not new:
+                    yield Place(container, key), old, new, self._code.writes_item(container, key), f"{path}.{key}"
         for part, before in self._classes:
             for name in {*before, *vars(part)}:
-                if name not in before:
-                    delattr(part, name)
-                elif vars(part).get(name, _MISSING) is not before[name]:
-                    setattr(part, name, before[name])
-        for cell, old, _ in self._cells:
-            if _content(cell) is not old:
-                if old is _MISSING:
-                    del cell.cell_contents
-                else:
-                    cell.cell_contents = old
-        for x, name, old, _ in self._slotted:
-            if getattr(x, name, _MISSING) is not old:
-                object.__setattr__(x, name, old)
+                old, new = before.get(name, MISSING), vars(part).get(name, MISSING)
+                if old is not new:
+                    yield Place(part, name), old, new, self._code.writes(name), f"{part.__name__}.{name}"
+        for place, old, name, path in self._places:
+            new = place.get()
+            if old is not new:
+                yield place, old, new, self._code.writes(name), path
+
+    def changes(self) -> tuple[list[str], list[tuple[dict[str, Any], Any]], list[str]]:
+        """The paths of what func has written besides counting; items that were no more than tensors or None and now hold a
+        tensor, which may be written before they are read in every call; and the paths of what another thread has written."""
+        paths: list[str] = []
+        items: list[tuple[dict[str, Any], Any]] = []
+        others: list[str] = []
+        containers = {id(x) for x, _, _ in self._containers}
+        for place, old, new, may, path in self._differences():
+            if type(old) is type(new) and self._code.counts(place, old):
+                continue
+            tensor = isinstance(new, Tensor) and (old is None or old is MISSING or isinstance(old, Tensor))
+            if may and tensor and id(place.owner) in containers:
+                items.append((place.owner, place.key))
+            else:
+                (paths if may else others).append(path)
+        paths += [path for x, before, path in self._containers if not isinstance(before, dict) and not _same(x, before)]
+        for saved in self._tensors:
+            x, path = saved.x, f"a tensor {list(saved.x.shape)}"
+            if x.requires_grad != saved.requires_grad:
+                (paths if self._code.writes("requires_grad") else others).append(path)
+            elif self._moved(saved):
+                (paths if self._code.writes("data") else others).append(path)
+            elif self._overwritten(saved):
+                paths.append(path)
+        paths += [path for x, value, path in self._arrays if x.tobytes() != value.tobytes()]
+        return paths, items, others
+
+    def _moved(self, saved: _Tensor) -> bool:
+        """Whether it was given other memory."""
+        x, memory = saved.x, saved.memory
+        same = has_memory(x) and x.shape == memory.shape and x.stride() == memory.stride() and x.dtype == memory.dtype
+        return not (same and x.data_ptr() == memory.data_ptr())
+
+    def _overwritten(self, saved: _Tensor) -> bool:
+        """Whether func may have written into its memory: an operation of this thread did, or something that is none, as batch
+        norm does, which leaves its version."""
+        own = memory_of(saved.memory) in self._watched.written or _version(saved.x) == saved.version
+        return own and not same_bits(saved.memory, saved.value)
+
+    def content(self, x: Tensor) -> Tensor | None:
+        """What a tensor held."""
+        return next((saved.value for saved in self._tensors if saved.x is x), None)
+
+    def restore(self) -> None:
+        """What func has written, and nothing else, is as it was."""
+        for place, old, _, may, _ in list(self._differences()):
+            if may:
+                place.put(old)
+        for container, before, _ in self._containers:
+            if isinstance(before, dict) or _same(container, before):
+                continue
+            container.clear()
+            container.update(before) if isinstance(before, set) else container.extend(before)
         with torch.no_grad():
-            for x, value, requires_grad, grad in self._tensors:
-                if not same_bits(x, value):  # batch norm writes without raising the version
-                    if x.shape == value.shape and x.dtype == value.dtype:
-                        x.data.copy_(value)
-                    else:
-                        x.data = value
-                if x.requires_grad != requires_grad:
-                    x.requires_grad_(requires_grad)
-                if x.is_leaf and x.grad is not grad:
-                    x.grad = grad
-        for array, content, _ in self._arrays:
-            if array.tobytes() != content.tobytes():
-                array[...] = content
-        for x, hooks in self._hooks:
-            x._backward_hooks = hooks
-        for generator, state in zip(self._generators, self._states, strict=True):
-            _set_state(generator, state)
+            for saved in self._tensors:
+                x = saved.x
+                if self._moved(saved) and self._code.writes("data"):
+                    x.data = saved.memory
+                if self._overwritten(saved):
+                    saved.memory.data.copy_(saved.value)
+                if x.requires_grad != saved.requires_grad and self._code.writes("requires_grad"):
+                    x.requires_grad_(saved.requires_grad)
+                if x.is_leaf and x.grad is not saved.grad and self._code.writes("grad"):
+                    x.grad = saved.grad
+        for array, before, _ in self._arrays:
+            if array.tobytes() != before.tobytes():
+                array[...] = before
+        for generator, state, own in self.drawn():
+            if own:
+                _set_state(generator, state)
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
 
 
 class Unset:
@@ -235,18 +248,32 @@ class Unset:
     __pow__ = __rpow__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __index__ = __array__ = _refuse
 
 
-def _content(cell: Any) -> Any:
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Hooks of tensors are for gradients of the user's."""
+    found = [(x, x._backward_hooks) for x in tensors if x._backward_hooks]
+    for x, _ in found:
+        x._backward_hooks = None
     try:
-        return cell.cell_contents
-    except ValueError:  # an empty cell
-        return _MISSING
+        yield
+    finally:
+        for x, hooks in found:
+            hooks.update(x._backward_hooks or {})  # of another thread since
+            x._backward_hooks = hooks
 
 
 @contextmanager
-def unmarked(reach: Reach, hooks: bool = True) -> Iterator[Marks]:
-    """What is done inside is undone afterwards. hooks: as for Marks."""
-    marks = Marks(reach, hooks)
+def unmarked(reach: Reach, device: torch.device) -> Iterator[Marks]:
+    """What func does inside is undone afterwards, where torch's own generators stood too if it has drawn from them."""
+    watched = Watched()
+    marks, states = Marks(reach, watched), torch.get_rng_state()
+    on_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
-        yield marks
+        with without_hooks(reach.tensors.values()), watched:
+            yield marks
     finally:
         marks.restore()
+        if watched.drawn:
+            torch.set_rng_state(states)
+            if on_cuda is not None:
+                torch.cuda.set_rng_state(on_cuda, device)

@@ -19,15 +19,15 @@ from .emit import Target, emit, kept_buffers, tap_layout
 from .functions import TooLarge, functions_for
 from .guards import Unguarded
 from .lower import Lowering
-from .marks import same_bits
+from .marks import Disturbed, Marks, same_bits
 from .memory import has_memory
 from .numbers import Place
 from .program import Linear, Program
 from .reading import Reading
-from .recheck import Watch
 from .teams import Card, Team, card_of, teams_for
 from .trace import Call, Recording, Unreadable, record, value_of
 from .values import where
+from .watch import Watch
 
 LARGEST = 1024  # numbers of a sample in one value
 _ASKED = "its code asks for them"
@@ -59,8 +59,8 @@ class Plan:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
         t = torch.zeros((), dtype=first.dtype, device=first.device)
         reading = reading or Reading(func, args)
-        with reading.unmarked():
-            self.recording = self._record(func, structure, t, args, reading)
+        with reading.unmarked(self.device) as marks:
+            self.recording = self._record(func, structure, t, args, reading, marks)
             self.batched = self.recording.batched
             self.argument_sizes = [args[i][:1].numel() for i in self.batched]
             self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
@@ -70,7 +70,8 @@ class Plan:
             with reading.numbers.given(args) as given:
                 self._check(func, structure, t, given, per_sample)
         self.guards = reading.guards(args, self.recording.written)
-        self._guard_tensors(args)
+        self._guard_tensors(args, marks)
+        self._check_marks(marks)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
         self.refused: dict[Any, tuple[ButcherTableau, str]] = {}  # the same of libraries that there are not, and why
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
@@ -89,7 +90,9 @@ class Plan:
         except Exception as error:  # whatever func may raise for other numbers or another number of samples
             raise Unreadable(f"func could not be checked: {type(error).__name__}: {error}") from error
 
-    def _record(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], reading: "Reading") -> Recording:
+    def _record(
+        self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], reading: "Reading", marks: Marks
+    ) -> Recording:
         rows = 0 if self.whole else structure.leaves[0].shape[0]
         able = [
             i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole
@@ -99,7 +102,7 @@ class Plan:
         failure = Unreadable("")
         for batched in choices[:16]:
             try:
-                return record(Call(func, structure, t, batched, self.whole), args, reading.reach, reading.numbers)
+                return record(Call(func, structure, t, batched, self.whole), args, reading.reach, reading.numbers, marks)
             except Unreadable as error:
                 failure = error
         raise failure
@@ -167,12 +170,19 @@ class Plan:
                 raise Unreadable(f"func reads the values of a tensor {list(tensor.shape)} that is found by no path from func")
         self.outside = [tensor for tensor, _ in self._found if id(tensor) not in read]  # may hold any numbers
 
-    def _guard_tensors(self, args: Sequence[Any]) -> None:
+    def _check_marks(self, marks: Marks) -> None:
+        """What func wrote has been put back, and the guards hold what is there: it must be what was read."""
+        paths, items, others = marks.changes()
+        changed = [*paths, *[str(key) for _, key in items], *others]
+        if changed:
+            raise Disturbed(f"{changed[0]} was changed while func was read")
+
+    def _guard_tensors(self, args: Sequence[Any], marks: Marks) -> None:
         for places in self._ties:
             self.guards.tie(places)
         for tensor, place, why in self._contents:
             try:
-                self.guards.keep_content(tensor, place, why)
+                self.guards.keep_content(tensor, place, why, marks.content(tensor))
             except Unguarded as error:
                 raise Unreadable(str(error)) from None
         del self._found, self._contents, self._ties

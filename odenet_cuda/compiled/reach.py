@@ -106,7 +106,7 @@ class Reach:
         self.absent: list[tuple[dict[str, Any], str]] = []  # global names that do not exist
         self.containers: list[tuple[Any, str]] = []
         self.globals: list[tuple[dict[str, Any], str]] = []  # that the code writes
-        self.cells: list[tuple[Any, str]] = []
+        self.cells: list[tuple[Any, str, str]] = []
         self.slotted: list[tuple[Any, str, str]] = []
         self.classes: list[type] = []
         self.tensors: dict[int, Tensor] = {}
@@ -247,7 +247,7 @@ class Reach:
         for name in ("__code__", "__defaults__", "__kwdefaults__") if not library else ():
             self._slot(value, name, getattr(value, name), path, attribute=True)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            self.cells.append((cell, path))
+            self.cells.append((cell, path, name))
             try:
                 content = cell.cell_contents
             except ValueError:  # an empty cell

@@ -6,7 +6,6 @@ depends on the batch is known from one that does not.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -18,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..problem import Structure
 from .leaks import Leak, Observed, Tracked, observe, summary
-from .marks import Marks, Unreadable, Unset, same_bits
+from .marks import Disturbed, Marks, Unreadable, Unset, same_bits
 from .numbers import Numbers
 from .reach import Reach
 
@@ -79,7 +78,8 @@ class Call:
         batch, moved = 0 if self.whole else BATCHES[index], index * _MOVED
         leaves = [sample_rows(leaf, batch) + moved for leaf in self.structure.leaves]
         samples = [sample_rows(args[i], batch) for i in self.batched]
-        cotangents = [torch.randn_like(leaf) for leaf in leaves]
+        generator = torch.Generator().manual_seed(index)
+        cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x) for x in leaves]
         n, m = len(leaves), len(samples)
 
         def field(t: Tensor, *inputs: Tensor) -> Any:
@@ -108,13 +108,13 @@ class Call:
         return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
 
 
-def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> Recording:
-    """Raises Unreadable, in words. What func writes is put back by the caller; after a first call it must not write anything
-    but counters."""
+def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, marks: Marks) -> Recording:
+    """Raises Unreadable, in words. marks: by which the caller puts back what func writes; after a first call it must not write
+    anything but counters."""
     try:
-        with torch.no_grad(), unchanged_generators(call.t.device):
+        with torch.no_grad():
             known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
-            marks = Marks(reach)
+            marks.restore()  # what a call with other arguments batched has left
             observed = _observe(call, args, known, numbers)
             written = _written(marks)
             if written:
@@ -173,11 +173,14 @@ def _unset(marks: Marks, written: list[Item]) -> None:
 
 def _written(marks: Marks) -> list[Item]:
     """The items that a call wrote a tensor into. Raises Unreadable where it left other traces."""
-    if marks.random():
-        raise Unreadable("func draws random numbers from a generator that is not torch's own")
-    paths, items = marks.changes()
+    if drawn := marks.drawn():
+        kind = Unreadable if any(own for _, _, own in drawn) else Disturbed
+        raise kind("func draws random numbers from a generator that is not torch's own")
+    paths, items, others = marks.changes()
     if paths:
         raise _writes(paths[0])
+    if others:
+        raise Disturbed(f"{others[0]} was changed while func was read")
     return items
 
 
@@ -232,11 +235,6 @@ def _wanted(observed: Observed, known: dict[int, Tensor]) -> list[Tensor]:
 
 def _writes(path: str) -> Unreadable:
     return Unreadable(f"func writes {path}, and may read it in its next call: it is read once a call leaves that as it was")
-
-
-def unchanged_generators(device: torch.device) -> AbstractContextManager:
-    """Random generators stand afterwards where they stood before."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def sample_rows(x: Tensor, batch: int) -> Tensor:
