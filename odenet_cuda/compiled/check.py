@@ -13,6 +13,7 @@ from ..problem import Structure
 from .memory import has_memory
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
 from .trace import Unreadable, sample_rows
+from .writes import written_by
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -145,6 +146,9 @@ class Others(TorchDispatchMode):
         return self._found.get(_key(x), x) if isinstance(x, Tensor) and has_memory(x) else x
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in written_by(func, args, kwargs or {}):
+            if _key(x) in self._found:
+                raise Unreadable(f"func writes a tensor {list(x.shape)} at one call and not at another")
         args, kwargs = pytree.tree_map(self.of, (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -42,7 +42,8 @@ _FLAGS = (  # of torch, which func may ask for; whether gradients or inference m
     torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
     torch.is_warn_always_enabled, torch.get_float32_matmul_precision,
 )  # fmt: skip
-_reading = threading.RLock()
+_reading = threading.RLock()  # of whoever calls func with what is not the user's
+_turns = 0  # of readings that have begun and have ended
 _warned = False
 
 
@@ -134,7 +135,7 @@ class CompiledField(nn.Module):
         whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
         found = self._held((key, whole), args)
         if found is None:
-            with _reading:
+            with _reading, _turn():
                 found = self._held((key, whole), args)  # while another thread reads, Numbers stand for numbers
                 if found is None:
                     stale = [*self._plans.get(key, ()), *self._plans.get(whole, ())]
@@ -379,6 +380,29 @@ def _modes() -> bool:
         return True
     modes = range(torch._C._len_torch_function_stack())
     return any([not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in modes])
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    global _turns
+    _turns += 1
+    try:
+        yield
+    finally:
+        _turns += 1
+
+
+def undisturbed(run: Callable[[], Any]) -> Any:
+    """run(), a solve by the stepper. Where it raises and another thread read func meanwhile, it may have met what stands in
+    func's attributes for the reading alone, see numbers.py and marks.Unset: once more then, while nobody reads."""
+    before = _turns
+    try:
+        return run()
+    except Exception:
+        if before % 2 == 0 and _turns == before:
+            raise
+    with _reading:
+        return run()
 
 
 class Sources:

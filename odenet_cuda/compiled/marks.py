@@ -198,6 +198,11 @@ class Marks:
         own = memory_of(saved.memory) in self._watched.written or _version(saved.x) == saved.version
         return own and not same_bits(saved.memory, saved.value)
 
+    def disturbed(self) -> bool:
+        """Whether another thread has written what func reaches."""
+        tensors = [saved for saved in self._tensors if not self._moved(saved) and not self._overwritten(saved)]
+        return bool(self.changes()[2]) or any([not same_bits(saved.memory, saved.value) for saved in tensors])
+
     def content(self, x: Tensor) -> Tensor | None:
         """What a tensor held."""
         return next((saved.value for saved in self._tensors if saved.x is x), None)
@@ -271,6 +276,10 @@ def unmarked(reach: Reach, device: torch.device) -> Iterator[Marks]:
     try:
         with without_hooks(reach.tensors.values()), watched:
             yield marks
+    except Unreadable as error:
+        if marks.disturbed():
+            raise Disturbed(f"what func reads was changed while it was read: {error}") from error
+        raise
     finally:
         marks.restore()
         if watched.drawn:

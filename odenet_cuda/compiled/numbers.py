@@ -192,7 +192,7 @@ class Numbers:
                 slot.set(x)
             yield given
         finally:
-            for slot, x, value in before:
+            for slot, x, value in reversed(before):  # there may be two ways to one place
                 if slot.get() is x:  # not what another thread has written there since
                     slot.set(value)
             self._wrap, self._reader = None, 0

@@ -25,7 +25,7 @@ from .numbers import Place
 from .program import Linear, Program
 from .reading import Reading
 from .teams import Card, Team, card_of, teams_for
-from .trace import Call, Recording, Unreadable, record, value_of
+from .trace import Call, Recording, Unreadable, record, value_of, written_items
 from .values import where
 from .watch import Watch
 
@@ -69,9 +69,10 @@ class Plan:
             self._find_constants(args, reading)
             with reading.numbers.given(args) as given:
                 self._check(func, structure, t, given, per_sample)
+            self._check_marks(marks)
         self.guards = reading.guards(args, self.recording.written)
         self._guard_tensors(args, marks)
-        self._check_marks(marks)
+        self._check_guards(marks)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
         self.refused: dict[Any, tuple[ButcherTableau, str]] = {}  # the same of libraries that there are not, and why
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
@@ -171,11 +172,18 @@ class Plan:
         self.outside = [tensor for tensor, _ in self._found if id(tensor) not in read]  # may hold any numbers
 
     def _check_marks(self, marks: Marks) -> None:
-        """What func wrote has been put back, and the guards hold what is there: it must be what was read."""
-        paths, items, others = marks.changes()
-        changed = [*paths, *[str(key) for _, key in items], *others]
-        if changed:
-            raise Disturbed(f"{changed[0]} was changed while func was read")
+        """At the end func has written no more than in the first calls."""
+        known = {(id(items), key) for items, key in self.recording.written}
+        for items, key in written_items(marks):
+            if (id(items), key) not in known:
+                raise Unreadable(f"func writes {key} at one call and not at another")
+
+    def _check_guards(self, marks: Marks) -> None:
+        """What the guards hold is what was read."""
+        try:
+            self._check_marks(marks)
+        except Unreadable as error:
+            raise Disturbed(f"what func reads was changed while it was read: {error}") from error
 
     def _guard_tensors(self, args: Sequence[Any], marks: Marks) -> None:
         for places in self._ties:

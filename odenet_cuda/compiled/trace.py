@@ -116,7 +116,10 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, mark
             known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
             marks.restore()  # what a call with other arguments batched has left
             observed = _observe(call, args, known, numbers)
-            written = _written(marks)
+            if drawn := marks.drawn():
+                kind = Unreadable if any(own for _, _, own in drawn) else Disturbed
+                raise kind("func draws random numbers from a generator that is not torch's own")
+            written = written_items(marks)
             if written:
                 observed = _observe_unset(call, args, known, numbers, marks, written)
             wanted = _wanted(observed, known)
@@ -155,7 +158,7 @@ def _observe_unset(
         raise
     except Exception as error:
         raise _writes(str(written[0][1])) from error
-    again = {(id(items), key) for items, key in _written(marks)}
+    again = {(id(items), key) for items, key in written_items(marks)}
     for items, key in written:
         if (id(items), key) not in again:
             raise _writes(str(key))
@@ -171,11 +174,8 @@ def _unset(marks: Marks, written: list[Item]) -> None:
         items[key] = Unset()
 
 
-def _written(marks: Marks) -> list[Item]:
-    """The items that a call wrote a tensor into. Raises Unreadable where it left other traces."""
-    if drawn := marks.drawn():
-        kind = Unreadable if any(own for _, _, own in drawn) else Disturbed
-        raise kind("func draws random numbers from a generator that is not torch's own")
+def written_items(marks: Marks) -> list[Item]:
+    """The items that calls wrote a tensor into. Raises Unreadable where they left other traces."""
     paths, items, others = marks.changes()
     if paths:
         raise _writes(paths[0])

@@ -110,13 +110,19 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for i, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    given = args[i] if i < len(args) else kwargs.get(argument.name)
-                    self.written |= {memory_of(x) for x in tree_leaves(given) if isinstance(x, Tensor) and has_memory(x)}
-        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        self.written |= {memory_of(x) for x in written_by(func, args, kwargs)}
+        self.drawn = self.drawn or (torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None)
         return func(*args, **kwargs)
+
+
+def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors with memory that an operation writes into."""
+    found = []
+    for i, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += [x for x in tree_leaves(given) if isinstance(x, Tensor) and has_memory(x)]
+    return found
 
 
 def memory_of(x: Tensor) -> int:
