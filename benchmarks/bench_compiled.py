@@ -20,7 +20,8 @@ magnifies errors, as the spiral at 1e-3 does, all of them err by much, and a bac
 
 "by hand" is by_hand.cpp, compiled with the same compiler and flags: the limit. Lorenz's solution cannot be predicted to
 t = 100, so the errors of `lorenz-one` are those at t = 10. `peak` is the share of the arithmetic that torch's matrix product
-reaches here, with as many threads. Calls of less than ten milliseconds are timed several in a row after one that is not, so
+reaches here, with as many threads. `in-use` is what a field costs as it is used: the guards of a call, and the share of the
+time that comparisons with func take. Calls of less than ten milliseconds are timed several in a row after one that is not, so
 that none is timed with what another left in the caches. JAX is held to the same number of threads: its flags alone leave it
 more.
 """
@@ -38,18 +39,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from compiled_cases import Case, cases
-from measure import Samples, print_machine, print_table, save
-from torch import Tensor
+from measure import Clock, Samples, print_machine, print_table, save
+from torch import Tensor, nn
 
 import odenet_cuda
 from odenet_cuda import _C
+from odenet_cuda.compiled import recheck
 from odenet_cuda.compiled.build import LEVEL_FLAGS, _has_mvec, compiler_flags, find_compiler
+from odenet_cuda.problem import Structure
 
 Result = list[Tensor]  # the end, or gradients of y0 and of parameters
 
@@ -482,6 +487,31 @@ def compile_time() -> list[dict[str, Any]]:
     return rows
 
 
+def in_use(budget: float) -> list[dict[str, Any]]:
+    """What a field costs as it is used, beside its solves: guards at every call, and comparisons with func now and then, whose
+    share is that of all solves in so many seconds after the first twelve."""
+    rows = []
+    for name, widths, batch in (("mlp 3-16-3", (3, 16, 3), 16), ("mlp 3-64-64-3", (3, 64, 64, 3), 1024)):
+        layers = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.Tanh())]
+        net, y0 = nn.Sequential(*layers[:-1]), torch.randn(batch, 3)
+        field, state = odenet_cuda.compile(lambda t, y, net=net: net(y)), Structure(y0)
+        solve = partial(odenet_cuda.solve, field, y0, [0.0, 1.0], rtol=1e-5, atol=1e-5)
+        clock, compare = Clock(), recheck._difference
+        with torch.no_grad():
+            seconds(solve, 12)
+            recheck._difference = clock.wrap(compare)
+            begin, solves = time.perf_counter(), 0
+            while (total := time.perf_counter() - begin) < budget:
+                solve()
+                solves += 1
+            recheck._difference = compare
+            guards = min(seconds(partial(field.plan, state, (), False), 200) for _ in range(5))
+        assert field.explain() == "compiled", field.explain()
+        row = {"": f"{name}, batch {batch}", "solve ms": (total - clock.seconds) / solves * 1e3, "guards us": guards * 1e6}
+        rows.append({**row, "comparisons": clock.calls, "share %": 100 * clock.seconds / total})
+    return rows
+
+
 def start_jax(threads: int) -> None:
     """JAX with so many threads: the pool has one for each core that the process may use when it is made."""
     if threads == 1:
@@ -530,6 +560,9 @@ def main() -> None:
     if not arguments.cases or any(map("compile-time".startswith, arguments.cases)):
         results["compile-time"] = compile_time()
         print_table("compile-time: forward and backward of an MLP 2-16-2, then 2-24-2", results["compile-time"])
+    if not arguments.cases or any(map("in-use".startswith, arguments.cases)):
+        results["in-use"] = in_use(2.0 if arguments.quick else 10.0)
+        print_table("in-use: guards, and comparisons with func", results["in-use"])
     save(arguments.json, results)
 
 

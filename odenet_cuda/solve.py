@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import cuda_graph as graphs
 from . import transforms
-from .compiled.field import compiled_field, prepare
+from .compiled.field import compiled_field, prepare, undisturbed
 from .gradients.adjoint_setup import adjoint_setup
 from .integrate import Options, fixed_grid, stop_times
 from .job import Job
@@ -209,7 +209,9 @@ def solve(
     if gradient == "checkpoint":
         checkpoints = Checkpoints(max_checkpoints, None if grid is None else len(grid[0]) - 1)
     with graphs.no_cast_is_kept():
-        return job.run(gradient, backward, checkpoints, adjoint_params, on_failure)
+        if compiled is None:
+            return job.run(gradient, backward, checkpoints, adjoint_params, on_failure)
+        return undisturbed(lambda: job.run(gradient, backward, checkpoints, adjoint_params, on_failure))
 
 
 def _check_checkpoints(limit: Any, gradient: str) -> None:

@@ -4,6 +4,7 @@ import random
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from torch import nn
 
 import odenet_cuda
 from odenet_cuda import solve
-from odenet_cuda.compiled import recheck
+from odenet_cuda.compiled import check, recheck, self_check, trace
+from odenet_cuda.compiled.field import CompiledField
 from odenet_cuda.compiled.guards import Guards
-from odenet_cuda.compiled.recheck import Watch
+from odenet_cuda.compiled.watch import Watch
 
 Y0 = rows(5, 2)
 TOLERANCE = 1e-12  # of a few steps in float64
@@ -173,6 +175,32 @@ def test_func_that_cannot_be_called_again(blind):
     assert field.explain() == "compiled"
 
 
+def test_func_that_can_never_be_called_again():
+    """It is tried ever more seldom; the stepper serves those solves, so that the user meets what func raises."""
+    calls = 0
+
+    class Watched(nn.Module):
+        def forward(self, t, y):
+            warnings.warn("each call", stacklevel=2)
+            return torch.sin(y) * 2.0
+
+    field = odenet_cuda.compile(Watched())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ends(field)
+    raised = []
+    for _ in range(40):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                ends(field)
+                assert field.explain() == "compiled"
+            except UserWarning:
+                raised.append(calls)
+                assert "could not be compared again" in field.explain()
+    assert len(raised) == 5
+
+
 def test_one_thread_compares(monkeypatch):
     """Others go on meanwhile; and a field that was found out costs nothing more."""
     _, field = make_field()
@@ -197,3 +225,212 @@ def test_one_thread_compares(monkeypatch):
     field.distrust("for a test")
     assert_as_stepper(field)
     assert field.explain() == "served by the stepper: for a test" and len(calls) == 1
+
+
+# ---- other threads, while func is called with what is not the user's ----
+
+
+class Trained(nn.Module):
+    """It anneals, counts, keeps and has weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.count, self.kept = 1.0, 0, None
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.register_buffer("buffer", torch.ones(2, dtype=torch.float64))
+
+    def forward(self, t, y):
+        self.count += 1
+        self.kept = y * 2
+        return self.kept * self.weight * self.buffer * self.k * SHARED.scale
+
+
+SHARED = types.SimpleNamespace(scale=1.0)
+
+
+def fill(x, value):
+    with torch.no_grad():
+        x.fill_(value)
+
+
+CHANGES = {  # that do not meet
+    "values": [
+        lambda f: fill(f.weight, 0.5),
+        lambda f: fill(f.buffer, 0.5),
+        lambda f: setattr(f, "k", 0.5),
+        lambda f: setattr(f, "epoch", 3),
+        lambda f: setattr(f.weight, "grad", torch.ones_like(f.weight)),
+        lambda f: f.weight.register_hook(lambda g: g),
+        lambda f: torch.manual_seed(5),
+        lambda f: (random.seed(5), np.random.seed(5)),  # noqa: NPY002
+    ],
+    "places": [
+        lambda f: setattr(f.weight, "data", torch.full((2,), 0.5, dtype=torch.float64)),
+        lambda f: setattr(SHARED, "scale", 0.5),
+        lambda f: (f.weight * 2).sum().backward(),
+    ],
+    "a weight": [
+        lambda f: setattr(f, "weight", nn.Parameter(torch.full((2,), 0.5, dtype=torch.float64))),
+        lambda f: f.weight.requires_grad_(False),
+    ],
+}
+WHEN = {"a call": (trace, "observe"), "its check": (check, "_check_at"), "a comparison": (self_check.Solves, "by_stepper")}
+
+
+def state_of(func):
+    weight = func.weight
+    values = weight.tolist(), func.buffer.tolist(), float(func.k), SHARED.scale, vars(func).get("epoch"), weight.requires_grad
+    places = id(weight), weight.data_ptr(), id(weight.grad), len(weight._backward_hooks or ())
+    generators = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    return values, places, generators
+
+
+def elsewhere(call):
+    """call() in another thread; what it gave."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_another_thread_writes_is_left(name, when, monkeypatch):
+    """While func is read, its library checked, and the two are compared again; and no later solve is wrong."""
+    monkeypatch.setattr(SHARED, "scale", 1.0)
+    func, seen = Trained(), []
+    field = odenet_cuda.compile(func)
+    ends(field)
+    func.k = 1.5  # it becomes an argument of the code at the next solve
+    original = getattr(*WHEN[when])
+
+    def disturbed(*args):
+        if not seen:
+            seen.append(elsewhere(lambda: ([change(func) for change in CHANGES[name]], state_of(func))[1]))
+        return original(*args)
+
+    monkeypatch.setattr(*WHEN[when], disturbed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2 if when == "a comparison" else 1):  # of the library, and of the plan again
+            seen.clear()
+            ends(field)
+            assert seen and state_of(func) == seen[0]
+            assert (func.count, func.kept) == (0, None) or field.explain() != "compiled"
+            func.count, func.kept = 0, None
+        for _ in range(4):
+            found, (func.count, func.kept) = ends(field), (0, None)
+            assert (found - ends(func)).abs().max() < TOLERANCE
+            func.count, func.kept = 0, None
+    assert field.explain() == "compiled"
+
+
+def test_weights_that_another_thread_always_changes(monkeypatch):
+    """Nothing can be said then; nothing is, and it is tried again ever more seldom."""
+    func, calls = Trained(), []
+    field = odenet_cuda.compile(func)
+    ends(field)
+    original = self_check.Solves.compiled
+
+    def disturbed(*args):
+        calls.append(elsewhere(lambda: fill(func.weight, 3.0)))
+        found = original(*args)
+        elsewhere(lambda: fill(func.weight, 1.0))
+        return found
+
+    monkeypatch.setattr(self_check.Solves, "compiled", disturbed)
+    tried = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(20):
+            before = len(calls)
+            ends(field)
+            assert field.explain() == "compiled"
+            tried += [i + 1] if len(calls) > before else []
+    assert tried == [1, 3, 7, 15]
+
+
+class Later(nn.Module):
+    """It writes for six samples alone."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write, self.total, self.extra = write, torch.zeros(2, dtype=torch.float64), None
+
+    def forward(self, t, y):
+        if len(y) == 6:
+            self.write(self, y)
+        return torch.sin(y) * 2.0 + 0 * self.total.mean()
+
+
+def test_writes_that_were_not_read():
+    field = odenet_cuda.compile(Later(lambda self, y: self.total.add_(1)))
+    ends(field)
+    assert field.explain() == "compiled"
+    with pytest.warns(UserWarning, match=r"writes a tensor \[2\]"):
+        ends(field, y0=rows(6, 2))
+    field = odenet_cuda.compile(Later(lambda self, y: setattr(self, "extra", y)))
+    ends(field)
+    ends(field, y0=rows(6, 2))
+    assert "changed while it was compared" in field.explain()
+    field = odenet_cuda.compile(Later(lambda self, y: self.total.add_(1)))
+    ends(field, y0=rows(6, 2))
+    assert "func writes" in field.explain()
+
+
+def test_a_reading_that_ends_is_waited_for(monkeypatch):
+    """Another thread meets no stand-in, and reads nothing anew that has been read meanwhile."""
+    func, readings = Trained(), []
+    field = odenet_cuda.compile(func)
+    ends(field)
+    func.k = 1.5
+    original, waiting = CompiledField._read, threading.Event()
+    monkeypatch.setattr(CompiledField, "_read", lambda *args: readings.append(1) or original(*args))
+    observe = trace.observe
+
+    def slow(*args):
+        if not waiting.is_set():
+            thread.start()
+            waiting.set()
+            thread.join(0.2)
+        return observe(*args)
+
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ends(field)))
+    monkeypatch.setattr(trace, "observe", slow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ends(field)
+        thread.join()
+        assert (found[0] - ends(func)).abs().max() < TOLERANCE
+    assert len(readings) == 1 and field.explain() == "compiled"
+
+
+def test_the_stepper_beside_a_reading(monkeypatch):
+    """Its solve that meets a stand-in and raises is done once more when the reading has ended."""
+    func = Trained()
+    field = odenet_cuda.compile(func)
+    ends(field)
+    func.k, outcome = 1.5, []
+    observe = trace.observe
+
+    def meet(self, t, y):
+        if type(self.k) is not float:
+            raise RuntimeError("a stand-in")
+        return torch.sin(y) * self.k
+
+    def slow(*args):
+        if not threads:
+            threads.append(None)
+            other = Trained.__new__(Trained)
+            other.__dict__ = func.__dict__  # the same attributes
+            other.__class__ = type("Meeting", (Trained,), {"forward": meet})
+            thread = threading.Thread(target=lambda: outcome.append(ends(odenet_cuda.compile(other), dense=True)))
+            thread.start()
+            thread.join(0.3)
+            threads[0] = thread
+        return observe(*args)
+
+    threads = []
+    monkeypatch.setattr(trace, "observe", slow)
+    ends(field)
+    threads[0].join()
+    assert len(outcome) == 1

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..problem import Structure
 from .memory import has_memory
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
-from .trace import Unreadable, sample_rows, unchanged_generators
+from .trace import Unreadable, sample_rows
+from .writes import written_by
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -50,7 +51,7 @@ def _without_gradients(
     found = []
     for mode in (torch.no_grad, torch.inference_mode):
         try:
-            with mode(), unchanged_generators(t.device), others:
+            with mode(), others:
                 found.append(structure.flatten(func(t, structure.unflatten([leaf.detach() for leaf in leaves]), *given)))
         except Exception:
             continue
@@ -145,6 +146,9 @@ class Others(TorchDispatchMode):
         return self._found.get(_key(x), x) if isinstance(x, Tensor) and has_memory(x) else x
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in written_by(func, args, kwargs or {}):
+            if _key(x) in self._found:
+                raise Unreadable(f"func writes a tensor {list(x.shape)} at one call and not at another")
         args, kwargs = pytree.tree_map(self.of, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -173,7 +177,7 @@ def _check_at(
     given = list(args)
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]
-    with torch.enable_grad(), unchanged_generators(t.device), others:
+    with torch.enable_grad(), others:
         slopes = structure.flatten(func(t, structure.unflatten(leaves), *given))
         used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
         grads: Sequence[Any] = [None] * (len(leaves) + len(samples))

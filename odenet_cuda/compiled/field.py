@@ -24,6 +24,7 @@ from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
 from .leaks import line_of, summary
+from .marks import Disturbed
 from .plan import Plan
 from .reading import Reading
 from .recheck import recheck
@@ -39,7 +40,8 @@ _FLAGS = (  # of torch, which func may ask for; whether gradients or inference m
     torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
     torch.is_warn_always_enabled, torch.get_float32_matmul_precision,
 )  # fmt: skip
-_reading = threading.RLock()
+_reading = threading.RLock()  # of whoever calls func with what is not the user's
+_turns = 0  # of readings that have begun and have ended
 _warned = False
 
 
@@ -130,25 +132,30 @@ class CompiledField(nn.Module):
             raise Unreadable(self._distrust)
         key = self._key(structure, args, per_sample)
         whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
-        for kind in (key, whole):
-            for found in self._plans.get(kind, ()):
-                if found.guards.hold(args):
-                    found.used += 1
-                    if isinstance(found, Refused):
-                        raise found.error
-                    self._latest = found
-                    return found
-        stale = [*self._plans.get(key, ()), *self._plans.get(whole, ())]
-        with _reading:
-            self._readings.setdefault(key, Readings()).begin(stale, args)
-            found = self._read(structure, args, per_sample, stale)
-        kind = whole if isinstance(found, Refused) or found.whole else key
-        kept = [plan for plan in self._plans.get(kind, ()) if plan.guards.alive]
-        self._plans[kind] = [found, *kept[: _MOST_PLANS - 1]]
+        found = self._held((key, whole), args)
+        if found is None:
+            with _reading, _turn():
+                found = self._held((key, whole), args)  # while another thread reads, Numbers stand for numbers
+                if found is None:
+                    stale = [*self._plans.get(key, ()), *self._plans.get(whole, ())]
+                    self._readings.setdefault(key, Readings()).begin(stale, args)
+                    found = self._read(structure, args, per_sample, stale)
+                    kind = whole if isinstance(found, Refused) or found.whole else key
+                    kept = [plan for plan in self._plans.get(kind, ()) if plan.guards.alive]
+                    self._plans[kind] = [found, *kept[: _MOST_PLANS - 1]]
         if isinstance(found, Refused):
             raise found.error
         self._latest = found
         return found
+
+    def _held(self, kinds: Sequence[Any], args: Sequence[Any]) -> "Plan | Refused | None":
+        """What has been read and is so still."""
+        for kind in kinds:
+            for found in self._plans.get(kind, ()):
+                if found.guards.hold(args):
+                    found.used += 1
+                    return found
+        return None
 
     def _key(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
         """Shapes and types, for which there are plans; what else a reading depends on is compared by the guards of each."""
@@ -192,10 +199,11 @@ class CompiledField(nn.Module):
                     failure = error
         code = getattr(getattr(self.func, "__func__", self.func), "__code__", None)
         if code is not None and 'File "' not in str(failure):  # torch keeps the lines of modules alone
-            failure = Unreadable(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
+            failure = type(failure)(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
         try:
             with _in_words():
-                return Refused(failure, Reading(self.func, args).guards(args))
+                again = isinstance(failure, Disturbed)
+                return Refused(failure, Never() if again else Reading(self.func, args).guards(args))
         except Unreadable as error:
             # What cannot be compared may be gone at the next call, as a parameter that is not initialized yet.
             return Refused(error, Never())
@@ -316,6 +324,10 @@ def prepare(
             if not _warned and not error.quiet:
                 _warned = True
                 warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=4)
+        except Warning:  # of ours, where filters make them errors
+            raise
+        except Exception as error:  # what func reads may change at any moment, by another thread
+            why.append(f"what func reads has changed in between: {summary(error)}")
     field._why = why
     return None
 
@@ -326,6 +338,29 @@ def _modes() -> bool:
         return True
     modes = range(torch._C._len_torch_function_stack())
     return any([not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in modes])
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    global _turns
+    _turns += 1
+    try:
+        yield
+    finally:
+        _turns += 1
+
+
+def undisturbed(run: Callable[[], Any]) -> Any:
+    """run(), a solve by the stepper. Where it raises and another thread read func meanwhile, it may have met what stands in
+    func's attributes for the reading alone, see numbers.py and marks.Unset: once more then, while nobody reads."""
+    before = _turns
+    try:
+        return run()
+    except Exception:
+        if before % 2 == 0 and _turns == before:
+            raise
+    with _reading:
+        return run()
 
 
 class Sources:

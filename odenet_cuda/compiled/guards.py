@@ -155,8 +155,8 @@ class Guards:
         """One tensor is found at all of these: the program cannot tell them apart."""
         self._ties += [(places[0], other) for other in places[1:]]
 
-    def keep_content(self, tensor: Tensor, place: Place, why: str) -> None:
-        """Raises Unguarded where it is too large to be compared at every call, or is trained."""
+    def keep_content(self, tensor: Tensor, place: Place, why: str, content: Tensor | None = None) -> None:
+        """content: as it was read. Raises Unguarded where it is too large to be compared at every call, or is trained."""
         if tensor.requires_grad:
             raise Unguarded(
                 f"func reads the values of a tensor {list(tensor.shape)} that requires a gradient into Python: {why}"
@@ -165,7 +165,7 @@ class Guards:
             raise Unguarded(f"func reads the values of a tensor {list(tensor.shape)} that are not plainly in memory: {why}")
         if tensor.numel() * tensor.element_size() > LARGEST_ARRAY:
             raise Unguarded(f"func reads the values of a tensor {list(tensor.shape)} into Python, which is too large: {why}")
-        self._contents.append((place, tensor.detach().clone()))
+        self._contents.append((place, tensor.detach().clone() if content is None else content))
 
     @property
     def alive(self) -> bool:

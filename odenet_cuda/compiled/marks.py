@@ -2,12 +2,10 @@
 
 import pickle
 import random
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CellType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from .kinds import COUNTING
 from .memory import has_memory
 from .reach import Reach
+from .writes import MISSING, Code, Place, Watched, memory_of
 
-_MISSING = object()
 _MOST_BYTES = 256 << 20  # of tensors and arrays that a reading copies
 
 
@@ -91,158 +89,182 @@ def _same(container: Any, before: Any) -> bool:
     if isinstance(before, set):
         return container == before
     if isinstance(before, dict):
-        return all(container.get(key, _MISSING) is value for key, value in before.items())
+        return all(container.get(key, MISSING) is value for key, value in before.items())
     return all(x is y for x, y in zip(container, before, strict=True))
+
+
+def _other_numbers(container: Any, before: Any) -> list[int]:
+    """Where a list holds other numbers now, if nothing else of it has changed."""
+    if not isinstance(before, list) or len(container) != len(before):
+        return []
+    changed = [i for i, (old, new) in enumerate(zip(before, container, strict=True)) if old is not new]
+    return changed if all([type(before[i]) is type(container[i]) and type(before[i]) in COUNTING for i in changed]) else []
 
 
 @dataclass
 class Changes:
     """What a call of func has written. items: of dicts, no more than tensors or None before, that hold a tensor now and may be
     written before they are read in every call. numbers: owners and keys, as of slots, with their paths, of numbers that are
-    others now. tensors: written in place. paths: of all else."""
+    others now. tensors: written in place. paths: of all else. others: the paths of what another thread has written."""
 
     items: list[tuple[dict[str, Any], Any]] = field(default_factory=list)
     numbers: list[tuple[Any, Any, str]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+class Disturbed(Unreadable):
+    """What func reads was changed by another thread while it was read: the next call reads it again."""
+
+
+class _Tensor(NamedTuple):
+    """A tensor as it was. memory: itself, where it lies."""
+
+    x: Tensor
+    memory: Tensor
+    value: Tensor
+    version: int
+    requires_grad: bool
+    grad: Tensor | None
 
 
 class Marks:
-    """All that func reaches as it was, but for torch's own generators.
+    """All that func reaches as it was, but for torch's own generators, and what of it func has changed since. What its code
+    cannot have written is another thread's, and is left alone: attributes and variables that no code stores, and tensors that
+    operations elsewhere wrote into. Of lists, plain dicts and arrays nobody can tell; what has been changed of these is put
+    back.
 
-    hooks: those of tensors are off meanwhile. Raises Unreadable where a tensor cannot be put back.
-    """
+    watched: sees the operations since. Raises Unreadable where a tensor cannot be
+    put back."""
 
-    def __init__(self, reach: Reach, hooks: bool = True):
+    def __init__(self, reach: Reach, watched: Watched):
         _check_tensors(reach)
-        self._reach = reach
+        self._reach, self._code, self._watched = reach, Code(reach), watched
         self._containers = [(x, _copy(x), path) for x, path in reach.containers]
-        self._dicts = {id(x) for x, _ in reach.containers if isinstance(x, dict)}
-        self._globals = [(names, name, names.get(name, _MISSING)) for names, name in reach.globals]
-        self._cells = [(cell, _content(cell), path) for cell, path in reach.cells]
         self._classes = [(part, dict(vars(part))) for part in reach.classes]
-        self._slotted = [(x, name, getattr(x, name), path) for x, name, path in reach.slotted]
+        places = [(Place(names, name), name, name) for names, name in reach.globals]
+        places += [(Place(cell, "cell_contents"), name, f"{name} of {path}") for cell, path, name in reach.cells]
+        places += [(Place(x, name, True), name, f"{path}.{name}") for x, name, path in reach.slotted]
+        self._places = [(place, place.get(), name, path) for place, name, path in places]
         self._tensors = [
-            (x, x.detach().clone(), x.requires_grad, x.grad if x.is_leaf else None)
+            _Tensor(x, x.detach(), x.detach().clone(), _version(x), x.requires_grad, x.grad if x.is_leaf else None)
             for x in reach.tensors.values()
             if has_memory(x)
         ]
         self._arrays = [(x, x.copy(), path) for x, path in reach.arrays.values()]
-        self._hooks = [(x, x._backward_hooks) for x in reach.tensors.values() if hooks and x._backward_hooks]
-        for x, _ in self._hooks:  # they are for gradients of the user's
-            x._backward_hooks = None
         self._generators = [*reach.generators, np.random.mtrand._rand, random._inst]  # type: ignore[attr-defined]
         self._states = [_state(x) for x in self._generators]
 
-    def random(self) -> bool:
-        """Whether numbers were drawn that the recording cannot see."""
-        now = [pickle.dumps(_state(x)) for x in self._generators]
-        return now != [pickle.dumps(state) for state in self._states]
+    def drawn(self) -> list[tuple[Any, Any, bool]]:
+        """Generators that were drawn from besides torch's own, their states before, and whether func reaches them."""
+        pairs = zip(self._generators, self._states, strict=True)
+        found = [(x, state) for x, state in pairs if pickle.dumps(_state(x)) != pickle.dumps(state)]
+        return [(x, state, any([x is own for own in self._reach.generators])) for x, state in found]
+
+    def _differences(self) -> Iterator[tuple[Place, Any, Any, bool, str]]:
+        """Of dicts, classes, variables and slots: where, what was there, what is, whether func may have written it, and its
+        path."""
+        for container, before, path in self._containers:
+            if not isinstance(before, dict) or _same(container, before):
+                continue
+            for key in {*before, *container}:
+                old, new = before.get(key, MISSING), container.get(key, MISSING)
+                if old is not new:
+                    yield Place(container, key), old, new, self._code.writes_item(container, key), f"{path}.{key}"
+        for part, before in self._classes:
+            for name in {*before, *vars(part)}:
+                old, new = before.get(name, MISSING), vars(part).get(name, MISSING)
+                if old is not new:
+                    yield Place(part, name), old, new, self._code.writes(name), f"{part.__name__}.{name}"
+        for place, old, name, path in self._places:
+            new = place.get()
+            if old is not new:
+                yield place, old, new, self._code.writes(name), path
 
     def changes(self) -> Changes:
         """What func has written besides what it only counts with by its code."""
         found = Changes()
-        for owner, key, old, new, path in self._differences():
-            if self._counted(owner, key, old, new):
+        containers = {id(x) for x, _, _ in self._containers}
+        for place, old, new, may, path in self._differences():
+            if type(old) is type(new) and self._code.counts(place, old):
                 continue
-            if type(old) is type(new) and type(old) in COUNTING:
-                found.numbers.append((owner, key, path))
-            elif id(owner) in self._dicts and isinstance(new, Tensor) and _may_hold_tensor(old):
-                found.items.append((owner, key))
+            tensor = isinstance(new, Tensor) and (old is None or old is MISSING or isinstance(old, Tensor))
+            if may and type(old) is type(new) and type(old) in COUNTING:
+                found.numbers.append((place.owner, place.key, path))
+            elif may and tensor and id(place.owner) in containers:
+                found.items.append((place.owner, place.key))
             else:
-                found.paths.append(path)
-        for x, value, requires_grad, _ in self._tensors:
-            if x.requires_grad != requires_grad or x.shape != value.shape or x.dtype != value.dtype:
-                found.paths.append(f"a tensor {list(x.shape)}")
-            elif not same_bits(x, value):
+                (found.paths if may else found.others).append(path)
+        for container, before, path in self._containers:
+            if isinstance(before, dict) or _same(container, before):
+                continue
+            numbers = _other_numbers(container, before)
+            found.numbers += [(container, i, f"{path}[{i}]") for i in numbers]
+            found.paths += [] if numbers else [path]
+        for saved in self._tensors:
+            x, path = saved.x, f"a tensor {list(saved.x.shape)}"
+            if x.requires_grad != saved.requires_grad:
+                (found.paths if self._code.writes("requires_grad") else found.others).append(path)
+            elif self._moved(saved):
+                (found.paths if self._code.writes("data") else found.others).append(path)
+            elif self._overwritten(saved):
                 found.tensors.append(x)
         found.paths += [path for x, value, path in self._arrays if x.tobytes() != value.tobytes()]
         return found
 
-    def _differences(self) -> Iterator[tuple[Any, Any, Any, Any, str]]:
-        """Of all but tensors and arrays: owner and key as slots have them, what was there and what is, and the path."""
-        for container, before, path in self._containers:
-            if _same(container, before):
-                continue
-            if isinstance(before, dict):
-                for key in {*before, *container}:
-                    yield container, key, before.get(key, _MISSING), container.get(key, _MISSING), f"{path}.{key}"
-            elif isinstance(before, list) and len(container) == len(before):
-                for i, (old, new) in enumerate(zip(before, container, strict=True)):
-                    yield container, i, old, new, f"{path}[{i}]"
-            else:
-                yield container, None, before, container, path
-        for names, name, old in self._globals:
-            yield names, name, old, names.get(name, _MISSING), name
-        for part, before in self._classes:
-            for name in {*before, *vars(part)}:
-                yield part, name, before.get(name, _MISSING), vars(part).get(name, _MISSING), f"{part.__name__}.{name}"
-        for cell, old, path in self._cells:
-            yield cell, "cell_contents", old, _content(cell), f"a variable that {path} closes over"
-        for x, name, old, path in self._slotted:
-            yield x, name, old, getattr(x, name, _MISSING), f"{path}.{name}"
+    def _moved(self, saved: _Tensor) -> bool:
+        """Whether it was given other memory."""
+        x, memory = saved.x, saved.memory
+        same = has_memory(x) and x.shape == memory.shape and x.stride() == memory.stride() and x.dtype == memory.dtype
+        return not (same and x.data_ptr() == memory.data_ptr())
 
-    def _counted(self, owner: Any, key: Any, old: Any, new: Any) -> bool:
-        if old is new:
-            return True
-        if isinstance(owner, CellType):
-            return isinstance(old, COUNTING) and all(slot.owner is not owner for slot in self._reach.slots)
-        return type(old) is type(new) and self._reach.counted(key, old)
+    def _overwritten(self, saved: _Tensor) -> bool:
+        """Whether func may have written into its memory: an operation of this thread did, or something that is none, as batch
+        norm does, which leaves its version."""
+        own = memory_of(saved.memory) in self._watched.written or _version(saved.x) == saved.version
+        return own and not same_bits(saved.memory, saved.value)
+
+    def disturbed(self) -> bool:
+        """Whether another thread has written what func reaches."""
+        tensors = [saved for saved in self._tensors if not self._moved(saved) and not self._overwritten(saved)]
+        return bool(self.changes().others) or any([not same_bits(saved.memory, saved.value) for saved in tensors])
+
+    def content(self, x: Tensor) -> Tensor | None:
+        """What a tensor held."""
+        return next((saved.value for saved in self._tensors if saved.x is x), None)
 
     def restore(self) -> None:
+        """What func has written, and nothing else, is as it was."""
+        for place, old, _, may, _ in list(self._differences()):
+            if may:
+                place.put(old)
         for container, before, _ in self._containers:
-            if _same(container, before):
+            if isinstance(before, dict) or _same(container, before):
                 continue
-            if isinstance(before, dict):
-                kind = OrderedDict if isinstance(container, OrderedDict) else dict  # a Counter adds in its `update`
-                for key in [key for key in container if key not in before]:
-                    kind.__delitem__(container, key)
-                for key, value in before.items():
-                    kind.__setitem__(container, key, value)
-            elif isinstance(before, set):
-                container.clear()
-                container.update(before)
-            else:
-                container.clear()
-                container.extend(before)
-        for names, name, old in self._globals:
-            if old is _MISSING:
-                names.pop(name, None)
-            else:
-                names[name] = old
-        for part, before in self._classes:
-            for name in {*before, *vars(part)}:
-                if name not in before:
-                    delattr(part, name)
-                elif vars(part).get(name, _MISSING) is not before[name]:
-                    setattr(part, name, before[name])
-        for cell, old, _ in self._cells:
-            if _content(cell) is not old:
-                if old is _MISSING:
-                    del cell.cell_contents
-                else:
-                    cell.cell_contents = old
-        for x, name, old, _ in self._slotted:
-            if getattr(x, name, _MISSING) is not old:
-                object.__setattr__(x, name, old)
+            container.clear()
+            container.update(before) if isinstance(before, set) else container.extend(before)
         with torch.no_grad():
-            for x, value, requires_grad, grad in self._tensors:
-                if not same_bits(x, value):  # batch norm writes without raising the version
-                    if x.shape == value.shape and x.dtype == value.dtype:
-                        x.data.copy_(value)
-                    else:
-                        x.data = value
-                if x.requires_grad != requires_grad:
-                    x.requires_grad_(requires_grad)
-                if x.is_leaf and x.grad is not grad:
-                    x.grad = grad
-        for array, content, _ in self._arrays:
-            if array.tobytes() != content.tobytes():
-                array[...] = content
-        for x, hooks in self._hooks:
-            x._backward_hooks = hooks
-        for generator, state in zip(self._generators, self._states, strict=True):
-            _set_state(generator, state)
+            for saved in self._tensors:
+                x = saved.x
+                if self._moved(saved) and self._code.writes("data"):
+                    x.data = saved.memory
+                if self._overwritten(saved):
+                    saved.memory.data.copy_(saved.value)
+                if x.requires_grad != saved.requires_grad and self._code.writes("requires_grad"):
+                    x.requires_grad_(saved.requires_grad)
+                if x.is_leaf and x.grad is not saved.grad and self._code.writes("grad"):
+                    x.grad = saved.grad
+        for array, before, _ in self._arrays:
+            if array.tobytes() != before.tobytes():
+                array[...] = before
+        for generator, state, own in self.drawn():
+            if own:
+                _set_state(generator, state)
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
 
 
 class Unset:
@@ -258,22 +280,36 @@ class Unset:
     __pow__ = __rpow__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __index__ = __array__ = _refuse
 
 
-def _may_hold_tensor(x: Any) -> bool:
-    return x is None or x is _MISSING or isinstance(x, Tensor)
-
-
-def _content(cell: Any) -> Any:
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Hooks of tensors are for gradients of the user's."""
+    found = [(x, x._backward_hooks) for x in tensors if x._backward_hooks]
+    for x, _ in found:
+        x._backward_hooks = None
     try:
-        return cell.cell_contents
-    except ValueError:  # an empty cell
-        return _MISSING
+        yield
+    finally:
+        for x, hooks in found:
+            hooks.update(x._backward_hooks or {})  # of another thread since
+            x._backward_hooks = hooks
 
 
 @contextmanager
-def unmarked(reach: Reach, hooks: bool = True) -> Iterator[Marks]:
-    """What is done inside is undone afterwards. hooks: as for Marks."""
-    marks = Marks(reach, hooks)
+def unmarked(reach: Reach, device: torch.device) -> Iterator[Marks]:
+    """What func does inside is undone afterwards, where torch's own generators stood too if it has drawn from them."""
+    watched = Watched()
+    marks, states = Marks(reach, watched), torch.get_rng_state()
+    on_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
-        yield marks
+        with without_hooks(reach.tensors.values()), watched:
+            yield marks
+    except Unreadable as error:
+        if marks.disturbed():
+            raise Disturbed(f"what func reads was changed while it was read: {error}") from error
+        raise
     finally:
         marks.restore()
+        if watched.drawn:
+            torch.set_rng_state(states)
+            if on_cuda is not None:
+                torch.cuda.set_rng_state(on_cuda, device)

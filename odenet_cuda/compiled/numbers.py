@@ -9,6 +9,7 @@ func might take another way for another number, is a leak.
 
 import math
 import operator
+import threading
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .leaks import Leak
 from .marks import Unreadable
 from .reach import Slot
 from .trees import Path, Tree, follow, opened, replaced
 
+_modes = torch._C._len_torch_dispatch_stack
 Place = Callable[[Sequence[Any]], Any]  # where a value is found, given the arguments of a solve
 _LARGEST = 2**53  # whole numbers up to this are numbers of float64
 _MOST = 1_000  # steps
@@ -62,17 +65,28 @@ class Root:
 
 
 class Number:
-    """A number whose value nobody can ask for."""
+    """A number whose value nobody can ask for but other threads than the one that reads func: it stands in the user's own
+    attributes meanwhile, and to them it is as the number itself."""
 
     __slots__ = ("_index", "_numbers", "_value")
-    __array_ufunc__ = None  # NumPy leaves it alone
 
     def __init__(self, numbers: "Numbers", index: int, value: Any):
         self._numbers, self._index, self._value = numbers, index, value
 
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if not self._numbers.read_here:
+            return getattr(ufunc, method)(*map(plain, inputs), **kwargs)
+        op = _OF_NUMPY.get(ufunc.__name__)
+        if op is None or method != "__call__" or kwargs or not all(type(x) in (Number, *KINDS) for x in inputs):
+            return self._leak()
+        return self._numbers.apply(op, inputs)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
+        if not any(x._numbers.read_here for x in tree_leaves((args, kwargs)) if type(x) is Number):
+            args, kwargs = tree_map_only(Number, plain, (args, kwargs))
+            return func(*args, **kwargs)
         tensors = [x for x in (*args, *kwargs.values()) if type(x) is not Number and isinstance(x, Tensor)]
         if name.strip("_") not in _WITH_TENSORS or not tensors:
             raise Leak(f"torch.{name} is given a number that changes")
@@ -86,21 +100,32 @@ class Number:
         raise Leak("func reads a number that changes")
 
     def __getattr__(self, name: str) -> Any:
+        if not self._numbers.read_here:
+            return getattr(self._value, name)
         if hasattr(self._value, name):
             self._leak()
         raise AttributeError(name)
 
     def __round__(self, digits: Any = None) -> Any:
-        return self._numbers.apply(round, [self] if digits is None else [self, digits])
+        operands = [self] if digits is None else [self, digits]
+        return self._numbers.apply(round, operands) if self._numbers.read_here else round(*map(plain, operands))
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # type: ignore[override]
         """What isinstance asks for."""
+        if not self._numbers.read_here:
+            return type(self._value)
         return self._leak() if self._numbers.watched else Number
+
+
+def plain(x: Any) -> Any:
+    return x._value if type(x) is Number else x
 
 
 def _compute(op: Callable, reflected: bool) -> Callable:
     def method(self: Number, other: Any) -> Any:
+        if not self._numbers.read_here:
+            return op(plain(other), self._value) if reflected else op(self._value, plain(other))
         if type(other) is not Number and type(other) not in (*KINDS, bool):
             return NotImplemented
         return self._numbers.apply(op, [other, self] if reflected else [self, other])
@@ -108,20 +133,42 @@ def _compute(op: Callable, reflected: bool) -> Callable:
     return method
 
 
-def _compare(self: Number, other: Any) -> Any:
+def _compare(op: Callable) -> Callable:
     """With a tensor it is an operation of torch."""
-    return NotImplemented if type(other) is not Number and isinstance(other, Tensor) else self._leak()
+
+    def method(self: Number, other: Any) -> Any:
+        if not self._numbers.read_here:
+            return op(self._value, plain(other))
+        return NotImplemented if type(other) is not Number and isinstance(other, Tensor) else self._leak()
+
+    return method
+
+
+def _one(op: Callable) -> Callable:
+    return lambda self: self._numbers.apply(op, [self]) if self._numbers.read_here else op(self._value)
+
+
+def _leaks(op: Callable) -> Callable:
+    def method(self: Number, *args: Any) -> Any:
+        return self._leak() if self._numbers.read_here else op(self._value, *map(plain, args))
+
+    return method
 
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
     setattr(Number, f"__{_name}__", _compute(getattr(operator, f"__{_name}__"), False))
     setattr(Number, f"__r{_name}__", _compute(getattr(operator, f"__{_name}__"), True))
 for _op in (operator.neg, operator.pos, operator.abs, operator.invert, math.floor, math.ceil, math.trunc):
-    setattr(Number, f"__{_op.__name__}__", lambda self, op=_op: self._numbers.apply(op, [self]))
+    setattr(Number, f"__{_op.__name__}__", _one(_op))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Number, f"__{_name}__", _compare)
-for _name in ("bool", "int", "float", "complex", "index", "hash", "repr", "str", "format", "reduce_ex", "divmod", "rdivmod"):
-    setattr(Number, f"__{_name}__", Number._leak)
+    setattr(Number, f"__{_name}__", _compare(getattr(operator, _name)))
+_ASKED: list[Any] = [bool, int, float, complex, operator.index, hash, repr, str, format, divmod]
+for _op in _ASKED:
+    setattr(Number, f"__{_op.__name__}__", _leaks(_op))
+Number.__rdivmod__ = _leaks(lambda x, y: divmod(y, x))  # type: ignore[attr-defined]
+Number.__reduce_ex__ = _leaks(lambda x, protocol: x.__reduce_ex__(protocol))  # type: ignore[method-assign]
+_OF_NUMPY = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv}
+_OF_NUMPY |= {"power": operator.pow, "floor_divide": operator.floordiv, "remainder": operator.mod}
 
 
 class Numbers:
@@ -136,6 +183,7 @@ class Numbers:
         self._known: dict[Any, int] = {}  # where each step stands
         self._leaves: dict[Any, tuple[Tensor, list[int], type]] = {}  # a tensor, the steps to it, the type of the last
         self._wrap: Callable[[Tensor], Tensor] | None = None
+        self._reader = 0  # the thread that reads func with these
         self.met: set[Any] = set()  # the leaves that func took when it was given these numbers last
 
     def __bool__(self) -> bool:
@@ -149,13 +197,20 @@ class Numbers:
     def watched(self) -> bool:
         return self._wrap is not None
 
+    @property
+    def read_here(self) -> bool:
+        """Whether this thread reads func with them. On CUDA autograd has threads of its own, with the modes of the reader."""
+        if threading.get_ident() == self._reader:
+            return True
+        return self._reader != 0 and self._device is not None and self._device.type != "cpu" and _modes() > 0
+
     # In a recording
 
     @contextmanager
     def given(self, args: Sequence[Any], wrap: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Any]]:
         """The arguments with a Number for each number; in attributes they stand inside alone. wrap: of tensors, where func is
         watched; it may not ask what a number is then."""
-        given, self._wrap, self.met = list(args), wrap, set()
+        given, self._wrap, self.met, self._reader = list(args), wrap, set(), threading.get_ident()
         numbers = [Number(self, i, value) for i, value in enumerate(self._values)]
         rest = iter(numbers)
         before: list[tuple[Root, Any, Any]] = []
@@ -170,10 +225,10 @@ class Numbers:
             if self.opened(given) != shape or any(map(is_not, self._parts(given), numbers)):
                 raise Unreadable("func writes a number that changes, or what holds it")
         finally:
-            self._wrap = None
-            for root, x, value in before:
-                if root.get(given) is x:
+            for root, x, value in reversed(before):  # there may be two ways to one place
+                if root.get(given) is x:  # not what another thread has written there since
                     root.put(value, given)
+            self._wrap, self._reader = None, 0
 
     def opened(self, args: Sequence[Any], seen: dict[int, int] | None = None) -> list[Tree | None]:
         """What the roots hold besides these numbers, of which the types remain. seen: as for `trees.opened`."""

@@ -19,15 +19,15 @@ from .emit import Target, emit, kept_buffers, tap_layout
 from .functions import TooLarge, functions_for
 from .guards import Unguarded
 from .lower import Lowering
-from .marks import same_bits
+from .marks import Disturbed, Marks, same_bits
 from .memory import has_memory
 from .numbers import Place
 from .program import Linear, Program
 from .reading import Reading
-from .recheck import Watch
 from .teams import Card, Team, card_of, teams_for
-from .trace import Call, Recording, Unreadable, record, value_of
+from .trace import Call, Recording, Unreadable, record, value_of, written
 from .values import where
+from .watch import Watch
 
 LARGEST = 1024  # numbers of a sample in one value
 _ASKED = "its code asks for them"
@@ -60,8 +60,8 @@ class Plan:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
         t = torch.zeros((), dtype=first.dtype, device=first.device)
         reading = reading or Reading(func, args)
-        with reading.unmarked():
-            self.recording = self._record(func, structure, t, args, reading)
+        with reading.unmarked(self.device) as marks:
+            self.recording = self._record(func, structure, t, args, reading, marks)
             self.batched = self.recording.batched
             self.argument_sizes = [args[i][:1].numel() for i in self.batched]
             self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
@@ -70,8 +70,10 @@ class Plan:
             self._find_constants(args, reading)
             with reading.numbers.given(args) as given:
                 self._check(func, structure, t, given, per_sample)
+            self._check_marks(marks)
         self.guards = reading.guards(args, self.recording.written, self.recording.counted)
-        self._guard_tensors(args)
+        self._guard_tensors(args, marks)
+        self._check_guards(marks)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
         self.refused: dict[Any, tuple[ButcherTableau, str]] = {}  # the same of libraries that there are not, and why
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
@@ -90,7 +92,9 @@ class Plan:
         except Exception as error:  # whatever func may raise for other numbers or another number of samples
             raise Unreadable(f"func could not be checked: {type(error).__name__}: {error}") from error
 
-    def _record(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], reading: "Reading") -> Recording:
+    def _record(
+        self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], reading: "Reading", marks: Marks
+    ) -> Recording:
         rows = 0 if self.whole else structure.leaves[0].shape[0]
         able = [
             i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole
@@ -100,7 +104,7 @@ class Plan:
         failure = Unreadable("")
         for batched in choices[:16]:
             try:
-                return record(Call(func, structure, t, batched, self.whole), args, reading.reach, reading.numbers)
+                return record(Call(func, structure, t, batched, self.whole), args, reading.reach, reading.numbers, marks)
             except Unreadable as error:
                 failure = error
         raise failure
@@ -168,12 +172,29 @@ class Plan:
                 raise Unreadable(f"func reads the values of a tensor {list(tensor.shape)} that is found by no path from func")
         self.outside = [tensor for tensor, _ in self._found if id(tensor) not in read]  # may hold any numbers
 
-    def _guard_tensors(self, args: Sequence[Any]) -> None:
+    def _check_marks(self, marks: Marks) -> None:
+        """At the end func has written no more than in the first calls."""
+        changes, known = written(marks), {(id(items), key) for items, key in self.recording.written}
+        known |= {(id(slot.owner), slot.key) for slot in self.recording.counted}
+        places = [*changes.items, *[number[:2] for number in changes.numbers]]
+        new = [str(key) for owner, key in places if (id(owner), key) not in known]
+        new += [f"a tensor {list(x.shape)}" for x in changes.tensors if all(x is not y for y in self.recording.counting)]
+        if new:
+            raise Unreadable(f"func writes {new[0]} at one call and not at another")
+
+    def _check_guards(self, marks: Marks) -> None:
+        """What the guards hold is what was read."""
+        try:
+            self._check_marks(marks)
+        except Unreadable as error:
+            raise Disturbed(f"what func reads was changed while it was read: {error}") from error
+
+    def _guard_tensors(self, args: Sequence[Any], marks: Marks) -> None:
         for places in self._ties:
             self.guards.tie(places)
         for tensor, place, why in self._contents:
             try:
-                self.guards.keep_content(tensor, place, why)
+                self.guards.keep_content(tensor, place, why, marks.content(tensor))
             except Unguarded as error:
                 raise Unreadable(str(error)) from None
         del self._found, self._contents, self._ties

@@ -90,7 +90,7 @@ class Reach:
         self.absent: list[tuple[dict[str, Any], str]] = []  # global names that do not exist
         self.containers: list[tuple[Any, str]] = []
         self.globals: list[tuple[dict[str, Any], str]] = []  # that the code writes
-        self.cells: list[tuple[Any, str]] = []
+        self.cells: list[tuple[Any, str, str]] = []
         self.slotted: list[tuple[Any, str, str]] = []
         self.classes: list[type] = []
         self.tensors: dict[int, Tensor] = {}

@@ -29,7 +29,7 @@ def _function(reach: "Reach", value: types.FunctionType, path: str) -> None:
     for name in ("__code__", "__defaults__", "__kwdefaults__") if not library else ():
         reach.slot(value, name, getattr(value, name), path, attribute=True)
     for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-        reach.cells.append((cell, path))
+        reach.cells.append((cell, path, name))
         try:
             content = cell.cell_contents
         except ValueError:  # an empty cell

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .guards import Guards, Unguarded
@@ -47,10 +48,10 @@ class Reading:
             found.append(Root(slot, root.index, root.paths, opened(x) or {}))
         return found
 
-    def unmarked(self) -> AbstractContextManager[Marks]:
+    def unmarked(self, device: torch.device) -> AbstractContextManager[Marks]:
         if self.reach.refusal:
             raise Unreadable(self.reach.refusal)
-        return unmarked(self.reach)
+        return unmarked(self.reach, device)
 
     def places(self, tensor: Tensor, args: Sequence[Any], batched: Sequence[int]) -> list[Place]:
         """All where this tensor is found again, or the one that has its memory, such as that of which it is the .data. batched:
@@ -81,7 +82,7 @@ class Reading:
 
 def _writable(slot: Slot) -> bool:
     try:
-        slot.set(slot.value)
+        slot.set(slot.get())
     except (TypeError, AttributeError, ValueError):
         return False
     return slot.key != "__class__"

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..problem import Structure
 from .counters import Tallies, without
 from .leaks import Leak, Observed, Tracked, observe, summary
-from .marks import Changes, Marks, Unreadable, Unset, same_bits
+from .marks import Changes, Disturbed, Marks, Unreadable, Unset, same_bits
 from .memory import has_memory
 from .numbers import Numbers
 from .reach import Reach, Slot
@@ -64,6 +64,7 @@ class Recording:
     read: list[Tensor] = field(default_factory=list)  # constants whose values Python read
     written: list[Item] = field(default_factory=list)  # items that func writes before it reads them
     counted: list[Slot] = field(default_factory=list)  # where it counts
+    counting: list[Tensor] = field(default_factory=list)  # with what, besides numbers
 
     def constant(self, node: fx.Node) -> Tensor:
         return getattr(self.modules[0], str(node.target))
@@ -85,7 +86,8 @@ class Call:
         batch, moved = 0 if self.whole else BATCHES[index], index * _MOVED
         leaves = [sample_rows(leaf, batch) + moved for leaf in self.structure.leaves]
         samples = [sample_rows(args[i], batch) for i in self.batched]
-        cotangents = [torch.randn_like(leaf) for leaf in leaves]
+        generator = torch.Generator().manual_seed(index)
+        cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x) for x in leaves]
         n, m = len(leaves), len(samples)
 
         def field(t: Tensor, *inputs: Tensor) -> Any:
@@ -115,16 +117,19 @@ class Call:
             return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
 
 
-def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> Recording:
-    """Raises Unreadable, in words. What func writes is put back by the caller; after a first call it must not write anything
-    but counters."""
+def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, marks: Marks) -> Recording:
+    """Raises Unreadable, in words. marks: by which the caller puts back what func writes; after a first call it must not write
+    anything but counters."""
     try:
-        with torch.no_grad(), unchanged_generators(call.t.device):
+        with torch.no_grad():
             known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
-            marks = Marks(reach)
+            marks.restore()  # what a call with other arguments batched has left
             given: Given = partial(_given, args, numbers, Tallies())
             observed = _observe(call, known, given)
-            changes = _changes(marks)
+            if drawn := marks.drawn():
+                kind = Unreadable if any(own for _, _, own in drawn) else Disturbed
+                raise kind("func draws random numbers from a generator that is not torch's own")
+            changes = written(marks)
             tallies = _tallies(changes, reach)
             given = partial(_given, args, numbers, tallies)
             if changes.items or changes.numbers or changes.tensors:
@@ -143,9 +148,8 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers) -> R
     except Exception as error:  # whatever a user's function may raise when it is not given real numbers
         raise Unreadable(f"func could not be recorded: {summary(error)}") from error
     read, graphs = list(observed.read.values()), [module.graph for module in modules]
-    return Recording(
-        graphs, modules, len(call.structure.leaves), call.batched, wanted, call.whole, read, changes.items, tallies.slots
-    )
+    left = changes.items, tallies.slots, changes.tensors
+    return Recording(graphs, modules, len(call.structure.leaves), call.batched, wanted, call.whole, read, *left)
 
 
 @contextmanager
@@ -183,12 +187,12 @@ def _observe_again(call: Call, known: dict[int, Tensor], given: Given, marks: Ma
     memory = {x.untyped_storage().data_ptr() for x in changes.tensors}
     if any(has_memory(x) and x.untyped_storage().data_ptr() in memory for x in observed.read.values()):
         raise _writes("a tensor whose values it reads")
-    again = _changes(marks)
-    written = {(id(items), key) for items, key in again.items}
+    again = written(marks)
+    items_again = {(id(items), key) for items, key in again.items}
     for items, key in changes.items:
-        if (id(items), key) not in written:
+        if (id(items), key) not in items_again:
             raise _writes(str(key))
-    if len(written) > len(changes.items) or again.numbers or len(again.tensors) != len(changes.tensors):
+    if len(items_again) > len(changes.items) or again.numbers or len(again.tensors) != len(changes.tensors):
         raise _writes("other things at one call than at another")
     marks.restore()
     return observed
@@ -200,13 +204,13 @@ def _unset(marks: Marks, written: list[Item]) -> None:
         items[key] = Unset()
 
 
-def _changes(marks: Marks) -> Changes:
-    """What a call wrote. Raises Unreadable where it left other traces than those that may not matter."""
-    if marks.random():
-        raise Unreadable("func draws random numbers from a generator that is not torch's own")
+def written(marks: Marks) -> Changes:
+    """What calls wrote. Raises Unreadable where they left other traces than those that may not matter."""
     changes = marks.changes()
     if changes.paths:
         raise _writes(changes.paths[0])
+    if changes.others:
+        raise Disturbed(f"{changes.others[0]} was changed while func was read")
     return changes
 
 
@@ -270,11 +274,6 @@ def _wanted(observed: Observed, known: dict[int, Tensor]) -> list[Tensor]:
 
 def _writes(path: str) -> Unreadable:
     return Unreadable(f"func writes {path}, and may read it in its next call: it is read once a call leaves that as it was")
-
-
-def unchanged_generators(device: torch.device) -> AbstractContextManager:
-    """Random generators stand afterwards where they stood before."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def sample_rows(x: Tensor, batch: int) -> Tensor:
