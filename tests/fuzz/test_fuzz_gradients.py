@@ -57,9 +57,8 @@ class Field(nn.Module):
             slope[..., :1] *= 2
             slope.add_(1.0)
         if self.kind == "complex":
-            slope = (
-                torch.view_as_real(torch.view_as_complex(slope[..., :2].contiguous()) * (0.2 + 1j)).sum(-1, keepdim=True) * y
-            )
+            turned = torch.view_as_real(torch.view_as_complex(slope[..., :2].contiguous()) * (0.2 + 1j)).sum(-1, keepdim=True)
+            slope = turned * torch.sin(y)  # bounded: times y it may be infinite within the interval
         return slope
 
 
