@@ -4,6 +4,7 @@ The program is run by NumPy beside func itself, as in test_compiled_guards.py: a
 be, or the stepper serves. Programs that serve every value are those that were read with the number as an argument."""
 
 import collections
+import copy
 import dataclasses
 import enum
 import functools
@@ -12,6 +13,7 @@ import numbers
 import operator
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -25,7 +27,11 @@ from torch import nn
 import odenet_cuda
 from odenet_cuda.compiled import refusals
 from odenet_cuda.compiled.field import CompiledField
+from odenet_cuda.compiled.leaks import Leak
 from odenet_cuda.compiled.memory import has_memory
+from odenet_cuda.compiled.numbers import Number, Root
+from odenet_cuda.compiled.reach import Slot
+from odenet_cuda.compiled.reading import Reading
 from odenet_cuda.compiled.trace import Unreadable
 from odenet_cuda.problem import Structure
 
@@ -732,3 +738,48 @@ UNUSUAL = {
 def test_has_memory(name):
     assert not has_memory(UNUSUAL[name]())
     assert all(map(has_memory, (Y0, nn.Parameter(Y0), Y0.t(), Y0[1:], COMPLEX)))
+
+
+# ---- what stands for a number while func is read, in other threads ----
+
+ASKED = [
+    lambda k: (k + 1, 2 - k, k * k, k / 3, 3 // k, k % 2, 2**k, -k, abs(k), divmod(7, k), divmod(k, 2), round(k, 1)),
+    lambda k: (
+        math.exp(k),
+        math.floor(k),
+        float(k),
+        int(k),
+        bool(k),
+        hash(k),
+        repr(k),
+        f"{k:.2f}",
+        k == 1.5,
+        k > 1,
+        k in {1.5},
+    ),
+    lambda k: (isinstance(k, float), k.is_integer(), k.__class__, max(k, 1.0), [k, 1.0].index(k), {1.5: 2}[k], copy.copy(k)),
+    lambda k: (float(np.tanh(k)), (np.ones(2) * k).tolist(), float(np.float64(2) * k), float(np.maximum(k, 2))),
+    lambda k: (k * Y0).tolist() + (Y0 - k).tolist() + torch.clamp(Y0, max=k).tolist() + torch.full((2,), k).tolist(),
+]
+
+
+def test_other_threads_find_numbers():
+    """They compute with it as with the number, and what they write there stays; func alone is given what has no value."""
+    held = Holder(k=1.5)
+    root = Root(Slot(vars(held), "k", False, None, "held.k"), 0, {(): None}, {})
+    reading = Reading(lambda t, y: y * held.k, (), [root])
+    numbers = reading.numbers
+    assert numbers
+    with ThreadPoolExecutor(1) as pool:
+        with numbers.given(()):
+            stand_in = held.k
+            assert type(stand_in) is Number
+            found = pool.submit(lambda: [repr(ask(held.k)) for ask in ASKED]).result()
+            with pytest.raises(Leak):
+                math.exp(held.k)
+        assert found == [repr(ask(1.5)) for ask in ASKED]
+        assert held.k == 1.5 and type(held.k) is float
+        assert math.exp(stand_in) == math.exp(1.5)  # of somebody who has kept it
+        with pytest.raises(Unreadable, match="writes a number"), numbers.given(()):
+            pool.submit(lambda: setattr(held, "k", 2.5)).result()
+    assert held.k == 2.5
