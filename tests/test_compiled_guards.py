@@ -1585,6 +1585,17 @@ def test_args_written_in_place():
         assert_fresh(field, (array, given, held))
 
 
+@pytest.mark.parametrize("tensor", [torch.from_numpy, torch.as_tensor, lambda a: torch.as_tensor(a[::-1].copy()), np.sum])
+def test_args_like_those_written_in_place(tensor):
+    """What was read of an array is not what is written into it later, where another comes that is as it was."""
+    field = odenet_cuda.compile(lambda t, y, a: tensor(a) * y)
+    given = np.arange(3.0)
+    for like in (given, np.arange(3.0)):
+        assert_fresh(field, (like,))
+        given *= 2
+        assert_fresh(field, (given,))
+
+
 class Bag(dict):
     pass
 

@@ -146,6 +146,9 @@ class Plan:
                 raise Unreadable(f"func uses a tensor {list(tensor.shape)} that is found by no path from func: {where(node)}")
             elif not same_bits(tensor, twin):
                 raise Unreadable(f"func makes a tensor {list(tensor.shape)} of other values at every call: {where(node)}")
+            if not places:  # its memory may be that of an array which is written later
+                tensor = tensor.detach().clone()
+                setattr(self.recording.modules[0], str(node.target), tensor)
             self.places[node] = places[0] if places else _itself(tensor)
         self.wanted = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in self.recording.wanted]
         seen: dict[fx.Node, Any] = {node: self.recording.constant(node) for node in self.places}
