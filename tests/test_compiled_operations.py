@@ -424,7 +424,6 @@ NOT_READ: dict[str, Case] = {
     "fmod": lambda f, v: torch.fmod(v["x"], 0.3),
     "remainder": lambda f, v: torch.remainder(v["x"], 0.3),
     "round": lambda f, v: torch.round(3 * v["x"]),
-    "trunc": lambda f, v: torch.trunc(3 * v["x"]),
     "lgamma": lambda f, v: torch.lgamma(v["x"] + 2),
     "erfinv": lambda f, v: torch.erfinv(v["x"] * 0.5),
     "copysign": lambda f, v: torch.copysign(v["weight"], v["x"]),
