@@ -2104,7 +2104,13 @@ LOOKS = {
     "of its type": lambda p, y, n: y if type(n) is int else -y,
     "as an array": lambda p, y, n: y * np.array([n]).sum(),
     "written elsewhere": lambda p, y, n: p.whole.add_(n)[0] * y,
+    "by what it is": lambda p, y, n: y if n is TWENTY else -y,
+    "by what it is not": lambda p, y, n: y if vars(p.calls).get("n") is not n else -y,
+    "by an operator": lambda p, y, n: y if operator.is_(n, 20) else -y,
 }
+
+
+TWENTY = 20
 
 
 def caught(y, n):
@@ -2163,6 +2169,37 @@ def test_counting_tensors_that_are_looked_at(look):
     with pytest.raises(Unreadable):
         odenet_cuda.compile(func).plan(Structure(Y0), (), False)
     torch.testing.assert_close([p.tensor, p.whole], before, rtol=0, atol=0)
+
+
+ALIASES = {
+    "one tensor": lambda p, q: setattr(p, "used", p.tensor),
+    "a view": lambda p, q: setattr(p, "used", p.tensor.view(3)),
+    "a part": lambda p, q: setattr(p, "tensor", p.used[1:]),
+    "its data": lambda p, q: setattr(p.tensor, "data", p.used.data),
+    "set": lambda p, q: p.used.set_(p.tensor),
+    "an argument": lambda p, q: q.__setitem__(0, p.tensor),
+    "a part of an argument": lambda p, q: setattr(p, "tensor", q[0][:2]),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_counting_tensors_that_come_to_lie_in_others(alias):
+    """What is used lies in the memory of what func counts with from then on: it is read no more."""
+    p, args = types.SimpleNamespace(tensor=torch.zeros(3, dtype=D), used=rows(3)), [rows(3)]
+
+    def func(t, y, x):
+        p.tensor.add_(1)
+        return y * p.used * x
+
+    field = odenet_cuda.compile(func)
+    assert_fresh(field, args)
+    p.tensor, p.used = p.tensor.clone(), p.used.clone()
+    assert_fresh(field, args)
+    ALIASES[alias](p, args)
+    with pytest.raises(Unreadable):
+        field.plan(Structure(Y0), args, False)
+    p.tensor, p.used, args[0] = torch.zeros(3, dtype=D), rows(3), rows(3)
+    assert_fresh(field, args)
 
 
 class Noise(nn.Module):

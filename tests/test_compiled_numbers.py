@@ -513,6 +513,54 @@ def test_variants_that_stay(every, monkeypatch):
     assert count.readings == len(functions)
 
 
+def test_shapes_that_stay(monkeypatch):
+    """Of states that are one sample each has its own program, and all of their solves are worth readings."""
+    count = Count(monkeypatch)
+    field = odenet_cuda.compile(lambda t, y: -y * y.sum())
+    for size in range(2, 2 + refusals.MOST_AHEAD + 2):
+        for _ in range(2 + refusals.WORTH):
+            field.plan(Structure(torch.ones(size, dtype=D)), (), False)
+    assert count.readings == refusals.MOST_AHEAD + 2
+
+
+# Of a number and another: whether they are one is no property of their values.
+IDENTITIES = {
+    "attributes": lambda y, held: y if held.k is held.other else -y,
+    "not": lambda y, held: y if held.k is not held.d["k"] else -y,
+    "a variable": lambda y, held: next(y if k is held.k else -y for k in (held.other,)),
+    "an operator": lambda y, held: y if operator.is_(held.k, held.other) else -y,
+    "a property": lambda y, held: y if held.same is held.k else -y,
+}
+
+
+class Numbered(Holder):
+    same = property(lambda self: self.other)
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_numbers_that_are_one(name):
+    held = Numbered(k=1.5, other=None, d={})
+    field = odenet_cuda.compile(lambda t, y: IDENTITIES[name](y, held))
+    for value in (1.5, 2.5, 2.5, 3.5, 1.5):
+        held.k = float(str(value))
+        for other in (float(str(value)), held.k, float(str(value))):
+            held.other = held.d["k"] = other
+            with suppress(Unreadable):
+                assert_fresh(field)
+
+
+def test_members_that_are_one():
+    """Those of an enum, and sentinels, are no numbers."""
+    held = Holder(k=1.0, mode=SAME.one, other=MODES)
+    field = odenet_cuda.compile(lambda t, y: held.k * (y if held.mode is SAME.one and held.other is MODES else -y))
+    for held.k in FLOATS:
+        assert_fresh(field)
+    assert field._latest.guards.numbers
+
+
+SAME = enum.Enum("SAME", "one two")
+
+
 def test_replaced_config_solved(quick_compiler):
     """With gradients, as the stepper."""
     net, held = nn.Linear(3, 3, dtype=D), Holder(c=None)

@@ -132,13 +132,14 @@ class CompiledField(nn.Module):
             raise Unreadable(self._distrust)
         key = self._key(structure, args, per_sample)
         whole = (key, tuple([leaf.shape for leaf in structure.leaves]))  # of a state that is one sample
-        found = self._held((key, whole), args)
+        readings = self._readings.get(key) or self._readings.setdefault(key, Readings())
+        found = self._held((key, whole), args, readings)
         if found is None:
             with _reading, _turn():
-                found = self._held((key, whole), args)  # while another thread reads, Numbers stand for numbers
+                found = self._held((key, whole), args, readings)  # while another thread reads, Numbers stand for numbers
                 if found is None:
                     stale = [*self._plans.get(key, ()), *self._plans.get(whole, ())]
-                    self._readings.setdefault(key, Readings()).begin(stale, args)
+                    readings.begin(stale, args)
                     found = self._read(structure, args, per_sample, stale)
                     kind = whole if isinstance(found, Refused) or found.whole else key
                     kept = [plan for plan in self._plans.get(kind, ()) if plan.guards.alive]
@@ -148,12 +149,12 @@ class CompiledField(nn.Module):
         self._latest = found
         return found
 
-    def _held(self, kinds: Sequence[Any], args: Sequence[Any]) -> "Plan | Refused | None":
+    def _held(self, kinds: Sequence[Any], args: Sequence[Any], readings: Readings) -> "Plan | Refused | None":
         """What has been read and is so still."""
         for kind in kinds:
             for found in self._plans.get(kind, ()):
                 if found.guards.hold(args):
-                    found.used += 1
+                    readings.served += 1
                     return found
         return None
 

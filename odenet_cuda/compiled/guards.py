@@ -21,6 +21,7 @@ from .memory import has_memory
 from .numbers import KINDS, Numbers, Place, Root
 from .reach import LARGEST_ARRAY, Reach, Slot
 from .trees import has_any, numbers_changed, opened
+from .writes import memory_of
 
 _meta = attrgetter("requires_grad", "dtype", "shape", "device", "__class__")  # of a tensor
 
@@ -89,10 +90,11 @@ class Guards:
         numbers: Numbers,
         written: Sequence[tuple[Any, Any]] = (),
         counted: Sequence[Slot] = (),
+        counting: Sequence[Tensor] = (),
     ):
         """written: items that func writes before it reads them; it may ask what kind of thing they hold. counted: where it only
-        counts, with any number of this type."""
-        self.numbers = numbers
+        counts, with any number of this type; counting: tensors with which it does, whose memory nothing else may have."""
+        self.numbers, self._by_identity = numbers, reach.by_identity
         self._dead: list[Any] = []  # objects that are gone, which come back no more
         self._gone: list[Any] = []  # tensors
         given = {(id(root.slot.owner), root.slot.key) for root in numbers.roots if root.slot is not None}
@@ -104,10 +106,11 @@ class Guards:
         values = [slot.value for slot in (*items, *attributes)]
         self._owners, self._keys = [slot.owner for slot in items], [slot.key for slot in items]
         self._objects, self._names = [_reference(slot.owner) for slot in attributes], [slot.key for slot in attributes]
-        counting = {(id(slot.owner), slot.key) for slot in counted}
-        self._counted = {i for i, slot in enumerate((*items, *attributes)) if (id(slot.owner), slot.key) in counting}
+        places = {(id(slot.owner), slot.key) for slot in counted}
+        self._counted = {i for i, slot in enumerate((*items, *attributes)) if (id(slot.owner), slot.key) in places}
         self._paths = [slot.path for slot in (*items, *attributes)]
         self._trees = {i: tree for i, value in enumerate(values) if (tree := opened(value)) and has_any(tree, KINDS)}
+        self._counting = [i for i, value in enumerate(values) if any([value is x for x in counting])]
         for slot in slots:  # the places alone are kept: a plan keeps nothing alive that func has let go
             slot.value = None
         self._ids = [id(value) for value in values]
@@ -188,6 +191,8 @@ class Guards:
                 return False
             if list(map(_meta, map(values.__getitem__, self._tensors))) != self._tensor_metas:
                 return False
+            if self._counting and self._share(values, args):
+                return False
             return self._rest(args)
         except Exception:  # something is not where it was, or the user's objects cannot be asked
             return False
@@ -195,6 +200,13 @@ class Guards:
     def _values(self) -> Iterator[Any]:
         objects = [reference() for reference in self._objects]
         return chain(map(getitem, self._owners, self._keys), map(getattr, objects, self._names))
+
+    def _share(self, values: list[Any], args: Sequence[Any]) -> bool:
+        """Whether what func counts with lies in the memory of something else: that changes with it then."""
+        others = [values[i] for i in self._tensors if i not in self._counting]
+        others += [x for x in args if isinstance(x, Tensor)]
+        counting = {memory_of(values[i]) for i in self._counting}
+        return any([memory_of(x) in counting for x in others if has_memory(x)])
 
     def _rest(self, args: Sequence[Any]) -> bool:
         """What most fields have none of."""
@@ -243,7 +255,7 @@ class Guards:
         elif i in self._counted:
             same = type(value) is type(self._kept[i])
         else:
-            same = isinstance(value, NUMBERS) and same_number(self._kept[i], value)
+            same = isinstance(value, NUMBERS) and not self._by_identity and same_number(self._kept[i], value)
         if same:
             self._ids[i], self._kept[i] = id(value), self._hold(value)
         return not same

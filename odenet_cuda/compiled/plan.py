@@ -51,7 +51,6 @@ class Plan:
         per_sample: bool = False,
     ):
         self.whole = whole
-        self.used = 0  # calls that it served, see refusals.py
         leaves = structure.leaves
         first = leaves[0]
         self.dtype, self.device = first.dtype, first.device
@@ -71,7 +70,7 @@ class Plan:
             with reading.numbers.given(args) as given:
                 self._check(func, structure, t, given, per_sample)
             self._check_marks(marks)
-        self.guards = reading.guards(args, self.recording.written, self.recording.counted)
+        self.guards = reading.guards(args, self.recording)
         self._guard_tensors(args, marks)
         self._check_guards(marks)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}

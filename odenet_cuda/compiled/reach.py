@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import kinds
-from .kinds import CALLABLES, CONTAINERS, COUNTING, PLAIN, is_fixed, is_library_class
+from .kinds import CALLABLES, CONTAINERS, COUNTING, PLAIN, WRAPPED, is_fixed, is_library_class
 from .reach_code import CODE, CONTENT_ALONE
 from .reach_objects import MOST, OBJECTS, any_object, container
 from .scan import Names
@@ -114,6 +114,15 @@ class Reach:
         if isinstance(value, type):
             self.made.update(value.__mro__)
         self.wait(value, path)
+
+    @property
+    def by_identity(self) -> bool:
+        """Whether the code may ask by `is` if two numbers are one."""
+        numbers: dict[Any, bool] = {}  # by name
+        for slot in self.slots:
+            name = slot.path if slot.key == "cell_contents" else slot.key
+            numbers[name] = numbers.get(name, False) or issubclass(type(slot.value), (int, float, *WRAPPED))
+        return any([all([numbers.get(name, True) for name in pair]) for pair in self.names.identical])
 
     @property
     def known(self) -> frozenset[int]:

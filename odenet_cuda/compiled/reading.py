@@ -12,7 +12,7 @@ from .marks import Marks, unmarked
 from .memory import has_memory
 from .numbers import KINDS, Numbers, Place, Root
 from .reach import Reach, Slot
-from .trace import Unreadable
+from .trace import Recording, Unreadable
 from .trees import opened, parts_of
 
 
@@ -24,6 +24,8 @@ class Reading:
         self.reach = Reach(func, args, closed)
         if roots and "type" in self.reach.names.globals | self.reach.names.attributes:
             raise Unreadable("func asks for types, which would tell what stands for a number")
+        if roots and self.reach.by_identity:
+            raise Unreadable("func asks by `is`, which would tell what stands for a number")
         known = self.reach.known
         self.numbers = Numbers(self._reached(roots, args, known), args, known, None if like is None else like.device)
 
@@ -69,10 +71,11 @@ class Reading:
         slots = [_of(slot) for slot in self.reach.slots if slot.value is tensor]
         return slots + [_argument(i) for i, x in shared if x is tensor]
 
-    def guards(self, args: Sequence[Any], written: Sequence[tuple[Any, Any]] = (), counted: Sequence[Slot] = ()) -> Guards:
+    def guards(self, args: Sequence[Any], recording: "Recording | None" = None) -> Guards:
         """Ends the reading. Raises Unreadable where something cannot be compared at every call."""
+        left = () if recording is None else (recording.written, recording.counted, recording.counting)
         try:
-            guards = Guards(self.reach, args, self.numbers, written, counted)
+            guards = Guards(self.reach, args, self.numbers, *left)
         except Unguarded as error:
             raise Unreadable(str(error)) from None
         if guards.refusal:

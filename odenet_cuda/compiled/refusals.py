@@ -27,11 +27,10 @@ class Never:
 
 @dataclass
 class Refused:
-    """Why func could not be read, as long as the guards hold. used: at how many calls they did since the last reading."""
+    """Why func could not be read, as long as the guards hold."""
 
     error: Unreadable
     guards: Any
-    used: int = 0
 
 
 class Readings:
@@ -39,14 +38,13 @@ class Readings:
     something changes from call to call that is no argument of the code, each would serve one solve alone."""
 
     def __init__(self) -> None:
+        self.served = 0  # solves by what has been read, of whatever shape, since the last reading
         self._ahead = 0  # in solves
         self._why = ""
 
     def begin(self, stale: Sequence[Any], args: Sequence[Any]) -> None:
         """Counts one. stale: what has been read, the last first, none of which serves this call. Raises Unreadable."""
-        self._ahead = max(0, self._ahead - sum([found.used for found in stale]))
-        for found in stale:
-            found.used = 0
+        self._ahead, self.served = max(0, self._ahead - self.served), 0
         if self._ahead > WORTH * (MOST_AHEAD - 1):
             what = stale[0].guards.changed(args) if stale and not self._why else ""
             what = f"{what}, which func reads from Python," if what else "what func reads from Python"

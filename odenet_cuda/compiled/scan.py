@@ -24,7 +24,8 @@ class Names:
     """globals: that the code loads; opaque: those besides the callee of a call with a literal for its second argument, as
     getattr(x, "name"). written: globals that it stores. attributes: of anything, with strings that may name one. read: names
     whose value goes elsewhere than back into the name. stored: attributes, globals and variables of closures. modules: imported
-    inside, each with the dots before it and what is taken from it."""
+    inside, each with the dots before it and what is taken from it. identical: what is compared by `is`, but with constants: the
+    names of both, "" where there is none."""
 
     globals: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
@@ -32,6 +33,7 @@ class Names:
     read: set[str] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
     modules: set[tuple[int, str, tuple[str, ...]]] = field(default_factory=set)
+    identical: set[tuple[str, str]] = field(default_factory=set)
     opaque: set[str] = field(default_factory=set)
 
 
@@ -66,10 +68,14 @@ def names_of(code: CodeType) -> Names:
             found = set(_names_in(value))
             names.attributes |= found
             names.read |= found
+        elif name == "IS_OP":
+            names.identical |= _compared(instructions[:place])
         elif name == "MATCH_CLASS" and instruction.arg:
             names.attributes.add("__match_args__")
         elif value == "__class__" and not (len(rest) > 2 and rest[2].opname.startswith("LOAD_SUPER")):
             names.attributes.add("__class__")
+        if value in ("is_", "is_not"):  # of operator
+            names.identical.add(("", ""))
         if name in _STORES and isinstance(value, str):
             names.stored.add(value)
             if name in ("STORE_GLOBAL", "STORE_NAME"):
@@ -96,6 +102,23 @@ def _counts(instructions: list[dis.Instruction]) -> bool:
         if name not in _COUNTING and not name.startswith("LOAD_FAST"):
             return False
     return False
+
+
+def _compared(instructions: list[dis.Instruction]) -> set[tuple[str, str]]:
+    """The names of the two that these have loaded last, unless one is a class, or a constant that is no number."""
+    rest, found = list(instructions), ["", ""]
+    for i in range(2):
+        last = rest.pop() if rest else None
+        if last is None or not last.opname.startswith("LOAD_"):
+            break
+        if last.argval == "__class__" or (last.opname == "LOAD_CONST" and type(last.argval) not in (int, float)):
+            return set()
+        found[i] = last.argval if last.opname in ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF") else ""
+        while last.opname == "LOAD_ATTR" and rest:
+            last = rest.pop()
+        if not last.opname.startswith("LOAD_") or (last.opname.startswith("LOAD_FAST_") and last.opname.endswith("FAST")):
+            break
+    return {(found[0], found[1])}
 
 
 def _names_in(constant: object) -> Iterator[str]:

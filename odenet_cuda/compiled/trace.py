@@ -218,7 +218,8 @@ def _tallies(changes: Changes, reach: Reach) -> Tallies:
     """For the numbers that a call changed. Raises Unreadable where none can stand."""
     slots = {(id(slot.owner), slot.key): slot for slot in reach.slots}
     for owner, key, path in changes.numbers:
-        if type in reach.made or (id(owner), key) not in slots:  # what is a Tally can tell by `type`
+        told = type in reach.made or reach.by_identity  # what is a Tally
+        if told or (id(owner), key) not in slots:
             raise _writes(path)
     return Tallies([slots[id(owner), key] for owner, key, _ in changes.numbers])
 
