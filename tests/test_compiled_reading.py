@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import odenet_cuda
 from odenet_cuda import solve
+from odenet_cuda.compiled import build
+from odenet_cuda.compiled import plan as plan_of_a_field
 from odenet_cuda.compiled.check import run_program
 from odenet_cuda.compiled.emit import SOLVES, Target
 from odenet_cuda.compiled.plan import Plan
@@ -866,3 +868,15 @@ def test_math_of_the_check():
         with pytest.raises(Unreadable, match="misread"):
             check_program(plan, net, structure, t, ())
         setattr(plan.program, name, right)
+
+
+def test_texts_that_take_minutes_to_compile(monkeypatch):
+    """As of attention over many numbers, which are written out one by one: in words, and the stepper serves."""
+    field, y0 = odenet_cuda.compile(lambda t, y: torch.tanh(y).prod(1, keepdim=True) - y), rows(2, 7)
+    plan, target = field.plan(Structure(y0), (), False), Target("double", "pack", "reverse")
+    monkeypatch.setattr(plan_of_a_field, "_MOST_LINES", 20)
+    with pytest.raises(build.Refused, match="lines, more than 20"):
+        plan.load(find_method("rk4"), target)
+    found, expected = (odenet_cuda.odeint(f, y0, torch.tensor([0.0, 0.1]), method="rk4") for f in (field, field.func))
+    assert "lines, more than 20" in field.explain()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

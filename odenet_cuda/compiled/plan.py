@@ -32,6 +32,7 @@ from .watch import Watch
 LARGEST = 1024  # numbers of a sample in one value
 _ASKED = "its code asks for them"
 _MOST_BYTES = 3 << 20  # of a tile's values on the stack of one thread
+_MOST_LINES = 3_000  # of a text for the CPU: some 30 s of g++ 12, and minutes beyond
 _MOST_CUDA_BYTES = 32 << 10  # the same of a sample on CUDA, where a thread has one; all threads of the card need as much
 
 
@@ -274,8 +275,13 @@ class Plan:
             raise Refused(self.refused[key][1], quiet=True)
         if key not in self.libraries:
             capability = card_of(self.device).capability if target.team else None
+            text = self.source(tableau, target)
+            lines = 0 if target.team else text.count("\n")
             try:
-                self.libraries[key] = tableau, load_text(self.source(tableau, target), capability)
+                if lines > _MOST_LINES:
+                    words = f"the C++ text of its {target.solve} solve has {lines} lines, more than {_MOST_LINES}"
+                    raise Refused(f"{words}: a compiler would take minutes", quiet=True)
+                self.libraries[key] = tableau, load_text(text, capability)
             except Refused as error:
                 self.refused[key] = tableau, str(error)
                 raise
