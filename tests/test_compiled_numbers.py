@@ -14,7 +14,7 @@ import operator
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -559,6 +559,28 @@ def test_members_that_are_one():
 
 
 SAME = enum.Enum("SAME", "one two")
+
+BEFORE_BACKWARD = {
+    "nothing": lambda held, given: None,
+    "a number": lambda held, given: setattr(held, "k", 3.0),
+    "a number of args": lambda held, given: given.update(k=3.0),
+    "a tensor": lambda held, given: setattr(held, "w", number(3.0)),
+    "the data of a tensor": lambda held, given: setattr(held.w, "data", number(3.0)),
+    "an equal parameter": lambda held, given: setattr(held, "p", nn.Parameter(number(1.0))),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_BACKWARD)
+def test_second_derivatives_of_what_has_changed(name, quick_compiler):
+    """They need func once more, which must be as it was in the solve."""
+    held, given = Holder(k=2.0, w=number(2.0), p=nn.Parameter(number(1.0))), {"k": 2.0}
+    field = odenet_cuda.compile(lambda t, y, x: -y * y * held.k * held.w * held.p * x["k"])
+    y0 = (Y0 / 8).requires_grad_()
+    ys = odenet_cuda.solve(field, y0, [0.0, 0.5], args=(given,), method="rk4", step_size=0.25).ys
+    assert field.explain() == "compiled"
+    BEFORE_BACKWARD[name](held, given)
+    with nullcontext() if name == "nothing" else pytest.raises(RuntimeError, match="what it gave in the solve"):
+        torch.autograd.grad(ys.square().sum(), [y0, held.p], create_graph=True)
 
 
 def test_replaced_config_solved(quick_compiler):

@@ -22,6 +22,7 @@ from ..solvers.fixed import calls_on_grid
 from ..solvers.trajectory import Trajectory
 from ..tableau import ButcherTableau
 from .emit import Target
+from .marks import same_bits
 from .plan import Plan
 from .teams import card_of
 
@@ -55,7 +56,7 @@ class Engine:
         """like: another of the plan, whose libraries this one uses."""
         self.like = like
         self.wanted: list[tuple[ButcherTableau, Target]] = []  # what the solve and its backward pass need
-        self.plan, self.problem, self.options, self.grid = plan, problem, options, grid
+        self.plan, self.problem, self.options, self.grid, self.args = plan, problem, options, grid, args
         self.tableau: ButcherTableau = options.tableau
         self.batch = 1 if plan.whole else problem.leaves[0].shape[0]
         self.state = sum(plan.leaf_sizes)
@@ -69,6 +70,17 @@ class Engine:
         self.tape: Tensor | None = None
         self.sources: Any = None
         self.begun = 0.0  # when the solve began, for recheck.py; 0: it is none of the user's
+
+    def unchanged(self) -> bool:
+        """Whether func reads now what it read in the solve, as far as that is not known from the versions of tensors."""
+        plan, args = self.plan, self.args
+        if not plan.guards.hold(args):
+            return False
+        trained = self.sources.all[len(self.sources.all) - len(plan.wanted) :]
+        if any([place(args) is not x for place, x in zip(plan.wanted, trained, strict=True)]):
+            return False
+        values = self.constants.values
+        return all([same_bits(place(args).detach(), values[node]) for node, place in plan.places.items()])
 
     def target(self, solve: str) -> Target:
         if self.like is not None:

@@ -15,6 +15,7 @@ from ..callbacks import find_callbacks
 from ..gradients.failed import known_cotangents, with_nan
 from ..gradients.one_by_one import one_by_one
 from ..gradients.release import kept, let_go
+from ..gradients.same_func import OTHER_SLOPE
 from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
@@ -409,6 +410,8 @@ class _Compiled(torch.autograd.Function):
                 raise RuntimeError(
                     "gradient='adjoint' has no second derivative; use gradient='direct' or 'checkpoint', which have"
                 )
+            if not engine.unchanged():
+                raise RuntimeError(OTHER_SLOPE.format(gradient, " where the gradient has one itself"))
             outputs = again()
             wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
             grads = torch.autograd.grad(outputs, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
