@@ -1,14 +1,13 @@
 """Differential equations as PyTorch layers, on fused C++/CUDA kernels."""
 
-from importlib.metadata import version as _version
-
 from .block import ODEBlock
 from .compiled.field import CompiledField, compile
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Interpolant, Solution, SolverError, Stats
 from .solve import solve
+from .version import VERSION
 
-__version__ = _version("odenet-cuda")
+__version__ = VERSION
 __all__ = [
     "CompiledField",
     "Interpolant",

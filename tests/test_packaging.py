@@ -1,5 +1,6 @@
 """The package as it is built, installed and imported."""
 
+import importlib.metadata
 import subprocess
 import sys
 import tarfile
@@ -58,6 +59,17 @@ def test_wheel_is_imported_outside_the_checkout(distributions, tmp_path):
     solved = run(sys.executable, "-c", code, cwd=tmp_path)
     assert solved.returncode == 0, solved.stderr
     assert float(solved.stdout) == pytest.approx(0.36787944117, abs=1e-7)
+
+
+def test_version_without_metadata():
+    """A checkout that was copied and built in place has none."""
+    code = (
+        "import importlib.metadata as m, torch\n"
+        "def version(name):\n    raise m.PackageNotFoundError(name)\n"
+        "m.version = version\n"
+        "import odenet_cuda; print(odenet_cuda.__version__)"
+    )
+    assert run(sys.executable, "-c", code).stdout.strip() == importlib.metadata.version("odenet-cuda")
 
 
 def test_report():

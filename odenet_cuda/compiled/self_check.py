@@ -21,6 +21,7 @@ from ..ops import FIELDS
 from ..problem import Field, Problem, Structure, with_arguments
 from ..solution import SolverError
 from ..step_control import SUCCESS
+from ..version import VERSION
 from . import build
 from .build import NoCompiler, Refused
 from .engine import Engine
@@ -443,12 +444,10 @@ def _report(engine: Engine, tableau: Any, target: Any, found: Difference) -> str
 
 def describe(text: str, capability: Any) -> str:
     """Versions, compiler, flags and machine."""
-    from importlib.metadata import version
-
     command = build.command_for(text, capability)
     compiler = f"{command.version.splitlines()[0]}, {' '.join((*command.compiler, *command.flags))}"
     return (
-        f"odenet_cuda {version('odenet-cuda')}, torch {torch.__version__}, Python {platform.python_version()} on "
+        f"odenet_cuda {VERSION}, torch {torch.__version__}, Python {platform.python_version()} on "
         f"{platform.platform()}, {_processor()}, {compiler}"
     )
 
