@@ -44,6 +44,27 @@ def test_compiles_without_warnings(source, tmp_path):
     assert target.stat().st_size > 0
 
 
+TIMES = """#include "core/step_size.h"
+__global__ void times(odenet::StepSize s, double* out) {
+  const odenet::Row<double> r = odenet::load_row(s, threadIdx.x);
+  out[2 * threadIdx.x] = odenet::stage_time<double>(s, r, s.c[2]);
+  out[2 * threadIdx.x + 1] = r[odenet::kTime] + s.c[2] * r[odenet::kDt];
+}
+"""
+
+
+def test_times_are_rounded_as_on_the_cpu(tmp_path):
+    """In two operations; the compiler makes one of the same written plainly, which shows that it would."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc was found")
+    source = tmp_path / "times.cu"
+    source.write_text(TIMES)
+    command = [nvcc, "-std=c++20", "-O3", "-ptx", f"-arch=sm_{ARCHITECTURE}", f"-I{CSRC}", str(source), "-o", "-"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert text.count("fma.rn.f64") == 1 and text.count("mul.rn.f64") == 1 and text.count("add.rn.f64") == 1
+
+
 @pytest.mark.skipif(_C.cuda is None, reason="odenet_cuda was built without CUDA kernels")
 def test_built_with_cuda():
     """The extension with CUDA kernels is imported in a new process, under this torch, and says what it holds."""

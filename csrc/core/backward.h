@@ -64,7 +64,9 @@ ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, co
   const MaskOf<D> accept = MaskOf<D>(present) & (record.dt != D(0.0));
   const MaskOf<P> counts = accept;
   const P dt = convert<T>(record.dt);
-  const auto time_of = [&](double c) { return c == 1 ? record.last : convert<T>(record.time + D(c) * record.dt); };
+  const auto time_of = [&](double c) {
+    return c == 1 ? record.last : convert<T>(time_within(record.time, c, record.dt));
+  };
   // The stages again; the last slope has no part in them.
   for (int n = 0; n < N; ++n) {
     x.y[0][n] = record.y[n];

@@ -97,7 +97,7 @@ ODENET_HD int64_t solve_tile(const Team& team, const SolveCall& in, int64_t tile
     const D time = r[kTime];
     const P dt = convert<T>(r[kDt]);
     const P last = stage_time<T>(s, r, 1.0);
-    try_step(in, x, dt, [&](double c) { return c == 1 ? last : convert<T>(time + D(c) * r[kDt]); });
+    try_step(in, x, dt, [&](double c) { return c == 1 ? last : convert<T>(time_within(time, c, r[kDt])); });
     r[kErrorRatio] = convert<double>(error_ratio(in, x, dt));
     control_step<T>(s, r);
     const MaskOf<D> accept = r[kAccept] != D(0.0);
@@ -162,7 +162,7 @@ ODENET_HD int64_t solve_grid(const Team& team, const SolveCall& in, int64_t tile
     const double time = in.nodes[step], end = in.nodes[step + 1], dt = end - time;
     const bool fresh = step == 0 || !M::fsal;
     if (fresh && step > 0) M::field(in, P(T(time)), x.y, x.arguments, x.k[0], x.taps[0]);
-    try_step(in, x, P(T(dt)), [&](double c) { return P(T(c == 1 ? end : time + c * dt)); });
+    try_step(in, x, P(T(dt)), [&](double c) { return P(T(c == 1 ? end : time_within(time, c, dt))); });
     const int64_t first = output;
     while (output < s.num_outputs && direction * (end - s.t[output]) >= 0) ++output;
     if (first < output) {

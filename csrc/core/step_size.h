@@ -251,6 +251,16 @@ ODENET_HD P next_after_lanes(P x, double towards) {
   return x;
 }
 
+// time + c dt, rounded twice, as on the CPU: nvcc would make one operation of it.
+template <class D>
+ODENET_HD D time_within(const D& time, double c, const D& dt) {
+#if defined(__CUDA_ARCH__)
+  return __dadd_rn(time, __dmul_rn(c, dt));
+#else
+  return time + D(c) * dt;
+#endif
+}
+
 // The time at which the stage with node c of the planned step is evaluated, in the state's real type. Beside a
 // discontinuity of f the stage on it is moved to the side on which the step lies.
 template <class R, class D>
@@ -261,7 +271,7 @@ ODENET_HD With<D, R> stage_time(const StepSize& s, const Row<D>& r, double c) {
     const MaskOf<P> moved = r[kJumped] != D(0);
     return any(moved) ? select(moved, next_after_lanes(time, s.controller.direction), time) : time;
   }
-  if (c != 1) return convert<R>(r[kTime] + D(c) * r[kDt]);
+  if (c != 1) return convert<R>(time_within(r[kTime], c, r[kDt]));
   const P end = convert<R>(r[kStepEnd]);
   const MaskOf<D> on_jump = (r.stop_kind == D(kStopJump)) | (r.stop_kind == D(kStopEndJump));
   const MaskOf<P> jump = r.running() & (r[kStepEnd] == r.stop) & on_jump;
