@@ -270,7 +270,7 @@ def test_failures(how, at, method, control, on_failure, most, gradient):
             )
             gap = float((ys[:, row][got] - right).abs().max())
             assert gap < 1e-3, f"sample {row} is off by {gap:.1e} before it failed"
-    if gradient != "none" and solution.ys.requires_grad:
+    if gradient != "none" and solution.ys.requires_grad and how != "underflow":  # whose derivative, 1e18 a step, overflows
         loss = solution.ys[:, [i for i, word in enumerate(words) if word == "success"]].sum()
         if loss.requires_grad and "success" in words:
             (grad,) = torch.autograd.grad(loss, y0)  # of those that did not fail
