@@ -93,18 +93,17 @@ def interrupt():
     for _ in range(3):
         time.sleep(0.05 + 0.1 * {workers})
         os.kill(os.getpid(), signal.SIGINT)
-thread = threading.Thread(target=interrupt); thread.start()
-caught = 0
-while thread.is_alive():
+    sent.append(True)
+sent = []  # Python takes a thread whose join is interrupted for one that has ended
+threading.Thread(target=interrupt).start()
+while not sent:
     try:
         work(0)
         errors[:] = [x for x in errors if "KeyboardInterrupt" not in x]
-        thread.join(0.05)
     except KeyboardInterrupt:
-        caught += 1
-for _ in range(3):
-    try: thread.join(); time.sleep(0.1)
-    except KeyboardInterrupt: pass
+        pass
+try: time.sleep(0.1)
+except KeyboardInterrupt: pass
 errors[:] = [x for x in errors if "KeyboardInterrupt" not in x]
 work(1)  # all is well afterwards
 """,
