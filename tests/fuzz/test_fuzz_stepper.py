@@ -121,7 +121,7 @@ def options(draw: Any, times: list[float]) -> dict[str, Any]:
     span = abs(times[-1] - times[0])
     inside = [times[0] + x * (times[-1] - times[0]) for x in (0.25, 0.5, 0.77)]
     choices = {
-        "first_step": [span * 1e-4, span, span * 10],
+        "first_step": [max(span * 1e-4, 4 * math.ulp(times[0])), span, span * 10],  # less does not change the time
         "max_step": [span / 7, span * 3],
         "step_t": [inside[:1], inside, [times[-1] + 1, *inside[1:]], [times[0]]],
         "jump_t": [[times[0] + x * (times[-1] - times[0]) for x in (0.2, 0.6)], [times[0] + 0.9 * (times[-1] - times[0])]],
