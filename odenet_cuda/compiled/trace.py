@@ -297,7 +297,7 @@ def _decompositions() -> dict[Any, Callable]:
 
 def _hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
     """As torch computes it, with a sixth of float32 in float64 too, which its own decomposition does not know."""
-    one = torch.ones((), dtype=x.dtype)
+    one = torch.ones((), dtype=x.dtype, device="cpu")
     with torch._C._DisableTorchDispatch():
         slope = float(_aten.hardsigmoid_backward(one, torch.zeros_like(one)))
     return torch.where((x > -3.0) & (x < 3.0), grad * slope, 0.0)
