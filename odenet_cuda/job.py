@@ -12,8 +12,8 @@ from torch import Tensor
 from . import noise, transforms
 from .callbacks import find_callbacks
 from .captured import Known, Walk, find_captured, outside, sequence_number
+from .compiled.attach import attach as attach_compiled
 from .compiled.engine import Engine, evaluations
-from .compiled.field import attach as attach_compiled
 from .gradients import adjoint as adjoint_gradient
 from .gradients import by_graph
 from .gradients import checkpoint as checkpoint_gradient

@@ -14,7 +14,7 @@ from torch import nn
 
 import odenet_cuda
 from odenet_cuda import solve
-from odenet_cuda.compiled import check, recheck, self_check, trace
+from odenet_cuda.compiled import check, comparison, recheck, trace
 from odenet_cuda.compiled.field import CompiledField
 from odenet_cuda.compiled.guards import Guards
 from odenet_cuda.compiled.watch import Watch
@@ -274,7 +274,7 @@ CHANGES = {  # that do not meet
         lambda f: f.weight.requires_grad_(False),
     ],
 }
-WHEN = {"a call": (trace, "observe"), "its check": (check, "_check_at"), "a comparison": (self_check.Solves, "by_stepper")}
+WHEN = {"a call": (trace, "observe"), "its check": (check, "_check_at"), "a comparison": (comparison.Solves, "by_stepper")}
 
 
 def state_of(func):
@@ -328,7 +328,7 @@ def test_weights_that_another_thread_always_changes(monkeypatch):
     func, calls = Trained(), []
     field = odenet_cuda.compile(func)
     ends(field)
-    original = self_check.Solves.compiled
+    original = comparison.Solves.compiled
 
     def disturbed(*args):
         calls.append(elsewhere(lambda: fill(func.weight, 3.0)))
@@ -336,7 +336,7 @@ def test_weights_that_another_thread_always_changes(monkeypatch):
         elsewhere(lambda: fill(func.weight, 1.0))
         return found
 
-    monkeypatch.setattr(self_check.Solves, "compiled", disturbed)
+    monkeypatch.setattr(comparison.Solves, "compiled", disturbed)
     tried = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")

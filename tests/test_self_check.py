@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import odenet_cuda
 from odenet_cuda import solve
-from odenet_cuda.compiled import build, self_check
+from odenet_cuda.compiled import build, comparison
 from odenet_cuda.compiled.plan import Plan
 
 TIMES = [0.0, 0.4, 1.0]
@@ -201,8 +201,8 @@ def test_hooks_of_the_user():
 def test_checked_once(monkeypatch):
     """A plan's libraries are checked when they are first used."""
     calls = []
-    original = self_check.Comparison.run
-    monkeypatch.setattr(self_check.Comparison, "run", lambda *args: calls.append(args[1]) or original(*args))
+    original = comparison.Comparison.run
+    monkeypatch.setattr(comparison.Comparison, "run", lambda *args: calls.append(args[1]) or original(*args))
     field, y0 = odenet_cuda.compile(Net()), rows(3, 2).requires_grad_()
     for _ in range(3):
         with torch.no_grad():

@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from ..callbacks import find_callbacks
-from ..gradients.failed import known_cotangents, with_nan
-from ..gradients.one_by_one import one_by_one
-from ..gradients.release import kept, let_go
-from ..gradients.same_func import OTHER_SLOPE
 from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
-from ..ranges import in_range
 from . import self_check
+from .attach import Sources
 from .build import NoCompiler
 from .emit import SOLVES, Target
 from .engine import Engine
@@ -363,69 +359,3 @@ def undisturbed(run: Callable[[], Any]) -> Any:
             raise
     with _reading:
         return run()
-
-
-class Sources:
-    """The tensors that get gradients: the leaves of y0, the arguments with one entry a sample, and constants of func."""
-
-    def __init__(self, engine: Engine, structure: Structure, args: Sequence[Any]):
-        plan = engine.plan
-        self.all: list[Tensor] = []
-        if torch.is_grad_enabled():
-            self.all = [*structure.leaves, *(args[i] for i in plan.batched), *(place(args) for place in plan.wanted)]
-        self.wanted = any([x.requires_grad for x in self.all])
-
-
-def attach(
-    engine: Engine, gradient: str, backward: Any, ys: list[Tensor], stats: Any, again: Callable[[], list[Tensor]]
-) -> list[Tensor]:
-    """ys with a gradient for y0, arguments and what func depends on. again(): the outputs once more by the stepper, with a
-    gradient that has one itself."""
-    outputs = tuple(y.detach() for y in ys)  # not views, so that they may be written into
-    return list(_Compiled.apply(engine, (gradient, backward, stats, again), outputs, *engine.sources.all))
-
-
-class _Compiled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, engine, how, ys, *tensors):
-        ctx.engine, ctx.how, ctx.count = engine, how, len(tensors)
-        # The backward pass reads what is frozen too, where it lies.
-        frozen = [x for x in engine.constants.values.values() if isinstance(x, Tensor) and not x.is_inference()]
-        outputs = ys if how[0] == "adjoint" else ()  # which it goes on from; they belong to the user too
-        ctx.save_for_backward(*tensors, *outputs, *frozen)
-        return ys
-
-    @staticmethod
-    @one_by_one
-    @in_range("backward")
-    def backward(ctx, *grad_ys):
-        gradient, backward, stats, again = ctx.how
-        saved = ctx.saved_tensors  # says so where one was changed since, a frozen one too
-        tensors, ys = saved[: ctx.count], saved[ctx.count : ctx.count + len(grad_ys)]
-        engine = kept(ctx, "engine")
-        grad_ys, spoilt = known_cotangents(engine.problem, grad_ys)
-        let_go(ctx, "engine")
-        if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
-            if gradient == "adjoint":
-                raise RuntimeError(
-                    "gradient='adjoint' has no second derivative; use gradient='direct' or 'checkpoint', which have"
-                )
-            if not engine.unchanged():
-                raise RuntimeError(OTHER_SLOPE.format(gradient, " where the gradient has one itself"))
-            outputs = again()
-            wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-            grads = torch.autograd.grad(outputs, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
-            found: list[Any] = [None] * len(tensors)
-            for i, grad in zip(wanted, grads, strict=True):
-                found[i] = grad
-            return None, None, None, *found
-        start = time.perf_counter()
-        with torch.no_grad():
-            gys = list(grad_ys)
-            parts = engine.adjoint(backward, ys, gys, stats) if gradient == "adjoint" else engine.reverse(gys)
-            y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
-        stats.nfe_backward = engine.nfe_backward
-        engine.plan.watch.add(time.perf_counter() - start, solves=0)
-        flat = [*y0, *others]
-        shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
-        return None, None, None, *shaped

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from . import reductions  # noqa: F401, which adds to OPERATIONS
 from .operations import OPERATIONS
 from .pointwise import MASKS, OF_MASKS, TEXTS, packet
 from .program import SHIFT, Program, Refs, split

@@ -135,8 +135,7 @@ class Marks:
     operations elsewhere wrote into. Of lists, plain dicts and arrays nobody can tell; what has been changed of these is put
     back.
 
-    watched: sees the operations since. Raises Unreadable where a tensor cannot be
-    put back."""
+    watched: sees the operations since. Raises Unreadable where a tensor cannot be put back."""
 
     def __init__(self, reach: Reach, watched: Watched):
         _check_tensors(reach)

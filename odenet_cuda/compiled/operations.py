@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .pointwise import packet, power
+from .pointwise import power
 from .program import Refs
 from .trace import Unreadable
 from .values import Sample, Value, where
@@ -26,18 +26,18 @@ def operation(*names: str) -> Callable[[Operation], Operation]:
     return add
 
 
-def _source(low: "Lowering", node: Any, place: int = 0) -> Sample:
+def source_of(low: "Lowering", node: Any, place: int = 0) -> Sample:
     return low.sample(node.args[place], low.twin[node].args[place], node)
 
 
-def _axis(value: Sample, axis: Any, node: Any, extra: int = 0) -> int:
+def axis_of(value: Sample, axis: Any, node: Any, extra: int = 0) -> int:
     axis = int(axis) % (value.refs.ndim + extra)
     if extra == 0 and axis == value.batch:
         raise Unreadable(f"{where(node)} takes samples apart")
     return axis
 
 
-def _rearranged(low: "Lowering", node: Any, value: Sample, refs: Refs) -> Sample:
+def rearranged(low: "Lowering", node: Any, value: Sample, refs: Refs) -> Sample:
     shape, batch = low.shapes(node)
     if list(refs.shape) != shape:
         raise Unreadable(f"{where(node)} is not read")
@@ -46,7 +46,7 @@ def _rearranged(low: "Lowering", node: Any, value: Sample, refs: Refs) -> Sample
 
 @operation("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "_to_copy", "to")
 def _same(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = source_of(low, node)
     if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
         of_mask = str(node.args[0].meta["val"].dtype) == "torch.bool"  # as a mask, or as 1 and 0
         if of_mask and node.meta["val"].dtype.is_floating_point:
@@ -57,8 +57,8 @@ def _same(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
 def _view(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    return _rearranged(low, node, value, value.refs.reshape(low.shapes(node)[0]))
+    value = source_of(low, node)
+    return rearranged(low, node, value, value.refs.reshape(low.shapes(node)[0]))
 
 
 @operation("as_strided")
@@ -66,52 +66,52 @@ def _as_strided(low: "Lowering", node: Any, twin: Any) -> Value:
     """As a view in the same order: of what is contiguous, all of it, to what is."""
     x, value = node.args[0].meta["val"], node.meta["val"]
     all_of_it = x.is_contiguous() and value.is_contiguous() and x.numel() == value.numel() and len(node.args) < 4
-    if not all_of_it or {_source(low, node).batch, low.shapes(node)[1]} not in ({0}, {None}):
+    if not all_of_it or {source_of(low, node).batch, low.shapes(node)[1]} not in ({0}, {None}):
         raise Unreadable(f"{where(node)} is not read")
     return _view(low, node, twin)
 
 
 @operation("expand")
 def _expand(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    return _rearranged(low, node, value, np.broadcast_to(value.refs, low.shapes(node)[0]))
+    value = source_of(low, node)
+    return rearranged(low, node, value, np.broadcast_to(value.refs, low.shapes(node)[0]))
 
 
 @operation("repeat")
 def _repeat(low: "Lowering", node: Any, twin: Any) -> Value:
-    value, counts = _source(low, node), list(node.args[1])
+    value, counts = source_of(low, node), list(node.args[1])
     refs = value.refs.reshape((1,) * (len(counts) - value.refs.ndim) + value.refs.shape)
     shape, batch = low.shapes(node)
     if batch is not None and refs.shape[batch] != shape[batch]:
         raise Unreadable(f"{where(node)} repeats samples")
     if batch is not None:
         counts[batch] = 1
-    return _rearranged(low, node, value, np.tile(refs, counts))
+    return rearranged(low, node, value, np.tile(refs, counts))
 
 
 @operation("permute")
 def _permute(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    return _rearranged(low, node, value, value.refs.transpose([int(axis) for axis in node.args[1]]))
+    value = source_of(low, node)
+    return rearranged(low, node, value, value.refs.transpose([int(axis) for axis in node.args[1]]))
 
 
 @operation("transpose")
 def _transpose(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    return _rearranged(low, node, value, value.refs.swapaxes(int(node.args[1]), int(node.args[2])))
+    value = source_of(low, node)
+    return rearranged(low, node, value, value.refs.swapaxes(int(node.args[1]), int(node.args[2])))
 
 
 @operation("t")
 def _t(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    return _rearranged(low, node, value, value.refs.T)
+    value = source_of(low, node)
+    return rearranged(low, node, value, value.refs.T)
 
 
 @operation("select")
 def _select(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    axis = _axis(value, node.args[1], node)
-    return _rearranged(low, node, value, value.refs.take(int(node.args[2]), axis))
+    value = source_of(low, node)
+    axis = axis_of(value, node.args[1], node)
+    return rearranged(low, node, value, value.refs.take(int(node.args[2]), axis))
 
 
 def _range(node: Any, first: int, size: int) -> slice:
@@ -121,7 +121,7 @@ def _range(node: Any, first: int, size: int) -> slice:
 
 @operation("slice")
 def _slice(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = source_of(low, node)
     axis = int(node.args[1]) % value.refs.ndim if len(node.args) > 1 else 0
     if axis == value.batch:
         if low.shapes(node)[0] != list(value.refs.shape) or _range(node, 2, 1 << 40) != slice(0, 1 << 40, 1):
@@ -129,19 +129,19 @@ def _slice(low: "Lowering", node: Any, twin: Any) -> Value:
         return value
     index: list[Any] = [slice(None)] * value.refs.ndim
     index[axis] = _range(node, 2, value.refs.shape[axis])
-    return _rearranged(low, node, value, value.refs[tuple(index)])
+    return rearranged(low, node, value, value.refs[tuple(index)])
 
 
 @operation("slice_scatter", "select_scatter")
 def _scatter(low: "Lowering", node: Any, twin: Any) -> Value:
-    value, source = _source(low, node), _source(low, node, 1)
-    axis = _axis(value, node.args[2] if len(node.args) > 2 else 0, node)
+    value, source = source_of(low, node), source_of(low, node, 1)
+    axis = axis_of(value, node.args[2] if len(node.args) > 2 else 0, node)
     index: list[Any] = [slice(None)] * value.refs.ndim
     of_slice = "slice" in str(node.target)
     index[axis] = _range(node, 3, value.refs.shape[axis]) if of_slice else int(node.args[3])
     refs = np.broadcast_to(value.refs, low.shapes(node)[0]).copy()
     refs[tuple(index)] = source.refs
-    return _rearranged(low, node, value, refs)
+    return rearranged(low, node, value, refs)
 
 
 @operation("cat")
@@ -157,8 +157,8 @@ def _cat(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("split", "split_with_sizes")
 def _split(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    axis = _axis(value, node.args[2] if len(node.args) > 2 else 0, node)
+    value = source_of(low, node)
+    axis = axis_of(value, node.args[2] if len(node.args) > 2 else 0, node)
     sizes = [part.shape[axis] for part in node.meta["val"]]
     parts = np.split(value.refs, np.cumsum(sizes)[:-1].tolist(), axis)
     low.tuples[node] = [Sample(part, value.batch, value.mask) for part in parts]
@@ -167,23 +167,23 @@ def _split(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("flip")
 def _flip(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    axes = [_axis(value, axis, node) for axis in node.args[1]]
-    return _rearranged(low, node, value, np.flip(value.refs, tuple(axes)))
+    value = source_of(low, node)
+    axes = [axis_of(value, axis, node) for axis in node.args[1]]
+    return rearranged(low, node, value, np.flip(value.refs, tuple(axes)))
 
 
 @operation("roll")
 def _roll(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = source_of(low, node)
     if len(node.args) < 3:
         raise Unreadable(f"{where(node)} rolls through the samples")
-    axes = [_axis(value, axis, node) for axis in node.args[2]]
-    return _rearranged(low, node, value, np.roll(value.refs, tuple(node.args[1]), tuple(axes)))
+    axes = [axis_of(value, axis, node) for axis in node.args[2]]
+    return rearranged(low, node, value, np.roll(value.refs, tuple(node.args[1]), tuple(axes)))
 
 
 @operation("constant_pad_nd")
 def _pad(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
+    value = source_of(low, node)
     pads = list(node.args[1])
     number = float(node.args[2]) if len(node.args) > 2 else 0.0
     refs = value.refs
@@ -198,103 +198,14 @@ def _pad(low: "Lowering", node: Any, twin: Any) -> Value:
         inner: list[Any] = [slice(None)] * refs.ndim
         inner[axis] = slice(max(-pads[i], 0), refs.shape[axis] - max(-pads[i + 1], 0))
         refs = np.concatenate([ends[0], refs[tuple(inner)], ends[1]], axis)
-    return _rearranged(low, node, value, refs)
-
-
-def _split_axes(value: Sample, axes: Any) -> tuple[Refs, list[int]]:
-    """[kept..., reduced] and the reduced axes."""
-    rank = value.refs.ndim
-    reduced = sorted(int(axis) % rank for axis in axes) if axes else list(range(rank))
-    kept = [axis for axis in range(rank) if axis not in reduced]
-    count = int(np.prod([value.refs.shape[axis] for axis in kept]))
-    return value.refs.transpose([*kept, *reduced]).reshape(count, -1), reduced
-
-
-@operation("sum", "mean")
-def _sum(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = low.number_of(_source(low, node))
-    refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
-    mean = "mean" in str(node.target)
-    if value.batch in reduced:
-        if mean:
-            raise Unreadable(f"{where(node)} is a mean over samples")
-        return low.sums.add(node, low.program.reduce(refs, False)[None], None)
-    total = low.program.reduce(refs, False)
-    if mean:
-        total = low.program.statement("{0} * {1}", [total, low.program.full([len(total)], 1 / refs.shape[1])])
-    shape, batch = low.shapes(node)
-    return Sample(total.reshape(shape), batch)
-
-
-def _moments(low: "Lowering", node: Any, value: Sample) -> tuple[Refs, Refs]:
-    """Mean and variance over the axes of node."""
-    arguments = dict(zip(("dim", "correction", "keepdim"), node.args[1:], strict=False)) | node.kwargs
-    refs, reduced = _split_axes(value, arguments.get("dim"))
-    if value.batch in reduced:
-        raise Unreadable(f"{where(node)} mixes samples")
-    count = refs.shape[1]
-    correction = arguments.get("correction", 1)
-    left = count - (1 if correction is None or correction is True else int(correction))
-    if left <= 0:
-        raise Unreadable(f"{where(node)} has no number left to divide by")
-
-    def scaled(x: Refs, factor: float) -> Refs:
-        return low.program.statement("{0} * {1}", [x, low.program.full([len(x)], factor)])
-
-    mean = scaled(low.program.reduce(refs, False), 1 / count)
-    squares = low.program.statement("({0} - {1}) * ({0} - {1})", [refs.reshape(-1), np.repeat(mean, count)])
-    return mean, scaled(low.program.reduce(squares.reshape(refs.shape), False), 1 / left)
-
-
-@operation("var")
-def _var(low: "Lowering", node: Any, twin: Any) -> Value:
-    shape, batch = low.shapes(node)
-    return Sample(_moments(low, node, _source(low, node))[1].reshape(shape), batch)
-
-
-@operation("var_mean")
-def _var_mean(low: "Lowering", node: Any, twin: Any) -> Value:
-    mean, variance = _moments(low, node, _source(low, node))
-    results = []
-    for refs, seen, other in zip((variance, mean), node.meta["val"], twin.meta["val"], strict=True):
-        shape, batch = low.shape_of(seen, other, node)
-        results.append(Sample(refs.reshape(shape), batch))
-    low.tuples[node] = results
-    return results[0]
-
-
-@operation("linalg_vector_norm")
-def _norm(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    order = float(node.args[1]) if len(node.args) > 1 else 2.0
-    if order not in (1.0, 2.0):
-        raise Unreadable(f"{where(node)} of order {order} is not read")
-    refs, reduced = _split_axes(value, node.args[2] if len(node.args) > 2 else None)
-    if value.batch in reduced:
-        raise Unreadable(f"{where(node)} mixes samples")
-    parts = low.program.statement("{0} * {0}" if order == 2 else "abs({0})", [refs.reshape(-1)]).reshape(refs.shape)
-    total = low.program.reduce(parts, False)
-    shape, batch = low.shapes(node)
-    return Sample((low.program.statement("sqrt({0})", [total]) if order == 2 else total).reshape(shape), batch)
-
-
-@operation("cumsum", "cumprod")
-def _cumulative(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = low.number_of(_source(low, node))
-    axis = _axis(value, node.args[1], node)
-    text = "{0} + {1}" if "cumsum" in str(node.target) else "{0} * {1}"
-    moved = np.moveaxis(value.refs, axis, 0)
-    rows = [moved[0].reshape(-1)]
-    for row in moved[1:]:
-        rows.append(low.program.statement(text, [rows[-1], row.reshape(-1)]))
-    return _rearranged(low, node, value, np.moveaxis(np.stack(rows).reshape(moved.shape), 0, axis))
+    return rearranged(low, node, value, refs)
 
 
 @operation("index_select")
 def _index_select(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    axis = _axis(value, node.args[1], node)
-    return _rearranged(low, node, value, value.refs.take(low.numbers(node.args[2]), axis))
+    value = source_of(low, node)
+    axis = axis_of(value, node.args[1], node)
+    return rearranged(low, node, value, value.refs.take(low.numbers(node.args[2]), axis))
 
 
 def _places(low: "Lowering", node: Any, value: Sample) -> tuple[Any, ...]:
@@ -306,80 +217,38 @@ def _places(low: "Lowering", node: Any, value: Sample) -> tuple[Any, ...]:
 
 @operation("index")
 def _index(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = _source(low, node)
-    return _rearranged(low, node, value, value.refs[_places(low, node, value)])
+    value = source_of(low, node)
+    return rearranged(low, node, value, value.refs[_places(low, node, value)])
 
 
 @operation("index_put", "_unsafe_index_put", "_index_put_impl")
 def _index_put(low: "Lowering", node: Any, twin: Any) -> Value:
-    value, source = _source(low, node), _source(low, node, 2)
+    value, source = source_of(low, node), source_of(low, node, 2)
     accumulate = bool(node.args[3]) if len(node.args) > 3 else False
     refs = np.broadcast_to(value.refs, low.shapes(node)[0]).reshape(-1).copy()
     targets = np.arange(refs.size).reshape(low.shapes(node)[0])[_places(low, node, value)]
     for target, new in zip(targets.reshape(-1), np.broadcast_to(source.refs, targets.shape).reshape(-1), strict=True):
         refs[target] = low.program.statement("{0} + {1}", [refs[[target]], np.array([new])])[0] if accumulate else new
-    return _rearranged(low, node, value, refs.reshape(low.shapes(node)[0]))
+    return rearranged(low, node, value, refs.reshape(low.shapes(node)[0]))
 
 
 @operation("index_add")
 def _index_add(low: "Lowering", node: Any, twin: Any) -> Value:
-    value, source = _source(low, node), _source(low, node, 3)
-    axis = _axis(value, node.args[1], node)
+    value, source = source_of(low, node), source_of(low, node, 3)
+    axis = axis_of(value, node.args[1], node)
     refs = np.moveaxis(np.broadcast_to(value.refs, low.shapes(node)[0]).copy(), axis, 0)
     parts = np.moveaxis(source.refs, axis, 0)
     for place, part in zip(low.numbers(node.args[2]), parts, strict=True):
         total = low.program.statement("{0} + {1}", [refs[place].reshape(-1), part.reshape(-1)])
         refs[place] = total.reshape(refs[place].shape)
-    return _rearranged(low, node, value, np.moveaxis(refs, 0, axis))
-
-
-@operation("amax", "amin", "any", "all")
-def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = low.number_of(_source(low, node))
-    name, axes = packet(node.target), node.args[1] if len(node.args) > 1 else None
-    if name in ("any", "all"):
-        value = low.number_of(low.mask_of(value))
-    refs, reduced = _split_axes(value, [axes] if isinstance(axes, int) else axes)
-    if value.batch in reduced:
-        raise Unreadable(f"{where(node)} mixes samples")
-    shape, batch = low.shapes(node)
-    if name in ("amin", "all"):
-        refs = low.program.statement("-{0}", [refs.reshape(-1)]).reshape(refs.shape)
-        refs = low.program.statement("-{0}", [low.program.reduce(refs, True)])
-        return Sample(refs.reshape(shape), batch)
-    return Sample(low.program.reduce(refs, True).reshape(shape), batch)
-
-
-@operation("max", "min")
-def _selected(low: "Lowering", node: Any, twin: Any) -> Value:
-    """Values, and the first places where they are found, as numbers."""
-    value = low.number_of(_source(low, node))
-    if len(node.args) < 2 or not isinstance(node.args[1], int):
-        raise Unreadable(f"{where(node)} is not read")
-    refs, reduced = _split_axes(value, [node.args[1]])
-    if value.batch in reduced:
-        raise Unreadable(f"{where(node)} mixes samples")
-    sign = "" if packet(node.target) == "max" else "-"
-    turned = low.program.statement(f"{sign}{{0}}", [refs.reshape(-1)]).reshape(refs.shape)
-    best = low.program.reduce(turned, True)
-    count, places = refs.shape[1], low.program.full(best.shape, float(refs.shape[1] - 1))
-    for i in reversed(range(count - 1)):
-        here = low.program.full(best.shape, float(i))
-        places = low.program.statement("select({0} == {1}, {2}, {3})", [turned[:, i], best, here, places])
-    best = low.program.statement(f"{sign}{{0}}", [best])
-    results = []
-    for found, seen, other in zip((best, places), node.meta["val"], twin.meta["val"], strict=True):
-        shape, batch = low.shape_of(seen, other, node)
-        results.append(Sample(found.reshape(shape), batch))
-    low.tuples[node] = results
-    return results[0]
+    return rearranged(low, node, value, np.moveaxis(refs, 0, axis))
 
 
 @operation("scatter")
 def _scatter_by_places(low: "Lowering", node: Any, twin: Any) -> Value:
     """At places that are numbers of the sample."""
-    value, places, source = _source(low, node), _source(low, node, 2), _source(low, node, 3)
-    axis = _axis(value, node.args[1], node)
+    value, places, source = source_of(low, node), source_of(low, node, 2), source_of(low, node, 3)
+    axis = axis_of(value, node.args[1], node)
     if places.refs.shape[axis] != 1 or node.kwargs or value.batch != places.batch:
         raise Unreadable(f"{where(node)} is not read")
     refs = np.broadcast_to(value.refs, low.shapes(node)[0]).copy()
@@ -391,20 +260,7 @@ def _scatter_by_places(low: "Lowering", node: Any, twin: Any) -> Value:
         ).reshape(at.shape)
         for i, old in enumerate(np.moveaxis(refs, axis, 0))
     ]
-    return _rearranged(low, node, value, np.stack(parts, axis))
-
-
-@operation("prod")
-def _product(low: "Lowering", node: Any, twin: Any) -> Value:
-    value = low.number_of(_source(low, node))
-    refs, reduced = _split_axes(value, [node.args[1]] if len(node.args) > 1 else None)
-    if value.batch in reduced:
-        raise Unreadable(f"{where(node)} mixes samples")
-    result = refs[:, 0]
-    for i in range(1, refs.shape[1]):
-        result = low.program.statement("{0} * {1}", [result, refs[:, i]])
-    shape, batch = low.shapes(node)
-    return Sample(result.reshape(shape), batch)
+    return rearranged(low, node, value, np.stack(parts, axis))
 
 
 @operation("mm", "addmm")
@@ -412,13 +268,13 @@ def _mm(low: "Lowering", node: Any, twin: Any) -> Value:
     first = 1 if "addmm" in str(node.target) else 0
     if node.kwargs:
         raise Unreadable(f"{where(node)} with beta or alpha is not read")
-    a, b = _source(low, node, first), _source(low, node, first + 1)
+    a, b = source_of(low, node, first), source_of(low, node, first + 1)
     shape, batch = low.shapes(node)
     if a.batch == 1 and b.batch == 0 and not first:
         return low.sums.add(node, a.refs.T, b.refs)
     if (a.batch, b.batch) not in ((0, None), (None, 1), (None, None)):
         raise Unreadable(f"{where(node)} mixes samples")
-    bias = np.broadcast_to(_source(low, node).refs, shape) if first else None
+    bias = np.broadcast_to(source_of(low, node).refs, shape) if first else None
     if b.batch is None and not (a.batch is None and low.program.is_constant(a.refs)):  # x [k, in], weight [in, out]
         rows = [low.program.linear(x, b.refs.T, None if bias is None else bias[i]) for i, x in enumerate(a.refs)]
         return Sample(np.stack(rows), batch)
@@ -428,7 +284,7 @@ def _mm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 @operation("bmm")
 def _bmm(low: "Lowering", node: Any, twin: Any) -> Value:
-    a, b = _source(low, node), _source(low, node, 1)
+    a, b = source_of(low, node), source_of(low, node, 1)
     shape, batch = low.shapes(node)
     count = shape[0]
     if (a.batch, b.batch) == (2, 1) and count == 1:
@@ -466,7 +322,7 @@ def _power(low: "Lowering", node: Any, twin: Any) -> Value:
 def _clamp(low: "Lowering", node: Any, twin: Any) -> Value:
     bounds = [*node.args[1:], *[None] * (3 - len(node.args))]
     bounds = [node.kwargs.get(name, bound) for name, bound in zip(("min", "max"), bounds, strict=True)]
-    text, operands = "{0}", [_source(low, node)]
+    text, operands = "{0}", [source_of(low, node)]
     for bound, function in zip(bounds, ("maximum", "minimum"), strict=True):
         if bound is not None:
             text = f"{function}({text}, {{{len(operands)}}})"

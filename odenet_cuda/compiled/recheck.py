@@ -2,7 +2,7 @@
 one day not be seen, and a wrong number without a word is the worst there is.
 
 What is compared is one step of a given size by the machine code and by the stepper, from the state, the time and the arguments
-of the solve at hand, as in self_check.py: so what the code really reads, such as addresses of constants, is compared too, and
+of the solve at hand, as in comparison.py: so what the code really reads, such as addresses of constants, is compared too, and
 what is rounding is known from what is not. The program run by NumPy would need fewer calls of func, but in float32 it could not
 tell the two apart.
 
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..problem import Structure
+from .comparison import Comparison, Unsettled, settled
 from .leaks import summary
 from .marks import Unreadable
 from .memory import has_memory
 from .reach import Reach
-from .self_check import Comparison, Unsettled, settled
 from .writes import Watched, kept, memory_of
 
 if TYPE_CHECKING:
