@@ -32,6 +32,11 @@ fuzz: $(SETUP)
 test-grid: $(SETUP)
 	$(BIN)/python tests/machine_code.py
 
+# A build with the oldest torch that is served; downloads its wheel.
+.PHONY: build-oldest
+build-oldest: $(SETUP)
+	$(BIN)/python tests/oldest_torch.py
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

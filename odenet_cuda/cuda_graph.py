@@ -25,6 +25,7 @@ _LIMIT = 16  # steps that are kept captured, those used longest ago let go first
 _REMEMBERED = 256  # solves that are known to have none
 _EXPECTED_SHARE = 10  # a solve may take a tenth less steps than the last one did
 _LOOK_SHARE = 20
+_FEW_ROWS = 4096  # 32 KiB, copied in less time than a kernel takes to start
 _STEPS_A_LAUNCH = 256  # where the device repeats a step; an interrupt is seen between two launches
 MODES = ("step", "loop")
 
@@ -275,14 +276,16 @@ def _warn(words: str) -> None:
 class Watch:
     """Tells, late and without waiting for the device, whether a solve has ended.
 
-    status: float64 [rows], on the device. expected: steps; nobody looks before they are nearly done. A look costs one copy.
+    status: float64 [rows], on the device. expected: steps; nobody looks before they are nearly done. A look costs one copy, of
+    the least status, that of a row which runs, where there are many rows.
     From one look to the next, and from a look to where the host waits for what it saw, are a step or a twentieth of those
     made: so the device makes at most a tenth of a solve, or a step, past its end.
     """
 
     def __init__(self, status: Tensor, expected: int = 0, on_device: bool = True):
         self._status, self._look_at = status, max(1, expected - expected // _EXPECTED_SHARE)
-        self._seen = torch.empty(status.shape, dtype=status.dtype, pin_memory=on_device, device="cpu")
+        self._many = status.numel() > _FEW_ROWS
+        self._seen = torch.empty((1,) if self._many else status.shape, dtype=status.dtype, pin_memory=on_device, device="cpu")
         self._event: Any = torch.cuda.Event() if on_device else None
         self._asked = 0  # after which step, 0: nothing is asked
 
@@ -310,7 +313,7 @@ class Watch:
         return not (self._seen.numpy() == RUNNING).any()
 
     def _ask(self) -> None:
-        self._seen.copy_(self._status, non_blocking=True)
+        status = self._status
+        self._seen.copy_(status.amin(0, keepdim=True) if self._many else status, non_blocking=True)
         if self._event is not None:
-            status = self._status
             self._event.record(torch.cuda.current_stream(status.device) if status.is_cuda else None)

@@ -104,8 +104,7 @@ class Job:
         stats = self._stats(trajectory)
         n = len(trajectory.ys)
         outputs = [*trajectory.ys, *trajectory.last[n:], *([] if step_costs is None else step_costs.sums(self.problem))]
-        host = None if trajectory.state is None else trajectory.state.cpu().numpy()
-        failed = self._failed(host, trajectory, outputs[:n], stats, on_failure)
+        failed = self._failed(trajectory, outputs[:n], stats, on_failure)
         if wanted and gradient == "direct":
             calls = direct_gradient.evaluations(recorder.tape)
             captured = find_captured(self.field, calls, self.known, self.since, closed and not late)
@@ -182,8 +181,7 @@ class Job:
     def _replayed(self, trajectory: Trajectory, lease: by_graph.Lease, captured: Sequence[Tensor], on_failure: str) -> Solution:
         """The solution of a solve by graphs."""
         stats, outputs = self._stats(trajectory), trajectory.ys
-        host = None if trajectory.state is None else trajectory.state.cpu().numpy()
-        self._failed(host, trajectory, outputs, stats, on_failure)
+        self._failed(trajectory, outputs, stats, on_failure)
         kept = Captured(captured, self.field.func)
         outputs = by_graph.attach(lease, self.problem, outputs, self.structure.leaves, self.t, kept, stats)
         return self._solution(outputs, trajectory, None, stats)
@@ -234,11 +232,10 @@ class Job:
         problem, options = self.problem, self.options
         wanted = engine.sources.wanted
         trajectory = engine.solve(keep=wanted and gradient != "adjoint")
-        self.field.nfe = evaluations(options, trajectory.state, self.grid, problem)
+        self.field.nfe = evaluations(options, trajectory.host_state(), self.grid, problem)
         stats = self._stats(trajectory)
-        host = None if trajectory.state is None else trajectory.state.cpu().numpy()
         outputs = trajectory.ys
-        self._failed(host, trajectory, outputs, stats, on_failure)
+        self._failed(trajectory, outputs, stats, on_failure)
         if wanted:
             outputs = attach_compiled(engine, gradient, backward, outputs, stats, lambda: self._again(on_failure))
         return self._solution(outputs, trajectory, None, stats)
@@ -296,14 +293,14 @@ class Job:
         if options.adaptive and transforms.under_vmap():
             return self._run_mapped(on_failure)
         if options.adaptive:
-            ys, trajectory, host, nfe = transforms.solve_on_found_steps(problem, options, self.field.func, structure, self.t)
+            ys, trajectory, nfe = transforms.solve_on_found_steps(problem, options, self.field.func, structure, self.t)
         else:
             assert self.grid is not None
             ys, nfe = transforms.solve_on_grid(problem, options, self.field.func, structure, self.t, self.grid)
-            trajectory, host = Trajectory(ys, [leaf[-1].detach() for leaf in ys], None), None
+            trajectory = Trajectory(ys, [leaf[-1].detach() for leaf in ys], None)
         self.field.nfe = nfe
         stats = self._stats(trajectory)
-        self._failed(host, trajectory, ys, stats, on_failure)
+        self._failed(trajectory, ys, stats, on_failure)
         return self._solution(ys, trajectory, None, stats)
 
     def _run_mapped(self, on_failure: str) -> Solution:
@@ -404,9 +401,9 @@ class Job:
             counts = torch.full((rows,), steps, device="cpu"), torch.zeros(rows, dtype=torch.int64, device="cpu")
         return Stats(self.field.nfe, *counts, self.problem.per_sample)
 
-    def _failed(self, state: Any, trajectory: Trajectory, ys: list[Tensor], stats: Stats, on_failure: str) -> bool:
-        """Whether the solver state, a NumPy array, is that of a solve that failed. It is raised, or outputs that were not
-        reached become NaN."""
+    def _failed(self, trajectory: Trajectory, ys: list[Tensor], stats: Stats, on_failure: str) -> bool:
+        """Whether the solve failed. That is raised, or outputs that were not reached become NaN."""
+        state = trajectory.host_state()
         if state is None:
             return False
         status = state[FIELDS["status"]]

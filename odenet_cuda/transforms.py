@@ -105,8 +105,8 @@ def solve_on_grid(
 
 def solve_on_found_steps(
     problem: Problem, options: Options, func: Callable, structure: Structure, t: Tensor
-) -> tuple[list[Tensor], Trajectory, Any, int]:
-    """(outputs, trajectory on the plain values, solver state as a NumPy array, calls of func) of an adaptive method."""
+) -> tuple[list[Tensor], Trajectory, int]:
+    """(outputs, trajectory on the plain values, calls of func) of an adaptive method."""
     tableau = options.tableau
     recorder = Recorder(
         tableau, problem.t, problem.per_sample, len(problem.leaves), checkpoints=Checkpoints(1), carried=not tableau.fsal
@@ -115,10 +115,10 @@ def solve_on_found_steps(
         finder = Field(Values(func, structure, stack), structure)
         plain = replace(problem, field=finder, leaves=[values(leaf).contiguous() for leaf in structure.leaves])
         trajectory = integrate(plain, options, recorder=recorder)
-        state = None if trajectory.state is None else trajectory.state.cpu().numpy()
+        trajectory.host_state()  # here, where tensors are plain
     field = PlainField(func, structure)
     ys = replay(recorder.tape, tableau, problem, field, structure.leaves, t)
-    return ys, trajectory, state, finder.nfe + field.nfe
+    return ys, trajectory, finder.nfe + field.nfe
 
 
 class Rows:

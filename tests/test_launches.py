@@ -140,6 +140,33 @@ def test_forward(launches, control, outputs):
     assert looks <= 1 and sum(found.values()) <= MOST
 
 
+WAITS = ["cpu", "item", "tolist", "__int__", "__float__", "__bool__"]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_the_host_waits_once(launches, monkeypatch, control, recorded):
+    """At the end, for all that it then reads: states of recorded steps, counts, statuses."""
+    waits = []
+    net, t = Net(2, launches), torch.linspace(0, 1, 3, dtype=D)
+    adaptive_run = adaptive.AdaptiveSolver.run
+
+    def counted(name):
+        method = getattr(torch.Tensor, name)
+        return lambda self: waits.append(name) or method(self)
+
+    def run(self, start=None):
+        for name in WAITS:
+            monkeypatch.setattr(torch.Tensor, name, counted(name))
+        return adaptive_run(self, start)
+
+    monkeypatch.setattr(adaptive.AdaptiveSolver, "run", run)
+    with torch.set_grad_enabled(recorded):
+        solution = solve(net, torch.linspace(-1, 1, 12, dtype=D).view(3, 4), t, gradient="direct", step_control=control)
+    assert waits == ["cpu"]
+    assert solution.ys.requires_grad == recorded
+
+
 @pytest.mark.parametrize("seminorm", [False, True])
 @pytest.mark.parametrize("layers", [1, 40])
 def test_adjoint(launches, layers, seminorm):

@@ -323,51 +323,52 @@ class Engine:
             grid = backward_grid(options, problem.field, self._leaves(states[i]), piece.t)
             start = torch.cat([states[i], a], 1)
             if failed is not None and bool(failed.any()):
-                ends, state = self._solve_some(~failed, solve, start, piece, options, (constants, total, chunk))
+                ends, host = self._solve_some(~failed, solve, start, piece, options, (constants, total, chunk))
             else:
                 ends, state = self._solve(solve, start, piece, options, grid, sums=(constants, of_interval, chunk))
-                self.check(state, piece)
+                host = self.check(state, piece)
                 total += of_interval
             found, stored = self._leaves(ends[-1][:, :n].contiguous()), self._leaves(states[i - 1])
             add_drift(stats, backward, problem, found, stored, failed if problem.per_sample else None)
             a = ends[-1][:, n:] + grads[i - 1]
-            self.nfe_backward += evaluations(options, state, grid, piece)
+            self.nfe_backward += evaluations(options, host, grid, piece)
         warn_of_drift(stats, options.adaptive)
         return self._gradients(a, constants, total)
 
     def _solve_some(
         self, rows: Tensor, solve: str, start: Tensor, piece: Problem, options: Options, sums: tuple[Tensor, Tensor, int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same as `_solve` for some rows, where others failed; gradients of arguments are added to sums[1]."""
+    ) -> tuple[Tensor, Any]:
+        """The same as `_solve` and `check` for some rows, where others failed; gradients of arguments are added to sums[1]."""
         some, (constants, total, chunk) = copy.copy(self), sums
         some.batch, some.arguments = int(rows.sum()), self.arguments[rows]
         some.problem = replace(self.problem, leaves=[leaf[rows] for leaf in self.problem.leaves])
         arguments = torch.zeros_like(some.arguments)
         found, state = some._solve(solve, start[rows], piece, options, None, sums=(constants, arguments, chunk))
-        some.check(state, piece)
+        host = some.check(state, piece)
         total[rows] += arguments
         ys = start.new_zeros(len(found), *start.shape)
         ys[:, rows] = found
-        return ys, state
+        return ys, host
 
-    def check(self, state: Tensor | None, problem: Problem) -> None:
-        """Raises SolverError where the backward solve failed."""
+    def check(self, state: Tensor | None, problem: Problem) -> Any:
+        """The solver state as a NumPy array, None without error control. Raises SolverError where the backward solve failed."""
         from ..solution import Solution, Stats, raise_failure
 
         if state is None:
-            return
+            return None
+        host = state.cpu().numpy()
         counts = state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]]
         last = self._leaves(self.y_last[:, : self.state])
         t = torch.tensor(problem.t, dtype=torch.float64, device="cpu")
         solution = Solution(last, t, Stats(0, *counts, problem.per_sample), last, None, problem.per_sample)
-        raise_failure(state.cpu().numpy(), solution, self.options.control.max_num_steps)
+        raise_failure(host, solution, self.options.control.max_num_steps)
+        return host
 
 
-def evaluations(options: Options, state: Tensor | None, grid: Grid | None, problem: Problem) -> int:
-    """Calls of func that such a solve takes."""
+def evaluations(options: Options, host: Any, grid: Grid | None, problem: Problem) -> int:
+    """Calls of func that such a solve takes. host: its state as a NumPy array."""
     tableau = options.tableau
-    if state is not None:
-        host = state.cpu().numpy()
+    if host is not None:
         tried = host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]
         tries = int(tried[0] if len(tried) == 1 else tried.max())
         jumps = sum(min(problem.t[0], problem.t[-1]) < jump < max(problem.t[0], problem.t[-1]) for jump in options.jump_t)

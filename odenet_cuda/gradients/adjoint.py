@@ -313,8 +313,8 @@ def solve_backwards(
         backward.held = at_rest(problem, [*a, *costs], failed) if per_sample else None
         grid = backward_grid(options, field, y, backward.t)
         trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid)
-        if trajectory.state is not None:
-            state = trajectory.state.cpu().numpy()
+        state = trajectory.host_state()
+        if state is not None:
             stats.nfe_backward = field.nfe
             raise_failure(state, last_state(trajectory.last[: 2 * n], problem, stats), options.control.max_num_steps)
             if not per_sample:  # the next interval goes on with the step size this one ended with

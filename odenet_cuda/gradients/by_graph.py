@@ -180,7 +180,7 @@ def solve(
         ys, last = ([leaf.detach().clone() for leaf in leaves] for leaves in (found.ys, found.last))
         state = None if found.state is None else found.state.clone()
     read = [(x, version) for x, version in read if x._version == version]  # the others func writes itself: counts, say
-    return Trajectory(ys, last, state), Lease(key, graphed, Fence(problem.device), read)
+    return Trajectory(ys, last, state, seen=found.seen), Lease(key, graphed, Fence(problem.device), read)
 
 
 def attach(

@@ -314,8 +314,8 @@ def solve_backwards(
         backward.held = at_rest(problem, [*backward.leaves, *costs], failed) if problem.per_sample else None
         grid = backward_grid(options, field, y, backward.t)
         trajectory = integrate(backward, options, callbacks=adjoint.callbacks, recorder=recorder, grid=grid)
-        if trajectory.state is not None:
-            state = trajectory.state.cpu().numpy()
+        state = trajectory.host_state()
+        if state is not None:
             stats.nfe_backward = field.nfe
             raise_failure(state, last_state(trajectory.last, problem, stats), options.control.max_num_steps)
             if not problem.per_sample:

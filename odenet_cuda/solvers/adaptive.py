@@ -202,16 +202,16 @@ class AdaptiveSolver:
             if not ended and self.captures and self.replay is None:  # after a step in which what func does once is done
                 with suppress(Busy):
                     self._capture()
-        if self.unseen:
-            hosts = torch.stack([state for state, _ in self.unseen]).cpu().numpy()
-            for host, (_, seen) in zip(hosts, self.unseen, strict=True):
-                self.recorder.step(host, *seen)
-            self.unseen = []
-        tried = self.state[FIELDS["num_accepted"]] + self.state[FIELDS["num_rejected"]]
-        self.expected = int(tried.max())
+        *hosts, host = torch.stack([*[state for state, _ in self.unseen], self.state]).cpu().numpy()  # the one wait
+        for seen_state, (_, seen) in zip(hosts, self.unseen, strict=True):
+            self.recorder.step(seen_state, *seen)
+        self.unseen = []
+        self.expected = int((host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]).max())
         calls = self.tableau.stages - 1 + (0 if self.after_step is None else self.after_step.calls)
         counter.nfe = called + self.expected * calls  # steps past the end do not count
-        return self._trajectory()
+        trajectory = self._trajectory()
+        trajectory.seen = host
+        return trajectory
 
     def _capture(self) -> None:
         self.replay = repeated(self._step, self.state[FIELDS["status"]]) if self.loops else None

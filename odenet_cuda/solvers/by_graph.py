@@ -97,4 +97,4 @@ def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], calle
         graphs.give(key, solver, Fence(problem.device))
     elif wanted:
         graphs.set_mark(key, NEVER)
-    return Trajectory(ys=ys, last=last, state=state, sums=found.sums, call=call)
+    return Trajectory(ys=ys, last=last, state=state, sums=found.sums, call=call, seen=found.seen)

@@ -19,13 +19,20 @@ from .checkpoints import Checkpoints
 class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
-    the next solve may write."""
+    the next solve may write. seen: the state as a NumPy array, once the host has waited for it."""
 
     ys: list[Tensor]
     last: list[Tensor]
     state: Tensor | None
     sums: Sequence[Tensor] = ()
     call: "Evaluation | None" = None
+    seen: Any = None
+
+    def host_state(self) -> Any:
+        """The state as a NumPy array; None without one. The host waits for the device once."""
+        if self.seen is None and self.state is not None:
+            self.seen = self.state.cpu().numpy()
+        return self.seen
 
 
 @dataclass(slots=True)
