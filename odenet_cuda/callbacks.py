@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 
-from .problem import Structure
+from .problem import Structure, WithArguments
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
@@ -11,8 +11,10 @@ CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 def find_callbacks(func: Callable, structure: Structure, adaptive: bool, suffix: str = "") -> dict[str, Callable]:
     """The callbacks that are methods of func, by name, over leaves. Warns of those that the method cannot serve."""
     found: dict[str, Callable] = {}
+    # For Dynamo of torch 2.11 an object whose attributes are another's has every attribute: the other is asked.
+    owner = func._func if isinstance(func, WithArguments) else func
     for name in CALLBACKS:
-        callback = getattr(func, name + suffix, None)
+        callback = getattr(owner, name + suffix, None)
         if callback is None:
             continue
         if not adaptive and name != "callback_step":
