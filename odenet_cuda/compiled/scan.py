@@ -3,10 +3,9 @@
 import dis
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import CodeType
-from typing import Any
 
 # Between a load of a name and a store into it, these leave no other trace of what was loaded: name = name + something.
 _COUNTING = {
@@ -37,21 +36,10 @@ class Names:
     opaque: set[str] = field(default_factory=set)
 
 
-def _setters(fields: list[str]) -> list[tuple[bytes, tuple[str, ...]]]:
-    kind: Any = make_dataclass("_", fields, frozen=True)
-    return [(method.__code__.co_code, method.__code__.co_names) for method in (kind.__setattr__, kind.__delattr__)]
-
-
-# What dataclasses generate to refuse every change: the code is the same but for the names of the fields.
-_FROZEN = {*_setters([]), *_setters(["x"])}
-
-
 @lru_cache(maxsize=4096)
 def names_of(code: CodeType) -> Names:
     """Those of a code object and of all within it."""
     names = Names()
-    if (code.co_code, code.co_names) in _FROZEN:
-        return names
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL", "RESUME")]
     for place, instruction in enumerate(instructions):
         name, value = instruction.opname, instruction.argval

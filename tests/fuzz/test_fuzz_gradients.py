@@ -193,7 +193,8 @@ def test_differences(case, seed, gradient):
         with torch.no_grad():
             t = moved[-1].tolist() if of_times else times
             # An interpolant's error differs from one choice of steps to the next by far more than that of the steps.
-            lands = {"step_t": sorted({*how.get("step_t", ()), *t[1:-1]} - {*how.get("jump_t", ())})} if "step_control" in how else {}
+            stops = {*how.get("step_t", ()), *t[1:-1]} - {*how.get("jump_t", ())}
+            lands = {"step_t": sorted(stops)} if "step_control" in how else {}
             return float(weighted(leaves_of(solve(here, state, t, args=tuple(moved[count:at]), **how | lands).ys)))
 
     difference = (loss(STEP) - loss(-STEP)) / (2 * STEP)
