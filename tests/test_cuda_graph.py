@@ -707,6 +707,7 @@ def test_the_host_waits_and_looks_seldom():
 
 # ---- on a GPU ----
 
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("wanted", [False, True], ids=["forward", "adjoint"])
 @pytest.mark.parametrize(
