@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     report = Report(out, machine)
     good = run_parts(parts, begin, BOUNDS[arguments.stage] - 5, machine["card"], report)
-    table = report.table(parts)
+    table = report.table()
     (out / "table.txt").write_text(table)
     print(f"\n{table}\n{time.monotonic() - begin:.0f} s; the results are in {os.path.relpath(out)}")
     return 0 if good else 1

@@ -99,7 +99,7 @@ def pretended_card(capability: str) -> Iterator[None]:
     major, minor = map(int, capability.split("."))
     card = Card((major, minor), 132, 227 << 10)
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **options: Any) -> None:
         raise Compiled
 
     with (

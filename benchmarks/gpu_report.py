@@ -205,7 +205,7 @@ class Report:
 
     def __init__(self, folder: Path, machine: dict[str, Any]):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.done = folder, list[dict[str, Any]]()
+        self.parts, self.done = list[Part](), list[dict[str, Any]]()
         self.lines, self.log = folder / "parts.jsonl", folder / "log.txt"
         self.log.write_text("")
         self.lines.write_text(json.dumps({"machine": machine}) + "\n")
@@ -221,6 +221,7 @@ class Report:
                 done |= {"command": command, "output": finished.output[-TAIL:]}
         with self.lines.open("a") as file:
             file.write(json.dumps(done) + "\n")
+        self.parts.append(part)
         self.done.append(done)
         took = f", {finished.seconds:.1f} s" if finished else ""
         print(f"{at:6.1f} s  {part.name}: {problem or 'passed'}{took}", flush=True)
@@ -228,10 +229,10 @@ class Report:
     def problem(self, name: str) -> str | None:
         return next((done["problem"] for done in self.done if done["part"] == name), None)
 
-    def table(self, parts: list[Part]) -> str:
+    def table(self) -> str:
         """Short, for it is what is read first: failures, then figures."""
         lines = []
-        for part, done in zip(parts, self.done, strict=False):
+        for part, done in zip(self.parts, self.done, strict=True):
             details = done.get("details") or {}
             counts = ", ".join(f"{count} {name}" for name, count in details.get("counts", {}).items())
             lines.append(f"{part.name:22} {done.get('seconds', 0):6.1f} s  {done['problem'] or counts or 'passed'}"[:240])
@@ -249,7 +250,8 @@ def run_parts(parts: list[Part], begin: float, bound: float, card: str | None, r
         for number, part in enumerate(parts):
             if part.background and not (part.gpu and card is None):
                 running[number] = Running(part.command, part.env, nice=10)
-        for number, part in enumerate(parts):
+        # What cannot run says so at once, and not after a build.
+        for number, part in sorted(enumerate(parts), key=lambda pair: not (pair[1].gpu and card is None)):
             at = time.monotonic() - begin
             missing = next((name for name in part.needs if report.problem(name)), None)
             if part.gpu and card is None:

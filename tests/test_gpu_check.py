@@ -101,6 +101,9 @@ def test_parts_that_cannot_run(tmp_path):
     assert not good and late["problem"] == "not run: no time was left"
     good, (no_gpu,) = run_all(tmp_path, part("import time; time.sleep(60)", gpu=True, background=True))
     assert good and no_gpu["problem"] == report.NO_GPU and "seconds" not in no_gpu
+    parts = part("print()", name="build"), part("print()", gpu=True, needs=("build",))
+    good, (no_gpu, built) = run_all(tmp_path, *parts)
+    assert good and no_gpu["problem"] == report.NO_GPU and built["part"] == "build"  # said at once, not after the build
     good, (here,) = run_all(tmp_path, part("print()", gpu=True), card="Some GPU")
     assert good and here["problem"] is None
 
