@@ -12,8 +12,9 @@ def pairs(result: Details, *without: str) -> str:
 
 def native_lines(details: Details) -> Iterator[str]:
     """What is wrong, and figures of the largest sizes."""
-    results = details.get("results", [])
-    for result in results:
+    for result in details.get("results", []):
+        if result.get("checked"):
+            yield f"{result['checked']} comparisons, {result['wrong']} wrong"
         bad = "failed" in result or ("wrong" in result and "checked" not in result)
         if bad or ("checked" not in result and result.get("MiB", 256) >= 64 and result.get("slopes", 6) in (0, 6)):
             yield f"{'WRONG ' * bad}{result['what']}: {pairs(result, 'what')}"

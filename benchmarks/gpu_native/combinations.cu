@@ -65,6 +65,7 @@ void stages_of(double copy) {
       const int64_t size = mib * mebi() / sizeof(T);
       const StageCase<T> made(1, size, slopes, 0, true, dt.get());
       const Time t = timed([&] { MUST(cuda::stage(&made.args, 1, stream)); }, mib == 1 ? 50 : 1);
+      if (quick) continue;
       Line line(std::string("stage ") + Name<T>::is);
       line.add("MiB", mib).add("slopes", int64_t{slopes}).add("us", t.median * 1e3).add("least us", t.least * 1e3);
       const double rate = (slopes + 2.0) * size * sizeof(T) / t.median / 1e6;
@@ -93,6 +94,7 @@ void advances_of(double copy) {
     accept.send({1.0});
     const Time accepted = timed(advance, mib == 1 ? 50 : 1);
     is(2, 3);
+    if (quick) continue;
     Line line(std::string("advance ") + Name<T>::is);
     line.add("MiB", mib).add("us", accepted.median * 1e3).add("rejected us", rejected.median * 1e3);
     if (mib > 1) line.add("of copy", 4.0 * size * sizeof(T) / accepted.median / 1e6 / copy);
@@ -146,6 +148,7 @@ void dense_outputs_of(double copy) {
     compare(untouched && worst < 4 * Name<T>::eps, std::string("dense_output ") + Name<T>::is, [&](Line& line) {
       line.add("MiB", mib).add("apart", worst).add("written where no output falls", int64_t{!untouched});
     });
+    if (quick) continue;
     Line line(std::string("dense_output ") + Name<T>::is);
     line.add("MiB", mib).add("us", one.median * 1e3).add("no output us", none.median * 1e3);
     if (mib > 1) line.add("of copy", (kSlopes + 2.0) * size * sizeof(T) / one.median / 1e6 / copy);

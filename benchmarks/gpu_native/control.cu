@@ -125,6 +125,7 @@ void errors_of(double copy) {
     const Time alone = timed([&] { made.error(); }, mib == 1 ? 50 : 1);
     const Time both = timed([&] { made.with_control(); }, mib == 1 ? 50 : 1);
     const double bytes = (kSlopes + 2.0) * size * sizeof(T);
+    if (quick) continue;
     Line line(std::string("error ") + Name<T>::is);
     line.add("MiB", mib).add("us", alone.median * 1e3).add("with control us", both.median * 1e3);
     if (mib == 1) continue;
@@ -163,6 +164,7 @@ void rows() {
              state[kNumAccepted * count + row] == state[kNumAccepted * count];
     }
     compare(good, "rows", [&](Line& line) { line.add("rows", count); });
+    if (quick) continue;
     Line line("rows x 8 float32");
     line.add("rows", count).add("one launch us", one.median * 1e3).add("three launches us", three.median * 1e3);
     line.add("control alone us", alone.median * 1e3);

@@ -78,7 +78,7 @@ constexpr unsigned kBlocks = 1;
 constexpr int64_t kSteps = 20;
 #endif
 inline cudaStream_t stream;
-inline bool quick = kEmulated;  // few sizes, and small ones
+inline bool quick = kEmulated;  // few sizes, small ones, and no figures
 inline int64_t mebi() {
   return int64_t{1} << (kEmulated ? 6 : quick ? 10 : 20);
 }

@@ -113,6 +113,7 @@ struct Solve {
     compare(good, way, [&](Line& line) {
       line.add("status", of(kStatus, 0)).add("time", of(kTime, 0)).add("accepted", of(kNumAccepted, 0));
     });
+    if (quick) return;
     Line line(way);
     line.add("rows", rows).add("columns", columns).add("us a step", ms * 1e3 / steps).add("apart", worst);
   }
@@ -195,6 +196,7 @@ void launch_cost() {
   }),
                             0));
   const Time graph = timed([&] { MUST(cudaGraphLaunch(made, stream)); });
+  if (quick) return;
   Line line("launch");
   line.add("parameter bytes", int64_t{bytes}).add("host us", host.count() / number);
   line.add("one after the other us", single.median * 1e3).add("in a graph us", graph.median * 1e3 / 100);
