@@ -21,6 +21,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -198,11 +199,11 @@ def arithmetic(count: int, seconds: float, device: str) -> dict[str, Any]:
     return found
 
 
-def lorenz_ensembles(device: str, quick: bool) -> Iterator[tuple[str, str, int, Callable[[], dict[str, Way]]]]:
-    """Title, problem, number of trajectories and ways, by size."""
+def lorenz_ensembles(device: str, quick: bool, scale: int) -> Iterator[tuple[str, str, int, Callable[[], dict[str, Way]]]]:
+    """Title, problem, number of trajectories and ways, by size. scale: what sizes are divided by."""
     made = set()
     for count in TRAJECTORIES[: 2 if quick else None]:
-        count = max(8, count // (1000 if device == "cpu" else 1))
+        count = max(8, count // scale)
         if count in made:
             continue
         made.add(count)
@@ -226,8 +227,7 @@ def nets(device: str, quick: bool, card: bool) -> Iterator[tuple[str, str, Calla
 def compiled_solves() -> Iterator[tuple[str, Way]]:
     """Those that gpu_prepare compiles beforehand, of tensors of the CPU."""
     yield from compiled_rivals()
-    made = [(title, ways) for title, _, _, ways in lorenz_ensembles("cpu", quick=False)]
-    for title, ways in [*made, *((title, ways) for title, _, ways in nets("cpu", False, card=True))]:
+    for title, _, *_, ways in chain(lorenz_ensembles("cpu", quick=False, scale=1), nets("cpu", quick=False, card=True)):
         yield from ((f"{title}: {name}", way) for name, way in ways().items() if name.startswith("compiled"))
 
 
@@ -255,8 +255,9 @@ def main() -> None:
 
     if "rivals" in problems:
         bench_rivals(device, quick, settings.runs, add)
+    scale = 1000 if device == "cpu" else 1
     if "lorenz" in problems:
-        for title, problem, count, ways in lorenz_ensembles(device, quick):
+        for title, problem, count, ways in lorenz_ensembles(device, quick, scale):
             found = bench(title, problem, ways(), 1e-3, settings)
             total = found.get("compiled", {}).get("total")
             more = arithmetic(count, total["median"], device) if total and problem == "rk4" else {}

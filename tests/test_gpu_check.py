@@ -270,6 +270,22 @@ def test_what_a_prepared_program_is_made_of(tmp_path, monkeypatch):
     assert all(source.suffix == ".cu" for source in prepare.native_sources()) and len(prepare.native_sources()) > 8
 
 
+def test_prepared_fields(monkeypatch):
+    """Solves of tensors of the CPU compile what the card will ask for: several threads a sample in wide nets, tensor cores; and
+    end there."""
+    from odenet_cuda.compiled import plan
+
+    teams = []
+    monkeypatch.setattr(plan.Plan, "build", lambda self, wanted: teams.append([target.team for _, target in wanted]))
+    solves = dict(smoke.compiled_solves())
+    with prepare.pretended_card("9.0"):
+        for name in ("a thread a sample, joint", "bf16"):
+            with pytest.raises(prepare.Compiled):
+                solves[f"smoke: compiled, {name}"]()
+    (alone, _), (wide, back) = teams
+    assert alone.groups == 1 and wide == back and wide.groups > 1 and wide.matmul == "bf16"
+
+
 def test_the_smoke_test():
     """A case that is right, one too far apart, one that raises; those that are compiled are prepared."""
     named = {name: options for name, _, options in smoke.cases()}
