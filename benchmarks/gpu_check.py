@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gpu_prepare import CACHE, NATIVE, find_tool
+from gpu_prepare import CACHE, FIELDS, NATIVE, find_tool, unpack
 from gpu_report import (
     ROOT,
     Finished,
@@ -83,7 +83,7 @@ def find_card() -> dict[str, str] | None:
 
 
 def last_line(command: list[str]) -> str | None:
-    finished = run(command, 10)
+    finished = run(command, 30)
     return finished.output.strip().splitlines()[-1] if finished.code == 0 and finished.output.strip() else None
 
 
@@ -127,8 +127,12 @@ def extension(machine: dict[str, Any], limit: float) -> list[Part]:
     }
     aside = ROOT / "build" / "gpu" / "extension"
     where = ["--inplace"] if machine["card"] else ["--build-lib", str(aside / "lib"), "--build-temp", str(aside / "temp")]
-    build = Part("extension", python("setup.py", "build_ext", *where), limit, env=env, gpu=False, background=True)
-    return [build, Part("import", python("-c", LOADED), 15, read_loaded, needs=("extension",))]
+    warm = "import torch; torch.zeros(1).cuda(); print(torch.__version__, torch.cuda.get_device_properties(0))"
+    return [
+        Part("torch", python("-c", warm), 90, background=True),  # its libraries are read from the disk meanwhile
+        Part("extension", python("setup.py", "build_ext", *where), limit, env=env, gpu=False, background=True),
+        Part("import", python("-c", LOADED), 15, read_loaded, needs=("torch", "extension")),
+    ]
 
 
 def native(name: str, limit: float, program: Path, *arguments: str) -> Part:
@@ -262,8 +266,9 @@ def main(argv: list[str] | None = None) -> int:
     home = ROOT / "benchmarks" / "results" if machine["card"] else ROOT / "build" / "gpu"
     out = (arguments.out or home / f"{machine['date']}-{card}-{machine['commit']}-{arguments.stage}").resolve()
     (ROOT / "build" / "gpu").mkdir(parents=True, exist_ok=True)
-    if CACHE.exists():
-        os.environ.setdefault("ODENET_CACHE", str(CACHE))
+    os.environ.setdefault("ODENET_CACHE", str(CACHE))
+    if FIELDS.exists():
+        unpack()
     parts = chosen(STAGES[arguments.stage](machine, out, arguments.emulate), arguments.only)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     report = Report(out, machine)

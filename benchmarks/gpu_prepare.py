@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_prepare.py [native] [fields] [--capability 9.0]     both unless given
 
-build/gpu/native is the program of benchmarks/gpu_native/, build/gpu/cache the compiled fields of gpu_smoke.py, bench_cuda.py
-and bench_ensemble.py: nvcc takes a quarter of a minute for each. gpu_check.py finds them there; `native` leaves a program alone
-that is built from these very sources and runs here.
+build/gpu/native, with its digest beside it, is the program of benchmarks/gpu_native/, build/gpu/fields.tar.xz the compiled
+fields of gpu_smoke.py, bench_cuda.py and bench_ensemble.py: nvcc takes a quarter of a minute for each. These three files are
+all that gpu_check.py needs to find on another machine. `native` leaves a program alone that is built from these very sources
+and runs here.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "gpu"
-NATIVE, CACHE = FOLDER / "native", FOLDER / "cache"
+NATIVE, CACHE, FIELDS = FOLDER / "native", FOLDER / "cache", FOLDER / "fields.tar.xz"
 FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}"]
 
 
@@ -141,6 +143,22 @@ def compile_fields(capability: str) -> int:
     return failed
 
 
+def pack() -> None:
+    """Each holds the same CUDA runtime, so that together they are small."""
+    with tarfile.open(FIELDS, "w:xz") as archive:
+        for library in sorted(CACHE.glob("*.so")):
+            archive.add(library, library.name)
+
+
+def unpack() -> None:
+    """Into the cache, as this user's own: those of another user would be refused."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(FIELDS) as archive:
+        for member in archive.getmembers():
+            if not (CACHE / member.name).exists():
+                archive.extract(member, CACHE, filter="data")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="native|fields")
@@ -154,7 +172,12 @@ def main() -> int:
         if not is_built(NATIVE, arguments.capability):
             compile_native(NATIVE, arguments.capability)
         print(f"{NATIVE.relative_to(ROOT)} is built for {arguments.capability}")
-    return 1 if "fields" in what and compile_fields(arguments.capability) else 0
+    if "fields" not in what:
+        return 0
+    failed = compile_fields(arguments.capability)
+    pack()
+    print(f"{FIELDS.relative_to(ROOT)} has {FIELDS.stat().st_size / 2**20:.1f} MiB")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

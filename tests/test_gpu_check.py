@@ -251,6 +251,8 @@ def test_a_stage_without_a_gpu(stage, tmp_path, monkeypatch, capsys):
     make = check.STAGES[stage]
     monkeypatch.setitem(check.STAGES, stage, lambda *given: [part for part in make(*given) if part.gpu])
     monkeypatch.setattr(report, "Running", None)
+    monkeypatch.setattr(check, "FIELDS", tmp_path / "none")
+    monkeypatch.setenv("ODENET_CACHE", str(tmp_path / "cache"))
     assert check.main(["--stage", stage, "--out", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"parts.jsonl", "log.txt", "table.txt"}
     table, said = (tmp_path / "out" / "table.txt").read_text(), capsys.readouterr().out
@@ -268,6 +270,20 @@ def test_what_a_prepared_program_is_made_of(tmp_path, monkeypatch):
     program.write_text("#!/no/such/interpreter\n")
     assert not prepare.is_built(program, "9.0")
     assert all(source.suffix == ".cu" for source in prepare.native_sources()) and len(prepare.native_sources()) > 8
+
+
+def test_packed_fields(tmp_path, monkeypatch):
+    """They come back whole, as this user's; one that is there already is left alone."""
+    monkeypatch.setattr(prepare, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(prepare, "FIELDS", tmp_path / "fields.tar.xz")
+    prepare.CACHE.mkdir()
+    for name, words in {"a.so": b"one", "b.so": b"two", "a.lock": b""}.items():
+        (prepare.CACHE / name).write_bytes(words)
+    prepare.pack()
+    (prepare.CACHE / "a.so").unlink()
+    (prepare.CACHE / "b.so").write_bytes(b"another")
+    prepare.unpack()
+    assert (prepare.CACHE / "a.so").read_bytes() == b"one" and (prepare.CACHE / "b.so").read_bytes() == b"another"
 
 
 def test_prepared_fields(monkeypatch):
