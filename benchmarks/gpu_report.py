@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -66,24 +67,31 @@ class Running:
         env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(env or {})}
         self.begin, self.log = time.monotonic(), tempfile.TemporaryFile()  # noqa: SIM115
         self.process: subprocess.Popen | None = None
-        self.words = ""
+        self.ended, self.words = 0.0, ""
         command = ["nice", "-n", str(nice), *command] if nice else command
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
         try:
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
         except OSError as error:
             self.words = f"{command[0]}: {error.strerror}\n"
+            return
+        self.watch = threading.Thread(target=self._watch, args=(self.process,), daemon=True)
+        self.watch.start()
+
+    def _watch(self, process: subprocess.Popen) -> None:
+        """When it ends, which may be long before it is waited for."""
+        process.wait()
+        self.ended = time.monotonic()
 
     def finish(self, limit: float) -> Finished:
         """What came of it, at most so many seconds after it began: it is interrupted before that, then killed."""
         if self.process is None:
             return Finished(127, 0.0, self.words)
         grace = min(INTERRUPT_S, limit / 4)
-        code = None
-        with suppress(subprocess.TimeoutExpired):
-            code = self.process.wait(max(0.0, self.begin + limit - grace - time.monotonic()))
+        self.watch.join(max(0.0, self.begin + limit - grace - time.monotonic()))
+        code = self.process.returncode if self.ended else None
         self.end(grace)
-        seconds = time.monotonic() - self.begin
+        seconds = (self.ended or time.monotonic()) - self.begin
         self.log.seek(0)
         return Finished(code, seconds, without_paths(self.log.read().decode(errors="replace")))
 

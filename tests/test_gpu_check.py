@@ -115,6 +115,9 @@ def test_background(tmp_path):
     wait = f"import os, time\nwhile not os.path.exists({str(mark)!r}): time.sleep(0.01)"
     good, (before, built) = run_all(tmp_path, part(wait, name="before"), build)
     assert good and before["problem"] is built["problem"] is None
+    brief = part("", name="build", background=True)
+    good, (before, built) = run_all(tmp_path, part("import time; time.sleep(2)", name="before"), brief)
+    assert good and built["seconds"] < before["seconds"]  # of its own, not those until it was waited for
     slow = part("import time; time.sleep(60)", limit=1.5, name="build", background=True)
     good, (_, built) = run_all(tmp_path, part("import time; time.sleep(1)", name="before"), slow)
     assert not good and built["problem"].startswith("ran past its limit") and built["at"] + 1 > 1.5 > built["at"]
