@@ -187,7 +187,7 @@ def first(machine: dict[str, Any], out: Path, emulate: bool) -> list[Part]:
     for part in alone if emulate else ():
         part.gpu = False
     checks = [
-        sanitized("memcheck", native("memcheck", 25, program, "--check", *kernels, "rows", "graph")),
+        sanitized("memcheck", native("memcheck", 25, program, "--check", *kernels, "rows")),
         sanitized("racecheck", native("racecheck", 25, program, "--check", *kernels)),
     ]
     smoke = Part("smoke", python("benchmarks/gpu_smoke.py"), 75, read_lines, needs=("extension",), short=smoke_lines)
@@ -198,7 +198,7 @@ def second(machine: dict[str, Any], out: Path, emulate: bool) -> list[Part]:
     few = ["--sizes", "64M", "256M", "--budget", "0.1", "--device", "cuda"]
     large = ["rivals", "lorenz", "--runs", "3", "--limit", "1"]
     return [
-        *extension(machine, 110),
+        *extension(machine, 180),
         tests("tests-ops", 80, *WORKERS, "-m", "gpu", *OPS_TESTS),
         tests("tests-fields", 75, *WORKERS, "-m", "gpu", *FIELD_TESTS),
         bench("cuda", 55, out, "bench_cuda.py", "--runs", "7", short=cuda_lines),
@@ -212,7 +212,7 @@ def third(machine: dict[str, Any], out: Path, emulate: bool) -> list[Part]:
     others = [f"--ignore={path}" for path in (*OPS_TESTS, *FIELD_TESTS)]
     few = ["-m", "gpu", "-k", SANITIZED, FIELD_TESTS[0], *OPS_TESTS[:2]]
     return [
-        *extension(machine, 110),
+        *extension(machine, 180),
         tests("tests-others", 70, *WORKERS, "-m", "gpu", "tests", *others),
         bench("nets", 80, out, "bench_ensemble.py", "nets", "--runs", "3", "--limit", "2", short=ensemble_lines),
         bench("training", 50, out, "bench_training.py", "--device", "cuda"),

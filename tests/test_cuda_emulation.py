@@ -30,7 +30,7 @@ COMPARED = {
     "stage": 100,
     "advance": 18,
     "dense_output": 6,
-    "error": 100,
+    "error": 60,
     "rows": 4,
     "launch": 0,
     "graph": 2,

@@ -1,4 +1,6 @@
 // The error of a step, and its control by the block that ends last.
+#include <map>
+
 #include "native.h"
 
 namespace odenet::native {
@@ -92,21 +94,26 @@ double expected_ratio(const Error<T>& s, int64_t row, double dt) {
 template <class T>
 void check_error(int64_t rows, int64_t columns) {
   const ErrorCase<T> made(rows, columns);
+  std::map<int64_t, double> expected;
+  for (int64_t row : {int64_t{0}, rows / 2, rows - 1}) {
+    if (!expected.count(row)) expected[row] = expected_ratio(made.args, row, 1e-4);
+  }
   for (int again = 1; again <= 3; ++again) {
     made.error();
     made.with_control();
     const std::vector<double> alone = made.ratio.fetch(), state = made.control.state.fetch();
-    for (int64_t row : {int64_t{0}, rows / 2, rows - 1}) {
-      const double expected = expected_ratio(made.args, row, 1e-4);
+    for (const auto& pair : expected) {
+      const int64_t row = pair.first;
+      const double ratio = pair.second;
       const double both = state[kErrorRatio * rows + row], accepted = state[kNumAccepted * rows + row];
-      const bool good = std::abs(alone[row] - expected) < 1e-4 * expected && both == alone[row] && accepted == again;
+      const bool good = std::abs(alone[row] - ratio) < 1e-4 * ratio && both == alone[row] && accepted == again;
       compare(good, std::string("error ") + Name<T>::is, [&](Line& line) {
         line.add("rows", rows)
             .add("columns", columns)
             .add("row", row)
             .add("ratio", alone[row])
             .add("with control", both);
-        line.add("expected", expected).add("accepted", accepted);
+        line.add("expected", ratio).add("accepted", accepted);
       });
     }
   }
