@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -273,6 +274,17 @@ def test_what_a_prepared_program_is_made_of(tmp_path, monkeypatch):
     program.write_text("#!/no/such/interpreter\n")
     assert not prepare.is_built(program, "9.0")
     assert all(source.suffix == ".cu" for source in prepare.native_sources()) and len(prepare.native_sources()) > 8
+
+
+def test_the_program_compiles_for_a_card(tmp_path):
+    """The part of it that no emulation has: launches with large parameters, graphs, WHILE nodes."""
+    nvcc = prepare.find_tool("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc was found")
+    source = BENCHMARKS / "gpu_native" / "solve.cu"
+    command = [nvcc, *prepare.FLAGS, "-arch=sm_90", "-Werror=all-warnings", "-c", str(source), "-o", str(tmp_path / "solve.o")]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stdout + compiled.stderr
 
 
 def test_packed_fields(tmp_path, monkeypatch):

@@ -80,7 +80,14 @@ void advances_of(double copy) {
     const int64_t size = mib * mebi() / sizeof(T);
     const Memory<T> y0 = filled<T>(size, 0), k0 = filled<T>(size, 1), y1 = filled<T>(size, 2), k1 = filled<T>(size, 3);
     const Memory<double> accept(std::vector<double>{0.0});
-    const Advance<T> s{y0.get(), k0.get(), y1.get(), k1.get(), accept.get(), 1, size};
+    Advance<T> s{};
+    s.y0 = y0.get();
+    s.k0 = k0.get();
+    s.y1 = y1.get();
+    s.k1 = k1.get();
+    s.accept = accept.get();
+    s.rows = 1;
+    s.columns = size;
     const auto advance = [&] { MUST(cuda::advance(&s, 1, stream)); };
     const auto is = [&](int y, int k) {
       const std::vector<T> a = y0.fetch(), b = k0.fetch();

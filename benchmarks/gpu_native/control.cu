@@ -148,7 +148,7 @@ void errors() {
   errors_of<float>(copy), errors_of<double>(copy), errors_of<BFloat16>(copy);
 }
 
-// How many rows are too many for one block? See kRowsInOneLaunch in csrc/stepper.cpp.
+// How many rows are too many for the block that ends last? See error_and_step_size in csrc/launch.h.
 void rows() {
   for (int64_t count : {1, 32, 64, 256, 512, 1024, 2048, 4096, 16384}) {
     if (quick && count > 256) break;

@@ -92,8 +92,14 @@ struct Solve {
       MUST(cudaMemsetAsync(y[0].get(), 0, bytes, stream));
     }
     MUST(cuda::error_and_step_size(&error, 1, work.get(), done.get(), control, times.get(), stream));
-    const double* accept = state.get() + kAccept * rows;
-    const Advance<float> moved{y0.get(), k[0].get(), y[6].get(), k[6].get(), accept, rows, columns};
+    Advance<float> moved{};
+    moved.y0 = y0.get();
+    moved.k0 = k[0].get();
+    moved.y1 = y[6].get();
+    moved.k1 = k[6].get();
+    moved.accept = state.get() + kAccept * rows;
+    moved.rows = rows;
+    moved.columns = columns;
     MUST(cuda::advance(&moved, 1, stream));
   }
   // `steps` were tried: as many as there are, and some more that change nothing.
