@@ -44,7 +44,7 @@ def compile_threads(folder: Path, flags: list[str], levels: dict[str, list[str]]
 
 
 def compile_emulation(folder: Path, flags: list[str], *programs: str) -> list[Path]:
-    """The CUDA kernels, blocks of 8 threads of the CPU in warps of 4. programs: "cuda_kernels", beside the CPU kernels, and
+    """The CUDA kernels, blocks of 8 threads of the CPU. programs: "cuda_kernels", beside the CPU kernels, and
     "gpu_native", that of benchmarks/gpu_native/."""
     own = {
         "cuda_kernels": {"kernels": [str(ROOT / "tests" / "native" / "cuda_kernels.cpp")], **cpu_units("baseline", [])},
@@ -60,7 +60,7 @@ def compile_emulation(folder: Path, flags: list[str], *programs: str) -> list[Pa
 
 def emulated_units(folder: str) -> dict[str, list[str]]:
     """The CUDA files of a folder, as C++."""
-    flags = ["-DODENET_THREADS=8", "-DODENET_WARP=4", '-DODENET_ARCHITECTURES="none"', "-Wno-unknown-pragmas"]
+    flags = ["-DODENET_THREADS=8", '-DODENET_ARCHITECTURES="none"', "-Wno-unknown-pragmas"]
     for header in ("emulated_runtime.h", "emulation.h"):
         flags += ["-include", str(ROOT / "tests" / "native" / header)]
     sources = sorted((ROOT / folder).glob("*.cu"))
