@@ -50,7 +50,8 @@ def ensemble_lines(details: Details) -> Iterator[str]:
             if (seconds := median(way)) is not None:
                 error = f" (error {way['error']:.1e})" if "error" in way else ""
                 told.append(f"{name} {seconds * 1e3:.3g} ms{error}")
-        yield f"{title}: {', '.join(told)}"
+        more = {name: ways[name] for name in ("to beat ms", "share") if name in ways}
+        yield ", ".join([f"{title}: {'; '.join(told)}", *(f"{name} {value:.3g}" for name, value in more.items())])
 
 
 def ops_lines(details: Details) -> Iterator[str]:

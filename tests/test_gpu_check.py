@@ -18,6 +18,7 @@ if not BENCHMARKS.exists():
 sys.path.insert(0, str(BENCHMARKS))
 report = importlib.import_module("gpu_report")
 check = importlib.import_module("gpu_check")
+tables = importlib.import_module("gpu_tables")
 prepare = importlib.import_module("gpu_prepare")
 smoke = importlib.import_module("gpu_smoke")
 
@@ -237,6 +238,26 @@ def test_stages(stage, machine, tmp_path):
     (build,) = (part for part in parts if part.name == "extension")
     assert build.env["TORCH_CUDA_ARCH_LIST"] == "9.0" and build.env["ODENET_CUDA"] == "1" and build.background
     assert ("--inplace" in build.command) == (machine["card"] is not None)
+
+
+def test_lines_of_the_table():
+    """What is wrong comes into it; of figures the largest sizes, with what they are held against."""
+    bad = {"what": "stage", "wrong": 1, "apart": 0.5}
+    figures = [{"what": "stage", "MiB": mib, "slopes": 6, "of copy": 0.9} for mib in (1, 256)]
+    lines = list(tables.native_lines({"results": [bad, *figures, {"what": "end of stage", "checked": 7, "wrong": 1}]}))
+    assert lines == ["WRONG stage: wrong 1, apart 0.5", "stage: MiB 256, slopes 6, of copy 0.9", "7 comparisons, 1 wrong"]
+    cases = [{"case": "a", "good": True, "warnings": []}, {"case": "b", "good": False, "error": "words"}]
+    assert list(tables.smoke_lines({"results": cases})) == ["1 of 2 are good", "b: good False, error words"]
+    total = {"total": {"median": 0.25}, "error": 1e-6}
+    found = {"ensemble": {"rivals": {"compiled": total, "captured": {"note": "no"}, "to beat ms": 0.5, "published ms": {}}}}
+    assert list(tables.ensemble_lines({"results": found})) == ["rivals: compiled 250 ms (error 1.0e-06), to beat ms 0.5"]
+    way = {"total": {"median": 0.032}, "ratio": 3.0, "launches": 8.0, "syncs": 1}
+    lines = list(tables.cuda_lines({"results": {"cuda": {"MLP": {"ours": way, "func_alone": 0.1}}}}))
+    assert lines == ["MLP", "  ours: 32 ms, torchdiffeq / this 3, launches a step 8, waits 1"]
+    rows = [{"": "stage6", "dtype": "float32", "bytes": n, "us": 5.0, "share": 0.9, "torch": 3.0} for n in (1, 2)]
+    assert len(list(tables.ops_lines({"results": {"ops": rows}}))) == 1
+    for lines_of in (tables.native_lines, tables.smoke_lines, tables.cuda_lines, tables.ensemble_lines, tables.ops_lines):
+        assert list(lines_of({})) == []
 
 
 def test_chosen_parts(tmp_path):
