@@ -149,7 +149,7 @@ def read_tests(finished: Finished, xml: Path, all_on_cuda: bool = False) -> Read
     unfinished: dict[str, None] = {}
     for line in finished.output.splitlines():
         line = re.sub(r"^\[gw\d+\] \[ *\d+%\] (\w+) (.*?) *$", r"\2 \1", line).rstrip()  # as workers tell it
-        if match := re.match(r"(\S+\.py::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b.*)?$", line):
+        if match := re.match(r"(\S+\.py::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL)(?: +\(.*)?(?: +\[ *\d+%\])?)?$", line):
             name, verdict = match.groups()
             if verdict is None:
                 unfinished[name] = None

@@ -165,11 +165,11 @@ def test_results_of_tests(hangs, tmp_path):
 
 def test_results_of_tests_in_workers(tmp_path):
     """Of workers that were killed, from their lines; a test that was begun and is not told of is unfinished."""
-    lines = ["tests/test_a.py::test_x[a b] ", "tests/test_a.py::test_y[1] ", "tests/test_a.py::test_z "]
+    lines = ["tests/test_a.py::test_x[a b] ", "tests/test_a.py::test_y[an ERROR in words] ", "tests/test_a.py::test_z "]
     lines += ["[gw0] [  1%] PASSED tests/test_a.py::test_x[a b] ", "[gw11] [ 52%] FAILED tests/test_a.py::test_z "]
     details, problem = report.read_tests(report.Finished(None, 1.0, "\n".join(lines)), tmp_path / "none.xml")
     assert details["counts"] == {"passed": 1, "failed": 1} and problem == "1 of 2 tests failed"
-    assert details["unfinished"] == ["tests/test_a.py::test_y[1]"]
+    assert details["unfinished"] == ["tests/test_a.py::test_y[an ERROR in words]"]
     assert [failure["test"] for failure in details["failures"]] == ["tests/test_a.py::test_z"]
 
 
