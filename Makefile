@@ -41,12 +41,12 @@ lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* tests/native/*.*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* tests/native/*.* benchmarks/*/*.cu benchmarks/*/*.h)
 
 format: $(SETUP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.* tests/native/*.*)
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.* tests/native/*.* benchmarks/*/*.cu benchmarks/*/*.h)
 
 bench: $(SETUP)
 	mkdir -p build/bench

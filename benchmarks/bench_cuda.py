@@ -18,7 +18,8 @@ everything runs but the counts, to see that it does.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,26 +190,39 @@ def bench(title: str, field: nn.Module, y0: Tensor, gradient: str | None, runs: 
     return {**results, "func_alone": func, "not served": why}
 
 
+def cases(quick: bool) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Fields and starts, the smallest first."""
+    torch.manual_seed(0)
+    made: dict[str, tuple[nn.Module, Tensor]] = {"MLP 8-32-8, 64 x 8": (MLP(), torch.randn(64, 8))}
+    if not quick:
+        made["MLP 64-64-64, 4,096 x 64"] = MLP(64, 64), torch.randn(4096, 64)
+        made["convolution block, 128 x 64 x 6 x 6"] = ConvolutionField(), torch.randn(128, 64, 6, 6)
+    return made
+
+
+def compiled_solves() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Those that gpu_prepare compiles beforehand: of the fields that can be read."""
+    for title, (field, y0) in cases(quick=False).items():
+        for gradient in (None, "adjoint", "direct") if isinstance(field, MLP) else ():
+            way = compiled(gradient or "adjoint", field)
+            yield f"{title}, {gradient or 'forward'}", partial(call, way, field, y0, STEPS, gradient)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="also write the results there")
+    parser.add_argument("--json", help="also write the results there, after each case")
     parser.add_argument("--runs", type=int, help="of each way; 15 unless given, 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="the small MLP alone")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     device = find_device(arguments.device)
-    torch.manual_seed(0)
     print_machine()
-    cases: dict[str, tuple[nn.Module, Tensor]] = {"MLP 8-32-8, 64 x 8": (MLP(), torch.randn(64, 8))}
-    if not arguments.quick:
-        cases["MLP 64-64-64, 4,096 x 64"] = MLP(64, 64), torch.randn(4096, 64)
-        cases["convolution block, 128 x 64 x 6 x 6"] = ConvolutionField(), torch.randn(128, 64, 6, 6)
     results: dict[str, Any] = {}
-    for title, (field, y0) in cases.items():
+    for title, (field, y0) in cases(arguments.quick).items():
         for gradient in (None, "adjoint", "direct"):
             runs = arguments.runs or (3 if arguments.quick else 15)
             results[f"{title}, {gradient or 'forward'}"] = bench(title, field.to(device), y0.to(device), gradient, runs)
-    save(arguments.json, {"cuda": results})
+            save(arguments.json, {"cuda": results})
 
 
 if __name__ == "__main__":

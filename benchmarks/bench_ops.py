@@ -55,8 +55,8 @@ def wide(x: Tensor) -> Tensor:
 def states(count: int, size: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     """`count` states of `size` bytes; the same numbers in each, shifted, for random numbers take long to draw."""
     numel = max(1, size // dtype.itemsize)
-    base = torch.randn(min(numel, 1 << 16), dtype=torch.float32).to(dtype)
-    return [base.roll(i).repeat(-(-numel // len(base)))[:numel].to(device) for i in range(count)]
+    base = torch.randn(min(numel, 1 << 16), dtype=torch.float32).to(dtype).to(device)
+    return [base.roll(i).repeat(-(-numel // len(base)))[:numel] for i in range(count)]
 
 
 def stage_case(slopes: int) -> Callable[..., Case]:

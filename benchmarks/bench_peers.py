@@ -95,7 +95,8 @@ def bench_case(case: Case, direction: str, expected: list[Tensor], runs: int, de
     return results
 
 
-def bench_peers(runs: int, quick: bool = False, device: str = "cpu") -> dict[str, Any]:
+def bench_peers(runs: int, quick: bool = False, device: str = "cpu", path: str | None = None) -> dict[str, Any]:
+    """path: where the results are also written, after each case."""
     torch.set_num_threads(THREADS)
     print(f"\ndopri5, float32, {device}, {THREADS} threads; / ours: time over ours with the same step control")
     results: dict[str, Any] = {}
@@ -103,6 +104,7 @@ def bench_peers(runs: int, quick: bool = False, device: str = "cpu") -> dict[str
         expected = reference(case)
         directions = ("forward",) if quick else ("forward", "training")
         results[case.name] = {name: bench_case(case, name, expected[name], runs, device) for name in directions}
+        save(path, {"peers": results})
     return results
 
 
@@ -116,7 +118,7 @@ def main() -> None:
     device = find_device(arguments.device)
     print_machine()
     runs = arguments.runs or (3 if arguments.quick else 7)
-    save(arguments.json, {"peers": bench_peers(runs, arguments.quick, device)})
+    bench_peers(runs, arguments.quick, device, arguments.json)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def bench_case(case: Case, gradient: str, runs: int, device: str) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="also write the results there")
+    parser.add_argument("--json", help="also write the results there, after each case")
     parser.add_argument("--runs", type=int, help="timed steps of each case; 7 unless given, 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="the convolution block with a batch of 8 alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -150,11 +150,11 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     print_machine()
     runs = arguments.runs or (3 if arguments.quick else 7)
-    results = {
-        case.name: {gradient: bench_case(case, gradient, runs, device) for gradient in INTERFACES}
-        for case in cases(arguments.quick, device)
-    }
-    save(arguments.json, {"training": results})
+    results: dict[str, Any] = {}
+    for case in cases(arguments.quick, device):
+        for gradient in INTERFACES:
+            results.setdefault(case.name, {})[gradient] = bench_case(case, gradient, runs, device)
+            save(arguments.json, {"training": results})
 
 
 if __name__ == "__main__":

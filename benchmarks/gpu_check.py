@@ -1,221 +1,281 @@
-"""One command for a machine with a GPU: builds for it, tests, looks for memory errors and races, measures, and reports.
+"""What a quarter of an hour on a GPU can tell, in three stages that each bring knowledge even if all later ones fail.
 
-    python benchmarks/gpu_check.py [--parts build,tests,sanitizer,bench] [--minutes N] [--out FOLDER] [--dry-run]
+    python benchmarks/gpu_check.py --stage first|second|third [--only PART ...] [--out FOLDER] [--emulate]
 
-It uses the interpreter that starts it, installs nothing and needs no network. The results are FOLDER/<date>-<card>-<commit>.md
-and .json, written again after each step. A step that fails or runs past its share of the time is reported, then the next runs.
-Exit status: 0 all went well, 1 a step failed, 2 there is no GPU. --dry-run goes the same way on the CPU, with few tests.
+first   4.5 minutes: the kernels without torch, right and how fast; a solve by launches, by a graph and by a WHILE node;
+        memcheck and racecheck; meanwhile the extension is built for this card alone; then every way to solve, small
+second  7 minutes: the tests marked `gpu` of ops, stepper and types, then of compiled fields and graphs; bench_cuda,
+        bench_ensemble and bench_ops
+third   9 minutes: all other tests marked `gpu`, the other benchmarks, and compute-sanitizer over tests
+
+It uses the interpreter that starts it, installs nothing and needs no network. Every part is a process with a bound of its own,
+and is told of in FOLDER/parts.jsonl as soon as it ends; FOLDER/log.txt is all that was said, a benchmark has a JSON, and
+table.txt is printed last. What gpu_prepare.py built beforehand in build/gpu/ is used. Exit status: 0 all went well that could
+go, 1 a part failed. Where there is no GPU, parts that need one say so, and the others run; --emulate has threads of the CPU
+run the kernels.
 """
 
 import argparse
+import ctypes
+import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gpu_prepare import CACHE, FIELDS, NATIVE, find_tool, unpack
 from gpu_report import (
     ROOT,
     Finished,
+    Part,
     Reading,
-    Step,
+    Report,
+    Short,
+    no_lines,
     python,
-    read_json,
+    read_lines,
     read_results,
     read_sanitizer,
     read_tests,
     run,
-    run_steps,
-    write_report,
+    run_parts,
 )
+from gpu_tables import cuda_lines, ensemble_lines, native_lines, ops_lines, smoke_lines
 
-PARTS = ("build", "tests", "sanitizer", "bench")
-PROBE = """
-import json, torch
-found = {"torch": torch.__version__, "torch's CUDA": torch.version.cuda}
-if torch.cuda.is_available():
-    card = torch.cuda.get_device_properties(0)
-    found |= {"card": card.name, "capability": f"{card.major}.{card.minor}", "memory": f"{card.total_memory / 2**30:.1f} GiB"}
-print(json.dumps(found))
-"""
+BOUNDS = {"first": 270.0, "second": 420.0, "third": 540.0}  # seconds
+PROBE = "import gpu_check, json; print(json.dumps(gpu_check.find_card()))"
 LOADED = """
-import json
+import json, torch
 from odenet_cuda import _C
-print(json.dumps({"cuda": _C.cuda, "architectures": getattr(_C, "cuda_architectures", None), "compiler": _C.compiler}))
+found = {"cuda": _C.cuda, "architectures": _C.cuda_architectures, "compiler": _C.compiler, "torch's CUDA": torch.version.cuda}
+print(json.dumps({**found, "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None}))
 """
-CLOCKS = (
-    "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,utilization.gpu"
-)
-CUDA_TESTS = "cuda and not test_cuda_compile"
-# Under compute-sanitizer: complex128 and float32 run the kernels of float64 and complex64 too.
-SANITIZED_TESTS = "cuda and not (float64 or complex64 or wrong_arguments)"
-KERNEL_TESTS = ["tests/test_ops.py", "tests/test_stepper.py"]
-KERNEL_TESTS += [
-    f"tests/test_compiled_cuda.py::test_gpu[{g}-{c}-300]" for g in ("direct", "adjoint") for c in ("per_sample", "joint")
-]
-KERNEL_TESTS += [
-    f"tests/test_compiled_cuda.py::test_gpu_tensor_cores[{m}-37]" for m in ("float32-1e-05", "tf32-0.002", "bf16-0.02")
-]
+CLOCKS = "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,memory.used"
+OPS_TESTS = ["tests/test_ops.py", "tests/test_stepper.py", "tests/test_dtypes.py"]
+FIELD_TESTS = ["tests/test_compiled_cuda.py", "tests/test_cuda_graph.py", "tests/test_cuda_graph_gradients.py"]
+# Under compute-sanitizer, which is slow: complex128 and float32 run the kernels of float64 and complex64 too.
+SANITIZED = "not (float64 or complex64 or wrong_arguments or 20000 or 3000)"
+WORKERS = ["-n", "8"]
 
 
-def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit."""
-    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return shutil.which(name) or next((str(p) for home in homes if (p := home / "bin" / name).exists()), None)
+def find_card() -> dict[str, str] | None:
+    """The first card and its capability, asked of the driver; nothing is left on it. Called in a process of its own."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count, device, name, numbers = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256), []
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return None
+    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, len(name), device):
+        return None
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        number = ctypes.c_int()
+        if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+        numbers.append(str(number.value))
+    return {"card": name.value.decode(), "capability": ".".join(numbers)}
 
 
 def last_line(command: list[str]) -> str | None:
-    finished = run(command, 60)
+    finished = run(command, 30)
     return finished.output.strip().splitlines()[-1] if finished.code == 0 and finished.output.strip() else None
 
 
-def clocks() -> str:
-    return run(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv"], 20).output
-
-
 def describe_machine() -> dict[str, Any]:
-    """What the results depend on. The card is looked for in a process of its own: this one never holds a context on it."""
-    probe = run(python("-c", PROBE), 180)
-    if probe.code != 0:
-        raise SystemExit(f"gpu_check: torch cannot be asked for a GPU:\n{probe.output[-2000:]}")
+    """What the results depend on."""
+    found = last_line(python("-c", f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); {PROBE}"))
     nvcc = find_tool("nvcc")
-    changes = run(["git", "status", "--porcelain"], 60)
-    driver = run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 60)
     return {
-        "card": None,
-        **read_json(probe)[0],
-        "driver": driver.output.strip().splitlines()[0] if driver.code == 0 else None,
+        **({"card": None, "capability": "9.0"} | (json.loads(found or "null") or {})),
         "nvcc": last_line([nvcc, "--version"]) if nvcc else None,
+        "torch": metadata.version("torch"),
         "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
         "commit": last_line(["git", "rev-parse", "--short", "HEAD"]) or "unknown",
-        "uncommitted changes": bool(changes.output.strip()) if changes.code == 0 else None,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def read_loaded(finished: Finished, dry: bool) -> Reading:
-    found, problem = read_json(finished)
-    if not problem and not found["cuda"] and not dry:
-        problem = "the extension was built without CUDA kernels"
-    return {"extension": found}, problem
+# ---- parts ----
 
 
-def build_part(machine: dict[str, Any], work: Path, dry: bool) -> list[Step]:
-    """In place, for this card alone; a dry run builds aside, without CUDA."""
-    env = {"ODENET_CUDA": "0" if dry else "1"}
-    if not dry:
-        env["TORCH_CUDA_ARCH_LIST"] = machine["capability"]
-    where = ["--build-lib", str(work / "lib"), "--build-temp", str(work / "temp")] if dry else ["--inplace"]
+def clocks(name: str) -> Part:
+    return Part(name, ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv"], 5)
+
+
+def read_loaded(finished: Finished) -> Reading:
+    try:
+        found = json.loads(finished.output.strip().rsplit("\n", 1)[-1])
+    except ValueError:
+        return {}, "the extension could not be asked"
+    problem = None if found["cuda"] else "the extension was built without CUDA kernels"
+    return {"extension": found}, problem or (None if found["card"] else "torch sees no GPU")
+
+
+def extension(machine: dict[str, Any], limit: float) -> list[Part]:
+    """In place, for this card alone; aside where there is none, for what stands there may serve others."""
+    env = {
+        "ODENET_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": machine["capability"],
+        "MAX_JOBS": str(max(1, (os.cpu_count() or 1) - 2)),
+    }
+    aside = ROOT / "build" / "gpu" / "extension"
+    where = ["--inplace"] if machine["card"] else ["--build-lib", str(aside / "lib"), "--build-temp", str(aside / "temp")]
+    warm = "import torch; torch.zeros(1).cuda(); print(torch.__version__, torch.cuda.get_device_properties(0))"
     return [
-        Step("build", "build", python("setup.py", "build_ext", *where), 8, env=env, needed=True),
-        Step("build", "import", python("-c", LOADED), 1, partial(read_loaded, dry=dry), needed=True),
+        Part("torch", python("-c", warm), 90, background=True),  # its libraries are read from the disk meanwhile
+        Part("extension", python("setup.py", "build_ext", *where), limit, env=env, gpu=False, background=True),
+        Part("import", python("-c", LOADED), 15, read_loaded, needs=("torch", "extension")),
     ]
 
 
-def pytest_command(xml: Path, *arguments: str) -> list[str]:
-    """pytest that names each test as it runs, and says where one hangs."""
-    return python("-m", "pytest", "-vv", "-o", "faulthandler_timeout=120", f"--junitxml={xml}", *arguments)
+def native(name: str, limit: float, program: Path, *arguments: str) -> Part:
+    command = [str(program), *arguments]
+    return Part(name, command, limit, read_lines, needs=("native",), short=native_lines)
 
 
-def tests_part(work: Path, dry: bool) -> list[Step]:
-    """Those on CUDA first, then all others."""
-    chosen = {"CUDA": (8, ["-k", CUDA_TESTS]), "all others": (8, ["-k", f"not ({CUDA_TESTS})"])}
-    if dry:
-        chosen = {"a few": (1, ["tests/test_ops.py", "-k", "cpu and test_advance"])}
-    steps = []
-    for name, (weight, arguments) in chosen.items():
-        xml = work / f"tests {name}.xml"
-        read = partial(read_tests, xml=xml, all_on_cuda=name == "CUDA")
-        steps.append(Step("tests", name, pytest_command(xml, *arguments), weight, read))
-    return steps
-
-
-def sanitizer_part(work: Path, tools: list[str], expression: str) -> list[Step]:
-    """compute-sanitizer over tests of the kernels; without torch's cache, so that each tensor has bounds."""
+def sanitized(tool: str, part: Part) -> Part:
+    """The part under compute-sanitizer; without torch's cache, so that each tensor has bounds."""
     program = find_tool("compute-sanitizer") or "compute-sanitizer"
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    steps = []
-    for tool in tools:
-        xml, log = work / f"{tool}.xml", work / f"{tool}.log"
-        command = [program, "--tool", tool, "--require-cuda-init=no", "--report-api-errors=no", "--error-exitcode=86"]
-        command += [f"--log-file={log}", *pytest_command(xml, *KERNEL_TESTS, "-k", expression)]
-        steps.append(Step("sanitizer", tool, command, 5, partial(read_sanitizer, xml=xml, log=log), env))
-    return steps
+    part.command = [
+        program,
+        "--tool",
+        tool,
+        "--require-cuda-init=no",
+        "--report-api-errors=no",
+        "--error-exitcode=86",
+        *part.command,
+    ]
+    part.env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    part.read = partial(read_sanitizer, read=part.read)
+    return part
 
 
-def bench_part(work: Path, dry: bool) -> list[Step]:
-    chosen = {
-        "ops": (4, ["bench_ops.py", "--device", "cuda", "--budget", "0.2", "--sizes", "1K", "256K", "4M", "64M", "256M"]),
-        "solves": (4, ["bench_odeint.py", "peers", "--device", "cuda"]),
-        "training": (4, ["bench_training.py", "--device", "cuda"]),
-        "launches": (4, ["bench_cuda.py"]),
-        "ensemble": (4, ["bench_ensemble.py"]),
-    }
-    if dry:
-        chosen = {"ops": (1, ["bench_ops.py", "--quick", "--sizes", "1K"])}
-    steps = []
-    for name, (weight, (script, *arguments)) in chosen.items():
-        file = work / f"{name}.json"
-        command = python(str(Path("benchmarks") / script), *arguments, "--json", str(file))
-        steps.append(Step("bench", name, command, weight, partial(read_results, file=file), keep_output=True))
-    return steps
+def tests(name: str, limit: float, *arguments: str) -> Part:
+    """pytest that names each test as it runs, and says where one hangs."""
+    xml = ROOT / "build" / "gpu" / f"{re.sub('[^a-z]+', '-', name)}.xml"
+    xml.unlink(missing_ok=True)
+    command = python("-m", "pytest", "-vv", "-o", "faulthandler_timeout=60", f"--junitxml={xml}", *arguments)
+    return Part(name, command, limit, partial(read_tests, xml=xml, all_on_cuda=True), needs=("extension",))
 
 
-def comma_list(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+def bench(name: str, limit: float, out: Path, script: str, *arguments: str, short: Short = no_lines) -> Part:
+    file = out / f"{name}.json"
+    command = python(str(Path("benchmarks") / script), *arguments, "--json", str(file))
+    return Part(name, command, limit, partial(read_results, file=file), needs=("extension",), short=short)
+
+
+def first(machine: dict[str, Any], out: Path, emulate: bool) -> list[Part]:
+    if emulate:
+        program = ROOT / "build" / "gpu" / "emulated" / "gpu_native"
+        build = Part("native", python("benchmarks/gpu_check.py", "--build-emulation"), 240, gpu=False, background=True)
+    else:
+        program = NATIVE
+        command = python("benchmarks/gpu_prepare.py", "native", "--capability", machine["capability"])
+        build = Part("native", command, 100, gpu=False, background=True)
+    kernels = ["stage", "advance", "dense_output", "error"]
+    alone = [native("copies", 10, program, "copies"), native("stage", 20, program, "stage")]
+    alone += [
+        native(name, 12, program, name) for name in ("error", "advance", "dense_output", "rows", "launch", "graph", "loop")
+    ]
+    for part in alone if emulate else ():
+        part.gpu = False
+    checks = [
+        sanitized("memcheck", native("memcheck", 25, program, "--check", *kernels, "rows")),
+        sanitized("racecheck", native("racecheck", 25, program, "--check", *kernels)),
+    ]
+    smoke = Part("smoke", python("benchmarks/gpu_smoke.py"), 75, read_lines, needs=("extension",), short=smoke_lines)
+    return [clocks("clocks"), build, *alone, *checks, *extension(machine, 175), smoke]
+
+
+def second(machine: dict[str, Any], out: Path, emulate: bool) -> list[Part]:
+    few = ["--sizes", "64M", "256M", "--budget", "0.1", "--device", "cuda"]
+    large = ["rivals", "lorenz", "--runs", "3", "--limit", "1"]
+    return [
+        *extension(machine, 180),
+        tests("tests-ops", 80, *WORKERS, "-m", "gpu", *OPS_TESTS),
+        tests("tests-fields", 75, *WORKERS, "-m", "gpu", *FIELD_TESTS),
+        bench("cuda", 55, out, "bench_cuda.py", "--runs", "7", short=cuda_lines),
+        bench("ensemble", 50, out, "bench_ensemble.py", *large, short=ensemble_lines),
+        bench("ops", 30, out, "bench_ops.py", *few, short=ops_lines),
+        clocks("clocks"),
+    ]
+
+
+def third(machine: dict[str, Any], out: Path, emulate: bool) -> list[Part]:
+    others = [f"--ignore={path}" for path in (*OPS_TESTS, *FIELD_TESTS)]
+    few = ["-m", "gpu", "-k", SANITIZED, FIELD_TESTS[0], *OPS_TESTS[:2]]
+    return [
+        *extension(machine, 180),
+        tests("tests-others", 70, *WORKERS, "-m", "gpu", "tests", *others),
+        bench("nets", 80, out, "bench_ensemble.py", "nets", "--runs", "3", "--limit", "2", short=ensemble_lines),
+        bench("training", 50, out, "bench_training.py", "--device", "cuda"),
+        bench("peers", 50, out, "bench_peers.py", "--device", "cuda"),
+        bench("sizes", 40, out, "bench_ops.py", "--device", "cuda", "--budget", "0.1", short=ops_lines),
+        sanitized("memcheck", tests("memcheck-tests", 60, *few)),
+        sanitized("racecheck", tests("racecheck-tests", 60, *few)),
+        clocks("clocks"),
+    ]
+
+
+STAGES = {"first": first, "second": second, "third": third}
+
+
+def chosen(parts: list[Part], only: list[str]) -> list[Part]:
+    """Those, and what they need. All, where none is named."""
+    if unknown := set(only) - {part.name for part in parts}:
+        raise SystemExit(f"gpu_check: there is no part {unknown.pop()!r}; there are {', '.join(part.name for part in parts)}")
+    names = {need for part in parts if part.name in only for need in part.needs} | set(only)
+    return [part for part in parts if not only or part.name in names]
+
+
+def build_emulation() -> None:
+    """build/gpu/emulated/gpu_native: the native program, whose kernels threads of the CPU run."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from compile_native import compile_emulation
+
+    compile_emulation(ROOT / "build" / "gpu" / "emulated", ["-O1"], "gpu_native")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=comma_list, default=list(PARTS), help=f"some of {','.join(PARTS)}; all unless given")
-    parser.add_argument("--minutes", type=float, default=25, help="for everything together; 25 unless given")
-    parser.add_argument("--out", type=Path, help="the folder of the report; benchmarks/results unless given")
-    parser.add_argument("--sanitizer-tools", type=comma_list, default=["memcheck", "racecheck"], help="initcheck is another")
-    parser.add_argument("--sanitizer-tests", default=SANITIZED_TESTS, metavar="EXPR", help="pytest -k; it is slow")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU; the report goes to build/gpu-check unless told")
+    parser.add_argument("--stage", choices=STAGES, help="each is bounded: 270, 420 and 540 s")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts of the stage, and what they need")
+    parser.add_argument("--out", type=Path, help="the folder of the results; a new one in benchmarks/results unless given")
+    parser.add_argument("--emulate", action="store_true", help="the kernels run on the CPU: right or wrong, but no speed")
+    parser.add_argument("--build-emulation", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"there is no part {unknown.pop()!r}; there are {', '.join(PARTS)}")
+    if not arguments.stage and not arguments.build_emulation:
+        parser.error("say which --stage: first, second or third")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    begin, dry = time.monotonic(), arguments.dry_run
+    begin, arguments = time.monotonic(), parse(argv)
+    if arguments.build_emulation:
+        build_emulation()
+        return 0
     machine = describe_machine()
-    if machine["card"] is None and not dry:
-        print("gpu_check: torch sees no GPU here; --dry-run goes the same way on the CPU.", file=sys.stderr)
-        return 2
-    if dry:
-        machine["card"] = "CPU (dry run)"
-    card = re.sub(r"[^a-z0-9]+", "-", machine["card"].lower()).strip("-")
-    name = f"{machine['date']}-{card}-{machine['commit']}"
-    folder = arguments.out or ROOT.joinpath(*(("build", "gpu-check") if dry else ("benchmarks", "results")))
-    report: dict[str, Any] = {"machine": machine, "arguments": sys.argv[1:] if argv is None else argv, "steps": []}
-    report["clocks"] = {} if dry else {"before": clocks()}
-
-    def write() -> None:
-        if not dry:
-            report["clocks"]["after"] = clocks()
-        report["minutes"] = round((time.monotonic() - begin) / 60, 1)
-        write_report(report, folder, name)
-
-    work = ROOT / "build" / "gpu-check" / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    parts = {
-        "build": build_part(machine, work, dry),
-        "tests": tests_part(work, dry),
-        "sanitizer": [] if dry else sanitizer_part(work, arguments.sanitizer_tools, arguments.sanitizer_tests),
-        "bench": bench_part(work, dry),
-    }
-    steps = [step for part in PARTS if part in arguments.parts for step in parts[part]]
-    good = run_steps(steps, begin + arguments.minutes * 60, report, write)
-    print(f"written to {folder / name}.md and .json")
+    card = re.sub(r"[^a-z0-9]+", "-", (machine["card"] or "no gpu").lower()).strip("-")
+    home = ROOT / "benchmarks" / "results" if machine["card"] else ROOT / "build" / "gpu"
+    out = (arguments.out or home / f"{machine['date']}-{card}-{machine['commit']}-{arguments.stage}").resolve()
+    (ROOT / "build" / "gpu").mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("ODENET_CACHE", str(CACHE))
+    if FIELDS.exists():
+        unpack()
+    parts = chosen(STAGES[arguments.stage](machine, out, arguments.emulate), arguments.only)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    report = Report(out, machine)
+    good = run_parts(parts, begin, BOUNDS[arguments.stage] - 5, machine["card"], report)
+    table = report.table()
+    (out / "table.txt").write_text(table)
+    print(f"\n{table}\n{time.monotonic() - begin:.0f} s; the results are in {os.path.relpath(out)}")
     return 0 if good else 1
 
 

@@ -43,15 +43,28 @@ def compile_threads(folder: Path, flags: list[str], levels: dict[str, list[str]]
     return compile_program(folder / "threads", flags, units)
 
 
-def compile_emulation(folder: Path, flags: list[str]) -> Path:
-    """The CUDA kernels, blocks of 8 threads of the CPU, beside the CPU kernels."""
-    native = ROOT / "tests" / "native"
-    emulated = ["-DODENET_THREADS=8", '-DODENET_ARCHITECTURES="none"', "-Wno-unknown-pragmas"]
-    emulated += ["-include", str(native / "emulation.h"), "-x", "c++"]
-    units = {"kernels": [str(native / "cuda_kernels.cpp")], **cpu_units("baseline", [])}
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        units[f"cuda_{source.stem}"] = [*emulated, str(source)]
-    return compile_program(folder / "emulation", flags, units)
+def compile_emulation(folder: Path, flags: list[str], *programs: str) -> list[Path]:
+    """The CUDA kernels, blocks of 8 threads of the CPU. programs: "cuda_kernels", beside the CPU kernels, and
+    "gpu_native", that of benchmarks/gpu_native/."""
+    own = {
+        "cuda_kernels": {"kernels": [str(ROOT / "tests" / "native" / "cuda_kernels.cpp")], **cpu_units("baseline", [])},
+        "gpu_native": emulated_units("benchmarks/gpu_native"),
+    }
+    units = emulated_units("csrc/cuda")
+    kernels = list(units)
+    for name in programs:
+        units |= own[name]
+    objects = compile_units(folder, flags, units)
+    return [link(folder / name, flags, [objects[unit] for unit in (*kernels, *own[name])]) for name in programs]
+
+
+def emulated_units(folder: str) -> dict[str, list[str]]:
+    """The CUDA files of a folder, as C++."""
+    flags = ["-DODENET_THREADS=8", '-DODENET_ARCHITECTURES="none"', "-Wno-unknown-pragmas"]
+    for header in ("emulated_runtime.h", "emulation.h"):
+        flags += ["-include", str(ROOT / "tests" / "native" / header)]
+    sources = sorted((ROOT / folder).glob("*.cu"))
+    return {f"{source.parent.name}_{source.stem}": [*flags, "-x", "c++", str(source)] for source in sources}
 
 
 def cpu_units(level: str, flags: list[str]) -> dict[str, list[str]]:
@@ -61,16 +74,25 @@ def cpu_units(level: str, flags: list[str]) -> dict[str, list[str]]:
 
 def compile_program(program: Path, flags: list[str], units: dict[str, list[str]]) -> Path:
     """The program, from units compiled in parallel; their objects lie beside it."""
+    return link(program, flags, list(compile_units(program.parent, flags, units).values()))
+
+
+def compile_units(folder: Path, flags: list[str], units: dict[str, list[str]]) -> dict[str, str]:
+    """The object of each unit, in the folder."""
     compiler = setup_py()["find_compiler"]()
-    program.parent.mkdir(parents=True, exist_ok=True)
-    objects = {name: str(program.parent / f"{program.name}_{name}.o") for name in units}
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = {name: str(folder / f"{name}.o") for name in units}
 
     def compile_unit(name: str) -> None:
         run_compiler(compiler, *FLAGS, *flags, "-c", *units[name], "-o", objects[name])
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(compile_unit, units))
-    run_compiler(compiler, *flags, *objects.values(), "-pthread", "-o", str(program))
+    return objects
+
+
+def link(program: Path, flags: list[str], objects: list[str]) -> Path:
+    run_compiler(setup_py()["find_compiler"](), *flags, *objects, "-pthread", "-o", str(program))
     return program
 
 

@@ -34,11 +34,15 @@ def _why_no_cuda() -> str | None:
     return None
 
 
-@pytest.fixture(params=["cpu", "cuda"], ids=["cpu", "cuda"], scope="session")
-def device(request) -> torch.device:
-    """The devices that kernels run on; CUDA is skipped where there is none."""
-    if request.param == "cuda" and (reason := _why_no_cuda()):
+def pytest_runtest_setup(item) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if item.get_closest_marker("gpu") and (reason := _why_no_cuda()):
         pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="session")
+def device(request) -> torch.device:
+    """The devices that kernels run on."""
     return torch.device(request.param)
 
 

@@ -65,7 +65,7 @@ def check_native(sanitizer: str) -> None:
             fail(f"{sanitizer} did not report the fault {fault!r}, but: {faulty.stderr[-2000:]}")
     run(f"{sanitizer}: native/threads.cpp", [str(program)], env=env)
     print(f"== {sanitizer}: compiling native/cuda_kernels.cpp", flush=True)
-    program = compile_emulation(FOLDER / f"{sanitizer}-emulation", setup["sanitizer_flags"]())
+    (program,) = compile_emulation(FOLDER / f"{sanitizer}-emulation", setup["sanitizer_flags"](), "cuda_kernels")
     run(f"{sanitizer}: native/cuda_kernels.cpp", [str(program)], env=env)
 
 

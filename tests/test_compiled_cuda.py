@@ -316,10 +316,7 @@ def test_nvcc_compiles(fields, kind, method, matmul, cards, tmp_path):
     assert (team.groups == 1) == (matmul == "alone")
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("batch", [300, 20_000])
 @pytest.mark.parametrize("control", ["per_sample", "joint"])
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
@@ -339,7 +336,7 @@ def test_gpu(control, gradient, batch):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("batch", [37, 3000, 20_000])
 @pytest.mark.parametrize("matmul, most", [("float32", 1e-5), ("tf32", 2e-3), ("bf16", 2e-2)])
 def test_gpu_tensor_cores(matmul, most, batch):

@@ -79,7 +79,7 @@ def test_built_with_cuda():
         assert major.isdigit() and minor[:1].isdigit()
 
 
-@pytest.mark.skipif(_C.cuda is None or not torch.cuda.is_available(), reason="needs CUDA kernels and a CUDA device")
+@pytest.mark.gpu
 def test_device_is_served():
     """The kernels hold code for the device, or code that its driver can compile for it."""
     capability = torch.cuda.get_device_capability()

@@ -707,10 +707,8 @@ def test_the_host_waits_and_looks_seldom():
 
 # ---- on a GPU ----
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("wanted", [False, True], ids=["forward", "adjoint"])
 @pytest.mark.parametrize(
     "graph, method, gradient",
@@ -737,7 +735,7 @@ def test_gpu(y0, graph, method, gradient, wanted):
     assert len(cuda_graph.graphs) > 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_does_not_wait(y0):
     """Between the start and the end of a solve nothing synchronises: torch would raise."""
     net, start = Net().cuda(), y0.cuda()

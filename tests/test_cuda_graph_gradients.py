@@ -393,7 +393,7 @@ def test_the_memory_of_a_solve(ahead):
     assert len(steps) == int(solution.stats.num_accepted) and all(step.evaluations == () and step.k == [] for step in steps)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 @pytest.mark.parametrize("way", WAYS)
 def test_gpu(way, control):
