@@ -12,8 +12,6 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-constexpr int64_t kRowsInOneLaunch = 4096;  // more are not left to one block
-
 void check(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -185,7 +183,7 @@ void Stepper::error(const Addresses& k) {
 void Stepper::error_and_step_size(const Addresses& k) {
   quadrature(k);
   const ErrorLeaves leaves = error_leaves();
-  if (setup_.device == kCpu || leaves.num_types() != 1 || setup_.rows > kRowsInOneLaunch) {
+  if (setup_.device == kCpu || leaves.num_types() != 1) {
     launch(setup_.device, leaves, field(kErrorRatio), pointer<double>(workspace_) + 1);
     step_size();
     return;

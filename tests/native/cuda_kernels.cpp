@@ -4,8 +4,10 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "dtype.h"
 #include "launch.h"
 
 namespace odenet {
@@ -219,6 +221,103 @@ void test_error(const char* type, int64_t rows, int stages, int shift, double si
   check(std::memcmp(times_one.data(), times_two.data(), times_one.size() * sizeof(R)) == 0, words + ", stage times");
 }
 
+// One row in batches of others, wherever it stands there and however it lies in memory: the same to the last bit.
+template <class T>
+struct RowInBatch {
+  static constexpr int kSlopes = 4;
+  int64_t rows, columns, place;
+  Numbers<T> y, y0, y1;
+  std::vector<Numbers<T>> k;
+  std::vector<double> dt;
+
+  RowInBatch(int64_t rows, int64_t columns, int64_t place, int shift)
+      : rows(rows),
+        columns(columns),
+        place(place),
+        y(rows * columns, shift),
+        y0(rows * columns, shift),
+        y1(rows * columns, shift),
+        dt(draws(rows)) {
+    for (int j = 0; j < kSlopes; ++j) k.emplace_back(rows * columns, shift);
+    const std::mt19937_64 others = std::exchange(engine, std::mt19937_64(7));  // the row itself is always the same
+    for (Numbers<T>* x : {&y0, &y1, &k[0], &k[1], &k[2], &k[3]}) {
+      for (int64_t i = 0; i < columns; ++i) draw_into(x->data()[place * columns + i]);
+    }
+    dt[place] = 0.125;
+    engine = others;
+  }
+
+  Error<T> error() {
+    Error<T> s{};
+    s.y0 = y0.data();
+    s.y1 = y1.data();
+    for (int j = 0; j < kSlopes; ++j) {
+      s.k[j] = k[j].data();
+      s.e[j] = 0.1 * (j + 1);
+    }
+    s.dt = dt.data();
+    s.rtol = 1e-2;
+    s.stages = kSlopes;  // atol 0: what is no element has no error either
+    s.rows = rows;
+    s.columns = columns;
+    return s;
+  }
+  double norm() {
+    const Error<T> s = error();
+    std::vector<double> workspace(cuda::error_workspace(&s, 1)), ratio(rows);
+    cuda::error(&s, 1, ratio.data(), true, workspace.data(), nullptr);
+    return ratio[place];
+  }
+  double norm_on_cpu() {
+    std::vector<double> ratio(rows);
+    cpu::baseline::error(error(), ratio.data(), true, one_thread);
+    return ratio[place];
+  }
+};
+
+// What an op that has no sums makes of the row.
+template <class T>
+std::vector<T> stage_of(RowInBatch<T>& batch) {
+  const Error<T> e = batch.error();
+  Stage<T> s{};
+  s.y = batch.y.data();
+  s.y0 = e.y0;
+  std::copy(e.k, e.k + e.stages, s.k);
+  std::copy(e.e, e.e + e.stages, s.a);
+  s.dt = e.dt;
+  s.stages = e.stages;
+  s.rows = e.rows;
+  s.columns = e.columns;
+  cuda::stage(&s, 1, nullptr);
+  return {s.y + batch.place * s.columns, s.y + (batch.place + 1) * s.columns};
+}
+
+template <class T>
+void test_row_in_batches(const char* type) {
+  constexpr bool real = std::is_same_v<T, RealPart<T>>;
+  for (const int64_t columns : {1, 3, 7, 16, 33, 64, 129, 1000, 4099, 12345}) {
+    RowInBatch<T> alone(1, columns, 0, 0);
+    const double norm = alone.norm(), norm_on_cpu = alone.norm_on_cpu();
+    std::vector<T> stage;
+    if constexpr (real) stage = stage_of(alone);
+    bool same = norm > 0, same_on_cpu = near(norm, norm_on_cpu, 1e-5), same_stage = true;
+    for (const int shift : {0, 1, 2}) {
+      for (const auto& [rows, place] : std::vector<std::pair<int64_t, int64_t>>{{1, 0}, {3, 1}, {10, 9}}) {
+        RowInBatch<T> batch(rows, columns, place, shift);
+        same = same && batch.norm() == norm;
+        same_on_cpu = same_on_cpu && batch.norm_on_cpu() == norm_on_cpu;
+        if constexpr (real) {
+          same_stage = same_stage && std::memcmp(stage_of(batch).data(), stage.data(), columns * sizeof(T)) == 0;
+        }
+      }
+    }
+    const std::string words = std::string(" of a row of ") + type + " in batches, columns " + std::to_string(columns);
+    check(same, "norm" + words);
+    check(same_on_cpu, "norm on the CPU" + words);
+    check(same_stage, "stage" + words);
+  }
+}
+
 template <class T>
 void test_dense_output(const char* type, int64_t rows) {
   constexpr int kStages = 4, kDegree = 3;
@@ -315,7 +414,16 @@ int main() {
     test_error<Complex<double>, double>("complex of double", rows, 6, 0, 1e-3);
     test_first_step(rows);
   }
-  test_error<float, float>("float of many rows", 100, 2, 0, 1);
+  test_row_in_batches<float>("float");
+  test_row_in_batches<double>("double");
+  test_row_in_batches<Half>("half");
+  test_row_in_batches<BFloat16>("bfloat16");
+  test_row_in_batches<Complex<float>>("complex of float");
+  test_row_in_batches<Complex<double>>("complex of double");
+  test_error<float, float>("float of many rows", 100, 2, 0, 1);  // decided in a launch of its own
+  columns_in_use = {3, 4200};                                    // and rows of many chunks
+  test_error<double, double>("double of long rows", 9, 2, 0, 1);
+  columns_in_use = kOdd;
   copies = 24;
   test_stage<float>("float of many leaves", 1, 6, 0, true);
   test_advance<float>("float of many leaves", 1, 0);
