@@ -71,14 +71,14 @@ def blocks_at_once(kernel: Kernel) -> int:
     return min(THREADS_OF_MULTIPROCESSOR, REGISTERS_OF_MULTIPROCESSOR // of_thread) // THREADS_OF_BLOCK
 
 
-def test_advance_is_a_copy_of_packs(compiled):
-    """Two stores of 16 bytes, two of one element for what is left after the packs, and all the threads that fit."""
+def test_advance_stores_packs(compiled):
+    """Three stores of 16 bytes, three of one element for what is left after the packs, and all the threads that fit."""
     kernels = kernels_of(compiled(CSRC / "cuda" / "advance.cu")[1], "advance_kernel")
     packs = [(size, kernel) for (size, width, _), both in kernels.items() if width > 1 for kernel in both]
     assert len(packs) == 8  # four types, few leaves or many
     for size, kernel in packs:
-        assert kernel.stores == {16: 2, size: 2} and kernel.loads[16] == 2
-        assert blocks_at_once(kernel) == 8 and kernel.instructions < 400
+        assert kernel.stores == {16: 3, size: 3} and kernel.loads[16] == 2
+        assert blocks_at_once(kernel) == 8 and kernel.instructions < 500
 
 
 def test_stage_stores_packs(compiled):

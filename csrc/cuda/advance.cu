@@ -9,10 +9,20 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
   unsigned block, blocks;
   const Advance<T>& s = batch.leaf[batch.mine(block, blocks)];
   visit_packs<V>(s.rows * s.columns, block, blocks, [&]<int N>(int64_t i, Width<N>) {
-    if (s.accept[row_of(i, s.rows, s.columns)] == 0) return;
-    const Pack<T, N> y1 = load<N>(s.y1, i), k1 = load<N>(s.k1, i);  // both on their way before a store waits
-    store(s.y0, i, y1);
-    store(s.k0, i, k1);
+    const int64_t row = row_of(i, s.rows, s.columns);
+    const bool accept = s.accept[row] != 0;
+    if (!accept && s.y == nullptr) return;
+    // Both are on their way before a store waits for either.
+    const Pack<T, N> y0 = load<N>(accept ? s.y1 : s.y0, i), k0 = load<N>(accept ? s.k1 : s.k0, i);
+    if (accept) {
+      store(s.y0, i, y0);
+      store(s.k0, i, k0);
+    }
+    if (s.y == nullptr) return;
+    const Weights<T, 1> w = first_weight(s, row);
+    Pack<T, N> y;
+    for (int n = 0; n < N; ++n) y.of[n] = first_stage(w, y0.of[n], k0.of[n]);
+    store(s.y, i, y);
   });
 }
 
@@ -28,8 +38,8 @@ const char* advance(const Advance<T>* leaves, int count, Stream stream) {
   const auto add = [](auto& batch, const Advance<T>& s) {
     const int64_t size = s.rows * s.columns;
     if (size == 0) return;
-    const bool fit =
-        packs_fit<T>(s.rows, s.columns) && aligned(s.y0) && aligned(s.k0) && aligned(s.y1) && aligned(s.k1);
+    const bool fit = packs_fit<T>(s.rows, s.columns) && aligned(s.y0) && aligned(s.k0) && aligned(s.y1) &&
+                     aligned(s.k1) && aligned(s.y);
     batch.add(s, blocks_for((size + kPack<T> - 1) / kPack<T>), fit);
   };
   return in_batches(leaves, count, add, [&](const auto& batch, bool) {

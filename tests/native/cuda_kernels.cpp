@@ -126,25 +126,36 @@ void test_stage(const char* type, int64_t rows, int stages, int shift, bool with
 }
 
 template <class T>
-void test_advance(const char* type, int64_t rows, int shift) {
+void test_advance(const char* type, int64_t rows, int shift, bool with_stage) {
   auto leaves = leaves_of<T>(rows, 2, shift);
   auto expected = leaves;
   std::vector<double> accept(rows);
   for (int64_t row = 0; row < rows; ++row) accept[row] = row % 3 != 1;
+  const std::vector<double> dt = draws(rows);
   std::vector<Advance<T>> args;
   for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
     Leaf<T>&mine = leaves[leaf], &other = expected[leaf];
-    Advance<T> s{other.y0.data(), other.k[0].data(), mine.y1.data(), mine.k[1].data(), accept.data(), rows,
-                 mine.columns};
+    Advance<T> s{other.y0.data(),
+                 other.k[0].data(),
+                 mine.y1.data(),
+                 mine.k[1].data(),
+                 accept.data(),
+                 rows,
+                 mine.columns,
+                 with_stage ? other.y.data() : nullptr,
+                 0.2,
+                 dt.data()};
     cpu::baseline::advance(s, one_thread);
     s.y0 = mine.y0.data();
     s.k0 = mine.k[0].data();
+    if (with_stage) s.y = mine.y.data();
     args.push_back(s);
   }
   cuda::advance(args.data(), static_cast<int>(args.size()), nullptr);
   bool same = true;
   for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
-    same = same && leaves[leaf].y0 == expected[leaf].y0 && leaves[leaf].k[0] == expected[leaf].k[0];
+    same = same && leaves[leaf].y0 == expected[leaf].y0 && leaves[leaf].k[0] == expected[leaf].k[0] &&
+           leaves[leaf].y == expected[leaf].y;
   }
   check(same, std::string("advance ") + type + ", rows " + std::to_string(rows) + ", shift " + std::to_string(shift));
 }
@@ -392,7 +403,7 @@ void test_real(const char* type) {
       copies = rows == 1 ? 1 : 3;
       for (const int shift : {0, 1}) {
         for (const int stages : {0, 1, 6, 12}) test_stage<T>(type, rows, stages, shift, stages != 1);
-        test_advance<T>(type, rows, shift);
+        for (const bool with_stage : {false, true}) test_advance<T>(type, rows, shift, with_stage);
         test_error<T, T>(type, rows, shift ? 6 : 12, shift, rows == 1 ? 1 : 1e-3);
       }
       test_dense_output<T>(type, rows);
@@ -426,7 +437,7 @@ int main() {
   columns_in_use = kOdd;
   copies = 24;
   test_stage<float>("float of many leaves", 1, 6, 0, true);
-  test_advance<float>("float of many leaves", 1, 0);
+  test_advance<float>("float of many leaves", 1, 0, true);
   test_error<float, float>("float of many leaves", 1, 6, 0, 1);
   test_dense_output<float>("float of many leaves", 1);
   std::printf("%d checks, %d failed\n", cases, failures);
