@@ -20,7 +20,9 @@
 #define __shared__ static  // one block runs at a time
 #define __grid_constant__
 #define __launch_bounds__(...)
-#ifndef ODENET_WARP
+#if !defined(ODENET_WARP) && defined(ODENET_THREADS)
+#define ODENET_WARP (ODENET_THREADS / 2)  // a block has two, as small as it may be
+#elif !defined(ODENET_WARP)
 #define ODENET_WARP 32
 #endif
 
