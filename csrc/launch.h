@@ -52,7 +52,8 @@ int64_t error_workspace(const Error<T>* leaves, int count);  // float64 numbers
 // first: nothing is in ratio yet. workspace: of error_workspace.
 template <class T>
 const char* error(const Error<T>* leaves, int count, double* ratio, bool first, double* workspace, Stream stream);
-// The same, and step_size by the block that ends last. done: a counter, 0, which is left 0.
+// The same, and step_size: of up to 256 rows by the block that ends last, of more in a second launch. done: a counter,
+// 0, which is left 0.
 template <class T, class R>
 const char* error_and_step_size(const Error<T>* leaves, int count, double* workspace, unsigned* done,
                                 const StepSize& args, R* times, Stream stream);

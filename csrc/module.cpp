@@ -116,6 +116,7 @@ void add_stepper(py::module_& m) {
       .def("first_step", &Stepper::first_step, unlocked)
       .def("dense_output", &Stepper::dense_output, unlocked)
       .def("advance", &Stepper::advance, unlocked)
+      .def("advance_and_stage", &Stepper::advance_and_stage, unlocked)
       .def("swap_ends", &Stepper::swap_ends);
 }
 

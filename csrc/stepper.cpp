@@ -12,8 +12,6 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-constexpr int64_t kRowsInOneLaunch = 4096;  // more are not left to one block
-
 void check(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -185,7 +183,7 @@ void Stepper::error(const Addresses& k) {
 void Stepper::error_and_step_size(const Addresses& k) {
   quadrature(k);
   const ErrorLeaves leaves = error_leaves();
-  if (setup_.device == kCpu || leaves.num_types() != 1 || setup_.rows > kRowsInOneLaunch) {
+  if (setup_.device == kCpu || leaves.num_types() != 1) {
     launch(setup_.device, leaves, field(kErrorRatio), pointer<double>(workspace_) + 1);
     step_size();
     return;
@@ -258,6 +256,16 @@ void Stepper::dense_output(const Addresses& ys) {
 }
 
 void Stepper::advance() {
+  launch_advance(false);
+}
+
+void Stepper::advance_and_stage() {
+  const bool of_one_slope = !a_.empty() && a_[0].stage == std::vector<int>{0};
+  launch_advance(of_one_slope);
+  if (!of_one_slope) stage(1, {});
+}
+
+void Stepper::launch_advance(bool with_stage) {
   AdvanceLeaves leaves;
   for (int leaf = 0; leaf < leaves_; ++leaf) {
     visit_real(dtype(leaf), [&]<class T>(T, int parts) {
@@ -269,6 +277,10 @@ void Stepper::advance() {
       s.accept = field(kAccept);
       s.rows = setup_.rows;
       s.columns = setup_.columns[leaf] * parts;
+      if (!with_stage || leaf >= state_leaves_) return;
+      s.y = pointer<T>(y_[leaf]);
+      s.a = a_[0].weight[0] * setup_.signs[leaf];
+      s.dt = pointer<const double>(dt_);
     });
   }
   launch(setup_.device, leaves);

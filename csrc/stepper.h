@@ -56,8 +56,9 @@ class Stepper {
   void euler();  // Y_1 = y0 + dt k_0
   void first_step(Address norms, double size, int phase);
   void dense_output(const Addresses& ys);
-  void advance();    // rows move on where their step was accepted
-  void swap_ends();  // y1 becomes y0 without a copy
+  void advance();            // rows move on where their step was accepted
+  void advance_and_stage();  // and then the first stage of the next step, in the same launch
+  void swap_ends();          // y1 becomes y0 without a copy
 
  private:
   struct Row {  // a linear combination without its zeros
@@ -76,6 +77,7 @@ class Stepper {
   Address& slope(int leaf, int stage) { return k_[leaf * stages_ + stage]; }
   Address slope(int leaf, int stage) const { return k_[leaf * stages_ + stage]; }
   Address end_of(int leaf) const;
+  void launch_advance(bool with_stage);
 
   StepperSetup setup_;
   int stages_, leaves_, state_leaves_;

@@ -145,7 +145,8 @@ def dtypes(request) -> tuple[torch.dtype, ...]:
 @pytest.mark.parametrize("method", methods.ADAPTIVE)
 @pytest.mark.parametrize(("shapes", "per_sample"), LEAVES)
 def test_step_is_that_of_the_ops(device, dtypes, method, shapes, per_sample):
-    """Stages, error ratio, controller, outputs and advance, one after the other, bit for bit."""
+    """Stages, error ratio, controller, outputs and advance, one after the other, bit for bit; with the last, the first stage of
+    the next step."""
     if max(math.prod(shape) for shape in shapes) > 1000 and method not in ("dopri5", "dopri8"):
         pytest.skip("few and many slopes are enough for many elements")
     tableau = methods.ADAPTIVE[method]
@@ -176,10 +177,15 @@ def test_step_is_that_of_the_ops(device, dtypes, method, shapes, per_sample):
 
     y0, k0 = [leaf.clone() for leaf in step.y0], [slope.clone() for slope in step.k[0]]
     ops.advance(y0, k0, ends, step.k[-1], step.expected_state[FIELDS["accept"]])
-    step.kernels.advance()
+    y = [torch.empty_like(leaf) for leaf in y0]
+    ops.stage(y, y0, k0, tableau.rows[0], step.expected_state[FIELDS["dt"]])
+    for kernel in ("advance", "advance_and_stage"):  # the second moves to the same place again
+        getattr(step.kernels, kernel)()
+        for leaf in range(len(shapes)):
+            assert torch.equal(step.stepper.y0[leaf], y0[leaf])
+            assert torch.equal(step.k[0][leaf], k0[leaf])
     for leaf in range(len(shapes)):
-        assert torch.equal(step.stepper.y0[leaf], y0[leaf])
-        assert torch.equal(step.k[0][leaf], k0[leaf])
+        assert torch.equal(step.stepper.y[1][leaf], y[leaf])
 
 
 QUADRATURES = [

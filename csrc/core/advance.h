@@ -1,7 +1,8 @@
-// Rows whose step was accepted move on:  y0 <- y1,  k0 <- k1 (first same as last). Rejected and ended rows stay.
+// Rows whose step was accepted move on:  y0 <- y1,  k0 <- k1 (first same as last). Rejected and ended rows stay. Then,
+// if it is asked for, the first stage of the step that follows, of every row:  y = y0 + dt a k0.
 #pragma once
 
-#include "types.h"
+#include "stage.h"
 
 namespace odenet {
 
@@ -13,14 +14,24 @@ struct Advance {
   const T* k1;           // [rows, columns]
   const double* accept;  // [rows]
   int64_t rows, columns;
+  T* y;              // [rows, columns], written; or null: no stage. May be y1
+  double a;          // the coefficient of k0
+  const double* dt;  // [rows]
 };
 
 namespace ODENET_LEVEL {
 
 template <class T>
-ODENET_HD void advance_element(const Advance<T>& s, int64_t i) {
-  s.y0[i] = s.y1[i];
-  s.k0[i] = s.k1[i];
+ODENET_HD Weights<T, 1> first_weight(const Advance<T>& s, int64_t row) {
+  return s.y ? scaled_weights<T, 1>(&s.a, 1, s.dt[row]) : Weights<T, 1>{};
+}
+
+// y of an element that has moved on; rounded as by `stage`.
+template <class T>
+ODENET_HD T first_stage(const Weights<T, 1>& w, T y0, T k0) {
+  Accumulate<T> sum{};
+  sum += w.of[0] * static_cast<Accumulate<T>>(k0);
+  return static_cast<T>(static_cast<Accumulate<T>>(y0) + sum);
 }
 
 }  // namespace ODENET_LEVEL

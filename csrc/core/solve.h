@@ -177,9 +177,10 @@ ODENET_HD int64_t solve_grid(const Team& team, const SolveCall& in, int64_t tile
     if constexpr (M::taps > 0) add_taps(team, in, x, tile, P(T(dt)));
     accept_step(x, MaskOf<P>(true));
   }
-  kept.tile = x;
   end_tile(in, x, tile);
-  return in.num_nodes - 1 - step;
+  const int64_t left = in.num_nodes - 1 - step;
+  if (left > 0) kept.tile = x;  // else the memory is never touched
+  return left;
 }
 
 }  // namespace ODENET_LEVEL

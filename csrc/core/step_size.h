@@ -278,24 +278,25 @@ ODENET_HD With<D, R> stage_time(const StepSize& s, const Row<D>& r, double c) {
   return any(jump) ? select(jump, next_after_lanes(end, -s.controller.direction), end) : end;
 }
 
-// Rows of the stepper, whose state is in memory.
-ODENET_HD void step_size_row(const StepSize& s, int64_t row) {
+// Rows of the stepper, whose state is in memory. times [stages, rows]: of the step that is to be tried.
+template <class R>
+ODENET_HD void store_row_and_times(const StepSize& s, int64_t row, const Row<double>& r, R* times) {
+  store_row(s, row, r);
+  for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, r, s.c[i]);
+}
+
+template <class R>
+ODENET_HD void step_size_row(const StepSize& s, int64_t row, R* times) {
   Row<double> r = load_row(s, row);
   control_step<double>(s, r);
-  store_row(s, row, r);
+  store_row_and_times(s, row, r, times);
 }
 
-ODENET_HD void first_step_row(const StepSize& s, int64_t row, const double* norms, double size, int phase) {
+template <class R>
+ODENET_HD void first_step_row(const StepSize& s, int64_t row, const double* norms, double size, int phase, R* times) {
   Row<double> r = load_row(s, row);
   plan_first_step(s, r, norms[row], norms[s.rows + row], norms[2 * s.rows + row], size, phase);
-  store_row(s, row, r);
-}
-
-// times [stages, rows]: those of one row.
-template <class R>
-ODENET_HD void write_times(const StepSize& s, int64_t row, R* times) {
-  const Row<double> r = load_row(s, row);
-  for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, r, s.c[i]);
+  store_row_and_times(s, row, r, times);
 }
 
 }  // namespace ODENET_LEVEL

@@ -12,8 +12,7 @@ template <class R>
 void step_size(const StepSize& args, R* times, ParallelFor parallel_for) {
   parallel(parallel_for, args.rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      step_size_row(args, row);
-      write_times(args, row, times);
+      step_size_row(args, row, times);
     }
   });
 }
@@ -22,8 +21,7 @@ template <class R>
 void first_step(const StepSize& args, const FirstStep& first, R* times, ParallelFor parallel_for) {
   parallel(parallel_for, args.rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      first_step_row(args, row, first.norms, first.size, first.phase);
-      write_times(args, row, times);
+      first_step_row(args, row, first.norms, first.size, first.phase, times);
     }
   });
 }

@@ -10,6 +10,10 @@ namespace odenet::cuda {
 #define ODENET_THREADS 256
 #endif
 constexpr int kThreads = ODENET_THREADS;  // of a block
+#ifndef ODENET_WARP
+#define ODENET_WARP 32
+#endif
+constexpr int kWarp = ODENET_WARP;
 constexpr int kUnrolled = 8;              // up to so many slopes have kernels of their own
 constexpr int64_t kMaxBlocks = 132 * 16;  // enough waves to fill the largest GPU; larger sizes loop
 
@@ -24,21 +28,28 @@ constexpr int kFew = 4096, kMany = 32764;
 // The leaves of one launch, each with blocks of its own.
 template <class Args, int bytes>
 struct Batch {
-  static constexpr int kCapacity = (bytes - 640) / (sizeof(Args) + sizeof(unsigned));
+  static constexpr int kCapacity = (bytes - 640) / (sizeof(Args) + sizeof(unsigned) + sizeof(bool));
   static_assert(kCapacity >= 1);
   Args leaf[kCapacity];
   unsigned end[kCapacity];  // the block after the last of each leaf
+  bool wide[kCapacity];     // whether packs of it can be read and written as one
   int count = 0;
 
-  __host__ void add(const Args& args, unsigned blocks) {
+  __host__ void add(const Args& args, unsigned blocks, bool fit) {
     leaf[count] = args;
     end[count] = (count ? end[count - 1] : 0) + blocks;
+    wide[count] = fit;
     ++count;
   }
   __host__ unsigned blocks() const { return end[count - 1]; }
+  __host__ bool all_wide() const {
+    bool all = true;
+    for (int i = 0; i < count; ++i) all = all && wide[i];
+    return all;
+  }
 
   // The leaf of this block; block and blocks: the number of this block among those of the leaf.
-  __device__ const Args& mine(unsigned& block, unsigned& blocks) const {
+  __device__ int mine(unsigned& block, unsigned& blocks) const {
     int i = 0, last = count - 1;
     while (i < last) {
       const int middle = (i + last) / 2;
@@ -51,7 +62,7 @@ struct Batch {
     const unsigned begin = i ? end[i - 1] : 0;
     block = blockIdx.x - begin;
     blocks = end[i] - begin;
-    return leaf[i];
+    return i;
   }
 };
 
@@ -59,17 +70,15 @@ template <int bytes, class Args, class Add, class Launch>
 const char* in_batches_of(const Args* leaves, int count, const Add& add, const Launch& launch) {
   for (int i = 0; i < count;) {
     Batch<Args, bytes> batch;
-    bool fit = true;
-    for (; i < count && batch.count < batch.kCapacity; ++i) fit = add(batch, leaves[i]) && fit;
+    for (; i < count && batch.count < batch.kCapacity; ++i) add(batch, leaves[i]);
     if (batch.count == 0) continue;
-    if (const char* words = launch(batch, fit, i == count)) return words;
+    if (const char* words = launch(batch, i == count)) return words;
   }
   return nullptr;
 }
 
-// Calls launch(batch, fit, last) for all leaves, in as few batches as they go into. add(batch, leaf) adds one, if it
-// has elements, and tells whether it can be read in packs; fit: whether all of the batch can; last: whether none is
-// left.
+// Calls launch(batch, last) for all leaves, in as few batches as they go into. add(batch, leaf) adds one, if it has
+// elements; last: whether none is left.
 template <class Args, class Add, class Launch>
 const char* in_batches(const Args* leaves, int count, const Add& add, const Launch& launch) {
   if (count <= Batch<Args, kFew>::kCapacity) return in_batches_of<kFew>(leaves, count, add, launch);
@@ -87,8 +96,19 @@ __device__ Pack<T, V> load(const T* from, int64_t i) {
   return *reinterpret_cast<const Pack<T, V>*>(from + i);
 }
 
+// 16 bytes are stored by name: of an assignment nvcc makes as many stores as there are elements, some of the time.
 template <class T, int V>
 __device__ void store(T* to, int64_t i, const Pack<T, V>& pack) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(pack) == 16) {
+    const uint4 bits = bit_cast<uint4>(pack);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to + i), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+    return;
+  }
+#endif
   *reinterpret_cast<Pack<T, V>*>(to + i) = pack;
 }
 
@@ -121,22 +141,23 @@ __device__ void visit_packs(int64_t size, unsigned block, unsigned blocks, const
   }
 }
 
-// sum[n] = dt sum_j coefficients[j] k[j][i + n]
-template <int S, class T, int N>
+// sum[n] = dt sum_j coefficients[j] k[j], of the elements of a pack. read(packs, k): the pack in each of several
+// slopes.
+template <int S, class T, int N, class Read>
 __device__ void sum_slopes(Accumulate<T> (&sum)[N], const T* const* k, const double* coefficients, int stages,
-                           double dt, const Weights<T, S>& w, int64_t i) {
+                           double dt, const Weights<T, S>& w, const Read& read) {
   for (int n = 0; n < N; ++n) sum[n] = {};
   if constexpr (S == kAnyStages) {  // weights kept for a loop of unknown length would lie in memory
 #pragma unroll 4
     for (int j = 0; j < stages; ++j) {
-      const Pack<T, N> slope = load<N>(k[j], i);
+      Pack<T, N> slope[1];
+      read(slope, k + j);
       const Real<T> weight = scaled_weight<T>(coefficients[j], dt);
-      for (int n = 0; n < N; ++n) sum[n] += weight * static_cast<Accumulate<T>>(slope.of[n]);
+      for (int n = 0; n < N; ++n) sum[n] += weight * static_cast<Accumulate<T>>(slope[0].of[n]);
     }
   } else if constexpr (S > 0) {
     Pack<T, N> slope[S];  // all are on their way before the first is used
-#pragma unroll
-    for (int j = 0; j < S; ++j) slope[j] = load<N>(k[j], i);
+    read(slope, k);
 #pragma unroll
     for (int j = 0; j < S; ++j) {
       for (int n = 0; n < N; ++n) sum[n] += w.of[j] * static_cast<Accumulate<T>>(slope[j].of[n]);

@@ -7,7 +7,7 @@ namespace {
 template <class T, int S, int V, int bytes>
 __global__ void __launch_bounds__(kThreads) stage_kernel(const __grid_constant__ Batch<Stage<T>, bytes> batch) {
   unsigned block, blocks;
-  const Stage<T>& s = batch.mine(block, blocks);
+  const Stage<T>& s = batch.leaf[batch.mine(block, blocks)];
   Weights<T, S> w{};
   double dt = 0;
   int64_t row = -1;
@@ -19,7 +19,9 @@ __global__ void __launch_bounds__(kThreads) stage_kernel(const __grid_constant__
       if constexpr (S != kAnyStages) w = scaled_weights<T, S>(s.a, s.stages, dt);
     }
     Accumulate<T> sum[N];
-    sum_slopes<S>(sum, s.k, s.a, s.stages, dt, w, i);
+    sum_slopes<S>(sum, s.k, s.a, s.stages, dt, w, [&]<int M>(Pack<T, N>(&packs)[M], const T* const* k) {
+      for (int j = 0; j < M; ++j) packs[j] = load<N>(k[j], i);
+    });
     Pack<T, N> y;
     if (s.y0) {
       y = load<N>(s.y0, i);
@@ -57,11 +59,10 @@ template <class T>
 const char* stage(const Stage<T>* leaves, int count, Stream stream) {
   const auto add = [](auto& batch, const Stage<T>& s) {
     const int64_t size = s.rows * s.columns;
-    if (size > 0) batch.add(s, blocks_for((size + kPack<T> - 1) / kPack<T>));
-    return size == 0 || all_in_packs(s);
+    if (size > 0) batch.add(s, blocks_for((size + kPack<T> - 1) / kPack<T>), all_in_packs(s));
   };
-  return in_batches(leaves, count, add, [&](const auto& batch, bool fit, bool) {
-    return fit ? launch<kPack<T>>(batch, stream) : launch<1>(batch, stream);
+  return in_batches(leaves, count, add, [&](const auto& batch, bool) {
+    return batch.all_wide() ? launch<kPack<T>>(batch, stream) : launch<1>(batch, stream);
   });
 }
 

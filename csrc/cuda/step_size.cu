@@ -6,18 +6,13 @@ namespace {
 
 template <class R>
 __global__ void step_size_kernel(const StepSize s, R* times) {
-  visit_packs<1>(s.rows, blockIdx.x, gridDim.x, [&](int64_t row, Width<1>) {
-    step_size_row(s, row);
-    write_times(s, row, times);
-  });
+  visit_packs<1>(s.rows, blockIdx.x, gridDim.x, [&](int64_t row, Width<1>) { step_size_row(s, row, times); });
 }
 
 template <class R>
 __global__ void first_step_kernel(const StepSize s, const FirstStep first, R* times) {
-  visit_packs<1>(s.rows, blockIdx.x, gridDim.x, [&](int64_t row, Width<1>) {
-    first_step_row(s, row, first.norms, first.size, first.phase);
-    write_times(s, row, times);
-  });
+  visit_packs<1>(s.rows, blockIdx.x, gridDim.x,
+                 [&](int64_t row, Width<1>) { first_step_row(s, row, first.norms, first.size, first.phase, times); });
 }
 
 }  // namespace

@@ -89,6 +89,7 @@ class AdaptiveSolver:
         self.looks = needed or not runs_ahead(device)
         self.recording = recorder is not None and recorder.slopes
         self.captures = bool(graph) and not self.looks and not self.recording
+        self.stages_ahead = not self.looks and not self.recording  # the end of a step makes the next one's first stage
         self._held: tuple[Tensor, list[Tensor]] | None = None  # the times of a captured step, where they must outlive it
         self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample
@@ -184,6 +185,8 @@ class AdaptiveSolver:
                 "capture a solve on a grid (step_size), or leave it to cuda_graph=True"
             )
         self._start(start)
+        if self.stages_ahead:
+            self.stepper.kernels.stage(1, [])
         counter = counter_of(self.problem.field)
         called, steps = counter.nfe, 0
         watch = Watch(self.state[FIELDS["status"]], self.expected, on_device=self.state.is_cuda)
@@ -232,7 +235,10 @@ class AdaptiveSolver:
         if self.recording:
             self.unseen.append((self.state.clone(), (evaluations, list(stepper.k), stepper.y0, times)))
             self._leave_behind()
-        kernels.advance()
+        if self.stages_ahead:
+            kernels.advance_and_stage()
+        else:
+            kernels.advance()
 
     def _before_step(self) -> tuple[list[Evaluation | None], list[list[Tensor]], list[Tensor], Tensor]:
         """What the recorder keeps of a step that it is not told the slopes of."""
@@ -282,7 +288,8 @@ class AdaptiveSolver:
             views = self._step_views = self._times_to_keep()
         addresses: list[int] = []
         for i in range(1, self.tableau.stages):
-            kernels.stage(i, addresses)
+            if i > 1 or not self.stages_ahead:
+                kernels.stage(i, addresses)
             addresses = stepper.set_slopes(i, field(views[i], stepper.y[i], i), True)
         return addresses
 

@@ -4,8 +4,10 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "dtype.h"
 #include "launch.h"
 
 namespace odenet {
@@ -124,25 +126,36 @@ void test_stage(const char* type, int64_t rows, int stages, int shift, bool with
 }
 
 template <class T>
-void test_advance(const char* type, int64_t rows, int shift) {
+void test_advance(const char* type, int64_t rows, int shift, bool with_stage) {
   auto leaves = leaves_of<T>(rows, 2, shift);
   auto expected = leaves;
   std::vector<double> accept(rows);
   for (int64_t row = 0; row < rows; ++row) accept[row] = row % 3 != 1;
+  const std::vector<double> dt = draws(rows);
   std::vector<Advance<T>> args;
   for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
     Leaf<T>&mine = leaves[leaf], &other = expected[leaf];
-    Advance<T> s{other.y0.data(), other.k[0].data(), mine.y1.data(), mine.k[1].data(), accept.data(), rows,
-                 mine.columns};
+    Advance<T> s{other.y0.data(),
+                 other.k[0].data(),
+                 mine.y1.data(),
+                 mine.k[1].data(),
+                 accept.data(),
+                 rows,
+                 mine.columns,
+                 with_stage ? other.y.data() : nullptr,
+                 0.2,
+                 dt.data()};
     cpu::baseline::advance(s, one_thread);
     s.y0 = mine.y0.data();
     s.k0 = mine.k[0].data();
+    if (with_stage) s.y = mine.y.data();
     args.push_back(s);
   }
   cuda::advance(args.data(), static_cast<int>(args.size()), nullptr);
   bool same = true;
   for (size_t leaf = 0; leaf < leaves.size(); ++leaf) {
-    same = same && leaves[leaf].y0 == expected[leaf].y0 && leaves[leaf].k[0] == expected[leaf].k[0];
+    same = same && leaves[leaf].y0 == expected[leaf].y0 && leaves[leaf].k[0] == expected[leaf].k[0] &&
+           leaves[leaf].y == expected[leaf].y;
   }
   check(same, std::string("advance ") + type + ", rows " + std::to_string(rows) + ", shift " + std::to_string(shift));
 }
@@ -219,6 +232,115 @@ void test_error(const char* type, int64_t rows, int stages, int shift, double si
   check(std::memcmp(times_one.data(), times_two.data(), times_one.size() * sizeof(R)) == 0, words + ", stage times");
 }
 
+// One row in batches of others, wherever it stands there and however it lies in memory: the same to the last bit.
+template <class T>
+struct RowInBatch {
+  static constexpr int kSlopes = 4;
+  int64_t rows, columns, place;
+  Numbers<T> y, y0, y1;
+  std::vector<Numbers<T>> k;
+  std::vector<double> dt;
+
+  RowInBatch(int64_t rows, int64_t columns, int64_t place, int shift, int seed)
+      : rows(rows),
+        columns(columns),
+        place(place),
+        y(rows * columns, shift),
+        y0(rows * columns, shift),
+        y1(rows * columns, shift),
+        dt(draws(rows)) {
+    for (int j = 0; j < kSlopes; ++j) k.emplace_back(rows * columns, shift);
+    const std::mt19937_64 others = std::exchange(engine, std::mt19937_64(seed));  // the row itself is always the same
+    for (Numbers<T>* x : {&y0, &y1, &k[0], &k[1], &k[2], &k[3]}) {
+      for (int64_t i = 0; i < columns; ++i) draw_into(x->data()[place * columns + i]);
+    }
+    dt[place] = 0.125;
+    engine = others;
+  }
+
+  Error<T> error() {
+    Error<T> s{};
+    s.y0 = y0.data();
+    s.y1 = y1.data();
+    for (int j = 0; j < kSlopes; ++j) {
+      s.k[j] = k[j].data();
+      s.e[j] = 0.1 * (j + 1);
+    }
+    s.dt = dt.data();
+    s.rtol = 1e-2;
+    s.stages = kSlopes;  // atol 0: what is no element has no error either
+    s.rows = rows;
+    s.columns = columns;
+    return s;
+  }
+  // The row's norm, and the sums that it is made of: a root hides most of what may differ.
+  std::vector<double> norm() {
+    const Error<T> s = error();
+    std::vector<double> workspace(cuda::error_workspace(&s, 1)), ratio(rows);
+    cuda::error(&s, 1, ratio.data(), true, workspace.data(), nullptr);
+    const int64_t sums = workspace.size() / rows;
+    std::vector<double> found(workspace.begin() + place * sums, workspace.begin() + (place + 1) * sums);
+    found.push_back(ratio[place]);
+    return found;
+  }
+  double norm_on_cpu() {
+    std::vector<double> ratio(rows);
+    cpu::baseline::error(error(), ratio.data(), true, one_thread);
+    return ratio[place];
+  }
+};
+
+// What an op that has no sums makes of the row.
+template <class T>
+std::vector<T> stage_of(RowInBatch<T>& batch) {
+  const Error<T> e = batch.error();
+  Stage<T> s{};
+  s.y = batch.y.data();
+  s.y0 = e.y0;
+  std::copy(e.k, e.k + e.stages, s.k);
+  std::copy(e.e, e.e + e.stages, s.a);
+  s.dt = e.dt;
+  s.stages = e.stages;
+  s.rows = e.rows;
+  s.columns = e.columns;
+  cuda::stage(&s, 1, nullptr);
+  return {s.y + batch.place * s.columns, s.y + (batch.place + 1) * s.columns};
+}
+
+struct Place {
+  int64_t rows, place;
+  int shift;
+};
+
+template <class T>
+void test_row_in_batches(const char* type) {
+  constexpr bool real = std::is_same_v<T, RealPart<T>>;
+  for (const int64_t columns : {1, 3, 7, 16, 33, 64, 129, 1000, 4099, 12345}) {
+    bool same = true, same_on_cpu = true, same_stage = true;
+    for (int seed = 0; seed < (columns < 1000 ? 4 : 1); ++seed) {
+      RowInBatch<T> alone(1, columns, 0, 0, seed);
+      const std::vector<double> norm = alone.norm();
+      const double norm_on_cpu = alone.norm_on_cpu();
+      std::vector<T> stage;
+      if constexpr (real) stage = stage_of(alone);
+      same = same && norm.back() > 0 && near(norm.back(), norm_on_cpu, 1e-5);
+      for (const auto [rows, place, shift] :
+           {Place{1, 0, 1}, Place{1, 0, 2}, Place{3, 1, 0}, Place{3, 1, 1}, Place{10, 9, 0}}) {
+        RowInBatch<T> batch(rows, columns, place, shift, seed);
+        same = same && batch.norm() == norm;
+        same_on_cpu = same_on_cpu && batch.norm_on_cpu() == norm_on_cpu;
+        if constexpr (real) {
+          same_stage = same_stage && std::memcmp(stage_of(batch).data(), stage.data(), columns * sizeof(T)) == 0;
+        }
+      }
+    }
+    const std::string words = std::string(" of a row of ") + type + " in batches, columns " + std::to_string(columns);
+    check(same, "norm" + words);
+    check(same_on_cpu, "norm on the CPU" + words);
+    check(same_stage, "stage" + words);
+  }
+}
+
 template <class T>
 void test_dense_output(const char* type, int64_t rows) {
   constexpr int kStages = 4, kDegree = 3;
@@ -293,7 +415,7 @@ void test_real(const char* type) {
       copies = rows == 1 ? 1 : 3;
       for (const int shift : {0, 1}) {
         for (const int stages : {0, 1, 6, 12}) test_stage<T>(type, rows, stages, shift, stages != 1);
-        test_advance<T>(type, rows, shift);
+        for (const bool with_stage : {false, true}) test_advance<T>(type, rows, shift, with_stage);
         test_error<T, T>(type, rows, shift ? 6 : 12, shift, rows == 1 ? 1 : 1e-3);
       }
       test_dense_output<T>(type, rows);
@@ -315,10 +437,19 @@ int main() {
     test_error<Complex<double>, double>("complex of double", rows, 6, 0, 1e-3);
     test_first_step(rows);
   }
-  test_error<float, float>("float of many rows", 100, 2, 0, 1);
+  test_row_in_batches<float>("float");
+  test_row_in_batches<double>("double");
+  test_row_in_batches<Half>("half");
+  test_row_in_batches<BFloat16>("bfloat16");
+  test_row_in_batches<Complex<float>>("complex of float");
+  test_row_in_batches<Complex<double>>("complex of double");
+  test_error<float, float>("float of many rows", 100, 2, 0, 1);  // decided in a launch of its own
+  columns_in_use = {3, 4200};                                    // and rows of many chunks
+  test_error<double, double>("double of long rows", 9, 2, 0, 1);
+  columns_in_use = kOdd;
   copies = 24;
   test_stage<float>("float of many leaves", 1, 6, 0, true);
-  test_advance<float>("float of many leaves", 1, 0);
+  test_advance<float>("float of many leaves", 1, 0, true);
   test_error<float, float>("float of many leaves", 1, 6, 0, 1);
   test_dense_output<float>("float of many leaves", 1);
   std::printf("%d checks, %d failed\n", cases, failures);

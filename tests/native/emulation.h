@@ -19,7 +19,12 @@
 #define __host__
 #define __shared__ static  // one block runs at a time
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#if !defined(ODENET_WARP) && defined(ODENET_THREADS)
+#define ODENET_WARP (ODENET_THREADS / 2)  // a block has two, as small as it may be
+#elif !defined(ODENET_WARP)
+#define ODENET_WARP 32
+#endif
 
 namespace emulation {
 
@@ -32,13 +37,15 @@ struct Fragment {  // of a thread: what it has of the operands of a tensor core'
 
 // What the threads of a block share.
 struct Block {
-  Block(int threads, int bytes) : meeting(threads), memory(new unsigned char[bytes]), fragments(threads) {
-    for (int warp = 0; warp < threads / 32; ++warp) warps.push_back(std::make_unique<Barrier>(32));
+  Block(int threads, int bytes)
+      : meeting(threads), memory(new unsigned char[bytes]), fragments(threads), shown(threads) {
+    for (int warp = 0; warp < threads / ODENET_WARP; ++warp) warps.push_back(std::make_unique<Barrier>(ODENET_WARP));
   }
   Barrier meeting;
   std::vector<std::unique_ptr<Barrier>> warps;
   std::unique_ptr<unsigned char[]> memory;
   std::vector<Fragment> fragments;
+  std::vector<double> shown;  // by each thread to the others of its warp
   std::atomic<int> votes{0};
 };
 
@@ -85,6 +92,15 @@ inline int __syncthreads_or(int some) {
   emulation::meet();
   if (threadIdx.x == 0) votes = 0;
   emulation::meet();
+  return found;
+}
+inline double __shfl_xor_sync(unsigned, double x, int lanes) {
+  emulation::Block& block = *emulation::self.block;
+  emulation::Barrier& warp = *block.warps[threadIdx.x / ODENET_WARP];
+  block.shown[threadIdx.x] = x;
+  emulation::meet(warp);
+  const double found = block.shown[threadIdx.x ^ lanes];
+  emulation::meet(warp);
   return found;
 }
 inline void __threadfence() {}  // atomicAdd is one

@@ -255,9 +255,11 @@ void test_advance() {
     std::vector<double> accept(rows);
     for (int64_t row = 0; row < rows; row += 2) accept[row] = 1;
     compare("advance", [&](ParallelFor parallel_for) {
-      auto y = rows == 1 ? blank<T>(size) : y0, k = rows == 1 ? blank<T>(size) : k0;
-      cpu::advance(Advance<T>{y.data(), k.data(), y1.data(), k1.data(), accept.data(), rows, columns}, parallel_for);
-      return bytes(y, k);
+      auto y = rows == 1 ? blank<T>(size) : y0, k = rows == 1 ? blank<T>(size) : k0, stage = blank<T>(size);
+      Advance<T> s{y.data(), k.data(), y1.data(),    k1.data(), accept.data(),
+                   rows,     columns,  stage.data(), 0.2,       accept.data()};
+      cpu::advance(s, parallel_for);
+      return bytes(y, k, stage);
     });
   }
 }
@@ -276,7 +278,7 @@ void do_wrong(const std::string& fault) {
   const int64_t size = 8 * kGrain, rows = 1;
   std::vector<float> y(size), y1 = numbers<float>(size);
   std::vector<double> accept(rows, 1);
-  Advance<float> s{y.data(), y.data(), y1.data(), y1.data(), accept.data(), rows, size};
+  Advance<float> s{y.data(), y.data(), y1.data(), y1.data(), accept.data(), rows, size, nullptr, 0, nullptr};
   if (fault == "overrun") s.columns += 1;
   if (fault == "misaligned")
     s.y1 = reinterpret_cast<const float*>(reinterpret_cast<const char*>(s.y1) + 1), s.columns -= 1;

@@ -1,0 +1,7 @@
+#include "error.h"
+
+namespace odenet::cuda {
+
+ODENET_ERROR_OF(double, double)
+
+}  // namespace odenet::cuda
