@@ -309,7 +309,8 @@ class Job:
         numbers = sum([leaf.numel() for leaf in problem.leaves])
         return (
             self.grid is not None
-            and (gradient == "direct" or not torch.is_grad_enabled())
+            and gradient == "direct"
+            and torch.is_grad_enabled()
             and problem.device.type == "cpu"
             and 0 < numbers <= plain.MOST
             and len(problem.t) > 1
