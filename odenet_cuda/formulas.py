@@ -12,11 +12,12 @@ from .ops import REAL
 from .tableau import ButcherTableau
 
 Number = float | Tensor
+_SHORT = (torch.float16, torch.bfloat16)
 
 
 def widened(x: Tensor) -> Tensor:
     """In the type in which sums are formed: 16 bits as float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype in _SHORT else x
 
 
 def per_row(value: Number, leaf: Tensor) -> Number:
@@ -29,15 +30,17 @@ def per_row(value: Number, leaf: Tensor) -> Number:
 
 def stage(y0: Tensor | None, k: Sequence[Tensor], a: Sequence[float], dt: Number) -> Tensor:
     """``y0 + dt * sum_j a[j] k[j]``."""
-    terms = [(dt * weight) * slope for weight, slope in zip(a, k, strict=False) if weight != 0]
-    if y0 is not None:
-        terms.insert(0, y0)
-    if not terms:
-        return torch.zeros_like(k[0])
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    total = y0
+    for weight, slope in zip(a, k, strict=False):
+        if weight != 0:
+            factor = dt * weight
+            if total is None:
+                total = factor * slope
+            elif isinstance(factor, Tensor):
+                total = total + factor * slope
+            else:
+                total = torch.add(total, slope, alpha=factor)
+    return torch.zeros_like(k[0]) if total is None else total
 
 
 def scaled_error(

@@ -146,11 +146,16 @@ class Field:
             return [slope.detach() for slope in k]
         self.nfe += 1
         structure = self.structure
+        before = None if y[0].is_inference() else [x._version for x in y]
         if structure.single:
             slope = self.func(t, y[0])
             k = [slope] if isinstance(slope, Tensor) else structure.flatten(slope)
         else:
             k = structure.flatten(self.func(t, structure.unflatten(y)))
+        if before is not None and before != [x._version for x in y]:
+            raise RuntimeError(
+                "func changed y in place, which is the solver's: work on a copy, y.clone(), or return what is computed from y"
+            )
         for i, leaf in enumerate(y):
             slope = k[i]
             if (

@@ -1,7 +1,9 @@
 """What a solve gives back: Solution, its statistics and interpolant, and the exception of a failed solve."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -175,9 +177,26 @@ class Interpolant:
                 raise ValueError(f"t must lie in [{low}, {high}], where the solution is known, got {t}")
             flat = wanted.reshape(-1).clamp(low, high)
             leaves = [y0.expand(len(flat), *y0.shape).clone() for y0 in self._y0]
-            for step in self.steps:
-                self._fill(step, flat, leaves)
+            for index in self._steps_with(flat):
+                self._fill(self.steps[index], flat, leaves)
             return self._unflatten([leaf.reshape((*wanted.shape, *leaf.shape[1:])) for leaf in leaves])
+
+    def _steps_with(self, t: Tensor) -> list[int]:
+        """Those in which one of the times lies, for any row."""
+        if not self.steps:
+            return []
+        t, (low, high) = t.sort().values, self._ends
+        return (torch.searchsorted(t, low) < torch.searchsorted(t, high, right=True)).nonzero()[:, 0].tolist()
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest time of each step, over the rows in which it was accepted."""
+        ends = torch.stack([torch.stack([step.t0, step.t1]) for step in self.steps])  # [steps, 2, rows]
+        low, high = ends.amin(1), ends.amax(1)
+        if self.steps[0].accept is not None:
+            accept = torch.stack([step.accept for step in self.steps if step.accept is not None])
+            low, high = low.where(accept, math.inf), high.where(accept, -math.inf)
+        return low.amin(1), high.amax(1)
 
     def _fill(self, step: DenseStep, t: Tensor, leaves: list[Tensor]) -> None:
         dt = step.t1 - step.t0  # [rows]

@@ -22,11 +22,11 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.autograd import forward_ad
 
+from . import plain
 from .gradients.replay import replay
 from .integrate import Grid, Options, integrate
 from .problem import Field, Problem, Structure
 from .solvers.checkpoints import Checkpoints
-from .solvers.fixed import tape_of_grid
 from .solvers.trajectory import Recorder, Trajectory
 
 _functorch = torch._C._functorch
@@ -98,9 +98,8 @@ def solve_on_grid(
     problem: Problem, options: Options, func: Callable, structure: Structure, t: Tensor, grid: Grid
 ) -> tuple[list[Tensor], int]:
     """(outputs, calls of func) of a method on a grid."""
-    tape = tape_of_grid(problem, options.tableau, *grid, options.perturb)
     field = PlainField(func, structure)
-    return replay(tape, options.tableau, problem, field, structure.leaves, t), field.nfe
+    return plain.solve_on_grid(problem, options.tableau, *grid, options.perturb, field, structure.leaves, t), field.nfe
 
 
 def solve_on_found_steps(

@@ -3,20 +3,20 @@
 Steps are taken as given; where they end depends on t only at the times of t themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import formulas, noise
+from .. import noise
+from ..plain import Func, Shifts, dense_output, difference_of, stage, sum_of
 from ..problem import Problem
 from ..products import Targets, gradients
-from ..solvers.trajectory import End, Evaluation, Recorder, Step
+from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..tableau import ButcherTableau
 
-Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 SECOND = " for second derivatives"
 
 
@@ -78,7 +78,7 @@ def replay(
     y = [*y0, *(leaf.detach() for leaf in problem.leaves[n:])]
     k = y  # where the solve has come to, and the slope there
     ys: list[list[Any]] = [[leaf, *[None] * (len(problem.t) - 1)] for leaf in y]
-    shifts = _Shifts(problem, t)
+    shifts = Shifts(problem, t)
     last = max([-1, *[i for i, entry in enumerate(tape) if isinstance(entry, Step)]])
     for position, entry in enumerate(tape):
         if isinstance(entry, Evaluation):
@@ -86,21 +86,21 @@ def replay(
             k = found if entry.mask is None else [_where(entry.mask, new, old) for new, old in zip(found, k, strict=True)]
             continue
         at_t0, at_t1 = shifts.of(entry.ends[0]), shifts.of(entry.ends[1])
-        dt = _add(entry.dt, at_t1 if at_t0 is None else -at_t0 if at_t1 is None else at_t1 - at_t0)
+        dt = sum_of(entry.dt, difference_of(at_t1, at_t0))
         views, slopes, point = problem.time_views(entry.times.detach()), [k], y
         for i, row in enumerate(tableau.rows, 1):
-            point = [_stage(leaf, [of[j] for of in slopes], row, dt) for j, leaf in enumerate(y)]
+            point = [stage(leaf, [of[j] for of in slopes], row, dt) for j, leaf in enumerate(y)]
             if i < tableau.stages and (i < len(tableau.rows) or entry.outputs or position < last):
                 c = tableau.c[i]
-                shift = _add(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
+                shift = sum_of(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
                 slopes.append(func(shifts.moved(views[i], shift), point[:n]))
         for index, theta, mask in entry.outputs:
             lands = entry.ends[1] is not None and entry.ends[1][0] == index
             if lands:
                 values = point
             else:
-                inside = _add(theta * entry.dt, _add(shifts.of((index, None)), None if at_t0 is None else -at_t0))
-                values = [_dense_output(tableau, leaf, [of[j] for of in slopes], inside / dt, dt) for j, leaf in enumerate(y)]
+                inside = sum_of(theta * entry.dt, difference_of(shifts.of((index, None)), at_t0))
+                values = [dense_output(tableau, leaf, [of[j] for of in slopes], inside / dt, dt) for j, leaf in enumerate(y)]
             for of_leaf, value in zip(ys, values, strict=True):
                 held = of_leaf[index]
                 of_leaf[index] = value if mask is None or held is None else _where(mask, value, held)
@@ -113,45 +113,5 @@ def replay(
     return [*outputs, *y[n:]]
 
 
-class _Shifts:
-    """Zeros that move with t: what is added to a recorded time so that it has its derivative."""
-
-    def __init__(self, problem: Problem, t: Tensor):
-        self.problem, self.real = problem, problem.real
-        t = t.to(problem.device, torch.float64)
-        self.zeros = t - t.detach() if t.requires_grad or _has_tangent(t) else None
-
-    def of(self, end: End | None) -> Tensor | None:
-        if end is None or self.zeros is None:
-            return None
-        index, mask = end
-        shift = self.zeros[index]
-        return shift.expand(self.problem.rows) if mask is None else shift * mask
-
-    def moved(self, t: Tensor, shift: Tensor | None) -> Tensor:
-        return t if shift is None else t + shift.reshape(t.shape).to(self.real)
-
-
-def _has_tangent(t: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(t)
-
-
-def _add(x: Any, y: Any) -> Any:
-    return y if x is None else x if y is None else x + y
-
-
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask.reshape(-1, *[1] * (new.dim() - 1)), new, old)
-
-
-def _stage(y0: Tensor, k: Sequence[Tensor], a: Sequence[float], dt: Any) -> Tensor:
-    wide = formulas.widened(y0)
-    return formulas.stage(wide, [formulas.widened(x) for x in k], a, formulas.per_row(dt, wide)).to(y0.dtype)
-
-
-def _dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Any, dt: Any) -> Tensor:
-    wide = formulas.widened(y0)
-    k = [formulas.widened(x) for x in k]
-    return formulas.dense_output(tableau, wide, k, formulas.per_row(theta, wide), formulas.per_row(dt, wide)).to(y0.dtype)

@@ -62,23 +62,6 @@ def calls_on_grid(tableau: ButcherTableau, nodes: list[float], t: list[float], d
     return count
 
 
-def tape_of_grid(
-    problem: Problem, tableau: ButcherTableau, nodes: list[float], moves_with: list[int | None], perturb: bool
-) -> list[Step | Evaluation]:
-    """What a solve on this grid does, without its values."""
-    times = to_device(stage_times(nodes, tableau, problem.real, perturb), problem.device)
-    fsal = tableau.fsal and not perturb
-    tape: list[Step | Evaluation] = []
-    for step, outputs in enumerate(outputs_of_steps(nodes, problem.t, problem.direction)):
-        ends = [None if index is None else (index, None) for index in moves_with[step : step + 2]]
-        column = times[step][:, None]
-        if step == 0 or not fsal:
-            tape.append(Evaluation(problem.time_views(column)[0], [], [], None, ends[0]))
-        dt = nodes[step + 1] - nodes[step]
-        tape.append(Step(column, column[0], dt, None, outputs, (ends[0], ends[1]), None, []))
-    return tape
-
-
 class FixedSolver:
     """A solve on the grid `nodes`, which begins at t[0] and ends at t[-1], and after `reset` another of the same kind.
 

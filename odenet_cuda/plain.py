@@ -1,0 +1,113 @@
+"""A solve on a grid in torch's own operations, and the parts that steps made again share with it.
+
+Autograd records it as it records any other program: differentiable as often as func is, forwards and backwards, and open to
+transforms. With the gradient `direct` most states are solved fastest so: the kernels' way back costs more than a few additions.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formulas
+from .problem import Problem, to_device
+from .solvers.fixed import outputs_of_steps, stage_times
+from .solvers.trajectory import End
+from .tableau import ButcherTableau
+
+MOST = 1 << 18  # numbers in a state that is solved so where there is a choice; with more the kernels are as fast
+Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+
+
+def solve_on_grid(
+    problem: Problem,
+    tableau: ButcherTableau,
+    nodes: Sequence[float],
+    moves_with: Sequence[int | None],
+    perturb: bool,
+    func: Func,
+    y0: Sequence[Tensor],
+    t: Tensor,
+) -> list[Tensor]:
+    """The outputs, each leaf [len(t), ...]. t: the output times, perhaps with a gradient. moves_with: see `FixedSolver`."""
+    times = to_device(stage_times(list(nodes), tableau, problem.real, perturb), problem.device)
+    stages, points, fsal = tableau.stages, len(tableau.rows), tableau.fsal and not perturb
+    shifts = Shifts(problem, t)
+    y, slope, last = list(y0), None, len(nodes) - 2
+    ys: list[list[Tensor]] = [[leaf] for leaf in y]
+    outputs = outputs_of_steps(list(nodes), problem.t, problem.direction)
+    for step, (t0, t1) in enumerate(pairwise(nodes)):
+        at_t0, at_t1 = (shifts.of(None if index is None else (index, None)) for index in moves_with[step : step + 2])
+        dt: Any = sum_of(t1 - t0, difference_of(at_t1, at_t0))
+        views = problem.time_views(times[step])
+        if slope is None:
+            slope = func(shifts.moved(views[0], at_t0), y)
+        slopes, point = [slope], y
+        inside = [x for x in outputs[step] if x[1] != 1.0 or (shifts.zeros is not None and moves_with[step + 1] != x[0])]
+        for i, row in enumerate(tableau.rows, 1):
+            point = [stage(leaf, [of[j] for of in slopes], row, dt) for j, leaf in enumerate(y)]
+            if i < stages and (i < points or inside or step < last):
+                c = tableau.c[i]
+                shift = sum_of(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
+                slopes.append(func(shifts.moved(views[i], shift), point))
+        for output in outputs[step]:
+            values = point
+            if output in inside:
+                index, theta, _ = output
+                part = sum_of(theta * (t1 - t0), difference_of(shifts.of((index, None)), at_t0))
+                values = [dense_output(tableau, leaf, [of[j] for of in slopes], part / dt, dt) for j, leaf in enumerate(y)]
+            for of_leaf, value in zip(ys, values, strict=True):
+                of_leaf.append(value)
+        y, slope = point, slopes[-1] if fsal and len(slopes) == stages else None
+    return [torch.stack(of_leaf) for of_leaf in ys]
+
+
+class Shifts:
+    """Zeros that move with t: what is added to a recorded time so that it has its derivative."""
+
+    def __init__(self, problem: Problem, t: Tensor):
+        self.problem, self.real = problem, problem.real
+        self.zeros: Tensor | None = None
+        if t.requires_grad or _has_tangent(t):
+            t = t.to(problem.device, torch.float64)
+            self.zeros = t - t.detach()
+
+    def of(self, end: End | None) -> Tensor | None:
+        if end is None or self.zeros is None:
+            return None
+        index, mask = end
+        shift = self.zeros[index]
+        return shift.expand(self.problem.rows) if mask is None else shift * mask
+
+    def moved(self, t: Tensor, shift: Tensor | None) -> Tensor:
+        return t if shift is None else t + shift.reshape(t.shape).to(self.real)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def sum_of(x: Any, y: Any) -> Any:
+    """None is nothing."""
+    return y if x is None else x if y is None else x + y
+
+
+def difference_of(x: Any, y: Any) -> Any:
+    return x if y is None else -y if x is None else x - y
+
+
+def stage(y0: Tensor, k: Sequence[Tensor], a: Sequence[float], dt: Any) -> Tensor:
+    """As `formulas.stage`, with sums of 16 bits in float32. dt: a number, or [rows]."""
+    wide = formulas.widened(y0)
+    return formulas.stage(wide, [formulas.widened(x) for x in k], a, formulas.per_row(dt, wide)).to(y0.dtype)
+
+
+def dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Any, dt: Any) -> Tensor:
+    """As `formulas.dense_output`, likewise."""
+    wide = formulas.widened(y0)
+    k = [formulas.widened(x) for x in k]
+    return formulas.dense_output(tableau, wide, k, formulas.per_row(theta, wide), formulas.per_row(dt, wide)).to(y0.dtype)
