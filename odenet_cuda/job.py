@@ -304,10 +304,11 @@ class Job:
         return self._solution(ys, trajectory, None, stats)
 
     def suits_plain(self, gradient: str, chosen: bool) -> bool:
-        """Whether run_plain() serves, and is faster than the kernels. chosen: what gets gradients, by the user."""
+        """Whether run_plain() serves, and is faster than the kernels: it is sure that gradients are wanted, and that none is of 16
+        bits, whose sum over many steps autograd would round. chosen: what gets gradients, by the user."""
         problem = self.problem
         numbers = sum([leaf.numel() for leaf in problem.leaves])
-        return (
+        possible = (
             self.grid is not None
             and gradient == "direct"
             and torch.is_grad_enabled()
@@ -317,14 +318,19 @@ class Job:
             and not (self.dense or self.regularizers or chosen or self.options.cuda_graph)
             and not any([hasattr(self.field.func, name) for name in CALLBACKS])
         )
+        if not possible:
+            return False
+        own, is_module = own_tensors(self.field.func)
+        tensors = [*own, *self.structure.leaves]
+        return is_module and any([x.requires_grad for x in tensors]) and not any([x.dtype in SHORT for x in tensors])
 
     def run_plain(self) -> Solution:
         """A solve on a grid by torch's own operations, which autograd records."""
         assert self.grid is not None
         leaves = [leaf.clone(memory_format=torch.contiguous_format) for leaf in self.structure.leaves]  # func has no hold on y0
-        ys = plain.solve_on_grid(
-            self.problem, self.options.tableau, *self.grid, self.options.perturb, self.field, leaves, self.t
-        )
+        # Where y has no gradient func may ask for one, of its own.
+        func = lambda t, y: self.field(t, [x if x.requires_grad else x.detach() for x in y])  # noqa: E731
+        ys = plain.solve_on_grid(self.problem, self.options.tableau, *self.grid, self.options.perturb, func, leaves, self.t)
         trajectory = Trajectory(ys, [leaf[-1].detach() for leaf in ys], None)
         return self._solution(ys, trajectory, None, self._stats(trajectory))
 

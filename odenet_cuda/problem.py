@@ -146,7 +146,7 @@ class Field:
             return [slope.detach() for slope in k]
         self.nfe += 1
         structure = self.structure
-        before = None if y[0].is_inference() else [x._version for x in y]
+        before = None if torch.compiler.is_compiling() or y[0].is_inference() else [x._version for x in y]
         if structure.single:
             slope = self.func(t, y[0])
             k = [slope] if isinstance(slope, Tensor) else structure.flatten(slope)
