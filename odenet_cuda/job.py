@@ -304,8 +304,8 @@ class Job:
         return self._solution(ys, trajectory, None, stats)
 
     def suits_plain(self, gradient: str, chosen: bool) -> bool:
-        """Whether run_plain() serves, and is faster than the kernels: it is sure that gradients are wanted, and that none is of 16
-        bits, whose sum over many steps autograd would round. chosen: what gets gradients, by the user."""
+        """Whether run_plain() serves and is faster than the kernels: gradients are surely wanted, and none is of 16 bits, whose
+        sum over many steps autograd would round. chosen: what gets gradients, by the user."""
         problem = self.problem
         numbers = sum([leaf.numel() for leaf in problem.leaves])
         possible = (
