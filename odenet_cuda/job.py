@@ -322,7 +322,8 @@ class Job:
             return False
         own, is_module = own_tensors(self.field.func)
         tensors = [*own, *self.structure.leaves]
-        return is_module and any([x.requires_grad for x in tensors]) and not any([x.dtype in SHORT for x in tensors])
+        wanted = any([x.requires_grad for x in tensors])
+        return is_module and wanted and all([is_plain(x) and x.dtype not in SHORT for x in tensors])
 
     def run_plain(self) -> Solution:
         """A solve on a grid by torch's own operations, which autograd records."""
@@ -330,8 +331,10 @@ class Job:
         leaves = [leaf.clone(memory_format=torch.contiguous_format) for leaf in self.structure.leaves]  # func has no hold on y0
         # Where y has no gradient func may ask for one, of its own.
         func = lambda t, y: self.field(t, [x if x.requires_grad else x.detach() for x in y])  # noqa: E731
-        ys = plain.solve_on_grid(self.problem, self.options.tableau, *self.grid, self.options.perturb, func, leaves, self.t)
-        trajectory = Trajectory(ys, [leaf[-1].detach() for leaf in ys], None)
+        refuse_sharded(self.field.func)
+        with no_sharded_calls():
+            ys = plain.solve_on_grid(self.problem, self.options.tableau, *self.grid, self.options.perturb, func, leaves, self.t)
+        trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
         return self._solution(ys, trajectory, None, self._stats(trajectory))
 
     def _run_mapped(self, on_failure: str) -> Solution:

@@ -70,14 +70,32 @@ def test_types(ways, dtype):
         torch.testing.assert_close(x, y, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
-def test_y0_stays():
-    """func has the state, not y0, and what is returned is no part of it."""
+def test_what_is_given_out_is_apart():
+    """func has the state, not y0, and asks for gradients of its own; outputs, y_last and y0 share no memory."""
     seen = []
-    y0 = torch.ones(2, dtype=D)
-    ys = solve(lambda t, y: seen.append(y.data_ptr()) or y, y0, [0.0, 1.0], method="euler").ys
-    assert y0.data_ptr() not in seen and not y0.requires_grad
-    ys.zero_()
-    assert torch.equal(y0, torch.ones(2, dtype=D))
+
+    class Asking(Field):
+        def forward(self, t, y):
+            seen.append((y.data_ptr(), y.requires_grad))
+            return super().forward(t, y.requires_grad_())
+
+    func, y0 = Asking(D), torch.ones(1, 2, dtype=D)
+    solution = solve(func, y0, [0.0, 1.0], method="euler")
+    assert y0.data_ptr() not in [address for address, _ in seen] and not y0.requires_grad and not seen[0][1]
+    last = solution.y_last.clone()
+    with torch.no_grad():
+        solution.ys.zero_()
+    assert torch.equal(y0, torch.ones(1, 2, dtype=D)) and torch.equal(solution.y_last, last)
+
+
+def test_the_kernels_serve_where_gradients_are_of_16_bits_or_not_wanted(monkeypatch):
+    served = []
+    monkeypatch.setattr(plain, "solve_on_grid", lambda *args: served.append(1))
+    for func in (Field(torch.bfloat16), Field(D).requires_grad_(False)):
+        solve(func, torch.ones(1, 2, dtype=next(func.parameters()).dtype), [0.0, 1.0], method="rk4")
+    with torch.no_grad():
+        solve(Field(D), torch.ones(1, 2, dtype=D), [0.0, 1.0], method="rk4")
+    assert not served
 
 
 WRITERS = {
