@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import noise, plain, transforms
-from .callbacks import CALLBACKS, find_callbacks
+from . import noise, transforms
+from .callbacks import find_callbacks
 from .captured import Known, Walk, find_captured, outside, sequence_number
 from .compiled.attach import attach as attach_compiled
 from .compiled.engine import Engine, evaluations
@@ -302,40 +302,6 @@ class Job:
         stats = self._stats(trajectory)
         self._failed(trajectory, ys, stats, on_failure)
         return self._solution(ys, trajectory, None, stats)
-
-    def suits_plain(self, gradient: str, chosen: bool) -> bool:
-        """Whether run_plain() serves and is faster than the kernels: gradients are surely wanted, and none is of 16 bits, whose
-        sum over many steps autograd would round. chosen: what gets gradients, by the user."""
-        problem = self.problem
-        numbers = sum([leaf.numel() for leaf in problem.leaves])
-        possible = (
-            self.grid is not None
-            and gradient == "direct"
-            and torch.is_grad_enabled()
-            and problem.device.type == "cpu"
-            and 0 < numbers <= plain.MOST
-            and len(problem.t) > 1
-            and not (self.dense or self.regularizers or chosen or self.options.cuda_graph)
-            and not any([hasattr(self.field.func, name) for name in CALLBACKS])
-        )
-        if not possible:
-            return False
-        own, is_module = own_tensors(self.field.func)
-        tensors = [*own, *self.structure.leaves]
-        wanted = any([x.requires_grad for x in tensors])
-        return is_module and wanted and all([is_plain(x) and x.dtype not in SHORT for x in tensors])
-
-    def run_plain(self) -> Solution:
-        """A solve on a grid by torch's own operations, which autograd records."""
-        assert self.grid is not None
-        leaves = [leaf.clone(memory_format=torch.contiguous_format) for leaf in self.structure.leaves]  # func has no hold on y0
-        # Where y has no gradient func may ask for one, of its own.
-        func = lambda t, y: self.field(t, [x if x.requires_grad else x.detach() for x in y])  # noqa: E731
-        refuse_sharded(self.field.func)
-        with no_sharded_calls():
-            ys = plain.solve_on_grid(self.problem, self.options.tableau, *self.grid, self.options.perturb, func, leaves, self.t)
-        trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
-        return self._solution(ys, trajectory, None, self._stats(trajectory))
 
     def _run_mapped(self, on_failure: str) -> Solution:
         """An adaptive solve under torch.vmap: the mapped axis is that of the samples under per-sample control."""

@@ -1,7 +1,7 @@
 """A solve on a grid in torch's own operations, and the parts that steps made again share with it.
 
 Autograd records it as it records any other program: differentiable as often as func is, forwards and backwards, and open to
-transforms. With the gradient `direct` most states are solved fastest so: the kernels' way back costs more than a few additions.
+transforms.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,6 @@ from .solvers.fixed import outputs_of_steps, stage_times
 from .solvers.trajectory import End
 from .tableau import ButcherTableau
 
-MOST = 1 << 18  # numbers in a state that is solved so where there is a choice; with more the kernels are as fast
 Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 

@@ -186,8 +186,6 @@ def solve(
         if compiled is not None:
             compiled.served_by_stepper("inside torch.func transforms, forward mode and torch.compile")
         return job.run_transformed(on_failure)
-    if compiled is None and job.suits_plain(gradient, adjoint_params is not None):
-        return job.run_plain()
     backward = None
     if gradient in ("adjoint", "quadrature"):
         given = (adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)

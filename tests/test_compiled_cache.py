@@ -293,19 +293,28 @@ def test_truncated_library_is_replaced(cache, fresh, size):
 
 
 def test_foreign_library(cache, fresh):
-    """One that is whole but no library, one of which a number was changed, and one of another field are replaced."""
+    """One of which a number was changed, and one of another field, are replaced."""
     assert solved(1.5) == "compiled"
     library = libraries(cache)[0]
     right = library.read_bytes()
-    assert solved(2.5) == "compiled"
+    solve(odenet_cuda.compile(lambda t, y: torch.sin(y)), torch.ones(3, 1, dtype=torch.float64), [0.0, 1.0])
     other = next(path for path in libraries(cache) if path != library).read_bytes()
-    whole = b"no library" + build._end(library, b"no library")
-    for foreign in (whole, right[: len(right) // 2] + b"?" + right[len(right) // 2 + 1 :], other):
+    for foreign in (right[: len(right) // 2] + b"?" + right[len(right) // 2 + 1 :], other):
         put(library, foreign)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert solved(1.5) == "compiled"
         assert library.read_bytes() != foreign and build._usable(library)
+
+
+def test_no_library(cache):
+    """A file that is whole, but that cannot be loaded, is replaced: by another process, for one that has loaded the library keeps
+    it."""
+    run(cache)
+    library = libraries(cache)[0]
+    library.write_bytes(b"no library" + build._end(library, b"no library"))
+    assert run(cache) == ("compiled", "")
+    assert not library.read_bytes().startswith(b"no library") and build._usable(library)
 
 
 def test_refusal_is_remembered(cache, fresh, monkeypatch):

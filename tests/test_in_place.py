@@ -258,3 +258,21 @@ def test_a_batch_of_gradients_that_was_refused():
     torch.autograd.grad(ys.sum(), y0)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(ys.sum(), y0)
+
+
+WRITERS = {
+    "mul_": lambda y: y.mul_(-1.0),
+    "an element": lambda y: y.__setitem__(0, 0.0) or -y,
+    "out": lambda y: torch.neg(y, out=y),
+    "a view": lambda y: y.view(-1).clamp_(min=0.1) * 1.0,
+}
+
+
+@pytest.mark.parametrize("writes", WRITERS)
+@pytest.mark.parametrize("options", [{"method": "rk4"}, {}, {"step_control": "per_sample"}, {"dense": True}], ids=str)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_func_may_not_write_into_its_state(writes, options, recorded):
+    """The next stage begins there: without a gradient nothing would say so."""
+    y0 = torch.ones(3, 2, dtype=D, requires_grad=recorded)
+    with torch.set_grad_enabled(recorded), pytest.raises(RuntimeError, match=r"in place|in-place|out=\.\.\. arguments"):
+        solve(lambda t, y: WRITERS[writes](y), y0, [0.0, 0.5, 1.0], **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import ADAPTIVE_METHODS, FIXED_METHODS, ORDERS, PROBLEMS, Recording, VanDerPol
 
-from odenet_cuda import SolverError, solve
+from odenet_cuda import SolverError, formulas, solve
 
 # The global error adds up the local ones, each kept below the tolerance; fehlberg2 estimates the error of its
 # first-order part, whose coefficient is 1/512, and so errs by far more than it asks for.
@@ -806,3 +806,23 @@ def test_callbacks_leave_the_solve_as_it_is():
 
     with_callback = solve(Writes(problem.func), problem.y0, [0.0, 2.0])
     assert torch.equal(with_callback.ys, solve(problem.func, problem.y0, [0.0, 2.0]).ys)
+
+
+@pytest.mark.parametrize("times", [[0.0, 1.0], [1.0, 0.0]], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"rtol": 1e-9}, {"rtol": 1e-9, "step_control": "per_sample"}, {"method": "rk4", "step_size": 0.01}]
+)
+def test_an_interpolant_evaluates_few_steps(monkeypatch, times, options):
+    """Those in which its times lie, whose values are those of a walk through all."""
+    y0 = torch.linspace(0.1, 1, 6, dtype=torch.float64).view(3, 2)
+    found = solve(lambda t, y: torch.cos(9 * t) * y, y0, times, dense=True, **options).interpolant
+    wanted = torch.tensor([0.0, 0.123, 0.5, 0.77, 1.0, float(found.steps[3].t1[0])], dtype=torch.float64)
+    few = found(wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(found), "_steps_with", lambda self, t: range(len(self.steps)))
+        assert torch.equal(few, found(wanted))
+    calls = []
+    evaluate = formulas.dense_output
+    monkeypatch.setattr(formulas, "dense_output", lambda *args: calls.append(1) or evaluate(*args))
+    found(0.5)
+    assert 1 <= len(calls) <= (2 if "step_control" not in options else 4) < len(found.steps)
