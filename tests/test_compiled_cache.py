@@ -308,8 +308,7 @@ def test_foreign_library(cache, fresh):
 
 
 def test_no_library(cache):
-    """A file that is whole, but that cannot be loaded, is replaced: by another process, for one that has loaded the library keeps
-    it."""
+    """A file that is whole but cannot be loaded is replaced: by a new process, for one that has loaded the library keeps it."""
     run(cache)
     library = libraries(cache)[0]
     library.write_bytes(b"no library" + build._end(library, b"no library"))
