@@ -23,20 +23,20 @@ Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 def solve_on_grid(
     problem: Problem,
     tableau: ButcherTableau,
-    nodes: Sequence[float],
-    moves_with: Sequence[int | None],
+    nodes: list[float],
+    moves_with: list[int | None],
     perturb: bool,
     func: Func,
     y0: Sequence[Tensor],
     t: Tensor,
 ) -> list[Tensor]:
     """The outputs, each leaf [len(t), ...]. t: the output times, perhaps with a gradient. moves_with: see `FixedSolver`."""
-    times = to_device(stage_times(list(nodes), tableau, problem.real, perturb), problem.device)
+    times = to_device(stage_times(nodes, tableau, problem.real, perturb), problem.device)
     stages, points, fsal = tableau.stages, len(tableau.rows), tableau.fsal and not perturb
     shifts = Shifts(problem, t)
     y, slope, last = list(y0), None, len(nodes) - 2
     ys: list[list[Tensor]] = [[leaf] for leaf in y]
-    outputs = outputs_of_steps(list(nodes), problem.t, problem.direction)
+    outputs = outputs_of_steps(nodes, problem.t, problem.direction)
     for step, (t0, t1) in enumerate(pairwise(nodes)):
         at_t0, at_t1 = (shifts.of(None if index is None else (index, None)) for index in moves_with[step : step + 2])
         dt: Any = sum_of(t1 - t0, difference_of(at_t1, at_t0))

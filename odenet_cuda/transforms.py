@@ -112,8 +112,8 @@ def solve_on_found_steps(
     )
     with temporarily_clear_interpreter_stack() as stack:
         finder = Field(Values(func, structure, stack), structure)
-        plain = replace(problem, field=finder, leaves=[values(leaf).contiguous() for leaf in structure.leaves])
-        trajectory = integrate(plain, options, recorder=recorder)
+        on_values = replace(problem, field=finder, leaves=[values(leaf).contiguous() for leaf in structure.leaves])
+        trajectory = integrate(on_values, options, recorder=recorder)
         trajectory.host_state()  # here, where tensors are plain
     field = PlainField(func, structure)
     ys = replay(recorder.tape, tableau, problem, field, structure.leaves, t)
