@@ -91,7 +91,8 @@ class Solution:
     ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
-    with gradients, under per-sample control one a sample.
+    with gradients, under per-sample control one a sample. engine: which one served, "transformed", "compiled", "graphed",
+    "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
     """
 
     ys: Any
@@ -101,6 +102,8 @@ class Solution:
     interpolant: "Interpolant | None" = None
     per_sample: bool = False
     regularizers: dict[str, Tensor] = field(default_factory=dict)
+    engine: str = ""
+    explanation: dict[str, str] = field(default_factory=dict)
     _state: Tensor | None = field(default=None, repr=False)
 
     @property

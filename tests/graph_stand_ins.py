@@ -136,7 +136,7 @@ def run_ahead(monkeypatch: Any, capture: Capture) -> Capture:
     """The host runs ahead, as it does on CUDA; what is captured and replayed is counted."""
     monkeypatch.setattr(adaptive, "runs_ahead", lambda device: True)
     monkeypatch.setattr("odenet_cuda.integrate.runs_ahead", lambda device: True)
-    monkeypatch.setattr("odenet_cuda.job.runs_ahead", lambda device: True)
+    monkeypatch.setattr("odenet_cuda.engines.graphed.runs_ahead", lambda device: True)
     if isinstance(capture, Graph):
         monkeypatch.setattr(_C, "Stepper", Kernels)
     monkeypatch.setattr(cuda_graph, "capture", capture)
