@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .ops import FIELDS
-from .problem import to_device
 from .request import Request
 from .solution import Interpolant, Solution, Stats, raise_failure
 from .solvers.trajectory import Recorder, Trajectory
@@ -14,13 +13,10 @@ from .step_control import SUCCESS
 
 
 def stats_of(request: Request, trajectory: Trajectory) -> Stats:
-    state, problem = trajectory.state, request.problem
+    problem = request.problem
     nfe: int = problem.field.nfe  # type: ignore[attr-defined]
-    if state is not None:
-        return Stats(nfe, state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]], problem.per_sample)
     steps = len(request.grid[0]) - 1 if request.grid is not None and problem.leaves[0].numel() else 0
-    accepted = torch.full((problem.rows,), steps, device="cpu")
-    return Stats(nfe, accepted, torch.zeros(problem.rows, dtype=torch.int64, device="cpu"), problem.per_sample)
+    return Stats(nfe, problem.per_sample, trajectory.state, steps, problem.rows)
 
 
 def failed(request: Request, trajectory: Trajectory, ys: list[Tensor], stats: Stats) -> bool:
@@ -48,19 +44,18 @@ def failed(request: Request, trajectory: Trajectory, ys: list[Tensor], stats: St
 def solution_of(
     request: Request, ys: list[Tensor], trajectory: Trajectory, recorder: Recorder | None, stats: Stats
 ) -> Solution:
-    problem, structure, t = request.problem, request.structure, request.t.detach()
-    if t.dtype != torch.float64 or t.device != problem.device:
-        t = to_device(torch.tensor(problem.t, dtype=torch.float64, device="cpu"), problem.device)
-    interpolant = None
+    problem, unflatten = request.problem, request.structure.unflatten
+    solution = Solution(
+        unflatten(ys),
+        problem.t,
+        stats,
+        unflatten([leaf.detach() for leaf in trajectory.last[: len(ys)]]),
+        device=problem.device,
+        per_sample=problem.per_sample,
+        state=trajectory.state,
+    )
     if request.settings.dense and recorder is not None:
         start = [x.clone() for x in problem.state_leaves]
-        interpolant = Interpolant(request.options.tableau, recorder.dense_steps, start, t, structure.unflatten)
-    return Solution(
-        ys=structure.unflatten(ys),
-        t=t,
-        stats=stats,
-        y_last=structure.unflatten([leaf.detach() for leaf in trajectory.last[: len(ys)]]),
-        interpolant=interpolant,
-        per_sample=problem.per_sample,
-        _state=trajectory.state,
-    )
+        ends = problem.t[0], problem.t[-1]
+        solution.interpolant = Interpolant(request.options.tableau, recorder.dense_steps, start, ends, unflatten)
+    return solution

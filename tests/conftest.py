@@ -57,3 +57,11 @@ def quick_compiler():
         patch.setenv("ODENET_CXXFLAGS", "-O0")
         patch.setattr(plan, "_MOST_LINES", 1 << 20)  # long texts take the optimiser's time
         yield
+
+
+@pytest.fixture
+def kernels_alone(monkeypatch):
+    """Every grid is solved by the kernels, a small one with gradient="direct" too."""
+    from odenet_cuda import engines
+
+    monkeypatch.setattr(engines, "ENGINES", tuple(engine for engine in engines.ENGINES if engine.NAME != "plain"))

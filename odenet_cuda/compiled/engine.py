@@ -357,10 +357,9 @@ class Engine:
         if state is None:
             return None
         host = state.cpu().numpy()
-        counts = state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]]
         last = self._leaves(self.y_last[:, : self.state])
-        t = torch.tensor(problem.t, dtype=torch.float64, device="cpu")
-        solution = Solution(last, t, Stats(0, *counts, problem.per_sample), last, None, problem.per_sample)
+        stats = Stats(0, problem.per_sample, state)
+        solution = Solution(last, problem.t, stats, last, device=state.device, per_sample=problem.per_sample)
         raise_failure(host, solution, self.options.control.max_num_steps)
         return host
 
