@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .cuda_graph import no_cast_is_kept
 from .gradients import adjoint, checkpoint, direct, quadrature
+from .graphed.capture import no_cast_is_kept
 from .held import Captured
 from .integrate import integrate
 from .outcome import failed, solution_of, stats_of

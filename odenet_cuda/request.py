@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .callbacks import find_callbacks
 from .compiled.field import CompiledField, compiled_field
-from .cuda_graph import MODES
 from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
+from .graphed.capture import MODES
 from .integrate import Grid, Options, fixed_grid, stop_times
 from .problem import (
     Field,

@@ -82,7 +82,7 @@ def solve(
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
         besides (counting its calls, say) is then done a few times only. The last 16 graphs are kept, with their memory, until
-        ``odenet_cuda.cuda_graph.graphs.clear()``. Not where every step needs the host: jump_t, callbacks,
+        ``odenet_cuda.graphed.capture.graphs.clear()``. Not where every step needs the host: jump_t, callbacks,
         max_checkpoints of adaptive methods, gradient="quadrature". An adaptive gradient="direct" is computed as "checkpoint"
         is. No GPU has run this yet.
     interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).

@@ -60,8 +60,10 @@ def quick_compiler():
 
 
 @pytest.fixture
-def kernels_alone(monkeypatch):
+def kernels_alone():
     """Every grid is solved by the kernels, a small one with gradient="direct" too."""
     from odenet_cuda import engines
 
-    monkeypatch.setattr(engines, "ENGINES", tuple(engine for engine in engines.ENGINES if engine.NAME != "plain"))
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo the shared one
+        patch.setattr(engines, "ENGINES", tuple(engine for engine in engines.ENGINES if engine.NAME != "plain"))
+        yield

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cuda_graph import no_cast_is_kept
-from ..gradients import by_graph
 from ..gradients.accumulator import SHORT
 from ..gradients.autocast import autocast_state
-from ..gradients.graphed_steps import GraphedSteps
+from ..graphed import way_back
+from ..graphed.capture import no_cast_is_kept
+from ..graphed.steps import GraphedSteps
 from ..held import Captured
 from ..integrate import MOST_CAPTURED, adaptive_kind
 from ..outcome import failed, solution_of, stats_of
@@ -51,7 +51,7 @@ def solve(request: Request) -> Solution:
     stats, outputs = stats_of(request, trajectory), trajectory.ys
     failed(request, trajectory, outputs, stats)
     kept = Captured(probe_of(request).captured, request.func)
-    outputs = by_graph.attach(lease, request.problem, outputs, request.structure.leaves, request.t, kept, stats)
+    outputs = way_back.attach(lease, request.problem, outputs, request.structure.leaves, request.t, kept, stats)
     return solution_of(request, outputs, trajectory, None, stats)
 
 
@@ -94,6 +94,6 @@ def _solve(request: Request) -> Any:
             cast["enabled"] = False  # products are made as func was called
         kind = gradient, limit, options, tuple(grid[0]), tuple(problem.t)
         kept = partial(Checkpoints, limit, len(grid[0]) - 1) if gradient == "checkpoint" else None
-        make = lambda: by_graph.GraphedSolve(problem, options, grid, captured, record, kept, cast)  # noqa: E731
+        make = lambda: way_back.GraphedSolve(problem, options, grid, captured, record, kept, cast)  # noqa: E731
     draws = gradient == "direct" and grid is not None
-    return by_graph.solve(problem, options, kind, make, captured, _reason(request, calls), draws)
+    return way_back.solve(problem, options, kind, make, captured, _reason(request, calls), draws)

@@ -30,6 +30,7 @@ def refusal(request: Request) -> str:
     if problem.device.type != "cpu":
         return "the state is not on the CPU"
     needs = {
+        "cuda_graph": bool(request.options.cuda_graph),
         "dense=True": settings.dense,
         "regularizers": bool(settings.regularizers),
         "adjoint_params": request.params is not None,
