@@ -36,11 +36,11 @@ class Probe:
 
     start: that call, with graphs where gradient="direct" goes on from them. captured: those tensors, as far as the start
     shows them. closed: whether func can have no others. noisy: where random generators stood before the call, if func draws
-    numbers and the way back must draw them again. Raises NotImplementedError where func has sharded parameters.
+    numbers and the way back must draw them again. The request keeps it, so it does not keep the request. Raises
+    NotImplementedError where func has sharded parameters.
     """
 
     def __init__(self, request: Request):
-        self.request = request
         problem, params = request.problem, request.params
         refuse_sharded(request.func)
         self.known: list[Tensor] = []  # the captured tensors that are sure to be outside of func
@@ -61,12 +61,12 @@ class Probe:
         if params is not None:
             self.captured, self.closed = [param for param in params if param.requires_grad], True
             return
-        self._look(range(self.since, sequence_number()))
+        self._look(request, range(self.since, sequence_number()))
 
-    def _look(self, window: range) -> None:
+    def _look(self, request: Request, window: range) -> None:
         """window: the numbers of autograd that nodes made in the first call have."""
-        first, field = self.first, self.request.problem.field
-        own, is_module = own_tensors(self.request.func)
+        first, field = self.first, request.problem.field
+        own, is_module = own_tensors(request.func)
         known = Known([x for x in own if x.requires_grad])
         walk = Walk(first.k, [first.t, *first.y], known, window)
         found = list(walk.leaves.values())
@@ -78,32 +78,31 @@ class Probe:
         self.known, self.closed = list(known.tensors.values()), is_module and not found
         self.captured = [*self.known, *(x for x in found if id(x) not in known.tensors)]
 
-    def anywhere(self) -> list[Tensor]:
+    def anywhere(self, request: Request) -> list[Tensor]:
         """What func depends on at any of the evaluations of a solve that keeps all their graphs."""
-        request = self.request
         recorder = new_recorder(request, graphs=True)
         with no_sharded_calls():
             integrate(request.problem, request.options, recorder=recorder, grid=request.grid)
         return find_captured(request.problem.field, evaluations(recorder.tape), [], None, False)
 
-    def at_end(self, trajectory: Trajectory) -> list[Tensor]:
+    def at_end(self, request: Request, trajectory: Trajectory) -> list[Tensor]:
         """What func depends on at the start or at the end: it may branch on the time."""
-        problem = self.request.problem
+        problem = request.problem
         times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
-        recorder = new_recorder(self.request, graphs=True)
+        recorder = new_recorder(request, graphs=True)
         y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
         with no_sharded_calls():
             end = recorder.evaluate(problem.field, problem.time_views(times)[0], y)
         return find_captured(problem.field, [self.first, end], self.known, self.since, False)
 
-    def in_all(self, calls: Sequence[Evaluation], closed: bool) -> list[Tensor]:
+    def in_all(self, request: Request, calls: Sequence[Evaluation], closed: bool) -> list[Tensor]:
         """What func depends on at these evaluations, which keep their graphs. closed: no others are known."""
-        return find_captured(self.request.problem.field, calls, self.known, self.since, closed)
+        return find_captured(request.problem.field, calls, self.known, self.since, closed)
 
-    def some_calls(self, trajectory: Trajectory | None) -> list[Evaluation]:
+    def some_calls(self, request: Request, trajectory: Trajectory | None) -> list[Evaluation]:
         """What func gave at the start and late in the solve: there, for where t or y is zero it may not show what it reads.
         trajectory: None where the solve failed."""
-        request, problem = self.request, self.request.problem
+        problem = request.problem
         start = Evaluation(self.start.t.detach(), self.start.y, self.start.k)
         if trajectory is None or (trajectory.call is None and request.settings.gradient == "checkpoint"):
             return [start]

@@ -127,7 +127,7 @@ class _Solve:
         if not self.unsure or not counter_of(self.problem.field).gave_graph:
             return []
         assert self.probe is not None
-        return self.probe.anywhere()
+        return self.probe.anywhere(self.request)
 
     # ---- what the user gets -------------------------------------------------------------------------------------------
 
@@ -155,11 +155,11 @@ class _Solve:
         assert probe is not None
         captured = self.captured
         if self.gradient == "direct":
-            captured = probe.in_all(direct.evaluations(recorder.tape), probe.closed and not self.late)
+            captured = probe.in_all(request, direct.evaluations(recorder.tape), probe.closed and not self.late)
         else:
             if request.params is None and not probe.closed and not self.late:
-                captured = probe.at_end(trajectory)
-            problem.calls = probe.some_calls(None if has_failed else trajectory)
+                captured = probe.at_end(request, trajectory)
+            problem.calls = probe.some_calls(request, None if has_failed else trajectory)
             stats.nfe = counter.nfe
         kept = Captured(captured, request.func)
         common = problem, outputs, request.structure.leaves, request.t, kept, stats
