@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import noise
 from .gradients import adjoint, checkpoint, direct, quadrature
+from .gradients.polynomials import Polynomials
 from .graphed.capture import no_cast_is_kept
 from .held import Captured
 from .integrate import integrate
@@ -108,7 +109,7 @@ class _Solve:
         """What the solve must keep, or None."""
         request, dense = self.request, self.request.settings.dense
         if self.gradient == "quadrature":
-            return quadrature.Polynomials(request.options.tableau, self.problem, request.options.adaptive, dense)
+            return Polynomials(request.options.tableau, self.problem, request.options.adaptive, dense)
         if self.gradient != "direct" and not dense and checkpoints is None and step_costs is None:
             return None
         keep: dict[str, Any] = {"checkpoints": checkpoints, "dense": dense, "step_costs": step_costs}

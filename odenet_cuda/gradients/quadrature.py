@@ -7,9 +7,8 @@ product with the parameters. Memory grows with the steps times the state (Kim et
 quadrature adjoints; Golub and Welsch 1969, doi 10.1090/S0025-5718-69-99647-1 for the nodes).
 """
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +32,7 @@ from .adjoint import Adjoint, at_rest, last_state, slope_product
 from .autocast import autocast_state
 from .failed import known_cotangents, stand_ins, with_nan
 from .one_by_one import one_by_one
+from .polynomials import Polynomials
 from .release import kept, let_go
 from .same_func import refuse_another
 
@@ -43,7 +43,7 @@ NO_SECOND_DERIVATIVE = (
 
 def attach(
     adjoint: Adjoint,
-    solution: "Polynomials",
+    solution: Polynomials,
     problem: Problem,
     ys: Sequence[Tensor],
     y0: Sequence[Tensor],
@@ -85,103 +85,6 @@ class _Quadrature(torch.autograd.Function):
         if grad_t is not None:
             grad_t = grad_t.to(ctx.t_device)
         return None, None, None, None, grad_t, *grad_y0, *grad_params
-
-
-@dataclass
-class Piece:
-    """The solution within one step: y(t0 + theta dt) = y0 + dt sum_d theta**(d + 1) q[d]; dt, t0 [rows], q [degree][leaves]."""
-
-    t0: Tensor
-    dt: Tensor
-    y0: list[Tensor]
-    q: list[list[Tensor]]
-    accept: Tensor | None
-
-
-class Polynomials(Recorder):
-    """Keeps the solution as one polynomial a step."""
-
-    def __init__(self, tableau: ButcherTableau, problem: Problem, adaptive: bool, dense: bool):
-        super().__init__(tableau, problem.t, problem.per_sample, len(problem.state_leaves), dense=dense)
-        self.problem, self.pieces = problem, list[Piece]()
-        self.slopes = dense or not adaptive  # a method on a grid leaves out slopes that nobody asks for
-        self.every_slope = self.at_once = True
-        self.degree = len(tableau.p[0])
-        self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
-        self.starts: list[float] = []
-        self.stacked: Any = None
-
-    def _keep(self, t0: float | Tensor, t1: float | Tensor, step: Step) -> None:
-        super()._keep(t0, t1, step)
-        assert step.y0 is not None
-        start, end = (torch.as_tensor(t, dtype=torch.float64, device=self.one.device).reshape(-1) for t in (t0, t1))
-        state = step.y0[: self.leaves]
-        k = [of_stage[leaf].detach() for leaf in range(self.leaves) for of_stage in step.k]
-        q = [[torch.empty_like(leaf) for leaf in state] for _ in range(self.degree)]
-        for d, of_power in enumerate(q):
-            ops.stage(of_power, [], k, [row[d] for row in self.tableau.p], self.one)
-        y0 = [leaf.detach().clone() for leaf in state]
-        self.pieces.append(Piece(start, end - start, y0, q, step.accept))
-        if not self.per_sample:
-            self.starts.append(self.problem.direction * float(t0))
-
-    def cuts(self, start: Tensor, dt: Tensor) -> list[Any]:
-        """Where between `start` and `start + dt`, [rows], 0 to 1, a step of the solution begins, both ends included: numbers,
-        or [rows] per sample, where a row with fewer steps has ones at the end."""
-        if not self.per_sample:
-            t0, size = float(start), float(dt)
-            ends = sorted((self.problem.direction * t0, self.problem.direction * (t0 + size)))
-            inside = self.starts[bisect_right(self.starts, ends[0]) : bisect_left(self.starts, ends[1])]
-            return [0.0, *sorted((self.problem.direction * x - t0) / size for x in inside), 1.0]
-        begins, _, accept, _, _ = self._stack()
-        theta = (begins - start) / torch.where(dt == 0, 1.0, dt)
-        inside = accept & (theta > 0) & (theta < 1)
-        theta = torch.where(inside, theta, 1.0).sort(0).values[: int(inside.sum(0).max())]
-        return [torch.zeros_like(start), *theta, torch.ones_like(start)]
-
-    def at(self, t: Tensor) -> list[Tensor]:
-        """y at a time as func sees it."""
-        return self._rows_at(t.reshape(-1).double()) if self.per_sample else self._at(float(t))
-
-    def _at(self, t: float) -> list[Tensor]:
-        index = max(bisect_right(self.starts, self.problem.direction * t) - 1, 0)
-        piece = self.pieces[index]
-        theta = (t - self.problem.direction * self.starts[index]) / float(piece.dt)
-        y = [torch.empty_like(leaf) for leaf in piece.y0]
-        q = [of_power[leaf] for leaf in range(len(y)) for of_power in piece.q]
-        ops.stage(y, piece.y0, q, [theta ** (d + 1) for d in range(self.degree)], piece.dt)
-        return y
-
-    def _stack(self) -> Any:
-        """t0, dt, accept, y0 and q of all steps, one behind the other."""
-        if self.stacked is None:
-            t0, dt = (torch.stack([getattr(piece, name) for piece in self.pieces]) for name in ("t0", "dt"))
-            accept = torch.stack(
-                [torch.ones_like(p.t0, dtype=torch.bool) if p.accept is None else p.accept for p in self.pieces]
-            )
-            leaves = range(len(self.pieces[0].y0))
-            y0 = [torch.stack([piece.y0[leaf] for piece in self.pieces]) for leaf in leaves]
-            q = [[torch.stack([piece.q[d][leaf] for piece in self.pieces]) for leaf in leaves] for d in range(self.degree)]
-            self.stacked = t0, dt, accept, y0, q
-            for piece in self.pieces:
-                piece.y0, piece.q = [], []
-        return self.stacked
-
-    def _rows_at(self, t: Tensor) -> list[Tensor]:
-        """Each row at its own time, from the step in which it then was."""
-        t0, dt, accept, y0, q = self._stack()
-        theta = (t - t0) / torch.where(accept, dt, 1.0)
-        distance = torch.where(accept, (theta - 0.5).abs(), torch.inf)  # at most 1/2 in the step that holds t
-        which, rows = distance.argmin(0), torch.arange(len(t), device=t.device)
-        theta, dt = theta[which, rows], dt[which, rows]
-        y = []
-        for leaf, start in enumerate(y0):
-            value = formulas.widened(start[which, rows])
-            for d in range(self.degree):
-                weight = formulas.per_row(dt * theta ** (d + 1), value)
-                value = value + weight * formulas.widened(q[d][leaf][which, rows])
-            y.append(value.to(start.dtype))
-        return y
 
 
 class AdjointField:
