@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 
-from .problem import Structure, WithArguments
+from .problem import Structure, parted
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
@@ -12,7 +12,7 @@ def find_callbacks(func: Callable, structure: Structure, adaptive: bool, suffix:
     """The callbacks that are methods of func, by name, over leaves. Warns of those that the method cannot serve."""
     found: dict[str, Callable] = {}
     # For Dynamo of torch 2.11 an object whose attributes are another's has every attribute: the other is asked.
-    owner = func._func if isinstance(func, WithArguments) else func
+    owner = parted(func)[0]
     for name in CALLBACKS:
         callback = getattr(owner, name + suffix, None)
         if callback is None:

@@ -34,7 +34,7 @@ from .step_control import STEP_CONTROLS, StepControl
 
 GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
 FAILURES = ("raise", "return")
-_PLAIN = frozenset({str, int, float, bool, type(None)})  # types whose values are equal only where they mean the same
+_PLAIN = frozenset({str, int, float, bool, type(None), tuple})
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +52,12 @@ class Settings:
 
 def settings_of(*given: Any) -> Settings:
     """Those of the options in the order of `_settings`. Raises ValueError and TypeError as `solve` does."""
-    if torch.compiler.is_compiling() or not all(map(_is_plain, given)):
-        return _settings(*given)
-    return _same_settings(*given)
+    return _settings(*given) if torch.compiler.is_compiling() or not _are_plain(given) else _same_settings(*given)
 
 
-def _is_plain(x: Any) -> bool:
-    return type(x) in _PLAIN or (type(x) is tuple and all(map(_is_plain, x)))
+def _are_plain(values: tuple) -> bool:
+    """Whether they say by `==` and their types all that there is to say, those in tuples too."""
+    return {*map(type, values)} <= _PLAIN and all([_are_plain(x) for x in values if type(x) is tuple and x])
 
 
 def _settings(
