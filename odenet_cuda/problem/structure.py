@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 from ..ops import DTYPES
 from ..tracing import has_memory, stands_for_others
 
-
 _ONE = pytree.tree_flatten(0)[1]  # of one tensor
 
 
