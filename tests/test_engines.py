@@ -154,10 +154,8 @@ def test_each_engine_says_that_it_served():
         return solution.ys
 
     torch.vmap(mapped)(start().detach())
-    assert (
-        seen == [("transformed", {})]
-        and field.explain() == "served by the transformed: inside a transform of torch, or while operations are written down"
-    )
+    assert seen == [("transformed", {})]
+    assert field.explain().startswith("served by the transformed: inside a transform of torch")
 
 
 def test_a_block_explains_as_its_solution_does():
