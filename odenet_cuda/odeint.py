@@ -97,18 +97,6 @@ def odeint_adjoint(
             f"adjoint_options must be given if adjoint_method, {backward!r}, differs from method, {chosen!r}, and options are"
         )
     adjoint_params = tuple(adjoint_params)
-    if adjoint_options is not None:
-        adjoint_options = dict(adjoint_options)
-        adjoint_norm = adjoint_options.pop("norm", None)
-        adjoint_options = _options(backward, adjoint_options, None, fixed_interp=False)
-        if callable(adjoint_norm) and not all(param.requires_grad for param in adjoint_params):
-            warnings.warn(
-                "an adjoint parameter does not require a gradient: it is left out of the adjoint and of its norm",
-                stacklevel=2,
-            )
-        if adjoint_norm is not None:
-            adjoint_options["norm"] = adjoint_norm
-        adjoint_options = _fill_defaults(backward, adjoint_options)
     return solve(
         func,
         Structure(y0, any_shape=True),
@@ -121,7 +109,7 @@ def odeint_adjoint(
         adjoint_method=adjoint_method,
         adjoint_rtol=adjoint_rtol,
         adjoint_atol=adjoint_atol,
-        adjoint_options=adjoint_options,
+        adjoint_options=None if adjoint_options is None else _adjoint_options(backward, adjoint_options, adjoint_params),
         **_options(chosen, options, event_fn),
     ).ys
 
@@ -178,9 +166,15 @@ def _options(
     return given
 
 
-def _fill_defaults(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """adjoint_options that are given replace the forward options whole: what they leave out is at its default."""
+def _adjoint_options(method: str, given: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """adjoint_options replace the forward options whole: what they leave out is at its default."""
+    given = dict(given)
+    norm = given.pop("norm", None)
+    if callable(norm) and not all(param.requires_grad for param in params):
+        warnings.warn(
+            "an adjoint parameter does not require a gradient: it is left out of the adjoint and of its norm", stacklevel=3
+        )
     defaults = {name: parameter.default for name, parameter in inspect.signature(solve).parameters.items()}
     names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb")
     filled = {name: defaults[name] for name in names if name != "norm"}
-    return {**filled, **options}
+    return {**filled, **_options(method, given, None, fixed_interp=False), **({} if norm is None else {"norm": norm})}
