@@ -104,10 +104,11 @@ class Probe:
         trajectory: None where the solve failed."""
         problem = request.problem
         start = Evaluation(self.start.t.detach(), self.start.y, self.start.k)
-        if trajectory is None or (trajectory.call is None and request.settings.gradient == "checkpoint"):
+        last = None if trajectory is None else trajectory.call
+        if trajectory is None or last is self.start or (last is None and request.settings.gradient == "checkpoint"):
             return [start]
-        if trajectory.call is not None:
-            return [start, trajectory.call.copy()]
+        if last is not None:
+            return [start, last.copy()]
         t1 = problem.time_beside(len(problem.t) - 1, request.options.on_side(problem, len(problem.t) - 1))
         y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
         with torch.no_grad(), no_sharded_calls():
