@@ -99,7 +99,7 @@ class AdaptiveSolver:
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
         self.stepper.bind_state(self.state, self.table, self.t)
         kept = recorder if self.recording else None
-        self.family = family(method, problem, self.stepper, self.dt, kept, not self.looks and not self.recording)
+        self.family = family(method, problem, self.stepper, self.state, kept, not self.looks and not self.recording)
         self.unseen: list[tuple[Tensor, Any]] = []  # steps that the recorder is told late, with the solver state after each
         if recorder is not None and not self.looks:
             recorder.owned = True

@@ -22,7 +22,7 @@ class ExplicitSteps:
     no_graph: ClassVar[str] = ""
 
     def __init__(
-        self, tableau: ButcherTableau, problem: Problem, stepper: Stepper, dt: Tensor, recorder: Recorder | None, ahead: bool
+        self, tableau: ButcherTableau, problem: Problem, stepper: Stepper, state: Tensor, recorder: Recorder | None, ahead: bool
     ):
         self.tableau, self.stepper, self.recorder, self.ahead = tableau, stepper, recorder, ahead
         self.calls = tableau.stages - 1

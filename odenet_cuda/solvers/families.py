@@ -32,9 +32,9 @@ class Family(Protocol):
     no_way_back: ClassVar[str]
     no_graph: ClassVar[str]
 
-    def __init__(self, method: Any, problem: Problem, stepper: Stepper, dt: Tensor, recorder: Recorder | None, ahead: bool):
-        """dt: of the solver state, [rows]. recorder: where what a step was made of must outlive it. ahead: the host runs ahead
-        and nothing is recorded."""
+    def __init__(self, method: Any, problem: Problem, stepper: Stepper, state: Tensor, recorder: Recorder | None, ahead: bool):
+        """state: the solver state, see `ops.FIELDS`. recorder: where what a step was made of must outlive it. ahead: the host
+        runs ahead and nothing is recorded."""
 
     @staticmethod
     def refusal(problem: Problem, recorder: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import FIELDS
 from ..problem import Problem
 from ..stepper import Stepper
 from ..tableau import StepFunction
@@ -44,13 +45,13 @@ class WholeSteps:
     no_graph: ClassVar[str] = "decides on the host"
 
     def __init__(
-        self, method: StepFunction, problem: Problem, stepper: Stepper, dt: Tensor, recorder: Recorder | None, ahead: bool
+        self, method: StepFunction, problem: Problem, stepper: Stepper, state: Tensor, recorder: Recorder | None, ahead: bool
     ):
         self.method, self.problem, self.stepper, self.recorder = method, problem, stepper, recorder
         self.calls = 0  # counted as they are made
         self.advance, self.swap = stepper.kernels.advance, stepper.swap_accepted
         self._error: list[Tensor] | None = None
-        self.dt = dt
+        self.dt = state[FIELDS["dt"]]
 
     @staticmethod
     def refusal(problem: Problem, recorder: Any) -> str:
