@@ -81,8 +81,10 @@ class AdaptiveSolver:
         self.after_step, self.callbacks = after_step, callbacks or {}
         device, family = problem.device, family_of(method)
         self.stop_times = step_t, jump_t
-        self.state, self.table, self.t, self.starts_on_jump = first_state(problem, *self.stop_times)
-        self.jumps = STOPS["jump"] in stop_table(problem, step_t, jump_t)[1][self.starts_on_jump :]
+        (times, kinds) = stops = stop_table(problem, step_t, jump_t)
+        self.starts_on_jump = times[0] == problem.t[0]
+        self.jumps = STOPS["jump"] in kinds[self.starts_on_jump :]
+        self.state, self.table, self.t = first_state(problem, stops, self.starts_on_jump)
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         needed = self.jumps or bool(self.callbacks) or family.looks or (recorder is not None and not recorder.can_wait)
@@ -115,8 +117,11 @@ class AdaptiveSolver:
             problem = replace(problem, field=self.after_step.resume(problem.field))
         self.problem, self.first_step = problem, first_step
         with torch.no_grad():
-            *numbers, self.starts_on_jump = first_state(problem, *self.stop_times)
-            for own, new in zip((self.state, self.table, self.t), numbers, strict=True):
+            stops = stop_table(problem, *self.stop_times)
+            self.starts_on_jump = stops[0][0] == problem.t[0]
+            for own, new in zip(
+                (self.state, self.table, self.t), first_state(problem, stops, self.starts_on_jump), strict=True
+            ):
                 own.copy_(new)
             for own, leaf in zip(self.stepper.y0, problem.leaves, strict=True):
                 own.copy_(leaf)

@@ -28,16 +28,15 @@ def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float
     return ([t0, *times], [STOPS["jump"], *reasons]) if starts else (times, reasons)
 
 
-def first_state(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """The solver state before the first step, the stops, the output times, and whether t[0] is a discontinuity of func."""
-    times, kinds = stop_table(problem, step_t, jump_t)
-    stops, t = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in ([times, kinds], problem.t))
-    on_jump = times[0] == problem.t[0]
+def first_state(problem: Problem, stops: tuple[list[float], list[int]], on_jump: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The solver state before the first step, the table of stops, and the output times. on_jump: func is discontinuous at
+    t[0]."""
+    table, t = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in (stops, problem.t))
     state = torch.from_numpy(initial_state(problem.t[0], problem.rows, on_jump))
     state = to_device(state, problem.device)
     if problem.held is not None:
         state[FIELDS["status"]].masked_fill_(problem.held, SUCCESS)
-    return state, to_device(stops, problem.device), to_device(t, problem.device), on_jump
+    return state, to_device(table, problem.device), to_device(t, problem.device)
 
 
 def plan_first_step(
