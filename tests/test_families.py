@@ -361,6 +361,28 @@ def test_direct_by_times_is_exact(control):
     assert torch.autograd.gradcheck(lambda t: by_hand(control, t, start(), weights().detach(), 0.1), (t,))
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_what_func_depends_on_later(monkeypatch, late):
+    """Only beyond some time: found where y0 has no gradient, and where a step calls func with gradients alone."""
+
+    def recorded(*args):
+        with torch.enable_grad():
+            y1, slopes, error = extrapolated_step(*args)
+        return [leaf.detach() for leaf in y1], [[leaf.detach() for leaf in k] for k in slopes], error
+
+    def step(*args):
+        return extrapolated_step(*args) if torch.is_grad_enabled() else recorded(*args)
+
+    monkeypatch.setitem(methods.INTERPOLATIONS["method"], "implicit", replace(IMPLICIT, step=step))
+    w, grads = weights(), []
+    func = lambda t, y: -y + (t - 0.2) * (y @ w) if t > 0.2 or not late else -y  # noqa: E731
+    for how in ({"method": "implicit", **TOLERANCES}, {"method": "dopri5", **TOLERANCES}):
+        solve(func, start(), [0.0, 0.2, 0.4], gradient="direct", **how).ys.sum().backward()
+        grads.append(w.grad)
+        w.grad = None
+    near(*grads)
+
+
 @pytest.mark.parametrize("control", CONTROLS)
 def test_second_derivatives(control):
     y0, t = start()[:2].requires_grad_(), torch.tensor([0.0, 0.13, 0.4], dtype=D, requires_grad=True)

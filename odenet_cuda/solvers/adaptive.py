@@ -90,7 +90,7 @@ class AdaptiveSolver:
         needed = self.jumps or bool(self.callbacks) or family.looks or (recorder is not None and not recorder.can_wait)
         self.looks = needed or not runs_ahead(device)
         self.recording = recorder is not None and recorder.slopes
-        self.captures = bool(graph) and not self.looks and not self.recording
+        self.captures = bool(graph) and not (self.looks or self.recording or family.no_graph)
         self._held: tuple[Tensor, list[Tensor]] | None = None  # the times of a captured step, where they must outlive it
         self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample

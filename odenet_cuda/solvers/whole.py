@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..captured import Known, Walk
 from ..ops import FIELDS
-from ..problem import Problem
+from ..problem import Problem, counter_of
 from ..stepper import Stepper
 from ..tableau import StepFunction
 from .trajectory import Evaluation, Recorder
@@ -33,6 +34,22 @@ def mapped(
     n = len(problem.state_leaves)
     y1, slopes, error = method.step(field, problem.time_views(times), y[-1], list(y[:n]), list(y[n : 2 * n]))
     return [*y1, *(leaf for of_slope in slopes for leaf in of_slope)], error
+
+
+def _noted(field: Any) -> Callable[..., list[Tensor]]:
+    """The field, which notes whether func depends on tensors with gradients, as it does itself where none are recorded: in here
+    calls record them to differentiate func."""
+    counter = counter_of(field)
+    if not counter.with_gradients:
+        return field  # type: ignore[no-any-return]
+
+    def call(t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
+        k: list[Tensor] = field(t, y, stage)
+        if not counter.gave_graph and any([slope.requires_grad for slope in k]):
+            counter.gave_graph = Walk(k, [t, *y], Known(), None).more
+        return k
+
+    return call
 
 
 class WholeSteps:
@@ -78,7 +95,7 @@ class WholeSteps:
             evaluations = [WholeStep(found.t, found.y, found.k, method=self.method, problem=self.problem)]
             k = found.k
         else:
-            k = self._mapped(field, times, y)
+            k = self._mapped(_noted(field), times, y)
         with torch.no_grad():
             for own, leaf in zip(stepper.y[-1], k[:n], strict=True):
                 own.copy_(leaf)
