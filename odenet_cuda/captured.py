@@ -144,7 +144,7 @@ def outside(field: Callable[..., list[Tensor]], evaluation: Any, known: Known, s
     first = Walk(evaluation.k, inputs, known, window)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), _Used() as used:
         begin = sequence_number()
-        again = field(t, y)
+        again = evaluation.again(field)
     second = Walk(again, inputs, known, None if since is None else range(begin, sequence_number()))
     while True:  # what only one of them has was made inside
         lone = [[n for n in one.boundary if n not in other] for one, other in ((first, second), (second, first))]

@@ -14,10 +14,10 @@ from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .ranges import marked
 from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
+from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
-from .tableau import ButcherTableau
 
 Grid = tuple[list[float], list[int | None]]
 
@@ -68,7 +68,8 @@ class Options:
         return 0.0 if not beside else 1.0 if index == 0 else -1.0
 
     @property
-    def tableau(self) -> ButcherTableau:
+    def tableau(self) -> Any:
+        """The numbers of the method: a `ButcherTableau`, or the data of another family of `solvers.families`."""
         return INTERPOLATIONS[self.interp][self.method]
 
 
@@ -95,6 +96,7 @@ def integrate(
         alone = not callbacks and recorder is None and not options.jump_t
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         if options.adaptive:
+            refuse(options, family_of(options.tableau).refusal(problem, recorder))
             make: Any = partial(
                 AdaptiveSolver,
                 problem,
@@ -115,8 +117,15 @@ def integrate(
         return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)
 
 
+def refuse(options: Options, refusal: str) -> None:
+    """refusal: why the method's family does not serve, or ""."""
+    if refusal:
+        raise NotImplementedError(f"method={options.method!r} {refusal}")
+
+
 def adaptive_kind(problem: Problem, options: Options, refusal: str = "") -> Kind:
     """The first step is tried before any that is captured."""
+    refusal = refusal or family_of(options.tableau).no_graph
     refusal = refusal or ("" if problem.fused_error else "a norm of the user, or tolerances that are tensors")
     stops = len(stop_table(problem, options.step_t, options.jump_t)[0])
     key = replace(options, first_step=None), stops

@@ -1,7 +1,9 @@
-"""ButcherTableau: the numbers of a Runge-Kutta method, checked when they are written down."""
+"""ButcherTableau: the numbers of a Runge-Kutta method, checked when they are written down; StepFunction: another method."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from .ops import MAX_DEGREE, MAX_STAGES
 
@@ -43,11 +45,8 @@ class ButcherTableau:
             _check(_close(math.fsum(row), node), f"row {i} of a must add up to c[{i}] = {node}, got {math.fsum(row)}")
         _check(_close(math.fsum(self.b), 1), f"b must add up to 1, got {math.fsum(self.b)}")
         _check(_close(math.fsum(self.e), 0), f"e must add up to 0, got {math.fsum(self.e)}")
-        degree = len(self.p[0])
-        _check(degree <= MAX_DEGREE and all(len(row) == degree for row in self.p), "p must have rows of one length")
-        for j, row in enumerate(self.p):
-            _check(_close(math.fsum(row), self.b[j]), f"row {j} of p must add up to b[{j}]: the interpolant ends in y1")
-        for d in range(degree):
+        _check_interpolant(self.p, self.b)
+        for d in range(len(self.p[0])):
             column = math.fsum(row[d] for row in self.p)
             _check(
                 _close(column, float(d == 0)),
@@ -79,6 +78,52 @@ class ButcherTableau:
         )
 
 
+@dataclass(frozen=True)
+class StepFunction:
+    """A one-step method that is given as a function in torch's operations: y1 = y0 + dt sum_j b_j k_j, where k_0 = f(t0, y0),
+    the last slope is f(t1, y1), and those between are whatever the step makes of func.
+
+    step: ``step(field, t, dt, y0, k0) -> (y1, slopes, error)``, over leaves: field(t_j, y, j) gives the slopes of func, t are
+    the times t0 + c_j dt as func sees them, dt is float64 [rows], slopes are k_1 to the last, [stages - 1][leaves], error is
+    an estimate for each leaf, or None: that by the weights e. It computes each row alone. Gradients are autograd's, through
+    it: where it differentiates func, it keeps that graph if gradients are recorded.
+    order, c, b, e, p, p_order: as in `ButcherTableau`; the step size goes by the error to the power of 1 / order.
+
+    Raises ValueError where the numbers contradict each other.
+    """
+
+    order: int
+    c: tuple[float, ...]
+    b: tuple[float, ...]
+    p: tuple[tuple[float, ...], ...]
+    p_order: int
+    step: Callable[..., Any]
+    e: tuple[float, ...] = ()
+    stages: int = field(init=False)
+    fsal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        stages = len(self.c)
+        object.__setattr__(self, "stages", stages)
+        _check(2 <= stages <= MAX_STAGES, f"c must have from 2 to {MAX_STAGES} nodes, got {stages}", "StepFunction")
+        _check(self.c[0] == 0 and self.c[-1] == 1, "c must begin with 0 and end with 1", "StepFunction")
+        _check(len(self.b) == len(self.p) == stages, "b and p must have one entry a node", "StepFunction")
+        _check(len(self.e) in (0, stages), "e must be empty or have one entry a node", "StepFunction")
+        _check_interpolant(self.p, self.b, "StepFunction")
+
+    @property
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        return (self.b,)
+
+    def linear(self) -> "StepFunction":
+        """The same method with the straight line between y0 and y1 as interpolant."""
+        return replace(self, p=tuple((weight,) for weight in self.b), p_order=1)
+
+    def cubic(self) -> "StepFunction":
+        """The same method with the cubic Hermite interpolant."""
+        return replace(self, p=hermite(self.b), p_order=min(3, self.order))
+
+
 def hermite(b: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
     """The cubic through y0, y1 with slopes k_0 = f(t0, y0) and k_last = f(t1, y1)."""
     last = len(b) - 1
@@ -107,6 +152,13 @@ def _close(x: float, y: float) -> bool:
     return abs(x - y) <= _TOLERANCE * max(1.0, abs(y))
 
 
-def _check(condition: bool, message: str) -> None:
+def _check(condition: bool, message: str, kind: str = "ButcherTableau") -> None:
     if not condition:
-        raise ValueError(f"ButcherTableau: {message}")
+        raise ValueError(f"{kind}: {message}")
+
+
+def _check_interpolant(p: tuple[tuple[float, ...], ...], b: tuple[float, ...], kind: str = "ButcherTableau") -> None:
+    degree = len(p[0])
+    _check(degree <= MAX_DEGREE and all(len(row) == degree for row in p), "p must have rows of one length", kind)
+    for j, row in enumerate(p):
+        _check(_close(math.fsum(row), b[j]), f"row {j} of p must add up to b[{j}]: the interpolant ends in y1", kind)

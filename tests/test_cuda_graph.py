@@ -533,7 +533,7 @@ def test_inside_a_graph_of_the_user(y0, ahead, monkeypatch, method, gradient):
 
 def test_no_adaptive_solve_in_a_graph_of_the_user(y0, ahead, monkeypatch):
     """The host could not learn of its end."""
-    monkeypatch.setattr(adaptive, "being_captured", lambda device: True)
+    monkeypatch.setattr("odenet_cuda.solvers.ahead.being_captured", lambda device: True)
     with pytest.raises(RuntimeError, match="cannot be part of a CUDA graph that the caller captures"):
         solve(Net(), y0, T)
 

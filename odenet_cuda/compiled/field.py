@@ -15,6 +15,7 @@ from ..callbacks import find_callbacks
 from ..integrate import Grid, Options
 from ..methods import find_method
 from ..problem import Problem, Structure, WithArguments
+from ..tableau import ButcherTableau
 from . import self_check
 from .attach import Sources
 from .build import NoCompiler
@@ -298,6 +299,8 @@ def prepare(
         why.append("the state is not all float32 or all float64")
     if problem.norm is not None or any(isinstance(tol, Tensor) for tol in (*problem.rtol, *problem.atol)):
         why.append("a norm of the user, or tolerances that are tensors")
+    if not all(isinstance(x.tableau, ButcherTableau) for x in (options, *([] if backward is None else [backward.options]))):
+        why.append("the method is no explicit Runge-Kutta method")
     if options.perturb:
         why.append("perturb=True needs it")
     if torch._C._is_any_autocast_enabled():

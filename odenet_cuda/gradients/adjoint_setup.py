@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..callbacks import find_callbacks
 from ..formulas import rms_norm
-from ..integrate import Options, stop_times
+from ..integrate import Options, refuse, stop_times
 from ..problem import Problem, Structure, check_tolerance
+from ..solvers.families import family_of
 from ..step_control import StepControl
 from .adjoint import Adjoint
 
@@ -56,6 +57,8 @@ def adjoint_setup(
     backward = Options(control=StepControl(**control), **merged)
     if problem.per_sample and not backward.adaptive:
         raise ValueError(f"step_control='per_sample' needs an adaptive adjoint_method, got {backward.method!r}")
+    if backward.adaptive and torch.is_grad_enabled():
+        refuse(backward, family_of(backward.tableau).no_way_back)
     tolerances = []
     for name, value, forward in (("adjoint_rtol", rtol, problem.rtol), ("adjoint_atol", atol, problem.atol)):
         parts = forward[: len(structure.leaves)] if value is None else check_tolerance(name, value, structure)

@@ -22,6 +22,7 @@ from ..problem import Problem
 from ..products import Targets, gradients
 from ..ranges import in_range, marked
 from ..solvers.trajectory import Evaluation, Recorder, Step
+from ..solvers.whole import WholeStep
 from ..stepper import Stepper
 from .accumulator import Accumulator
 from .autocast import autocast_state
@@ -30,6 +31,7 @@ from .one_by_one import one_by_one
 from .release import kept, let_go
 from .replay import SECOND, save_inputs, saved_inputs, second_gradients
 from .same_func import refuse_another
+from .whole import undo_whole
 
 
 def attach(
@@ -216,7 +218,8 @@ class BackwardWalk:
             y = [torch.where(self._rows(broken, leaf).bool(), leaf[other], leaf).detach() for leaf in evaluation.y]
             y = [leaf.requires_grad_(old.requires_grad) for leaf, old in zip(y, evaluation.y, strict=True)]
             t = evaluation.t.detach().requires_grad_(evaluation.t.requires_grad)
-            return replace(evaluation, t=t, y=y, k=field.again()(t, y))
+            other_one = replace(evaluation, t=t, y=y)
+            return replace(other_one, k=other_one.again(field.again()))
 
     def _undo_evaluation(self, evaluation: Evaluation) -> None:
         """A slope evaluated for itself: at the start, or anew beyond a discontinuity for the rows of its mask."""
@@ -240,7 +243,10 @@ class BackwardWalk:
     def _undo_step(self, step: Step) -> None:
         dt = step.dt if isinstance(step.dt, Tensor) else torch.full_like(self.one, step.dt)
         base, lam, into_y0 = self.outputs(step, self.lam, dt) if step.outputs else (None, self.lam, None)
-        self.undo_points(step, lam, dt, base, into_y0)
+        if step.evaluations and isinstance(step.evaluations[0], WholeStep):
+            undo_whole(self, step, lam, base, into_y0)
+        else:
+            self.undo_points(step, lam, dt, base, into_y0)
 
     def undo_points(
         self,

@@ -15,7 +15,7 @@ from ..plain import Func, Shifts, dense_output, difference_of, stage, sum_of
 from ..problem import Problem
 from ..products import Targets, gradients
 from ..solvers.trajectory import Evaluation, Recorder, Step
-from ..tableau import ButcherTableau
+from ..tableau import StepFunction
 
 SECOND = " for second derivatives"
 
@@ -67,7 +67,7 @@ def second_gradients(
 
 def replay(
     tape: Sequence[Step | Evaluation],
-    tableau: ButcherTableau,
+    tableau: Any,
     problem: Problem,
     func: Func,
     y0: Sequence[Tensor],
@@ -88,12 +88,19 @@ def replay(
         at_t0, at_t1 = shifts.of(entry.ends[0]), shifts.of(entry.ends[1])
         dt = sum_of(entry.dt, difference_of(at_t1, at_t0))
         views, slopes, point = problem.time_views(entry.times.detach()), [k], y
-        for i, row in enumerate(tableau.rows, 1):
-            point = [stage(leaf, [of[j] for of in slopes], row, dt) for j, leaf in enumerate(y)]
-            if i < tableau.stages and (i < len(tableau.rows) or entry.outputs or position < last):
-                c = tableau.c[i]
-                shift = sum_of(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
-                slopes.append(func(shifts.moved(views[i], shift), point[:n]))
+        if isinstance(tableau, StepFunction):
+            ends = [(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1) for c in tableau.c]
+            views = [shifts.moved(view, sum_of(*end)) for view, end in zip(views, ends, strict=True)]
+            rows = torch.as_tensor(dt, dtype=torch.float64, device=problem.device).reshape(-1)
+            point, further, _ = tableau.step(func, views, rows, y, k)
+            slopes += further
+        else:
+            for i, row in enumerate(tableau.rows, 1):
+                point = [stage(leaf, [of[j] for of in slopes], row, dt) for j, leaf in enumerate(y)]
+                if i < tableau.stages and (i < len(tableau.rows) or entry.outputs or position < last):
+                    c = tableau.c[i]
+                    shift = sum_of(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
+                    slopes.append(func(shifts.moved(views[i], shift), point[:n]))
         for index, theta, mask in entry.outputs:
             lands = entry.ends[1] is not None and entry.ends[1][0] == index
             if lands:

@@ -6,6 +6,7 @@ way back that calls it anew calls it first where the solve did, and compares. Wh
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,5 +68,6 @@ def refuse_another(field: Any, problem: Problem, calls: Sequence[Evaluation], gr
 def _slopes(field: Any, call: Evaluation) -> list[Tensor]:
     """Those that func gives there now, called as a way back calls it."""
     with torch.enable_grad():
-        k = field(call.t.detach().clone(), [leaf.detach().clone().requires_grad_() for leaf in call.y])
+        call = replace(call, t=call.t.detach().clone(), y=[leaf.detach().clone().requires_grad_() for leaf in call.y])
+        k = call.again(field)
     return [slope.detach() for slope in k]

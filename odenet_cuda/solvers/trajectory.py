@@ -50,6 +50,10 @@ class Evaluation:
     end: "End | None" = None
     noise: Any = None
 
+    def again(self, field: Callable[..., list[Tensor]]) -> list[Tensor]:
+        """What it gives now, by this field, with a graph where gradients are recorded."""
+        return field(self.t, self.y)
+
     def copy(self) -> "Evaluation":
         """The values, in memory of their own."""
         t, *leaves = [x.detach().clone() for x in (self.t, *self.y, *self.k)]
@@ -71,7 +75,8 @@ class Step:
     where it is taken as given.
 
     y0: the state at its start, or None where it is not kept. k: its slopes, [stages][leaves]; without graphs the first alone,
-    and none where func gives it from y0. evaluations: of points 1 .. n, None where there is none; empty without graphs.
+    and none where func gives it from y0. evaluations: of points 1 .. n, None where there is none, or the one of a step that
+    is recorded as a whole; empty without graphs.
     noise: where random generators stood before the first slope and before that of point 1, where func draws numbers.
     """
 

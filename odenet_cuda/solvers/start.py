@@ -1,0 +1,74 @@
+"""The start of an adaptive solve: the solver state, where steps must end, and the size of the first step."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops import FIELDS, STOPS
+from ..problem import Problem, to_device
+from ..step_control import SUCCESS, initial_state
+from ..stepper import Stepper
+from .norms import write_norm
+
+
+def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float]) -> tuple[list[float], list[int]]:
+    """The times inside the interval at which steps must end, in the direction of the solve, and why; the end is the last.
+
+    Where func is discontinuous at t[0], that is the first: the first slope is that inside the interval. So is the last one.
+    """
+    t0, t1, direction = problem.t[0], problem.t[-1], problem.direction
+    starts, ends = ([time for time in jump_t if problem.same_time(time, t)] for t in (t0, t1))
+    kinds = {time: STOPS["step"] for time in step_t}
+    kinds |= {time: STOPS["jump"] for time in jump_t if time not in starts and time not in ends}
+    inside = [time for time in kinds if direction * (time - t0) > 0 and direction * (t1 - time) > 0]
+    inside.sort(key=lambda time: direction * time)
+    times, reasons = [*inside, t1], [*(kinds[time] for time in inside), STOPS["end on jump" if ends else "end"]]
+    return ([t0, *times], [STOPS["jump"], *reasons]) if starts else (times, reasons)
+
+
+def first_state(problem: Problem, stops: tuple[list[float], list[int]], on_jump: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The solver state before the first step, the table of stops, and the output times. on_jump: func is discontinuous at
+    t[0]."""
+    table, t = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in (stops, problem.t))
+    state = torch.from_numpy(initial_state(problem.t[0], problem.rows, on_jump))
+    state = to_device(state, problem.device)
+    if problem.held is not None:
+        state[FIELDS["status"]].masked_fill_(problem.held, SUCCESS)
+    return state, to_device(table, problem.device), to_device(t, problem.device)
+
+
+def plan_first_step(
+    problem: Problem,
+    stepper: Stepper,
+    state: Tensor,
+    in_norm: int,
+    size: float | None,
+    slope: Callable[[Tensor, list[Tensor]], list[Tensor]],
+) -> None:
+    """The first step to try, given or by f(t0, y0), which lies in k[0], and by f one Euler step on: Hairer, Norsett and Wanner
+    I, II.4. in_norm: how many leaves count. slope: func."""
+    constants = torch.zeros(4, problem.rows, dtype=torch.float64, device=problem.device)
+    norms, one = constants[:3], constants[3].fill_(1.0)
+
+    def norm(x: list[list[Tensor]], weights: list[float], out: Tensor) -> None:
+        """out [rows] = norm of sum_j weights_j x_j, scaled by the tolerances at y0; x: [states][leaves]."""
+        if problem.fused_error:
+            addresses = [[0 if part is None else part.data_ptr() for part in leaves] for leaves in x]
+            stepper.kernels.norm(out.data_ptr(), one.data_ptr(), weights, addresses)
+        else:
+            write_norm(out, problem, in_norm, stepper.y0, stepper.y0, x, weights, one)
+
+    norm([stepper.y0], [1.0], norms[0])
+    norm([stepper.k[0]], [1.0], norms[1])
+    if size is not None:
+        stepper.kernels.first_step(norms.data_ptr(), size, 1)
+        return
+    stepper.kernels.first_step(norms.data_ptr(), 0.0, 0)
+    stepper.kernels.euler()
+    t1 = problem.time_views(state[FIELDS["step_end"]].to(problem.real)[None])[0]
+    k1 = [of_leaf if of_leaf is None else of_leaf.detach() for of_leaf in slope(t1, stepper.y[1])]
+    stepper.set_slopes(1, k1, True)
+    norm(stepper.k[:2], [-1.0, 1.0], norms[2])
+    stepper.kernels.first_step(norms.data_ptr(), 0.0, 1)

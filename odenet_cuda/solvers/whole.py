@@ -1,0 +1,116 @@
+"""The family of methods whose step is one function in torch's operations, recorded and differentiated as a whole."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..captured import Known, Walk
+from ..ops import FIELDS
+from ..problem import Problem, counter_of
+from ..stepper import Stepper
+from ..tableau import StepFunction
+from .trajectory import Evaluation, Recorder
+
+
+@dataclass(slots=True)
+class WholeStep(Evaluation):
+    """A step as one evaluation of what it maps: t are the times of its slopes, y the leaves of y0, those of k[0] and dt
+    [rows], k the leaves of y1 and of all further slopes."""
+
+    method: Any = None
+    problem: Any = None
+
+    def again(self, field: Callable[..., Any]) -> list[Tensor]:
+        return mapped(self.method, self.problem, field, self.t, self.y)[0]
+
+
+def mapped(
+    method: StepFunction, problem: Problem, field: Callable[..., Any], times: Tensor, y: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """(k of a `WholeStep` at these times and y, the error)."""
+    n = len(problem.state_leaves)
+    y1, slopes, error = method.step(field, problem.time_views(times), y[-1], list(y[:n]), list(y[n : 2 * n]))
+    return [*y1, *(leaf for of_slope in slopes for leaf in of_slope)], error
+
+
+def _noted(field: Any) -> Callable[..., list[Tensor]]:
+    """The field, which notes whether func depends on tensors with gradients, as it does itself where none are recorded: in here
+    calls record them to differentiate func."""
+    counter = counter_of(field)
+    if not counter.with_gradients:
+        return field  # type: ignore[no-any-return]
+
+    def call(t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
+        k: list[Tensor] = field(t, y, stage)
+        if not counter.gave_graph and any([slope.requires_grad for slope in k]):
+            counter.gave_graph = Walk(k, [t, *y], Known(), None).more
+        return k
+
+    return call
+
+
+class WholeSteps:
+    """Steps of a `StepFunction`; see `families.Family`."""
+
+    looks: ClassVar[bool] = True  # what the function does on the host may depend on the step
+    no_way_back: ClassVar[str] = (
+        "differentiates func, and the slopes of the backward solve have no graph: give an explicit adjoint_method"
+    )
+    no_graph: ClassVar[str] = "decides on the host"
+
+    def __init__(
+        self, method: StepFunction, problem: Problem, stepper: Stepper, state: Tensor, recorder: Recorder | None, ahead: bool
+    ):
+        self.method, self.problem, self.stepper, self.recorder = method, problem, stepper, recorder
+        self.calls = 0  # counted as they are made
+        self.advance, self.swap = stepper.kernels.advance, stepper.swap_accepted
+        self._error: list[Tensor] | None = None
+        self.dt = state[FIELDS["dt"]]
+
+    @staticmethod
+    def refusal(problem: Problem, recorder: Any) -> str:
+        if problem.signs is not None:
+            return WholeSteps.no_way_back
+        if problem.quadratures:
+            return "has no slopes for running costs: the regularizers 'kinetic' and 'jacobian' need an explicit method"
+        if recorder is not None and recorder.step_costs is not None:
+            return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
+        if recorder is not None and recorder.checkpoints is not None:
+            return "does not make steps again, as gradient='checkpoint' and torch.func transforms need: use gradient='direct'"
+        return ""
+
+    def begin(self) -> None:
+        pass
+
+    def step(self, field: Callable[..., Any], times: Tensor, views: list[Tensor]) -> tuple[Sequence[Any], list[int]]:
+        """The solver's buffers hold copies of what the function gave: a graph may hang on that."""
+        stepper, n, recorder = self.stepper, self.stepper.n, self.recorder
+        y = [leaf.detach() for leaf in (*stepper.y0, *stepper.k[0])] + [self.dt.clone()]
+        evaluations: list[Evaluation] = []
+        if recorder is not None and recorder.graphs:
+            found = recorder.evaluate(lambda t, y: self._mapped(field, t, y), times.detach(), y)
+            evaluations = [WholeStep(found.t, found.y, found.k, method=self.method, problem=self.problem)]
+            k = found.k
+        else:
+            k = self._mapped(_noted(field), times, y)
+        with torch.no_grad():
+            for own, leaf in zip(stepper.y[-1], k[:n], strict=True):
+                own.copy_(leaf)
+        addresses: list[int] = []
+        for j in range(1, self.method.stages):
+            stepper.kernels.bind_slopes(j - 1, addresses)
+            addresses = stepper.set_slopes(j, k[n * j : n * (j + 1)], recorder is None)
+        return evaluations, addresses
+
+    def _mapped(self, field: Callable[..., Any], times: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
+        k, self._error = mapped(self.method, self.problem, field, times, y)
+        return k
+
+    def error(self) -> list[Tensor] | None:
+        return self._error
+
+    def restart(self, rows: Tensor) -> None:
+        pass
