@@ -75,7 +75,7 @@ def _on_fixed_times(
     points, leaves, last = len(rows), range(len(y0)), len(plan.outputs) - 1
     views, y, slope = times.view(-1).unbind(0), list(y0), None
     ys: list[list[Tensor]] = [y]
-    for step, dt in enumerate(plan.dts.tolist()):
+    for step, dt in enumerate(plan.dts):
         first, inside = step * stages, dict(plan.inside[step])
         slopes, point = [func(views[first], y) if slope is None else slope], y
         for i, row in enumerate(rows, 1):

@@ -34,12 +34,12 @@ def uniform_grid(t: list[float], step_size: float) -> list[float]:
 class Plan:
     """What is known of all steps of a grid before it is solved on.
 
-    dts: float64 [steps]. times: of all stages, float64 [steps, stages]. outputs: of each step those that fall into it, in
+    dts: [steps]. times: of all stages, float64 [steps, stages]. outputs: of each step those that fall into it, in
     order, as (index, theta, None). landed: of each step the place among them of the one at its end, -1 without one. inside: of
     each step the places of the others, with their weights in the interpolant.
     """
 
-    dts: np.ndarray
+    dts: list[float]
     times: np.ndarray
     outputs: list[list[Output]]
     landed: list[int]
@@ -72,7 +72,8 @@ def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: Bu
         inside.append([(i, [float(w) for w in formulas.interpolant_weights(tableau, theta)]) for i, theta in others])
     grid, c = np.asarray(nodes), np.asarray(tableau.c)[None, :]
     t0, t1 = grid[:-1, None], grid[1:, None]
-    return Plan(grid[1:] - grid[:-1], np.where(c == 1, t1, t0 + c * (t1 - t0)), outputs, landed, inside)
+    dts = [t1 - t0 for t0, t1 in pairwise(nodes)]
+    return Plan(dts, np.where(c == 1, t1, t0 + c * (t1 - t0)), outputs, landed, inside)
 
 
 def stage_times(plan: Plan, tableau: ButcherTableau, real: torch.dtype, beside: float) -> Tensor:
@@ -148,7 +149,7 @@ class FixedSolver:
         """What is known of the steps; their sizes, and the times of their stages."""
         plan = plan_of(nodes, problem.t, problem.direction, self.tableau)
         times = stage_times(plan, self.tableau, problem.real, problem.direction if self.perturb else 0.0)
-        return plan, to_device(torch.from_numpy(plan.dts).clone(), problem.device), to_device(times, problem.device)
+        return plan, to_device(torch.from_numpy(np.array(plan.dts)), problem.device), to_device(times, problem.device)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
