@@ -56,7 +56,8 @@ def _tables(
 class Stepper:
     """Buffers of a solve and the kernels on them. Every tensor bound is kept alive here until another takes its place.
 
-    zero_base: the combinations of slopes are added to zero, not to y0. apart: each stage has a buffer of its own.
+    zero_base: the combinations of slopes are added to zero, not to y0. apart: each stage has a buffer of its own. start, end:
+    where the first step begins and ends, [leaves] and those with stages; else a copy of the problem's and a buffer.
     y0: state at the start of the step, [leaves]. y: [stages][leaves], y[0] the leaves of y0 that have stages, y[-1] the end of
     the step; the stages between share one buffer unless they are apart. q1: ends of the quadratures. k: slopes,
     [stages][leaves]. times: [stages, rows], with `views` as func sees them, of a step whose size the kernels choose: from
@@ -75,6 +76,8 @@ class Stepper:
         norm_leaves: int | None = None,
         zero_base: bool = False,
         apart: bool = False,
+        start: list[Tensor] | None = None,
+        end: list[Tensor] | None = None,
     ):
         self.zero_base = zero_base
         self.problem, self.tableau = problem, tableau
@@ -99,7 +102,9 @@ class Stepper:
             )
         )
         self.points = len(rows_a)
-        self.y0 = leaves if zero_base else [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
+        if start is None:
+            start = leaves if zero_base else [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
+        self.y0 = start
         if not has_memory(self.y0[0]):
             raise TypeError(
                 f"torch gives tensors of type {type(self.y0[0]).__name__} here, under a dispatch mode, and the kernels need "
@@ -113,8 +118,8 @@ class Stepper:
             self.new_stages()
             return
         first = self.y0[: self.n]
-        end, *between = ([torch.empty_like(leaf) for leaf in first] for _ in range(min(self.points, 2)))
-        self.y = [first, *between * (self.points - 1), end]
+        between = [torch.empty_like(leaf) for leaf in first] if self.points > 1 else []
+        self.y = [first, *[between] * (self.points - 1), end or [torch.empty_like(leaf) for leaf in first]]
         self.bind()
 
     def bind_state(self, state: Tensor, stops: Tensor, t: Tensor) -> None:
@@ -130,12 +135,6 @@ class Stepper:
             self.y0[: self.n],
             *([torch.empty_like(leaf) for leaf in self.y0[: self.n]] for _ in range(self.points)),
         ]
-        self.bind()
-
-    def start_at(self, leaves: Sequence[Tensor]) -> None:
-        """Another state is the start of the next step, in memory of its own."""
-        self.y0 = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
-        self.y[0] = self.y0[: self.n]
         self.bind()
 
     def new_times(self) -> None:

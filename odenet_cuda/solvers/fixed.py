@@ -138,10 +138,10 @@ class FixedSolver:
         self.ys = [
             torch.empty(len(problem.t), *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in problem.leaves[:n]
         ]
-        self.stepper = Stepper(problem, tableau, self.rows)
+        self.stepper: Stepper  # of the last solve
         self.captures = bool(graph)
         self.replay: Callable[[], None] | None = None  # a captured solve
-        self.initial = [leaf.clone() for leaf in self.stepper.y0] if graph else []
+        self.initial = [leaf.clone() for leaf in problem.leaves] if graph else []
         self.calls = 0  # of func in a solve, the first not counted
         self.call: Evaluation | None = None  # the last
 
@@ -154,7 +154,7 @@ class FixedSolver:
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
         if not self.captures:
-            self._solve(start)
+            self._solve(self.problem.leaves, start)
             return self._trajectory()
         counter = counter_of(self.problem.field)
         called = counter.nfe
@@ -184,17 +184,17 @@ class FixedSolver:
 
     def solve_again(self, start: Evaluation | None = None) -> None:
         """The solve from `initial` on, as often as wanted; only the outputs lie where they lay."""
-        self.stepper.start_at(self.initial)
-        self._solve(start)
+        self._solve(self.initial, start)
 
-    def _solve(self, start: Evaluation | None) -> None:
-        problem, stepper, kernels, plan, recorder = self.problem, self.stepper, self.stepper.kernels, self.plan, self.recorder
+    def _solve(self, leaves: list[Tensor], start: Evaluation | None) -> None:
+        problem, plan, recorder = self.problem, self.plan, self.recorder
         recording = recorder is not None and recorder.slopes
         stages, points, fsal = self.tableau.stages, len(self.rows), self.tableau.fsal and not self.perturb
         every_slope = recorder is not None and recorder.every_slope
         last_step, addresses = len(plan.outputs) - 1, []
         places, times = self._places(), self._views()
-        self._begin(next(places), recording)
+        stepper = self._begin(leaves, next(places), recording)
+        kernels = stepper.kernels
         for step, outputs in enumerate(plan.outputs):
             with marked("step"):
                 at, views, landed, inside = [next(places) for _ in outputs], next(times), plan.landed[step], plan.inside[step]
@@ -246,26 +246,32 @@ class FixedSolver:
             views = self.times[begin : begin + _CHUNK].view(-1).unbind(0)
             yield from zip(*[iter(views)] * stages, strict=True)
 
-    def _begin(self, place: list[Tensor], recording: bool) -> None:
-        """At the start. Where nobody keeps the states, those at the times of outputs are written where the outputs lie."""
-        stepper = self.stepper
-        n = stepper.n
-        _copy(place, stepper.y0)
+    def _begin(self, leaves: list[Tensor], place: list[Tensor], recording: bool) -> Stepper:
+        """At the start, of which `place` is the output. Where nobody keeps the states, those at the times of outputs are
+        written where the outputs lie, and those of other nodes, and of quadratures, into two buffers by turns."""
+        problem, n = self.problem, len(place)
+        _copy(place, leaves)
         if recording:
-            return
-        self.between = [stepper.y[-1], stepper.y0[:n]]  # for nodes that are no outputs, by turns
-        self.quadratures = [stepper.q1, stepper.y0[n:]]
-        stepper.y0, stepper.y[0] = [*place, *stepper.y0[n:]], place
-        stepper.own([*self.ys, *self.between[1]])
+            start = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
+            self.stepper = Stepper(problem, self.tableau, self.rows, start=start, apart=True)
+            return self.stepper
+        quadratures = [leaf.clone() for leaf in leaves[n:]]
+        between = [[torch.empty_like(leaf) for leaf in place] for _ in range(2)] if -1 in self.plan.landed else [place, place]
+        self.stepper = stepper = Stepper(problem, self.tableau, self.rows, start=[*place, *quadratures], end=between[0])
+        self.between, self.quadratures = between, [stepper.q1, quadratures]
+        if between[1] is not place:
+            stepper.own(between[1])
+        return stepper
 
     def _bind_step(self, step: int, place: list[Tensor] | None, recording: bool) -> None:
         """place: of the output at the end of the step, None without one."""
         stepper, dt = self.stepper, self.dts.data_ptr() + 8 * step
-        if recording:
-            stepper.new_stages()
-            stepper.kernels.bind_dt(dt)
-        else:
+        if not recording:
             stepper.bind_step(dt, [*(place or self.between[step % 2]), *self.quadratures[step % 2]])
+            return
+        if step:
+            stepper.new_stages()
+        stepper.kernels.bind_dt(dt)
 
     def _go_on(self, recording: bool) -> None:
         if recording:
