@@ -43,7 +43,7 @@ def solve_on_grid(
     for step, (t0, t1) in enumerate(pairwise(nodes)):
         at_t0, at_t1 = (shifts.of(None if index is None else (index, None)) for index in moves_with[step : step + 2])
         dt: Any = sum_of(t1 - t0, difference_of(at_t1, at_t0))
-        views = problem.time_views(times[step])
+        views = times[step * stages : (step + 1) * stages].unbind(0)
         if slope is None:
             slope = func(shifts.moved(views[0], at_t0), y)
         slopes, point, outputs = [slope], y, plan.outputs[step]
@@ -73,7 +73,7 @@ def _on_fixed_times(
     stages, fsal = tableau.stages, tableau.fsal and not perturb
     rows = [[(j, weight) for j, weight in enumerate(row) if weight != 0] for row in tableau.rows]
     points, leaves, last = len(rows), range(len(y0)), len(plan.outputs) - 1
-    views, y, slope = times.view(-1).unbind(0), list(y0), None
+    views, y, slope = times.unbind(0), list(y0), None
     ys: list[list[Tensor]] = [y]
     for step, dt in enumerate(plan.dts):
         first, inside = step * stages, dict(plan.inside[step])

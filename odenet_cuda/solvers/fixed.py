@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def uniform_grid(t: list[float], step_size: float) -> list[float]:
 class Plan:
     """What is known of all steps of a grid before it is solved on.
 
-    dts: [steps]. times: of all stages, float64 [steps, stages]. outputs: of each step those that fall into it, in
+    dts: [steps]. times: of all stages, float64 [steps * stages]. outputs: of each step those that fall into it, in
     order, as (index, theta, None). landed: of each step the place among them of the one at its end, -1 without one. inside: of
     each step the places of the others, with their weights in the interpolant.
     """
@@ -73,15 +73,15 @@ def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: Bu
     grid, c = np.asarray(nodes), np.asarray(tableau.c)[None, :]
     t0, t1 = grid[:-1, None], grid[1:, None]
     dts = [t1 - t0 for t0, t1 in pairwise(nodes)]
-    return Plan(dts, np.where(c == 1, t1, t0 + c * (t1 - t0)), outputs, landed, inside)
+    return Plan(dts, np.where(c == 1, t1, t0 + c * (t1 - t0)).reshape(-1), outputs, landed, inside)
 
 
 def stage_times(plan: Plan, tableau: ButcherTableau, real: torch.dtype, beside: float) -> Tensor:
-    """Times at which the stages are evaluated, [steps, stages], in memory of their own. beside: the direction of the solve
+    """Times at which the stages are evaluated, [steps * stages], in memory of their own. beside: the direction of the solve
     where those at the ends of a step lie just inside, else 0."""
     times = torch.from_numpy(plan.times).to(real, copy=True)
     if beside:
-        c, beyond = np.asarray(tableau.c)[None, :], torch.full_like(times, math.copysign(math.inf, beside))
+        c, beyond = np.tile(tableau.c, len(plan.dts)), torch.full_like(times, math.copysign(math.inf, beside))
         later, earlier = torch.nextafter(times, beyond), torch.nextafter(times, -beyond)
         times = torch.where(torch.from_numpy(c == 0), later, torch.where(torch.from_numpy(c == 1), earlier, times))
     return times
@@ -191,7 +191,8 @@ class FixedSolver:
         recording = recorder is not None and recorder.slopes
         stages, points, fsal = self.tableau.stages, len(self.rows), self.tableau.fsal and not self.perturb
         every_slope = recorder is not None and recorder.every_slope
-        last_step, addresses = len(plan.outputs) - 1, []
+        addresses: list[int] = []
+        last_step = len(plan.outputs) - 1
         places, times = self._places(), self._views()
         stepper = self._begin(leaves, next(places), recording)
         kernels = stepper.kernels
@@ -199,7 +200,7 @@ class FixedSolver:
             with marked("step"):
                 at, views, landed, inside = [next(places) for _ in outputs], next(times), plan.landed[step], plan.inside[step]
                 if self.callback is not None:
-                    self._call_back(step)
+                    self._call_back(self.callback, step)
                 self._bind_step(step, at[landed] if landed >= 0 else None, recording)
                 if addresses:  # the last slope of the step before
                     stepper.k[0] = stepper.k[-1]
@@ -236,15 +237,11 @@ class FixedSolver:
 
     def _places(self) -> Iterator[list[Tensor]]:
         """Where the outputs lie, one after the other."""
-        for begin in range(0, len(self.ys[0]), _CHUNK):
-            yield from map(list, zip(*[out[begin : begin + _CHUNK].unbind(0) for out in self.ys], strict=True))
+        return map(list, zip(*map(_entries, self.ys), strict=True))
 
-    def _views(self) -> Iterator[Sequence[Tensor]]:
+    def _views(self) -> Iterator[tuple[Tensor, ...]]:
         """The times of each step's stages, as func sees them."""
-        stages = self.tableau.stages
-        for begin in range(0, len(self.times), _CHUNK):
-            views = self.times[begin : begin + _CHUNK].view(-1).unbind(0)
-            yield from zip(*[iter(views)] * stages, strict=True)
+        return zip(*[_entries(self.times)] * self.tableau.stages, strict=True)
 
     def _begin(self, leaves: list[Tensor], place: list[Tensor], recording: bool) -> Stepper:
         """At the start, of which `place` is the output. Where nobody keeps the states, those at the times of outputs are
@@ -286,10 +283,10 @@ class FixedSolver:
             return self.recorder.evaluate(self.problem.field, t, y)
         return Evaluation(t, y, self.problem.field(t, y, i))
 
-    def _call_back(self, step: int) -> None:
+    def _call_back(self, callback: Callable, step: int) -> None:
         t0, t1 = self.nodes[step : step + 2]
         t, dt = (self.dts.new_tensor(x) for x in (t0, abs(t1 - t0)))
-        self.callback(t, [leaf.clone() for leaf in self.stepper.y0], dt)
+        callback(t, [leaf.clone() for leaf in self.stepper.y0], dt)
 
     def _write_outputs(self, inside: list[tuple[list[Tensor], list[float]]], dt: Tensor) -> None:
         """inside: where each of them lies, and its weights."""
@@ -302,12 +299,19 @@ class FixedSolver:
     def _record(self, step: int, evaluations: list[Evaluation | None], outputs: list[Output]) -> None:
         t0, t1 = self.nodes[step : step + 2]
         ends = [None if index is None else (index, None) for index in self.moves_with[step : step + 2]]
-        y0, k, column = self.stepper.y0, self.stepper.k, self.times[step][:, None]
+        y0, k, stages = self.stepper.y0, self.stepper.k, self.tableau.stages
+        column = self.times[step * stages : (step + 1) * stages, None]
         done = Step(column, column[0], t1 - t0, None, outputs, (ends[0], ends[1]), y0, k, evaluations)
         self.recorder.fixed_step(t0, t1, done)
 
 
-_CHUNK = 256  # of outputs or steps of which there are views at a time
+def _entries(x: Tensor) -> Iterator[Tensor]:
+    """Views of x[0], x[1], ...: of a long x a part at a time."""
+    parts = (x,) if len(x) <= _CHUNK else x.split(_CHUNK)
+    return chain.from_iterable(map(torch.unbind, parts))
+
+
+_CHUNK = 1024
 
 
 def _copy(places: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
