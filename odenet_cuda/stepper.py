@@ -124,7 +124,8 @@ class Stepper:
 
     def bind_state(self, state: Tensor, stops: Tensor, t: Tensor) -> None:
         self.new_times()
-        self.bind()
+        self.kernels.bind_times(self._times_address)
+        self._owned.clear()
         workspace = state.new_zeros(self.kernels.workspace_size())
         self._state = (state, stops, t, workspace)
         self.kernels.bind_state(state.data_ptr(), stops.data_ptr(), stops.shape[1], t.data_ptr(), len(t), workspace.data_ptr())
@@ -203,10 +204,14 @@ class Stepper:
                 continue
             if slope.is_conj() or slope.is_neg() or not slope.is_contiguous():
                 slope = readable(slope)
-            if copy_own and slope.untyped_storage().data_ptr() in owned:
+            address = slope.data_ptr()
+            # Without an offset that is also where its memory begins, which is slower to ask for.
+            begins = address if not copy_own or slope.storage_offset() == 0 else slope.untyped_storage().data_ptr()
+            if copy_own and begins in owned:
                 slope = slope.clone()
+                address = slope.data_ptr()
             kept.append(slope)
-            addresses.append(slope.data_ptr())
+            addresses.append(address)
         self.k[i] = kept
         return addresses
 
