@@ -19,7 +19,7 @@ from measure import Samples, TimedField, find_device, interleave, print_machine,
 from torch import nn
 
 import odenet_cuda
-from odenet_cuda import captured
+from odenet_cuda import products
 
 try:
     import torchdiffeq
@@ -35,7 +35,7 @@ def product_seconds(field: nn.Module, y: torch.Tensor, repeats: int) -> float:
         k = field(t, x)
         inputs, cotangents = [x, *field.parameters()], [torch.ones_like(k)]
         begin = time.perf_counter()
-        captured.product([k], inputs, cotangents, False)
+        products.product([k], inputs, cotangents, False)
         product.add(s=time.perf_counter() - begin)
     return product.median("s")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import odenet_cuda
-from odenet_cuda import captured
+from odenet_cuda import products
 
 
 @dataclass
@@ -60,12 +60,12 @@ class timed_products:
         self.clock = Clock()
 
     def __enter__(self) -> Clock:
-        self._grad, self._product = torch.autograd.grad, captured.product
-        torch.autograd.grad, captured.product = self.clock.wrap(self._grad), self.clock.wrap(self._product)
+        self._grad, self._product = torch.autograd.grad, products.product
+        torch.autograd.grad, products.product = self.clock.wrap(self._grad), self.clock.wrap(self._product)
         return self.clock
 
     def __exit__(self, *_: Any) -> None:
-        torch.autograd.grad, captured.product = self._grad, self._product
+        torch.autograd.grad, products.product = self._grad, self._product
 
 
 @dataclass

@@ -120,13 +120,14 @@ def torchode(case: Case, per_sample: bool) -> TorchSolver:
 
 
 class DiffraxSolver:
-    """Compiled once, before anything is timed; control for each sample is jax.vmap over the solve of one."""
+    """Compiled once, before anything is timed; control for each sample is jax.vmap over the solve of one. step: the size of
+    every step, None where the controller chooses."""
 
-    def __init__(self, case: Case, per_sample: bool):
+    def __init__(self, case: Case, per_sample: bool, step: float | None = None):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU's memory is shared with torch
         self.jax, self.diffrax = importlib.import_module("jax"), importlib.import_module("diffrax")
         self.case, self.device = case, self.jax.devices("gpu" if case.y0.is_cuda else "cpu")[0]
-        self.per_sample = per_sample
+        self.per_sample, self.step = per_sample, step
         self.y0 = self._array(case.y0)
         self.parameters = [self._array(parameter) for parameter in case.field.parameters()]
         self._forward = self.jax.jit(self._solve_with(jax_field(case.field)))
@@ -136,12 +137,13 @@ class DiffraxSolver:
         return self.jax.device_put(tensor.detach().cpu().numpy(), self.device)
 
     def _solve_with(self, field: Callable) -> Callable:
-        diffrax, tol, end = self.diffrax, self.case.tol, self.case.end
+        diffrax, tol, end, step = self.diffrax, self.case.tol, self.case.end, self.step
+        forced = {} if step is None else {"dtmin": step, "dtmax": step, "force_dtmin": True}
 
         def solve(y0: Any, parameters: Any) -> Any:
-            term, controller = diffrax.ODETerm(field), diffrax.PIDController(rtol=tol, atol=tol)
+            term, controller = diffrax.ODETerm(field), diffrax.PIDController(rtol=tol, atol=tol, **forced)
             solution = diffrax.diffeqsolve(
-                term, diffrax.Dopri5(), 0.0, end, None, y0, parameters, stepsize_controller=controller
+                term, diffrax.Dopri5(), 0.0, end, step, y0, parameters, stepsize_controller=controller
             )
             return solution.ys[-1]
 
@@ -180,6 +182,10 @@ class DiffraxSolver:
     def tensors(self, result: Any) -> list[Tensor]:
         numpy = importlib.import_module("numpy")
         return [torch.from_numpy(numpy.array(leaf)) for leaf in self.jax.tree_util.tree_leaves(result)]
+
+
+def diffrax_installed() -> bool:
+    return importlib.util.find_spec("diffrax") is not None
 
 
 def jax_field(field: nn.Module) -> Callable:

@@ -90,21 +90,25 @@ void add_stepper(py::module_& m) {
   using Weights = std::vector<double>;
   // Kernels run without the interpreter's lock: other Python threads go on, and an interrupt is taken note of.
   const py::call_guard<py::gil_scoped_release> unlocked;
-  py::class_<Stepper>(m, "Stepper")
+  py::class_<StepperTables, std::shared_ptr<StepperTables>>(m, "StepperTables")
       .def(py::init([](std::vector<int> dtypes, int32_t device, int64_t rows, std::vector<int64_t> columns,
                        int quadratures, Weights signs, std::vector<Weights> a, Weights b, Weights c, Weights e,
                        Weights rtol, Weights atol, Weights p, int degree, Weights controller) {
-             return Stepper(
-                 {dtypes, device, rows, columns, quadratures, signs, a, b, c, e, rtol, atol, p, degree, controller});
+             return std::make_shared<StepperTables>(StepperSetup{dtypes, device, rows, columns, quadratures, signs, a,
+                                                                 b, c, e, rtol, atol, p, degree, controller});
            }),
            py::kw_only(), py::arg("dtypes"), py::arg("device"), py::arg("rows"), py::arg("columns"),
            py::arg("quadratures"), py::arg("signs"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("e"),
            py::arg("rtol"), py::arg("atol"), py::arg("p"), py::arg("degree"), py::arg("controller"))
+      .def_property_readonly("quadratures", [](const StepperTables& tables) { return tables.setup.quadratures; });
+  py::class_<Stepper>(m, "Stepper")
+      .def(py::init([](std::shared_ptr<StepperTables> tables) { return std::make_unique<Stepper>(std::move(tables)); }))
       .def("bind_state", &Stepper::bind_state)
       .def("bind_dt", &Stepper::bind_dt)
       .def("workspace_size", &Stepper::workspace_size)
       .def("bind_buffers", &Stepper::bind_buffers)
       .def("bind_times", &Stepper::bind_times)
+      .def("bind_step", &Stepper::bind_step)
       .def("bind_slopes", &Stepper::bind_slopes)
       .def("stage", &Stepper::stage, unlocked)
       .def("error", &Stepper::error, unlocked)

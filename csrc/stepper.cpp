@@ -16,10 +16,8 @@ void check(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-}  // namespace
-
-Stepper::Row Stepper::row_of(const std::vector<double>& weights) {
-  Row row;
+Combination combination_of(const std::vector<double>& weights) {
+  Combination row;
   for (size_t j = 0; j < weights.size(); ++j) {
     if (weights[j] == 0) continue;
     row.stage.push_back(static_cast<int>(j));
@@ -28,32 +26,44 @@ Stepper::Row Stepper::row_of(const std::vector<double>& weights) {
   return row;
 }
 
-Stepper::Stepper(StepperSetup setup) : setup_(std::move(setup)) {
-  stages_ = static_cast<int>(setup_.c.size());
-  leaves_ = static_cast<int>(setup_.columns.size());
-  state_leaves_ = leaves_ - setup_.quadratures;
-  check(stages_ >= 1 && stages_ <= kMaxStages, "c must have from 1 to 16 nodes");
-  check(state_leaves_ >= 1, "columns must hold at least one leaf beside the quadratures");
-  check(setup_.dtypes.size() == setup_.columns.size(), "dtypes must hold one entry a leaf");
-  for (const int type : setup_.dtypes)
+}  // namespace
+
+StepperTables::StepperTables(StepperSetup given)
+    : setup(std::move(given)),
+      stages(static_cast<int>(setup.c.size())),
+      leaves(static_cast<int>(setup.columns.size())),
+      state_leaves(leaves - setup.quadratures) {
+  check(stages >= 1 && stages <= kMaxStages, "c must have from 1 to 16 nodes");
+  check(state_leaves >= 1, "columns must hold at least one leaf beside the quadratures");
+  check(setup.dtypes.size() == setup.columns.size(), "dtypes must hold one entry a leaf");
+  for (const int type : setup.dtypes)
     check(type >= 0 && type < kNumDTypes, "dtypes must hold numbers of element types");
-  check(setup_.signs.size() == setup_.columns.size(), "signs must hold one number a leaf");
-  check(setup_.rtol.size() == setup_.atol.size() && setup_.rtol.size() <= setup_.columns.size(),
+  check(setup.signs.size() == setup.columns.size(), "signs must hold one number a leaf");
+  check(setup.rtol.size() == setup.atol.size() && setup.rtol.size() <= setup.columns.size(),
         "rtol and atol must hold one number for each leaf in the norm");
-  check(setup_.degree >= 1 && setup_.degree <= kMaxDegree && setup_.p.size() == size_t(stages_ * setup_.degree),
+  check(setup.degree >= 1 && setup.degree <= kMaxDegree && setup.p.size() == size_t(stages * setup.degree),
         "p must have shape [stages, degree]");
-  for (const auto& weights : setup_.a) {
-    check(weights.size() <= size_t(stages_), "a must have at most one weight a stage");
-    a_.push_back(row_of(weights));
+  for (const auto& weights : setup.a) {
+    check(weights.size() <= size_t(stages), "a must have at most one weight a stage");
+    a.push_back(combination_of(weights));
   }
-  b_ = row_of(setup_.b);
-  e_ = row_of(setup_.e);
-  check(setup_.b.size() == size_t(stages_) && setup_.e.size() <= size_t(stages_),
-        "b and e must have one weight a stage");
-  check(setup_.controller.size() == kControllerSize || setup_.controller.empty(),
+  check(setup.b.size() == size_t(stages) && setup.e.size() <= size_t(stages), "b and e must have one weight a stage");
+  b = combination_of(setup.b);
+  e = combination_of(setup.e);
+  check(setup.controller.size() == kControllerSize || setup.controller.empty(),
         "controller must hold the numbers of a Controller");
-  k_.assign(size_t(leaves_) * stages_, 0);
 }
+
+Stepper::Stepper(std::shared_ptr<const StepperTables> tables)
+    : tables_(std::move(tables)),
+      setup_(tables_->setup),
+      stages_(tables_->stages),
+      leaves_(tables_->leaves),
+      state_leaves_(tables_->state_leaves),
+      a_(tables_->a),
+      b_(tables_->b),
+      e_(tables_->e),
+      k_(size_t(leaves_) * stages_, 0) {}
 
 void Stepper::bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs,
                          Address workspace) {
@@ -89,6 +99,14 @@ void Stepper::bind_times(Address times) {
   times_ = times;
 }
 
+void Stepper::bind_step(Address dt, const Addresses& y0, const Addresses& y1) {
+  check(y0.size() == size_t(leaves_) && y1.size() == size_t(leaves_), "y0 and y1 must hold one address a leaf");
+  check(y_.size() == a_.size() * state_leaves_, "bind_buffers must come first");
+  bind_dt(dt);
+  y0_ = y0;
+  for (int leaf = 0; leaf < leaves_; ++leaf) end_of(leaf) = y1[leaf];
+}
+
 void Stepper::bind_slopes(int stage, const Addresses& k) {
   check(stage >= 0 && stage < stages_, "stage must be one of the tableau");
   check(k.empty() || k.size() == size_t(leaves_), "k must hold one address a leaf");
@@ -97,7 +115,7 @@ void Stepper::bind_slopes(int stage, const Addresses& k) {
   }
 }
 
-void Stepper::add_combination(StageLeaves& leaves, int leaf, Address y, Address y0, const Row& row) const {
+void Stepper::add_combination(StageLeaves& leaves, int leaf, Address y, Address y0, const Combination& row) const {
   visit_real(dtype(leaf), [&]<class T>(T, int parts) {
     Stage<T>& s = leaves.add<T>();
     s.y = pointer<T>(y);
@@ -134,7 +152,7 @@ void Stepper::quadrature(const Addresses& k) {
 
 void Stepper::euler() {
   check(!a_.empty(), "a must have a row after the first");
-  const Row row{{0}, {1.0}};
+  const Combination row{{0}, {1.0}};
   StageLeaves leaves;
   for (int leaf = 0; leaf < state_leaves_; ++leaf) add_combination(leaves, leaf, y_[leaf], y0_[leaf], row);
   launch(setup_.device, leaves);
@@ -142,6 +160,10 @@ void Stepper::euler() {
 
 // Where the leaf is at the end of the step.
 Address Stepper::end_of(int leaf) const {
+  return leaf < state_leaves_ ? y_[(a_.size() - 1) * state_leaves_ + leaf] : q1_[leaf - state_leaves_];
+}
+
+Address& Stepper::end_of(int leaf) {
   return leaf < state_leaves_ ? y_[(a_.size() - 1) * state_leaves_ + leaf] : q1_[leaf - state_leaves_];
 }
 
@@ -287,9 +309,7 @@ void Stepper::launch_advance(bool with_stage) {
 }
 
 void Stepper::swap_ends() {
-  for (int leaf = 0; leaf < leaves_; ++leaf) {
-    std::swap(y0_[leaf], leaf < state_leaves_ ? y_[(a_.size() - 1) * state_leaves_ + leaf] : q1_[leaf - state_leaves_]);
-  }
+  for (int leaf = 0; leaf < leaves_; ++leaf) std::swap(y0_[leaf], end_of(leaf));
 }
 
 }  // namespace odenet

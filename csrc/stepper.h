@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,9 +33,25 @@ struct StepperSetup {
   std::vector<double> controller;
 };
 
+// A linear combination of slopes without its zeros.
+struct Combination {
+  std::vector<int> stage;
+  std::vector<double> weight;
+};
+
+// The setup, checked and in the form in which kernels are called: made once for all solves of a kind.
+struct StepperTables {
+  explicit StepperTables(StepperSetup setup);
+
+  const StepperSetup setup;
+  int stages, leaves, state_leaves;
+  std::vector<Combination> a;
+  Combination b, e;
+};
+
 class Stepper {
  public:
-  explicit Stepper(StepperSetup setup);
+  explicit Stepper(std::shared_ptr<const StepperTables> tables);
 
   // Solver state [kNumFields, rows], stops [2, num_stops], output times [num_outputs].
   // workspace: float64 [workspace_size()], zero.
@@ -44,6 +61,8 @@ class Stepper {
   // y0: [leaves]; y: stage-major, [stages - 1, leaves without quadratures]; q1: [quadratures]; times: [stages, rows].
   void bind_buffers(const Addresses& y0, const Addresses& y, const Addresses& q1, Address times);
   void bind_times(Address times);
+  // Another step of a grid: its size [rows], where it begins and where it ends, each [leaves].
+  void bind_step(Address dt, const Addresses& y0, const Addresses& y1);
   void bind_slopes(int stage, const Addresses& k);  // [leaves]; 0 keeps what was there
 
   void stage(int i, const Addresses& k);  // k: the slopes of stage i - 1; then Y_i
@@ -61,12 +80,7 @@ class Stepper {
   void swap_ends();          // y1 becomes y0 without a copy
 
  private:
-  struct Row {  // a linear combination without its zeros
-    std::vector<int> stage;
-    std::vector<double> weight;
-  };
-  static Row row_of(const std::vector<double>& weights);
-  void add_combination(StageLeaves& leaves, int leaf, Address y, Address y0, const Row& row) const;
+  void add_combination(StageLeaves& leaves, int leaf, Address y, Address y0, const Combination& row) const;
   template <class Slope>
   void add_error(ErrorLeaves& leaves, int leaf, Address y1, Address dt, const std::vector<double>& e,
                  const Slope& slope_of) const;
@@ -77,12 +91,14 @@ class Stepper {
   Address& slope(int leaf, int stage) { return k_[leaf * stages_ + stage]; }
   Address slope(int leaf, int stage) const { return k_[leaf * stages_ + stage]; }
   Address end_of(int leaf) const;
+  Address& end_of(int leaf);
   void launch_advance(bool with_stage);
 
-  StepperSetup setup_;
-  int stages_, leaves_, state_leaves_;
-  std::vector<Row> a_;
-  Row b_, e_;
+  std::shared_ptr<const StepperTables> tables_;
+  const StepperSetup& setup_;
+  const int stages_, leaves_, state_leaves_;
+  const std::vector<Combination>& a_;
+  const Combination &b_, &e_;
   Address state_ = 0, dt_ = 0, stops_ = 0, t_ = 0, times_ = 0, workspace_ = 0;
   int64_t num_stops_ = 0, num_outputs_ = 0;
   Addresses y0_, y_, q1_, k_;

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from . import formulas
 from .problem import Problem, to_device
-from .solvers.fixed import outputs_of_steps, stage_times
+from .solvers.fixed import Plan, plan_of, stage_times
 from .solvers.trajectory import End
 from .tableau import ButcherTableau
 
+SHORT = (torch.float16, torch.bfloat16)
 Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 
@@ -31,27 +32,29 @@ def solve_on_grid(
     t: Tensor,
 ) -> list[Tensor]:
     """The outputs, each leaf [len(t), ...]. t: the output times, perhaps with a gradient. moves_with: see `FixedSolver`."""
-    times = to_device(stage_times(nodes, tableau, problem.real, perturb), problem.device)
-    stages, points, fsal = tableau.stages, len(tableau.rows), tableau.fsal and not perturb
+    plan = plan_of(nodes, problem.t, problem.direction, tableau)
+    times = to_device(stage_times(plan, tableau, problem.real, problem.direction if perturb else 0.0), problem.device)
     shifts = Shifts(problem, t)
+    if shifts.zeros is None and not any([leaf.dtype in SHORT for leaf in y0]):
+        return _on_fixed_times(plan, tableau, times, perturb, func, y0)
+    stages, points, fsal = tableau.stages, len(tableau.rows), tableau.fsal and not perturb
     y, slope, last = list(y0), None, len(nodes) - 2
     ys: list[list[Tensor]] = [[leaf] for leaf in y]
-    outputs = outputs_of_steps(nodes, problem.t, problem.direction)
     for step, (t0, t1) in enumerate(pairwise(nodes)):
         at_t0, at_t1 = (shifts.of(None if index is None else (index, None)) for index in moves_with[step : step + 2])
         dt: Any = sum_of(t1 - t0, difference_of(at_t1, at_t0))
-        views = problem.time_views(times[step])
+        views = times[step * stages : (step + 1) * stages].unbind(0)
         if slope is None:
             slope = func(shifts.moved(views[0], at_t0), y)
-        slopes, point = [slope], y
-        inside = [x for x in outputs[step] if x[1] != 1.0 or (shifts.zeros is not None and moves_with[step + 1] != x[0])]
+        slopes, point, outputs = [slope], y, plan.outputs[step]
+        inside = [x for x in outputs if x[1] != 1.0 or (shifts.zeros is not None and moves_with[step + 1] != x[0])]
         for i, row in enumerate(tableau.rows, 1):
             point = [stage(leaf, [of[j] for of in slopes], row, dt) for j, leaf in enumerate(y)]
             if i < stages and (i < points or inside or step < last):
                 c = tableau.c[i]
                 shift = sum_of(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
                 slopes.append(func(shifts.moved(views[i], shift), point))
-        for output in outputs[step]:
+        for output in outputs:
             values = point
             if output in inside:
                 index, theta, _ = output
@@ -61,6 +64,38 @@ def solve_on_grid(
                 of_leaf.append(value)
         y, slope = point, slopes[-1] if fsal and len(slopes) == stages else None
     return [torch.stack(of_leaf) for of_leaf in ys]
+
+
+def _on_fixed_times(
+    plan: Plan, tableau: ButcherTableau, times: Tensor, perturb: bool, func: Func, y0: Sequence[Tensor]
+) -> list[Tensor]:
+    """The same where neither times nor steps have a gradient: in as few operations as there are numbers in the tableau."""
+    stages, fsal = tableau.stages, tableau.fsal and not perturb
+    rows = [[(j, weight) for j, weight in enumerate(row) if weight != 0] for row in tableau.rows]
+    points, leaves, last = len(rows), range(len(y0)), len(plan.outputs) - 1
+    views, y, slope = times.unbind(0), list(y0), None
+    ys: list[list[Tensor]] = [y]
+    for step, dt in enumerate(plan.dts):
+        first, inside = step * stages, dict(plan.inside[step])
+        slopes, point = [func(views[first], y) if slope is None else slope], y
+        for i, row in enumerate(rows, 1):
+            point = [_combined(y[leaf], slopes, leaf, row, dt) for leaf in leaves]
+            if i < stages and (i < points or inside or step < last):
+                slopes.append(func(views[first + i], point))
+        for place in range(len(plan.outputs[step])):
+            weights = inside.get(place)
+            if weights is not None:
+                row = [(j, weight) for j, weight in enumerate(weights) if weight != 0]
+            ys.append(point if weights is None else [_combined(y[leaf], slopes, leaf, row, dt) for leaf in leaves])
+        y, slope = point, slopes[-1] if fsal and len(slopes) == stages else None
+    return [torch.stack([state[leaf] for state in ys]) for leaf in leaves]
+
+
+def _combined(y0: Tensor, k: list[list[Tensor]], leaf: int, row: list[tuple[int, float]], dt: float) -> Tensor:
+    """y0 + dt sum_j a_j k_j of one leaf."""
+    for j, weight in row:
+        y0 = torch.add(y0, k[j][leaf], alpha=dt * weight)
+    return y0
 
 
 class Shifts:

@@ -5,6 +5,7 @@ buffers are bound. The same launchers run underneath, in the same order.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,65 +17,115 @@ from .problem import Problem
 from .tableau import ButcherTableau
 from .tracing import has_memory
 
+Rows = tuple[tuple[float, ...], ...]
+
+
+@lru_cache(maxsize=256)
+def _tables(
+    dtypes: tuple[torch.dtype, ...],
+    device: int,
+    rows: int,
+    columns: tuple[int, ...],
+    quadratures: int,
+    signs: tuple[float, ...],
+    tableau: ButcherTableau,
+    rows_a: Rows,
+    tolerances: tuple[tuple[float, ...], tuple[float, ...]],
+    controller: tuple[float, ...],
+) -> _C.StepperTables:
+    """What the kernels are called with in all solves of a kind, checked and unpacked once."""
+    return _C.StepperTables(
+        dtypes=[DTYPES[dtype] for dtype in dtypes],
+        device=device,
+        rows=rows,
+        columns=columns,
+        quadratures=quadratures,
+        signs=signs,
+        a=rows_a,
+        b=tableau.b,
+        c=tableau.c,
+        e=tableau.e,
+        rtol=tolerances[0],
+        atol=tolerances[1],
+        p=[coefficient for row in tableau.p for coefficient in row],
+        degree=len(tableau.p[0]),
+        controller=controller,
+    )
+
 
 class Stepper:
     """Buffers of a solve and the kernels on them. Every tensor bound is kept alive here until another takes its place.
 
-    zero_base: the combinations of slopes are added to zero, not to y0.
+    zero_base: the combinations of slopes are added to zero, not to y0. apart: each stage has a buffer of its own. start, end:
+    where the first step begins and ends, [leaves] and those with stages; else a copy of the problem's and a buffer.
     y0: state at the start of the step, [leaves]. y: [stages][leaves], y[0] the leaves of y0 that have stages, y[-1] the end of
-    the step; the stages between share one buffer until `new_stages`. q1: ends of the quadratures. k: slopes, [stages][leaves].
-    times: [stages, rows], with `views` as func sees them. rows_a: rows of the tableau after the first, the last of them y1.
+    the step; the stages between share one buffer unless they are apart. q1: ends of the quadratures. k: slopes,
+    [stages][leaves]. times: [stages, rows], with `views` as func sees them, of a step whose size the kernels choose: from
+    `bind_state` on. rows_a: rows of the tableau after the first, the last of them y1.
     """
+
+    times: Tensor
+    views: list[Tensor]
 
     def __init__(
         self,
         problem: Problem,
         tableau: ButcherTableau,
-        rows_a: Sequence[Sequence[float]],
+        rows_a: Rows,
         controller: Sequence[float] = (),
         norm_leaves: int | None = None,
         zero_base: bool = False,
+        apart: bool = False,
+        start: list[Tensor] | None = None,
+        end: list[Tensor] | None = None,
     ):
         self.zero_base = zero_base
         self.problem, self.tableau = problem, tableau
         self.n = len(problem.leaves) - problem.quadratures
         device, rows, leaves = problem.device, problem.rows, problem.leaves
         counted = len(leaves) if norm_leaves is None else norm_leaves
+        tolerances = [
+            tuple([tol if isinstance(tol, float) else 0.0 for tol in tols[:counted]]) for tols in (problem.rtol, problem.atol)
+        ]
         self.kernels = _C.Stepper(
-            dtypes=[DTYPES[leaf.dtype] for leaf in leaves],
-            device=-1 if device.type == "cpu" else (device.index or 0),
-            rows=rows,
-            columns=[leaf.numel() // max(rows, 1) for leaf in leaves],
-            quadratures=problem.quadratures,
-            signs=problem.signs or [1.0] * len(leaves),
-            a=[list(row) for row in rows_a],
-            b=list(tableau.b),
-            c=list(tableau.c),
-            e=list(tableau.e),
-            rtol=[tol if isinstance(tol, float) else 0.0 for tol in problem.rtol[:counted]],
-            atol=[tol if isinstance(tol, float) else 0.0 for tol in problem.atol[:counted]],
-            p=[coefficient for row in tableau.p for coefficient in row],
-            degree=len(tableau.p[0]),
-            controller=list(controller),
+            _tables(
+                tuple([leaf.dtype for leaf in leaves]),
+                -1 if device.type == "cpu" else (device.index or 0),
+                rows,
+                tuple([leaf.numel() // max(rows, 1) for leaf in leaves]),
+                problem.quadratures,
+                tuple(problem.signs or [1.0] * len(leaves)),
+                tableau,
+                rows_a,
+                (tolerances[0], tolerances[1]),
+                tuple(controller),
+            )
         )
         self.points = len(rows_a)
-        self.y0 = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
-        self.k: list[list[Any]] = [[] for _ in range(tableau.stages)]
-        self.times = torch.empty(tableau.stages, rows, dtype=problem.real, device=device)
-        if not has_memory(self.times):
+        if start is None:
+            start = leaves if zero_base else [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
+        self.y0 = start
+        if not has_memory(self.y0[0]):
             raise TypeError(
-                f"torch gives tensors of type {type(self.times).__name__} here, under a dispatch mode, and the kernels need "
+                f"torch gives tensors of type {type(self.y0[0]).__name__} here, under a dispatch mode, and the kernels need "
                 "plain ones: solve outside of that mode"
             )
-        self.views = problem.time_views(self.times)
+        self.k: list[list[Any]] = [[] for _ in range(tableau.stages)]
+        self._times_address = 0
         self._other_times: tuple[Tensor, list[Tensor]] | None = None
         self.q1 = [torch.empty_like(leaf) for leaf in self.y0[self.n :]]
-        start = self.y0[: self.n]
-        between, end = ([torch.empty_like(leaf) for leaf in start] for _ in range(2))
-        self.y = [start, *[between] * (self.points - 1), end]
+        if apart:
+            self.new_stages()
+            return
+        first = self.y0[: self.n]
+        between = [torch.empty_like(leaf) for leaf in first] if self.points > 1 else []
+        self.y = [first, *[between] * (self.points - 1), end or [torch.empty_like(leaf) for leaf in first]]
         self.bind()
 
     def bind_state(self, state: Tensor, stops: Tensor, t: Tensor) -> None:
+        self.new_times()
+        self.kernels.bind_times(self._times_address)
+        self._owned.clear()
         workspace = state.new_zeros(self.kernels.workspace_size())
         self._state = (state, stops, t, workspace)
         self.kernels.bind_state(state.data_ptr(), stops.data_ptr(), stops.shape[1], t.data_ptr(), len(t), workspace.data_ptr())
@@ -87,15 +138,11 @@ class Stepper:
         ]
         self.bind()
 
-    def start_at(self, leaves: Sequence[Tensor]) -> None:
-        """Another state is the start of the next step, in memory of its own."""
-        self.y0 = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
-        self.y[0] = self.y0[: self.n]
-        self.bind()
-
     def new_times(self) -> None:
-        self.times = torch.empty_like(self.times)
-        self.views = self.problem.time_views(self.times)
+        problem = self.problem
+        self.times = torch.empty(self.tableau.stages, problem.rows, dtype=problem.real, device=problem.device)
+        self.views = problem.time_views(self.times)
+        self._times_address = self.times.data_ptr()
 
     def turn_times(self) -> None:
         """The next step's are written elsewhere: those of this step are there until it has been decided on too."""
@@ -104,20 +151,37 @@ class Stepper:
             self._other_times = times, self.problem.time_views(times)
             self._owned.clear()
         (self.times, self.views), self._other_times = self._other_times, (self.times, self.views)
-        self.kernels.bind_times(self.times.data_ptr())
+        self._times_address = self.times.data_ptr()
+        self.kernels.bind_times(self._times_address)
 
     def bind(self) -> None:
         self.kernels.bind_buffers(
             [0 if self.zero_base else leaf.data_ptr() for leaf in self.y0],
             [leaf.data_ptr() for y in self.y[1:] for leaf in y],
             [leaf.data_ptr() for leaf in self.q1],
-            self.times.data_ptr(),
+            self._times_address,
         )
         self._owned: set[int] = set()
 
+    def bind_step(self, dt: int, end: list[Tensor]) -> None:
+        """Another step of a grid, from y0 to `end`, [leaves]. dt: the address of its size."""
+        self.y[-1], self.q1 = end[: self.n], end[self.n :]
+        self.kernels.bind_step(dt, [leaf.data_ptr() for leaf in self.y0], [leaf.data_ptr() for leaf in end])
+
+    def go_on(self) -> None:
+        """The next step begins where this one ended."""
+        self.y0 = [*self.y[-1], *self.q1]
+        self.y[0] = self.y[-1]
+
+    def own(self, buffers: Sequence[Tensor]) -> None:
+        """These too are memory that the solver writes again."""
+        self._own_storages()
+        self._owned |= {buffer.untyped_storage().data_ptr() for buffer in buffers}
+
     def _own_storages(self) -> set[int]:
         """Addresses of the memory that the solver writes again."""
-        buffers = [*(leaf for y in (*self.y[1:], self.y0) for leaf in y), self.times]
+        buffers = [leaf for y in (*self.y[1:], self.y0) for leaf in y]
+        buffers += [self.times] if self._times_address else []
         buffers += [] if self._other_times is None else [self._other_times[0]]
         self._owned = {buffer.untyped_storage().data_ptr() for buffer in buffers}
         return self._owned
@@ -140,10 +204,14 @@ class Stepper:
                 continue
             if slope.is_conj() or slope.is_neg() or not slope.is_contiguous():
                 slope = readable(slope)
-            if copy_own and slope.untyped_storage().data_ptr() in owned:
+            address = slope.data_ptr()
+            # Without an offset that is also where its memory begins, which is slower to ask for.
+            begins = address if not copy_own or slope.storage_offset() == 0 else slope.untyped_storage().data_ptr()
+            if copy_own and begins in owned:
                 slope = slope.clone()
+                address = slope.data_ptr()
             kept.append(slope)
-            addresses.append(slope.data_ptr())
+            addresses.append(address)
         self.k[i] = kept
         return addresses
 

@@ -31,12 +31,14 @@ class ButcherTableau:
     e: tuple[float, ...] = ()
     stages: int = field(init=False)
     fsal: bool = field(init=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         stages = len(self.c)
         object.__setattr__(self, "stages", stages)
         last_is_b = stages > 1 and self.c[-1] == 1 and (*self.a[-1], 0) == tuple(self.b)
         object.__setattr__(self, "fsal", last_is_b)
+        object.__setattr__(self, "_hash", hash((self.order, self.c, self.a, self.b, self.p, self.p_order, self.e)))
         _check(stages <= MAX_STAGES, f"c must have at most {MAX_STAGES} nodes, got {stages}")
         _check([len(row) for row in self.a] == list(range(stages)), "a must have rows of 0, 1, 2, ... numbers, one a node")
         _check(len(self.b) == stages and len(self.p) == stages, "b and p must have one entry a node")
@@ -52,6 +54,9 @@ class ButcherTableau:
                 _close(column, float(d == 0)),
                 f"the weights b_j(theta) must add up to theta, got {column} theta^{d + 1}",
             )
+
+    def __hash__(self) -> int:  # tables of all kinds are looked up by it, at every solve
+        return self._hash
 
     @property
     def rows(self) -> tuple[tuple[float, ...], ...]:

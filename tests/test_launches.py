@@ -63,9 +63,9 @@ def launches(monkeypatch):
     mode = Launches()
 
     class Counted(_C.Stepper):
-        def __init__(self, **setup):
-            super().__init__(**setup)
-            self.quadratures = setup["quadratures"]
+        def __init__(self, tables):
+            super().__init__(tables)
+            self.quadratures = tables.quadratures
 
     def counted(name):
         method = getattr(_C.Stepper, name)

@@ -1,6 +1,7 @@
 """Sums of gradients over the evaluations of func."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,17 +15,23 @@ SHORT = (torch.float16, torch.bfloat16)
 _KEPT_BYTES = 1 << 20  # of gradients that wait to be added; where they are more, a pass for each list costs little
 
 
-def combinations(leaves: Sequence[Tensor], rows: int, a: Sequence[Sequence[float]], signs: Sequence[float]) -> Any:
-    """The stage kernel alone: stage(i) gives signs dt sum_j a[i - 1][j] k_j of each leaf, its rows on axis 0."""
-    device = leaves[0].device
-    return _C.Stepper(
-        dtypes=[DTYPES[x.dtype] for x in leaves],
-        device=-1 if device.type == "cpu" else (device.index or 0),
+@lru_cache(maxsize=256)
+def _tables(
+    dtypes: tuple[torch.dtype, ...],
+    device: int,
+    rows: int,
+    columns: tuple[int, ...],
+    a: tuple[tuple[float, ...], ...],
+    signs: tuple[float, ...],
+) -> _C.StepperTables:
+    return _C.StepperTables(
+        dtypes=[DTYPES[dtype] for dtype in dtypes],
+        device=device,
         rows=rows,
-        columns=[x.numel() // max(rows, 1) for x in leaves],
+        columns=columns,
         quadratures=0,
-        signs=list(signs),
-        a=[list(row) for row in a],
+        signs=signs,
+        a=a,
         b=[0.0] * len(a),
         c=[0.0] * len(a),
         e=[],
@@ -33,6 +40,21 @@ def combinations(leaves: Sequence[Tensor], rows: int, a: Sequence[Sequence[float
         p=[0.0] * len(a),
         degree=1,
         controller=[],
+    )
+
+
+def combinations(leaves: Sequence[Tensor], rows: int, a: tuple[tuple[float, ...], ...], signs: Sequence[float]) -> Any:
+    """The stage kernel alone: stage(i) gives signs dt sum_j a[i - 1][j] k_j of each leaf, its rows on axis 0."""
+    device = leaves[0].device
+    return _C.Stepper(
+        _tables(
+            tuple([x.dtype for x in leaves]),
+            -1 if device.type == "cpu" else (device.index or 0),
+            rows,
+            tuple([x.numel() // max(rows, 1) for x in leaves]),
+            a,
+            tuple(signs),
+        )
     )
 
 
@@ -57,7 +79,7 @@ class Accumulator:
         self.kept: list[list[Tensor]] = []
         self.without = set(self.fused)  # no gradient so far
         self.one = torch.ones(1, dtype=torch.float64, device=device)
-        self.kernels = combinations(self.sums, 1, [[1.0] * (i + 1) for i in range(self.slots)], [1.0] * len(self.sums))
+        self.kernels = combinations(self.sums, 1, tuple([(1.0,) * (i + 1) for i in range(self.slots)]), [1.0] * len(self.sums))
         self.kernels.bind_dt(self.one.data_ptr())
         self._bind()
 

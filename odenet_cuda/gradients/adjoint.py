@@ -201,7 +201,7 @@ class PerSampleField(AugmentedField):
         self.cotangents = {i: [*map(torch.empty_like, shapes)] for i, weight in enumerate(b) if weight != 0}
         leaves = [leaf for of_stage in self.cotangents.values() for leaf in of_stage]
         signs = [-b[i] for i, of_stage in self.cotangents.items() for _ in of_stage]
-        self.kernels = combinations(leaves, len(like[0]), [[1.0]], signs)
+        self.kernels = combinations(leaves, len(like[0]), ((1.0,),), signs)
         self.kernels.bind_buffers([0] * len(leaves), [leaf.data_ptr() for leaf in leaves], [], 0)
 
     def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:

@@ -10,6 +10,7 @@ end depends on t only at the times of t themselves.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import compress
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..products import Targets, gradients
 from ..ranges import in_range, marked
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..solvers.whole import WholeStep
-from ..stepper import Stepper
+from ..stepper import Rows, Stepper
 from .accumulator import Accumulator
 from .autocast import autocast_state
 from .failed import known_cotangents, with_nan
@@ -113,6 +114,17 @@ def way_back(
     return walk.result()
 
 
+@lru_cache(maxsize=64)
+def transposed(a: Rows) -> Rows:
+    """The rows of the tableau that a step backwards goes by, see `BackwardWalk`. a: the rows of the forward step."""
+    points = len(a)
+    columns = [
+        tuple([a[i - 1][j] if i > j and j < len(a[i - 1]) else 0.0 for i in range(points, 0, -1)])
+        for j in range(points - 1, -1, -1)
+    ]
+    return (*columns, (1.0,) * points)
+
+
 class BackwardWalk:
     """Undoes the entries of a tape, last first.
 
@@ -139,16 +151,9 @@ class BackwardWalk:
         self.sums = Accumulator(captured.tensors, max(len(a), 1), problem.device)
         self.grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device)
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
-        points = self.points
-        self.columns = [
-            [a[i - 1][j] if i > j and j < len(a[i - 1]) else 0.0 for i in range(points, 0, -1)]
-            for j in range(points - 1, -1, -1)
-        ]
-        flat = replace(problem, quadratures=0)
         # Two, by turns: what a step leaves in the buffers of one is read while the next step writes those of the other.
-        self.steppers = [Stepper(flat, tableau, [*self.columns, [1.0] * points], zero_base=True) for _ in range(2)]
-        for stepper in self.steppers:
-            stepper.new_stages()
+        flat, rows = replace(problem, quadratures=0), transposed(a)
+        self.steppers = [Stepper(flat, tableau, rows, zero_base=True, apart=True) for _ in range(2)]
 
     def begin(self, grad_outputs: Sequence[Tensor | None]) -> None:
         """At the end of the tape."""

@@ -26,7 +26,8 @@ class Field:
         if not callable(func):
             raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
         self.func = func
-        self.structure = structure if torch.compiler.is_compiling() else structure.without_graph()
+        self._watched = not torch.compiler.is_compiling()  # whether versions of tensors can be read
+        self.structure = structure.without_graph() if self._watched else structure
         self.with_gradients = self.gave_graph = False
         self.nfe = 0
         self._unknown = 2  # calls until it is known whether func returns one buffer
@@ -57,13 +58,21 @@ class Field:
             return [slope.detach() for slope in k]
         self.nfe += 1
         structure = self.structure
-        before = None if torch.compiler.is_compiling() or y[0].is_inference() else [x._version for x in y]
-        if structure.single:
-            slope = self.func(t, y[0])
+        watched = self._watched and not y[0].is_inference()
+        before: Any = 0
+        if structure.single:  # called for every slope: written out, for lists of one cost more than what is in them
+            leaf = y[0]
+            if watched:
+                before = leaf._version
+            slope = self.func(t, leaf)
+            changed = watched and leaf._version != before
             k = [slope] if isinstance(slope, Tensor) else structure.flatten(slope)
         else:
+            if watched:
+                before = [x._version for x in y]
             k = structure.flatten(self.func(t, structure.unflatten(y)))
-        if before is not None and before != [x._version for x in y]:
+            changed = watched and [x._version for x in y] != before
+        if changed:
             raise RuntimeError(
                 "func changed y in place, which is the solver's: work on a copy, y.clone(), or return what is computed from y"
             )

@@ -1,8 +1,11 @@
 """Explicit Runge-Kutta methods on a grid that is known beforehand."""
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,14 +30,58 @@ def uniform_grid(t: list[float], step_size: float) -> list[float]:
     return [*[t[0] + step * i for i in range(count)], t[-1]]  # torch.compile goes through here, and knows no array's list
 
 
-def stage_times(grid: list[float], tableau: ButcherTableau, real: torch.dtype, perturb: bool) -> Tensor:
-    """Times at which the stages are evaluated, [steps, stages]; with `perturb` those at the ends of a step lie just inside."""
-    nodes = np.asarray(grid)
-    t0, t1 = nodes[:-1, None], nodes[1:, None]
-    c = np.asarray(tableau.c)[None, :]
-    times = torch.from_numpy(np.where(c == 1, t1, t0 + c * (t1 - t0))).to(real)
-    if perturb:
-        beyond = torch.full_like(times, math.copysign(math.inf, grid[-1] - grid[0]))
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is known of all steps of a grid before it is solved on.
+
+    dts: [steps]. times: of all stages, float64 [steps * stages]. outputs: of each step those that fall into it, in
+    order, as (index, theta, None). landed: of each step the place among them of the one at its end, -1 without one. inside: of
+    each step the places of the others, with their weights in the interpolant.
+    """
+
+    dts: list[float]
+    times: np.ndarray
+    outputs: list[list[Output]]
+    landed: list[int]
+    inside: list[list[tuple[int, list[float]]]]
+
+
+def plan_of(nodes: list[float], t: list[float], direction: float, tableau: ButcherTableau) -> Plan:
+    """The plan of a grid; of the last short ones it is there already."""
+    if len(nodes) + len(t) > _SHORT or torch.compiler.is_compiling():
+        return _make_plan(nodes, t, direction, tableau)
+    return _kept_plan(array("d", nodes).tobytes(), array("d", t).tobytes(), direction, tableau)
+
+
+_SHORT = 2048  # times in a plan that is kept
+
+
+@lru_cache(maxsize=32)
+def _kept_plan(nodes: bytes, t: bytes, direction: float, tableau: ButcherTableau) -> Plan:
+    """By the bits of the numbers, for -0.0 is not 0.0 to func."""
+    return _make_plan(np.frombuffer(nodes).tolist(), np.frombuffer(t).tolist(), direction, tableau)
+
+
+def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: ButcherTableau) -> Plan:
+    outputs = outputs_of_steps(nodes, t, direction)
+    landed, inside = [], []
+    for of_step in outputs:
+        at_end = next((i for i, output in enumerate(of_step) if output[1] == 1.0), -1)
+        others = [(i, output[1]) for i, output in enumerate(of_step) if i != at_end]
+        landed.append(at_end)
+        inside.append([(i, [float(w) for w in formulas.interpolant_weights(tableau, theta)]) for i, theta in others])
+    grid, c = np.asarray(nodes), np.asarray(tableau.c)[None, :]
+    t0, t1 = grid[:-1, None], grid[1:, None]
+    dts = [t1 - t0 for t0, t1 in pairwise(nodes)]
+    return Plan(dts, np.where(c == 1, t1, t0 + c * (t1 - t0)).reshape(-1), outputs, landed, inside)
+
+
+def stage_times(plan: Plan, tableau: ButcherTableau, real: torch.dtype, beside: float) -> Tensor:
+    """Times at which the stages are evaluated, [steps * stages], in memory of their own. beside: the direction of the solve
+    where those at the ends of a step lie just inside, else 0."""
+    times = torch.from_numpy(plan.times).to(real, copy=True)
+    if beside:
+        c, beyond = np.tile(tableau.c, len(plan.dts)), torch.full_like(times, math.copysign(math.inf, beside))
         later, earlier = torch.nextafter(times, beyond), torch.nextafter(times, -beyond)
         times = torch.where(torch.from_numpy(c == 0), later, torch.where(torch.from_numpy(c == 1), earlier, times))
     return times
@@ -86,26 +133,29 @@ class FixedSolver:
         self.recorder: Any = recorder  # None: nothing is recorded
         self.callback = (callbacks or {}).get("callback_step")
         self.rows = tableau.rows
-        self.stepper = Stepper(problem, tableau, self.rows)
-        self.dts, self.times = self._numbers(problem, nodes)
-        self.ys = [leaf.new_empty(len(problem.t), *leaf.shape) for leaf in self.stepper.y0[: self.stepper.n]]
+        self.plan, self.dts, self.times = self._numbers(problem, nodes)
+        n = len(problem.state_leaves)
+        self.ys = [
+            torch.empty(len(problem.t), *leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in problem.leaves[:n]
+        ]
+        self.stepper: Stepper  # of the last solve
         self.captures = bool(graph)
         self.replay: Callable[[], None] | None = None  # a captured solve
-        self.initial = [leaf.clone() for leaf in self.stepper.y0] if graph else []
+        self.initial = [leaf.clone() for leaf in problem.leaves] if graph else []
         self.calls = 0  # of func in a solve, the first not counted
         self.call: Evaluation | None = None  # the last
 
-    def _numbers(self, problem: Problem, nodes: list[float]) -> tuple[Tensor, Tensor]:
-        """The sizes of the steps, and the times of their stages."""
-        times = stage_times(nodes, self.tableau, problem.real, self.perturb)
-        dts = torch.from_numpy(np.diff(nodes))
-        return to_device(dts, problem.device), to_device(times, problem.device)
+    def _numbers(self, problem: Problem, nodes: list[float]) -> tuple[Plan, Tensor, Tensor]:
+        """What is known of the steps; their sizes, and the times of their stages."""
+        plan = plan_of(nodes, problem.t, problem.direction, self.tableau)
+        times = stage_times(plan, self.tableau, problem.real, problem.direction if self.perturb else 0.0)
+        return plan, to_device(torch.from_numpy(np.array(plan.dts)), problem.device), to_device(times, problem.device)
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
         if not self.captures:
-            self._solve(start)
-            return Trajectory(ys=self.ys, last=self.stepper.y0, state=None, call=self.call)
+            self._solve(self.problem.leaves, start)
+            return self._trajectory()
         counter = counter_of(self.problem.field)
         called = counter.nfe
         if self.calls and self.replay is None:  # the solve before was not captured: what func does once is done
@@ -117,99 +167,153 @@ class FixedSolver:
         else:
             self.replay()
             counter.nfe = called + self.calls
+        return self._trajectory()
+
+    def _trajectory(self) -> Trajectory:
         return Trajectory(ys=self.ys, last=self.stepper.y0, state=None, call=self.call)
 
     def reset(self, problem: Problem, nodes: list[float]) -> None:
         """Another problem of the same kind takes the place of the last: in the same memory, for a captured solve. Its outputs
         must lie in the same places of the same steps."""
         self.problem, self.nodes = problem, nodes
-        for own, new in zip((self.dts, self.times), self._numbers(problem, nodes), strict=True):
+        self.plan, *numbers = self._numbers(problem, nodes)
+        for own, new in zip((self.dts, self.times), numbers, strict=True):
             own.copy_(new)
         for own, leaf in zip(self.initial, problem.leaves, strict=True):
             own.copy_(leaf)
 
     def solve_again(self, start: Evaluation | None = None) -> None:
         """The solve from `initial` on, as often as wanted; only the outputs lie where they lay."""
-        self.stepper.start_at(self.initial)
-        self._solve(start)
+        self._solve(self.initial, start)
 
-    def _solve(self, start: Evaluation | None) -> None:
-        problem, stepper, kernels, recording = (
-            self.problem,
-            self.stepper,
-            self.stepper.kernels,
-            self.recorder is not None and self.recorder.slopes,
-        )
-        nodes, t, stages, fsal = self.nodes, problem.t, self.tableau.stages, self.tableau.fsal and not self.perturb
-        dts, times, ys = self.dts, self.times, self.ys
-        for out, leaf in zip(ys, stepper.y0, strict=False):
-            out[0] = leaf
-        every_slope = self.recorder is not None and self.recorder.every_slope
-        outputs = outputs_of_steps(nodes, t, problem.direction)
-        last_step, last_slope = len(nodes) - 2, None
-        for step, (t0, t1) in enumerate(pairwise(nodes)):
+    def _solve(self, leaves: list[Tensor], start: Evaluation | None) -> None:
+        problem, plan, recorder = self.problem, self.plan, self.recorder
+        recording = recorder is not None and recorder.slopes
+        stages, points, fsal = self.tableau.stages, len(self.rows), self.tableau.fsal and not self.perturb
+        every_slope = recorder is not None and recorder.every_slope
+        addresses: list[int] = []
+        last_step = len(plan.outputs) - 1
+        places, times = self._places(), self._views()
+        stepper = self._begin(leaves, next(places), recording)
+        kernels = stepper.kernels
+        for step, outputs in enumerate(plan.outputs):
             with marked("step"):
-                kernels.bind_dt(dts.data_ptr() + 8 * step)
-                views = times[step].unbind(0)
+                at, views, landed, inside = [next(places) for _ in outputs], next(times), plan.landed[step], plan.inside[step]
                 if self.callback is not None:
-                    self.callback(dts.new_tensor(t0), [leaf.clone() for leaf in stepper.y0], dts.new_tensor(abs(t1 - t0)))
-                if recording:
-                    stepper.new_stages()
-                landed = next((index for index, theta, _ in outputs[step] if theta == 1.0), None)
-                inside = [(index, float(theta)) for index, theta, _ in outputs[step] if index != landed]
-                if last_slope is None:
-                    first_slope = start or self._evaluate(0, views[0], stepper.y0[: stepper.n])
-                    start = None
-                    if self.recorder is not None:
-                        self.recorder.start(first_slope, self.moves_with[step])
-                    last_slope, self.call = first_slope.k, first_slope
-                kernels.bind_slopes(0, stepper.set_slopes(0, last_slope, not recording))
-                last_slope = None
+                    self._call_back(self.callback, step)
+                self._bind_step(step, at[landed] if landed >= 0 else None, recording)
+                if addresses:  # the last slope of the step before
+                    stepper.k[0] = stepper.k[-1]
+                else:
+                    self.call, start = start or self._evaluate(0, views[0], stepper.y0[: stepper.n]), None
+                    if recorder is not None:
+                        recorder.start(self.call, self.moves_with[step])
+                    addresses = stepper.set_slopes(0, self.call.k, not recording)
                 evaluations: list[Evaluation | None] = []
-                addresses: list[int] = []
-                for i in range(1, len(self.rows) + 1):
+                for i in range(1, points + 1):
                     kernels.stage(i, addresses)
                     # The slope at the end of the step serves the next step and outputs inside this one.
-                    if i < stages and (i < len(self.rows) or inside or step < last_step or every_slope):
+                    if i < stages and (i < points or inside or step < last_step or every_slope):
                         self.call = evaluation = self._evaluate(i, views[i], stepper.y[i])
                         evaluations.append(evaluation)
                         addresses = stepper.set_slopes(i, evaluation.k, not recording)
-                        last_slope = stepper.k[i] if fsal and i == stages - 1 else None
                     else:
                         evaluations.append(None)
                         addresses = []
-                kernels.quadrature(addresses if len(self.rows) < stages else [])
-                self._write_outputs(ys, inside, dts[step : step + 1])
-                if landed is not None:
-                    for out, leaf in zip(ys, stepper.y[-1], strict=True):
-                        out[landed] = leaf
-                if self.recorder is not None:
-                    self._record(step, times[step], evaluations, outputs[step])
-                stepper.swap_ends()
+                if problem.quadratures:
+                    kernels.quadrature(addresses)
+                if inside:
+                    self._write_outputs([(at[i], weights) for i, weights in inside], self.dts[step : step + 1])
+                if recording and landed >= 0:
+                    _copy(at[landed], stepper.y[-1])
+                if recorder is not None:
+                    self._record(step, evaluations, outputs)
+                self._go_on(recording)
+                addresses = addresses if fsal else []
+        if not recording:  # the outputs are the user's
+            stepper.y0 = [leaf.clone() for leaf in stepper.y0]
+
+    # ---- where things lie ---------------------------------------------------------------------------------------------
+
+    def _places(self) -> Iterator[list[Tensor]]:
+        """Where the outputs lie, one after the other."""
+        return map(list, zip(*map(_entries, self.ys), strict=True))
+
+    def _views(self) -> Iterator[tuple[Tensor, ...]]:
+        """The times of each step's stages, as func sees them."""
+        return zip(*[_entries(self.times)] * self.tableau.stages, strict=True)
+
+    def _begin(self, leaves: list[Tensor], place: list[Tensor], recording: bool) -> Stepper:
+        """At the start, of which `place` is the output. Where nobody keeps the states, those at the times of outputs are
+        written where the outputs lie, and those of other nodes, and of quadratures, into two buffers by turns."""
+        problem, n = self.problem, len(place)
+        _copy(place, leaves)
+        if recording:
+            start = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
+            self.stepper = Stepper(problem, self.tableau, self.rows, start=start, apart=True)
+            return self.stepper
+        quadratures = [leaf.clone() for leaf in leaves[n:]]
+        between = [[torch.empty_like(leaf) for leaf in place] for _ in range(2)] if -1 in self.plan.landed else [place, place]
+        self.stepper = stepper = Stepper(problem, self.tableau, self.rows, start=[*place, *quadratures], end=between[0])
+        self.between, self.quadratures = between, [stepper.q1, quadratures]
+        if between[1] is not place:
+            stepper.own(between[1])
+        return stepper
+
+    def _bind_step(self, step: int, place: list[Tensor] | None, recording: bool) -> None:
+        """place: of the output at the end of the step, None without one."""
+        stepper, dt = self.stepper, self.dts.data_ptr() + 8 * step
+        if not recording:
+            stepper.bind_step(dt, [*(place or self.between[step % 2]), *self.quadratures[step % 2]])
+            return
+        if step:
+            stepper.new_stages()
+        stepper.kernels.bind_dt(dt)
+
+    def _go_on(self, recording: bool) -> None:
+        if recording:
+            self.stepper.swap_ends()
+        else:
+            self.stepper.go_on()
+
+    # ---- parts of a step ----------------------------------------------------------------------------------------------
 
     def _evaluate(self, i: int, t: Tensor, y: list[Tensor]) -> Evaluation:
         if self.recorder is not None and self.recorder.slopes:
             return self.recorder.evaluate(self.problem.field, t, y)
         return Evaluation(t, y, self.problem.field(t, y, i))
 
-    def _slopes(self) -> list[list[Tensor]]:
-        """[leaves][stages], without graphs; a stage that was not evaluated has none and no weight."""
+    def _call_back(self, callback: Callable, step: int) -> None:
+        t0, t1 = self.nodes[step : step + 2]
+        t, dt = (self.dts.new_tensor(x) for x in (t0, abs(t1 - t0)))
+        callback(t, [leaf.clone() for leaf in self.stepper.y0], dt)
+
+    def _write_outputs(self, inside: list[tuple[list[Tensor], list[float]]], dt: Tensor) -> None:
+        """inside: where each of them lies, and its weights."""
         stepper = self.stepper
-        return [[of_stage[leaf].detach() for of_stage in stepper.k if of_stage] for leaf in range(len(stepper.y0))]
+        # A stage that was not evaluated has no slope and no weight.
+        slopes = [of_stage[leaf].detach() for leaf in range(stepper.n) for of_stage in stepper.k if of_stage]
+        for place, weights in inside:
+            ops.stage(place, stepper.y0[: stepper.n], slopes, weights, dt)
 
-    def _write_outputs(self, ys: list[Tensor], inside: list[tuple[int, float]], dt: Tensor) -> None:
-        if not inside:
-            return
-        y0, slopes = self.stepper.y0[: self.stepper.n], self._slopes()[: self.stepper.n]
-        flat = [slope for of_leaf in slopes for slope in of_leaf]
-        for index, theta in inside:
-            ops.stage(
-                [out[index] for out in ys], y0, flat, [float(w) for w in formulas.interpolant_weights(self.tableau, theta)], dt
-            )
-
-    def _record(self, step: int, times: Tensor, evaluations: list[Evaluation | None], outputs: list[Output]) -> None:
+    def _record(self, step: int, evaluations: list[Evaluation | None], outputs: list[Output]) -> None:
         t0, t1 = self.nodes[step : step + 2]
         ends = [None if index is None else (index, None) for index in self.moves_with[step : step + 2]]
-        y0, k, column = self.stepper.y0, self.stepper.k, times[:, None]
+        y0, k, stages = self.stepper.y0, self.stepper.k, self.tableau.stages
+        column = self.times[step * stages : (step + 1) * stages, None]
         done = Step(column, column[0], t1 - t0, None, outputs, (ends[0], ends[1]), y0, k, evaluations)
         self.recorder.fixed_step(t0, t1, done)
+
+
+def _entries(x: Tensor) -> Iterator[Tensor]:
+    """Views of x[0], x[1], ...: of a long x a part at a time."""
+    parts = (x,) if len(x) <= _CHUNK else x.split(_CHUNK)
+    return chain.from_iterable(map(torch.unbind, parts))
+
+
+_CHUNK = 1024
+
+
+def _copy(places: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    for place, leaf in zip(places, leaves, strict=False):
+        place.copy_(leaf)
