@@ -128,11 +128,13 @@ def test_what_plain_torch_refuses(words, change):
     assert solution.engine == "stepper" and words in solution.explanation["plain"]
 
 
-def test_plain_torch_refuses_autocast_and_no_grad():
+def test_plain_torch_refuses_autocast_and_long_grids_without_a_gradient():
     with torch.autocast("cpu", torch.bfloat16):
         assert "16 bits" in solve(Net(torch.float32), start(torch.float32), [0.0, 1.0], **PLAIN).explanation["plain"]
     with torch.no_grad():
-        assert "no graph" in solve(Net(), start(), [0.0, 1.0], **PLAIN).explanation["plain"]
+        assert solve(Net(), start(), [0.0, 1.0], **PLAIN).engine == "plain"
+        many = solve(Net(), start(), [0.0, 1.0], **{**PLAIN, "step_size": 0.05})
+        assert many.engine == "stepper" and "many steps" in many.explanation["plain"]
 
 
 def test_each_engine_says_that_it_served():

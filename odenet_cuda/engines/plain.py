@@ -1,7 +1,8 @@
-"""A grid with gradient="direct" in torch's own operations: autograd then records no more than func and a few sums.
+"""A small grid in torch's own operations.
 
-On a CPU that costs less than kernels with a tape of their own, as long as the state is small. What the tape does better is
-left to it.
+On a CPU they cost less than kernels whose buffers and tables are first to be made, as long as state and grid are small; with
+gradient="direct" autograd then records no more than func and a few sums. What the kernels and their tape do better is left to
+them.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ from ..solvers.trajectory import Trajectory
 
 NAME = "plain"
 _MOST = 1 << 14  # numbers of a state: beyond, passes over memory cost more than calls
+_FEW = 40  # calls of func: with more, and without a gradient, what the kernels need at the start is made up for
 _NEEDS = "needs what the kernels record"
 
 
@@ -25,8 +27,12 @@ def refusal(request: Request) -> str:
     problem, settings = request.problem, request.settings
     if request.grid is None:
         return "the method chooses its steps"
-    if settings.gradient != "direct" or not request.records:
-        return "no graph of torch is wanted"
+    if len(problem.t) == 1 or problem.empty:
+        return "there is nothing to solve"
+    if not request.records and (len(request.grid[0]) - 1) * request.options.tableau.stages > _FEW:
+        return "nothing is recorded, in many steps"
+    if request.records and settings.gradient != "direct":
+        return f"gradient={settings.gradient!r} is no graph of torch"
     if problem.device.type != "cpu":
         return "the state is not on the CPU"
     needs = {
