@@ -1,6 +1,5 @@
 """What the user gave, made regular once: leaves of the state, times, tolerances, norm, and func over leaves."""
 
-import copy
 import math
 import operator
 from collections import defaultdict
@@ -42,7 +41,8 @@ class Structure:
 
     def without_graph(self) -> "Structure":
         """The same, for whoever outlives the solve."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # as copy.copy, which asks more
+        other.__dict__.update(self.__dict__)
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor
         other.leaves = [leaf if wrapped(leaf) else leaf.detach() for leaf in self.leaves]
         return other
