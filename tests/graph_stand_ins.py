@@ -84,8 +84,8 @@ class Kernels:
 
     native = _C.Stepper
 
-    def __init__(self, **arguments):
-        self._own = Kernels.native(**arguments)
+    def __init__(self, tables):
+        self._own = Kernels.native(tables)
 
     def __getattr__(self, name):
         call = getattr(self._own, name)
