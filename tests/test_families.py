@@ -182,7 +182,7 @@ class Net(nn.Module):
 
 
 def start(requires_grad=False):
-    y0 = torch.tensor([[1.0, 0.0], [0.5, -0.3], [-2.0, 1.0]], dtype=D)
+    y0 = torch.tensor([[1.0, 0.0], [-2.0, 1.0]], dtype=D)
     return y0.requires_grad_(requires_grad)
 
 
@@ -230,10 +230,10 @@ def test_order(method, control, interp):
 def test_a_stiff_problem():
     """y' = -500 (y - cos t) - sin t: an explicit method takes a step for every time constant, this one does not."""
     func = lambda t, y: -500 * (y - torch.cos(t)) - torch.sin(t)  # noqa: E731
-    y0, t = torch.ones(3, 1, dtype=D), torch.tensor([0.0, 1.0, 3.0], dtype=D)
+    y0, t = torch.ones(2, 1, dtype=D), torch.tensor([0.0, 0.4, 1.0], dtype=D)
     for control in CONTROLS:
         implicit, explicit = (plain(func, y0, t, method=m, step_control=control, **TOLERANCES) for m in ("implicit", "bosh3"))
-        near(implicit.ys, torch.cos(t)[:, None, None].expand(3, 3, 1))
+        near(implicit.ys, torch.cos(t)[:, None, None].expand(3, 2, 1))
         assert int(torch.as_tensor(explicit.stats.num_accepted).max()) > 5 * int(
             torch.as_tensor(implicit.stats.num_accepted).max()
         )
@@ -247,9 +247,7 @@ def test_an_error_given_as_tensors(control):
     assert repr(first.stats) == repr(second.stats)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"first_step": 0.01, "max_step": 0.1}, {"controller": "PI"}, {"step_t": [0.2, 0.5]}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"controller": "PI", "step_t": [0.2, 0.5], "max_step": 0.1}], ids=str)
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("method", NAMES)
 def test_outputs_and_interpolant(method, control, options):
@@ -261,7 +259,7 @@ def test_outputs_and_interpolant(method, control, options):
         t = t.reshape(t.shape[0], *[1] * 1) if t.dim() else t
         return field(t, y), (y * y).sum(1) - z
 
-    y0 = start(), torch.zeros(3, dtype=D)
+    y0 = start(), torch.zeros(2, dtype=D)
     t = torch.tensor(T, dtype=D)
     for times in (t, 0.8 - t.flip(0)):
         expected = reference(func, y0, times, dense=True)
@@ -275,7 +273,7 @@ def test_outputs_and_interpolant(method, control, options):
 
 @pytest.mark.parametrize("norm", ["rtol", "norm"])
 @pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("method", [*NAMES, "as_tensors"])
+@pytest.mark.parametrize("method", ["implicit", "as_tensors"])
 def test_other_norms(method, control, norm):
     """Tolerances that are tensors, and the user's norm."""
     options: dict[str, Any] = {"atol": torch.full((2,), 1e-5), "rtol": 1e-5}
@@ -385,8 +383,8 @@ def test_what_func_depends_on_later(monkeypatch, late):
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_second_derivatives(control):
-    y0, t = start()[:2].requires_grad_(), torch.tensor([0.0, 0.13, 0.4], dtype=D, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda y0, w: by_hand(control, [0.0, 0.13, 0.4], y0, w, 2), (y0, weights()))
+    y0, t = start().requires_grad_(), torch.tensor([0.0, 0.13, 0.4], dtype=D, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda y0, w: by_hand(control, [0.0, 0.13, 0.4], y0, w, 1), (y0, weights()))
     assert torch.autograd.gradgradcheck(lambda t: by_hand(control, t, y0.detach(), weights().detach(), 0.1), (t,))
 
 

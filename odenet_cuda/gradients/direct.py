@@ -23,7 +23,7 @@ from ..problem import Problem
 from ..products import Targets, gradients
 from ..ranges import in_range, marked
 from ..solvers.trajectory import Evaluation, Recorder, Step
-from ..solvers.whole import WholeStep
+from ..solvers.whole import whole_of
 from ..stepper import Rows, Stepper
 from .accumulator import Accumulator
 from .autocast import autocast_state
@@ -248,10 +248,11 @@ class BackwardWalk:
     def _undo_step(self, step: Step) -> None:
         dt = step.dt if isinstance(step.dt, Tensor) else torch.full_like(self.one, step.dt)
         base, lam, into_y0 = self.outputs(step, self.lam, dt) if step.outputs else (None, self.lam, None)
-        if step.evaluations and isinstance(step.evaluations[0], WholeStep):
-            undo_whole(self, step, lam, base, into_y0)
-        else:
+        whole = whole_of(step)
+        if whole is None:
             self.undo_points(step, lam, dt, base, into_y0)
+        else:
+            undo_whole(self, whole, step, lam, base, into_y0)
 
     def undo_points(
         self,

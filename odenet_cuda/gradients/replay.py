@@ -15,7 +15,8 @@ from ..plain import Func, Shifts, dense_output, difference_of, stage, sum_of
 from ..problem import Problem
 from ..products import Targets, gradients
 from ..solvers.trajectory import Evaluation, Recorder, Step
-from ..tableau import StepFunction
+from ..solvers.whole import whole_of
+from ..tableau import ButcherTableau
 
 SECOND = " for second derivatives"
 
@@ -67,7 +68,7 @@ def second_gradients(
 
 def replay(
     tape: Sequence[Step | Evaluation],
-    tableau: Any,
+    tableau: ButcherTableau,
     problem: Problem,
     func: Func,
     y0: Sequence[Tensor],
@@ -88,11 +89,12 @@ def replay(
         at_t0, at_t1 = shifts.of(entry.ends[0]), shifts.of(entry.ends[1])
         dt = sum_of(entry.dt, difference_of(at_t1, at_t0))
         views, slopes, point = problem.time_views(entry.times.detach()), [k], y
-        if isinstance(tableau, StepFunction):
+        whole = whole_of(entry)
+        if whole is not None:
             ends = [(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1) for c in tableau.c]
             views = [shifts.moved(view, sum_of(*end)) for view, end in zip(views, ends, strict=True)]
             rows = torch.as_tensor(dt, dtype=torch.float64, device=problem.device).reshape(-1)
-            point, further, _ = tableau.step(func, views, rows, y, k)
+            point, further, _ = whole.method.step(func, views, rows, y, k)
             slopes += further
         else:
             for i, row in enumerate(tableau.rows, 1):

@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from ..solvers.trajectory import Step
+from ..solvers.whole import WholeStep
 
 
-def undo_whole(walk: Any, step: Step, lam: list[Tensor], base: list[list[Tensor]] | None, into_y0: list[Tensor] | None) -> None:
+def undo_whole(
+    walk: Any,
+    whole: WholeStep,
+    step: Step,
+    lam: list[Tensor],
+    base: list[list[Tensor]] | None,
+    into_y0: list[Tensor] | None,
+) -> None:
     """As `BackwardWalk.undo_points`, whose arguments these are."""
-    whole: Any = step.evaluations[0]
     n, stages, rows = walk.n, walk.tableau.stages, walk._rows
     kappa = walk.kappa or [torch.zeros_like(x) for x in lam]
     passed: list[Tensor] | None = None

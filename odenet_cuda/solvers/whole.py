@@ -12,7 +12,7 @@ from ..ops import FIELDS
 from ..problem import Problem, counter_of
 from ..stepper import Stepper
 from ..tableau import StepFunction
-from .trajectory import Evaluation, Recorder
+from .trajectory import Evaluation, Recorder, Step
 
 
 @dataclass(slots=True)
@@ -20,11 +20,17 @@ class WholeStep(Evaluation):
     """A step as one evaluation of what it maps: t are the times of its slopes, y the leaves of y0, those of k[0] and dt
     [rows], k the leaves of y1 and of all further slopes."""
 
-    method: Any = None
+    method: Any = None  # a StepFunction, or what else has its `step`
     problem: Any = None
 
     def again(self, field: Callable[..., Any]) -> list[Tensor]:
         return mapped(self.method, self.problem, field, self.t, self.y)[0]
+
+
+def whole_of(step: Step) -> WholeStep | None:
+    """The record of a step that was recorded as a whole."""
+    first = step.evaluations[0] if step.evaluations else None
+    return first if isinstance(first, WholeStep) else None
 
 
 def mapped(
