@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class Comparison:
     def _trials(self) -> list[Trial]:
         """Of a whole pack and one lane more, as given; and near it of a pack that is not full, and once more of the former."""
         engine = self.engine
-        library = engine.plan.load(*engine.wanted[0])
+        library = engine.plan.load(*engine.kind.wanted[0])
         lanes = library.lanes * library.team
         one = engine.batch == 1 and not engine.problem.per_sample and not engine.cuda
         many, few = (1, 1) if one or self.whole else (lanes + 1, 2)
@@ -292,13 +293,15 @@ class Solves:
     def compiled(self, trial: Trial) -> list[Tensor]:
         comparison = self.comparison
         problem, like = comparison._problem(trial), comparison.engine
-        engine = Engine(like.plan, problem, self.options, trial.args, self.grid, like.matmul, like)
+        gradient, backward = self.gradient, None if self.gradient != "adjoint" else self.backward.options
+        make = partial(Engine, like.plan, problem, self.options, trial.args, self.grid, like.matmul, gradient, backward, like)
         if not self.gradient:
-            trajectory = engine.solve(keep=False)
+            trajectory = make().solve(keep=False)
             return self._values(trajectory.ys, trajectory.state)
         sources = self._sources(trial)
         with torch.enable_grad():
-            engine.sources = Sources(engine, comparison._structure(trial), trial.args)
+            engine = make()
+            engine.sources = Sources(like.plan, comparison._structure(trial), trial.args)
             trajectory = engine.solve(keep=self.gradient != "adjoint")
             stats = _Counts()
             outputs = attach(engine, self.gradient, self.backward, trajectory.ys, stats, list)

@@ -303,12 +303,15 @@ def prepare(
         why.append("callbacks of func need it")
     if not why:
         try:
-            engine = Engine(field.plan(structure, args, problem.per_sample), problem, options, args, grid, field._matmul)
-            engine.sources = Sources(engine, structure, args)
-            adjoint = backward.options.tableau if gradient == "adjoint" and engine.sources.wanted else None
-            if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.fsal:
+            plan = field.plan(structure, args, problem.per_sample)
+            sources = Sources(plan, structure, args)
+            how = gradient if sources.wanted else ""
+            adjoint = backward.options if how == "adjoint" else None
+            if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
                 raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
-            engine.build(gradient, backward)
+            engine = Engine(plan, problem, options, args, grid, field._matmul, how, adjoint)
+            engine.sources = sources
+            plan.build(engine.kind.wanted)
             if self_check.due(engine, args):
                 with _reading:
                     self_check.check(engine, structure, args, field.func, gradient, backward)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _C
 from .kinds import CONTAINERS, NUMBERS, PURE
 from .marks import same_bits
 from .memory import has_memory
@@ -117,6 +118,7 @@ class Guards:
         self._kept = [self._hold(value) for value in values]
         self._metas = {i: _meta(value) for i, value in enumerate(values) if isinstance(value, Tensor)}
         self._tensors, self._tensor_metas = list(self._metas), list(self._metas.values())
+        metas = [self._metas.get(i) for i in range(len(values))]
         self._named = {i for i in self._metas if vars(values[i])}  # with attributes of Python, which another may not have
         self._sized = [container for container, _ in reach.sized]
         self._lengths = [len(container) for container in self._sized]
@@ -124,6 +126,8 @@ class Guards:
         whole = [x for x, wanted in reach.sized if wanted is None and isinstance(x, dict)]
         self._ordered = [x for x in whole if len(x) > 1 or any([type(key) is not str for key in x])]
         self._order = list(chain.from_iterable(self._ordered))
+        items_and_attributes = self._owners, self._keys, self._objects, self._names, self._ids, metas
+        self._lists = *items_and_attributes, self._sized, self._lengths, self._ordered, self._order  # see csrc/guards.cpp
         self._absent = reach.absent
         self._sets = [(x, list(map(frozen, x))) for x in reach.sets]  # in order, which func may go by
         self._dtype = torch.get_default_dtype()
@@ -144,6 +148,12 @@ class Guards:
         self._contents: list[tuple[Place, Tensor]] = []
         self._written = list(written)
         self._kinds_before = self._kinds(args)
+        self._look()
+
+    def _look(self) -> None:
+        """Whether there is anything besides the lists."""
+        self._more = any(map(bool, (self._absent, self._arrays, self._sets, self._written, self._others, self.numbers)))
+        self._more = self._more or bool(self._ties or self._contents)
 
     def _hold(self, value: Any) -> Any:
         """Keeps it, weakly where that is possible: a plan keeps no module alive."""
@@ -157,6 +167,7 @@ class Guards:
     def tie(self, places: Sequence[Place]) -> None:
         """One tensor is found at all of these: the program cannot tell them apart."""
         self._ties += [(places[0], other) for other in places[1:]]
+        self._look()
 
     def keep_content(self, tensor: Tensor, place: Place, why: str, content: Tensor | None = None) -> None:
         """content: as it was read. Raises Unguarded where it is too large to be compared at every call, or is trained."""
@@ -169,6 +180,7 @@ class Guards:
         if tensor.numel() * tensor.element_size() > LARGEST_ARRAY:
             raise Unguarded(f"func reads the values of a tensor {list(tensor.shape)} into Python, which is too large: {why}")
         self._contents.append((place, tensor.detach().clone() if content is None else content))
+        self._look()
 
     @property
     def alive(self) -> bool:
@@ -180,6 +192,12 @@ class Guards:
     def hold(self, args: Sequence[Any]) -> bool:
         if self._dead:
             return False
+        if not self._gone and not self._counting and _C.unchanged(self._lists):
+            return torch.get_default_dtype() is self._dtype if not self._more else self._holds_besides(args)
+        return self._takes_over(args)
+
+    def _takes_over(self, args: Sequence[Any]) -> bool:
+        """The same where something is another thing now, which may be as good."""
         try:
             values = list(self._values())
             ids = list(map(id, values))
@@ -207,6 +225,12 @@ class Guards:
         others += [x for x in args if isinstance(x, Tensor)]
         counting = {memory_of(values[i]) for i in self._counting}
         return any([memory_of(x) in counting for x in others if has_memory(x)])
+
+    def _holds_besides(self, args: Sequence[Any]) -> bool:
+        try:
+            return self._rest(args)
+        except Exception:
+            return False
 
     def _rest(self, args: Sequence[Any]) -> bool:
         """What most fields have none of."""

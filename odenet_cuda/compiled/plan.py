@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -15,8 +14,10 @@ from ..tableau import ButcherTableau
 from .build import Refused
 from .build import load as load_text
 from .check import check_program
+from .constants import Constants, Layout, sources_of
 from .emit import Target, emit, kept_buffers, tap_layout
 from .functions import TooLarge, functions_for
+from .gradient_sums import GradientSums
 from .guards import Unguarded
 from .lower import Lowering
 from .marks import Disturbed, Marks, same_bits
@@ -80,9 +81,11 @@ class Plan:
         self.zeros: list[Place] = []  # tensors of func that were zero then
         self.teams: dict[Any, Team] = {}
         self.watch = Watch()  # when it is compared with func again
-        self.steps: dict[Any, int] = {}  # how many the last solve of a kind took
+        self.kinds: dict[Any, Any] = {}  # of its solves, see ways.py
+        self.state = sum(self.leaf_sizes)
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)
+        self._sums: GradientSums | None = None
 
     def _check(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], per_sample: bool) -> None:
         try:
@@ -152,18 +155,15 @@ class Plan:
             self.places[node] = places[0] if places else _itself(tensor)
         self.wanted = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in self.recording.wanted]
         seen: dict[fx.Node, Any] = {node: self.recording.constant(node) for node in self.places}
-        self.views: list[View | None] = []
-        with torch.no_grad():
-            for node in self.program.constants:
-                self.views.append(_view(node, value_of(node, seen), seen, self.dtype, self.device))
+        self.layout = Layout(self.program, self.places, seen, self.dtype, self.device)
         first: dict[Any, int] = {}
-        for node, view in zip(self.program.constants, self.views, strict=True):
+        for node, view in zip(self.program.constants, self.layout.views, strict=True):
             if view is not None:
                 buffer = self.lowering.constants[node]
                 self.program.same[buffer] = first.setdefault((view.base, view.offset), buffer)
         read = {id(x): (x, _ASKED) for x in self.recording.read}
         for node in self.lowering.known:
-            for source in _sources(node):
+            for source in sources_of(node):
                 read.setdefault(id(seen[source]), (seen[source], where(node)))
         self._contents = []
         for tensor, why in read.values():
@@ -212,28 +212,18 @@ class Plan:
         size = self.program.buffers[self.lowering.constants[node]].size
         return torch.as_strided(value, [size], [1], value.storage_offset())
 
-    def constants(self, args: Sequence[Any]) -> "Constants":
-        return Constants(self, args)
+    def constants(self, args: Sequence[Any], gradient: bool = True) -> Constants:
+        """gradient: they are read again on the way back."""
+        return self.layout.constants(args, gradient)
 
     # Gradients
 
-    def gradients(self, sums: Tensor, constants: "Constants") -> list[Tensor | None]:
-        """The gradients of the wanted constants, from the sums of the kernel [grad_size]."""
-        values = dict(constants.values)
-        _, layout, _ = self.sums_at
-        summed = self.lowering.sums
-        for node, index in summed.index.items():
-            s, begin = self.program.sums[index], layout[index][2]
-            part = sums[begin : begin + s.size]
-            if s.b is not None:
-                part = part.view(s.a.shape[1], s.b.shape[1])
-                part = part.t() if node in summed.transposed else part
-            part = part.reshape(summed.shapes[node])
-            stride = node.meta["val"].stride()  # which views of it rely on
-            if part.stride() != stride:
-                part = part.new_empty_strided(part.shape, stride).copy_(part)
-            values[node] = part
-        return [None if node is None else value_of(node, values) for node in self.lowering.gradients]
+    def gradients(self, sums: Tensor, constants: Constants) -> list[Tensor | None]:
+        """The gradients of the wanted constants, from the sums of the kernel [chunks, grad_size]."""
+        if self._sums is None:
+            _, layout, size = self.sums_at
+            self._sums = GradientSums(self.lowering, [begin for _, _, begin in layout], size)
+        return self._sums.gradients(sums, constants)
 
     # Libraries
 
@@ -286,64 +276,6 @@ class Plan:
                 self.refused[key] = tableau, str(error)
                 raise
         return self.libraries[key][1]
-
-
-@dataclass
-class View:
-    """A constant that is a view of a tensor of func: it is read where that lies."""
-
-    base: fx.Node
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int  # from the first number of the base, in bytes
-
-
-class Constants:
-    """The uniform values of one solve, as the kernels read them: addresses. Keeps alive what they point to."""
-
-    def __init__(self, plan: Plan, args: Sequence[Any]):
-        # Detached: whoever gives a parameter other memory after the solve leaves this one as it was.
-        self.values: dict[fx.Node, Any] = {node: place(args).detach() for node, place in plan.places.items()}
-        self.addresses: list[int] = []
-        self._kept: list[Tensor] = []
-        for node, view in zip(plan.program.constants, plan.views, strict=True):
-            if view is not None:
-                base = self.values[view.base]
-                same = base.shape == view.shape and base.stride() == view.stride and base.dtype == view.dtype
-                if same and base.device == plan.device and not base.is_neg():
-                    self.addresses.append(base.data_ptr() + view.offset)
-                    continue
-            self._copy(plan, node)
-
-    def _copy(self, plan: Plan, node: fx.Node) -> None:
-        seen = node.meta["val"]
-        with torch.no_grad():
-            value = value_of(node, self.values).detach().resolve_neg()
-        if value.shape != seen.shape:
-            raise ValueError(f"a tensor of func must keep its shape, {list(seen.shape)}, got {list(value.shape)}; call reset()")
-        dtype = torch.bool if seen.dtype == torch.bool else plan.dtype
-        if value.stride() != seen.stride() or value.dtype != dtype or value.device != plan.device:
-            value = torch.empty_strided(seen.shape, seen.stride(), dtype=dtype, device=plan.device).copy_(value)
-        self._kept.append(value)
-        self.addresses.append(value.data_ptr())
-
-
-def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any], dtype: torch.dtype, device: torch.device) -> View | None:
-    if value.dtype not in (dtype, torch.bool) or value.device != device or not has_memory(value):
-        return None
-    for base in _sources(node):
-        tensor = seen[base]
-        if not has_memory(tensor):
-            continue
-        same = tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and tensor.dtype == value.dtype
-        if same and value.stride() == node.meta["val"].stride():
-            return View(base, tensor.shape, tensor.stride(), tensor.dtype, value.data_ptr() - tensor.data_ptr())
-    return None
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    return [node] if node.op == "get_attr" else [base for x in node.all_input_nodes for base in _sources(x)]
 
 
 def _itself(tensor: Tensor) -> Place:
