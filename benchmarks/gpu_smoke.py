@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import odenet_cuda
-from odenet_cuda import cuda_graph, solve
+from odenet_cuda import solve
+from odenet_cuda.graphed.capture import graphs
 
 F64, F32 = torch.float64, torch.float32
 TIGHT = {"rtol": 1e-7, "atol": 1e-7}
@@ -172,7 +173,7 @@ def main() -> int:
         if cuda and "error" in result and (words := context_is_lost()):
             print(json.dumps({"case": "the context is lost", "good": False, "error": words}), flush=True)
             return 3
-    print(json.dumps({"case": "end", "graphs kept": len(cuda_graph.graphs)}), flush=True)
+    print(json.dumps({"case": "end", "graphs kept": len(graphs)}), flush=True)
     return 0 if good else 1
 
 

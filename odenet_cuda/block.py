@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .compiled.field import CompiledField
 from .compiled.field import compile as compile_field
+from .compiled.field import in_words
 from .methods import ADAPTIVE
 from .solution import Stats
 from .solve import solve
@@ -77,6 +77,7 @@ class ODEBlock(nn.Module):
         # In a tuple: func stays the block's own Module, with its own names in the state dict.
         self._compiled = (compile_field(func),) if compile == "auto" else ()
         self.stats: Stats | None = None
+        self._explained = ""
         self.regularizers: dict[str, Tensor] = {}
 
     @between_graphs(lambda self, y0: self.method in ADAPTIVE)
@@ -94,6 +95,7 @@ class ODEBlock(nn.Module):
             **self.options,
         )
         self.stats, self.regularizers = solution.stats, solution.regularizers
+        self._explained = in_words(solution.engine, solution.explanation)
         if self.return_all:
             return solution.ys
         # A copy: what comes after may write into it, and hooks on it are kept, unlike on a view.
@@ -108,9 +110,8 @@ class ODEBlock(nn.Module):
         return self._compiled[0]
 
     def explain(self) -> str:
-        """How the last call was solved: "compiled", or by the stepper and why."""
-        field = self._field()
-        return field.explain() if isinstance(field, CompiledField) else "served by the stepper: compile is False"
+        """How the last call was solved: "compiled", or by which engine else, and why not by the compiled one."""
+        return self._explained or "not solved yet"
 
     @property
     def nfe_forward(self) -> int:
@@ -123,7 +124,7 @@ class ODEBlock(nn.Module):
         return 0 if self.stats is None else self.stats.nfe_backward
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stats": None, "regularizers": {}}  # the last call is no part of a copy
+        return {**self.__dict__, "stats": None, "_explained": "", "regularizers": {}}  # the last call is no part of a copy
 
     def extra_repr(self) -> str:
         t = [round(x, 6) for x in self.t.detach().tolist()]

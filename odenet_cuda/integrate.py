@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .graphed.loops import Kind, solve_by_graph
 from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .ranges import marked
 from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
-from .solvers.by_graph import Kind, solve_by_graph
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl

@@ -313,6 +313,11 @@ class Problem:
         return self.leaves[: len(self.leaves) - self.quadratures]
 
     @property
+    def empty(self) -> bool:
+        """Whether the state has no numbers."""
+        return all([leaf.numel() == 0 for leaf in self.leaves])
+
+    @property
     def rows(self) -> int:
         return self.leaves[0].shape[0] if self.per_sample else 1
 

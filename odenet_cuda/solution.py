@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import formulas
 from .ops import FIELDS
+from .problem import to_device
 from .step_control import MAX_NUM_STEPS, NON_FINITE, SUCCESS, UNDERFLOW
 from .tableau import ButcherTableau
 
@@ -54,27 +55,32 @@ class Stats:
         tolerance; a float, or float64 [batch] per sample. Far above 1 its gradient cannot be trusted; 0 without such a solve.
     """
 
-    def __init__(self, nfe: int, num_accepted: Tensor, num_rejected: Tensor, per_sample: bool):
+    def __init__(self, nfe: int, per_sample: bool, state: Tensor | None = None, steps: int = 0, rows: int = 1):
+        """state: of the solver, None on a grid: then every row took so many steps."""
         self.nfe = nfe
         self.nfe_backward = 0
         self.drift: Tensor | None = None  # [rows]
-        self._accepted, self._rejected, self._per_sample = num_accepted, num_rejected, per_sample
+        self._per_sample, self._state, self._steps, self._rows = per_sample, state, steps, rows
 
     @property
     def num_accepted(self) -> int | Tensor:
-        return self._count(self._accepted)
+        return self._count("num_accepted", self._steps)
 
     @property
     def num_rejected(self) -> int | Tensor:
-        return self._count(self._rejected)
+        return self._count("num_rejected", 0)
 
     @property
     def adjoint_drift(self) -> float | Tensor:
         if self.drift is None:
-            return torch.zeros_like(self._accepted, dtype=torch.float64) if self._per_sample else 0.0
+            device = None if self._state is None else self._state.device
+            return torch.zeros(self._rows, dtype=torch.float64, device=device) if self._per_sample else 0.0
         return self.drift if self._per_sample else float(self.drift[0])
 
-    def _count(self, counts: Tensor) -> int | Tensor:
+    def _count(self, name: str, on_grid: int) -> int | Tensor:
+        if self._state is None:
+            return torch.full((self._rows,), on_grid, device="cpu") if self._per_sample else on_grid
+        counts = self._state[FIELDS[name]]
         return counts.long() if self._per_sample else int(counts[0])
 
     def __repr__(self) -> str:
@@ -84,24 +90,40 @@ class Stats:
         )
 
 
-@dataclass
 class Solution:
     """The result of `solve`.
 
     ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
-    with gradients, under per-sample control one a sample.
+    with gradients, under per-sample control one a sample. engine: which one served, "transformed", "compiled", "graphed",
+    "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
     """
 
-    ys: Any
-    t: Tensor
-    stats: Stats
-    y_last: Any
-    interpolant: "Interpolant | None" = None
-    per_sample: bool = False
-    regularizers: dict[str, Tensor] = field(default_factory=dict)
-    _state: Tensor | None = field(default=None, repr=False)
+    def __init__(
+        self,
+        ys: Any,
+        times: list[float],
+        stats: Stats,
+        y_last: Any,
+        *,
+        device: torch.device,
+        per_sample: bool = False,
+        state: Tensor | None = None,
+        interpolant: "Interpolant | None" = None,
+    ):
+        """times: on this device, once asked for. state: of the solver, None on a grid."""
+        self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
+        self.regularizers: dict[str, Tensor] = {}
+        self.engine, self.explanation = "", {}  # type: str, dict[str, str]
+        self._times, self._device, self._state = times, device, state
+        self._t: Tensor | None = None
+
+    @property
+    def t(self) -> Tensor:
+        if self._t is None:
+            self._t = to_device(torch.tensor(self._times, dtype=torch.float64, device="cpu"), self._device)
+        return self._t
 
     @property
     def status(self) -> str | list[str]:
@@ -110,6 +132,9 @@ class Solution:
             return "success"
         words = [STATUS_WORDS[int(code)] for code in self._state[FIELDS["status"]].tolist()]
         return words if self.per_sample else words[0]
+
+    def __repr__(self) -> str:
+        return f"Solution(status={self.status!r}, engine={self.engine!r}, {self.stats}, ys={self.ys})"
 
 
 def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> None:
@@ -160,11 +185,11 @@ class Interpolant:
         tableau: ButcherTableau,
         steps: list[DenseStep],
         y0: list[Tensor],
-        t: Tensor,
+        ends: tuple[float, float],
         unflatten: Callable[[list[Tensor]], Any],
     ):
         self.tableau, self.steps, self._y0, self._unflatten = tableau, steps, y0, unflatten
-        self.t0, self.t1 = float(t[0]), float(t[-1])
+        self.t0, self.t1 = ends
 
     def __call__(self, t: float | Tensor) -> Any:
         with torch.no_grad():

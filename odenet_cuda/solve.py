@@ -4,38 +4,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import cuda_graph as graphs
-from . import transforms
-from .compiled.field import compiled_field, prepare, undisturbed
-from .gradients.adjoint_setup import adjoint_setup
-from .integrate import Options, fixed_grid, stop_times
-from .job import Job
+from .engines import serve
 from .methods import ADAPTIVE
-from .problem import (
-    Field,
-    Problem,
-    check_samples,
-    check_state,
-    check_times,
-    check_tolerance,
-    check_zero_tolerance,
-    with_arguments,
-)
-from .regularizers import RUNNING, CostField, check_regularizers, with_costs
+from .request import make_request, settings_of
 from .solution import Solution
-from .solvers.checkpoints import Checkpoints
-from .step_control import STEP_CONTROLS, StepControl
-from .tracing import ADAPTIVE as NOT_TRACED
-from .tracing import stands_for_others, written_down
-
-GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
-FAILURES = ("raise", "return")
+from .transforms import between_graphs
 
 
-@transforms.between_graphs(lambda *args, method="dopri5", **kwargs: method in ADAPTIVE)
+@between_graphs(lambda *args, method="dopri5", **kwargs: method in ADAPTIVE)
 def solve(
     func: Callable[..., Any],
     y0: Any,
@@ -104,7 +82,7 @@ def solve(
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
         besides (counting its calls, say) is then done a few times only. The last 16 graphs are kept, with their memory, until
-        ``odenet_cuda.cuda_graph.graphs.clear()``. Not where every step needs the host: jump_t, callbacks,
+        ``odenet_cuda.graphed.capture.graphs.clear()``. Not where every step needs the host: jump_t, callbacks,
         max_checkpoints of adaptive methods, gradient="quadrature". An adaptive gradient="direct" is computed as "checkpoint"
         is. No GPU has run this yet.
     interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).
@@ -132,104 +110,10 @@ def solve(
     >>> round(float(solution.ys[-1, 0]), 4)
     0.3679
     """
-    options = Options(
-        method=method,
-        control=StepControl(controller, safety, ifactor, dfactor, float(min_step), float(max_step), max_num_steps),
-        first_step=None if first_step is None else float(first_step),
-        step_t=stop_times("step_t", step_t),
-        jump_t=stop_times("jump_t", jump_t),
-        step_size=None if step_size is None else float(step_size),
-        grid_constructor=grid_constructor,
-        perturb=perturb,
-        cuda_graph=_graph_mode(cuda_graph),
-        interp=interp,
-    )
-    _one_of("step_control", step_control, STEP_CONTROLS)
-    _one_of("on_failure", on_failure, FAILURES)
-    _one_of("gradient", gradient, GRADIENTS)
-    _check_checkpoints(max_checkpoints, gradient)
-    structure = check_state(y0)
-    func = with_arguments(func, args)
-    compiled, field_args = compiled_field(func)
-    times, values = check_times(t)
-    per_sample = step_control == "per_sample"
-    if per_sample:
-        check_samples(structure)
-        if not options.adaptive:
-            raise ValueError(f"step_control='per_sample' needs an adaptive method, got {method!r}, which has no step control")
-    regularizers = check_regularizers(regularizers, options.tableau, method, gradient)
-    running = [name for name in regularizers if name in RUNNING]
-    field = CostField(func, structure, running, per_sample) if running else Field(func, structure)
-    field.with_gradients = gradient == "direct" and torch.is_grad_enabled()
-    problem = Problem(
-        field=field,
-        leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
-        t=values,
-        direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,
-        per_sample=per_sample,
-        rtol=check_tolerance("rtol", rtol, structure),
-        atol=check_tolerance("atol", atol, structure),
-        norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves[: len(structure.leaves)])),
-    )
-    if options.adaptive and norm is None:
-        check_zero_tolerance(problem)
-    if running:
-        problem = with_costs(problem, running)
-    grid = None
-    if not options.adaptive:
-        grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), times)
-    job = Job(problem, options, structure, times, dense, grid, regularizers)
-    traced = written_down() or any([stands_for_others(leaf) for leaf in structure.leaves])
-    if traced and options.adaptive:
-        raise NotImplementedError(NOT_TRACED)
-    if traced or transforms.active():
-        if compiled is not None:
-            compiled.served_by_stepper("inside torch.func transforms, forward mode and torch.compile")
-        return job.run_transformed(on_failure)
-    backward = None
-    if gradient in ("adjoint", "quadrature"):
-        given = (adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options)
-        if gradient == "quadrature" and (adjoint_options or {}).get("norm") is not None:
-            raise ValueError("adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards")
-        backward = adjoint_setup(func, problem, structure, options, *given, chosen=adjoint_params is not None)
-    if compiled is not None:
-        needs = {
-            "dense=True": dense,
-            "regularizers": bool(regularizers),
-            "gradient='quadrature'": gradient == "quadrature",
-            "max_checkpoints": max_checkpoints is not None,
-            "adjoint_params": adjoint_params is not None,
-            "a norm of the adjoint": backward is not None and backward.norm is not None,
-            "a callback of the adjoint": backward is not None and bool(backward.callbacks),
-        }
-        engine = prepare(compiled, field_args, problem, options, structure, times, grid, gradient, backward, needs)
-        if engine is not None:
-            return job.run_compiled(engine, gradient, backward, on_failure)
-    checkpoints = None
-    if gradient == "checkpoint":
-        checkpoints = Checkpoints(max_checkpoints, None if grid is None else len(grid[0]) - 1)
-    with graphs.no_cast_is_kept():
-        if compiled is None:
-            return job.run(gradient, backward, checkpoints, adjoint_params, on_failure)
-        return undisturbed(lambda: job.run(gradient, backward, checkpoints, adjoint_params, on_failure))
-
-
-def _check_checkpoints(limit: Any, gradient: str) -> None:
-    if limit is None:
-        return
-    if gradient != "checkpoint":
-        raise ValueError(f"max_checkpoints needs gradient='checkpoint', got gradient={gradient!r}")
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise ValueError(f"max_checkpoints must be a whole number of at least 1, got {limit!r}")
-
-
-def _graph_mode(value: Any) -> str:
-    if isinstance(value, str):
-        _one_of("cuda_graph", value, graphs.MODES)
-        return value
-    return "step" if value else ""
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    settings = settings_of(
+        method, gradient, step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
+        step_t, jump_t, step_size, grid_constructor, perturb, cuda_graph, interp, regularizers, dense, on_failure,
+        max_checkpoints,
+    )  # fmt: skip
+    adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
+    return serve(make_request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint))

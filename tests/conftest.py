@@ -57,3 +57,13 @@ def quick_compiler():
         patch.setenv("ODENET_CXXFLAGS", "-O0")
         patch.setattr(plan, "_MOST_LINES", 1 << 20)  # long texts take the optimiser's time
         yield
+
+
+@pytest.fixture
+def kernels_alone():
+    """Every grid is solved by the kernels, a small one with gradient="direct" too."""
+    from odenet_cuda import engines
+
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo the shared one
+        patch.setattr(engines, "ENGINES", tuple(engine for engine in engines.ENGINES if engine.NAME != "plain"))
+        yield

@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from odenet_cuda import _C, cuda_graph
-from odenet_cuda.cuda_graph import Graphs
-from odenet_cuda.gradients import by_graph as gradients
-from odenet_cuda.solvers import adaptive, by_graph
+from odenet_cuda import _C
+from odenet_cuda.graphed import capture as capturing
+from odenet_cuda.graphed import loops, way_back
+from odenet_cuda.graphed.capture import Graphs
+from odenet_cuda.solvers import adaptive
 from odenet_cuda.step_control import RUNNING
 
 
@@ -36,7 +37,7 @@ class Capture:
 
         def launch():
             self.replayed += 1
-            for _ in range(cuda_graph._STEPS_A_LAUNCH):
+            for _ in range(capturing._STEPS_A_LAUNCH):
                 if not (status == RUNNING).any():
                     break
                 step()
@@ -114,7 +115,7 @@ class Graph(Capture):
                     for call in listing:
                         call()
                 return
-            with cuda_graph.no_cast_is_kept(), Operations() as operations:  # as while a graph is captured
+            with capturing.no_cast_is_kept(), Operations() as operations:  # as while a graph is captured
                 step()
             listing.extend(operations.listing)
 
@@ -124,7 +125,7 @@ class Graph(Capture):
         replay = self(step, status.device)
 
         def launch():
-            for _ in range(cuda_graph._STEPS_A_LAUNCH):
+            for _ in range(capturing._STEPS_A_LAUNCH):
                 if not (status == RUNNING).any():
                     break
                 replay()
@@ -136,12 +137,12 @@ def run_ahead(monkeypatch: Any, capture: Capture) -> Capture:
     """The host runs ahead, as it does on CUDA; what is captured and replayed is counted."""
     monkeypatch.setattr(adaptive, "runs_ahead", lambda device: True)
     monkeypatch.setattr("odenet_cuda.integrate.runs_ahead", lambda device: True)
-    monkeypatch.setattr("odenet_cuda.job.runs_ahead", lambda device: True)
+    monkeypatch.setattr("odenet_cuda.engines.graphed.runs_ahead", lambda device: True)
     if isinstance(capture, Graph):
         monkeypatch.setattr(_C, "Stepper", Kernels)
-    monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(cuda_graph, "repeat", capture.repeat)
-    monkeypatch.setattr(cuda_graph, "graphs", Graphs())
-    for module in (by_graph, gradients):
-        monkeypatch.setattr(module, "graphs", cuda_graph.graphs)
+    monkeypatch.setattr(capturing, "capture", capture)
+    monkeypatch.setattr(capturing, "repeat", capture.repeat)
+    monkeypatch.setattr(capturing, "graphs", Graphs())
+    for module in (loops, way_back):
+        monkeypatch.setattr(module, "graphs", capturing.graphs)
     return capture

@@ -10,12 +10,15 @@ from graph_stand_ins import Capture, run_ahead
 from problems import ADAPTIVE_METHODS, FIXED_METHODS
 from torch import nn
 
-from odenet_cuda import SolverError, cuda_graph, solve
-from odenet_cuda.calls import Calls
-from odenet_cuda.cuda_graph import Graphs, Watch
-from odenet_cuda.gradients import by_graph as gradients
-from odenet_cuda.solvers import adaptive, by_graph
+from odenet_cuda import SolverError, solve
+from odenet_cuda.graphed import capture as capturing
+from odenet_cuda.graphed import loops, way_back
+from odenet_cuda.graphed.calls import Calls
+from odenet_cuda.graphed.capture import Graphs, Watch
+from odenet_cuda.solvers import adaptive
 from odenet_cuda.step_control import RUNNING, SUCCESS
+
+pytestmark = pytest.mark.usefixtures("kernels_alone")  # which are what is captured
 
 D = torch.float64
 T = torch.tensor([0.0, 0.3, 1.0], dtype=D)
@@ -138,7 +141,7 @@ def test_one_capture_for_many_solves(y0, ahead):
         assert ahead.captured == 1
         expected = solve(net, y0 + i, T + 0.0, cuda_graph=False)
         assert torch.equal(found.ys, expected.ys)
-    assert ahead.replayed > 0 and len(cuda_graph.graphs) == 1
+    assert ahead.replayed > 0 and len(capturing.graphs) == 1
 
 
 def test_results_are_not_written_again(y0, ahead):
@@ -377,16 +380,16 @@ def test_two_solves_before_their_gradients(y0, ahead):
     options = {"method": "rk4", "gradient": "direct", "cuda_graph": True}
     for _ in range(2):
         solve(net, start, T, **options)
-    assert ahead.captured == 2 and len(cuda_graph.graphs) == 1
+    assert ahead.captured == 2 and len(capturing.graphs) == 1
     losses = [solve(net, start * i, T, **options).ys.square().sum() for i in (1, 2, 3)]
     grads = [torch.autograd.grad(loss, start, retain_graph=True)[0] for loss in losses for _ in range(2)]
     for i in (1, 2, 3):
         expected = torch.autograd.grad(solve(net, start * i, T, method="rk4").ys.square().sum(), start)[0]
         for grad in grads[2 * i - 2 : 2 * i]:
             torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
-    held = len(cuda_graph.graphs)
+    held = len(capturing.graphs)
     del losses
-    assert len(cuda_graph.graphs) > held
+    assert len(capturing.graphs) > held
 
 
 def test_second_derivatives_and_changed_weights(y0, ahead):
@@ -435,7 +438,7 @@ def test_a_fixed_solve_whose_capture_fails(y0, ahead, monkeypatch):
     def fails(step, device):
         raise RuntimeError("not permitted")
 
-    monkeypatch.setattr(cuda_graph, "capture", fails)
+    monkeypatch.setattr(capturing, "capture", fails)
     solve(Net(), y0, T, method="rk4", cuda_graph=True)
     net = Net()
     solve(net, y0, T, method="rk4", cuda_graph=True)
@@ -450,7 +453,7 @@ def test_a_fixed_solve_whose_capture_fails(y0, ahead, monkeypatch):
 @pytest.mark.parametrize("steps", [1, 3, 256])
 def test_launches_of_many_steps(y0, ahead, monkeypatch, steps):
     """After a first step from the host, as many launches as the rest takes; in a second solve from the start."""
-    monkeypatch.setattr(cuda_graph, "_STEPS_A_LAUNCH", steps)
+    monkeypatch.setattr(capturing, "_STEPS_A_LAUNCH", steps)
     net, made = Net(), 0
     for count in (1, 0):
         found = solve(net, y0, T, rtol=1e-8, cuda_graph="loop")
@@ -482,7 +485,7 @@ def test_a_device_that_cannot_repeat(y0, ahead, monkeypatch):
     def fails(step, status):
         raise RuntimeError("CUDA: operation not supported")
 
-    monkeypatch.setattr(cuda_graph, "repeat", fails)
+    monkeypatch.setattr(capturing, "repeat", fails)
     net = Net()
     with pytest.warns(UserWarning, match="cannot repeat the step: CUDA: operation not supported; each is replayed"):
         found = solve(net, y0, T, cuda_graph="loop")
@@ -519,7 +522,7 @@ def test_norms_of_the_user(y0, ahead):
 @pytest.mark.parametrize("method, gradient", [("dopri5", "adjoint"), ("rk4", "adjoint"), ("rk4", "direct")])
 def test_inside_a_graph_of_the_user(y0, ahead, monkeypatch, method, gradient):
     """There is no graph in a graph."""
-    for module in (by_graph, gradients):
+    for module in (loops, way_back):
         monkeypatch.setattr(module, "being_captured", lambda device: True)
     net = Net(wanted=gradient == "direct")
     for _ in range(2):
@@ -539,10 +542,10 @@ def test_capture_that_fails(y0, ahead, monkeypatch):
     def fails(step, device):
         raise RuntimeError("operation not permitted when stream is capturing\nmore words")
 
-    monkeypatch.setattr(cuda_graph, "capture", fails)
+    monkeypatch.setattr(capturing, "capture", fails)
     with pytest.warns(UserWarning, match="cannot be captured: operation not permitted when stream is capturing; the solve"):
         found = solve(Net(), y0, T, cuda_graph=True)
-    assert torch.equal(found.ys, solve(Net(), y0, T).ys) and len(cuda_graph.graphs) == 0
+    assert torch.equal(found.ys, solve(Net(), y0, T).ys) and len(capturing.graphs) == 0
 
 
 def test_without_the_option_nothing_is_captured(y0, ahead):
@@ -732,7 +735,7 @@ def test_gpu(y0, graph, method, gradient, wanted):
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.mul_(0.9)
-    assert len(cuda_graph.graphs) > 0
+    assert len(capturing.graphs) > 0
 
 
 @pytest.mark.gpu

@@ -10,8 +10,11 @@ import torch
 from graph_stand_ins import Graph, run_ahead
 from test_cuda_graph import Clocked, Net, T, same, y0  # noqa: F401
 
-from odenet_cuda import SolverError, cuda_graph, solve
-from odenet_cuda.gradients import graphed_steps
+from odenet_cuda import SolverError, solve
+from odenet_cuda.graphed import capture as capturing
+from odenet_cuda.graphed.steps import GraphedSteps
+
+pytestmark = pytest.mark.usefixtures("kernels_alone")  # which are what is captured
 
 D = torch.float64
 WAYS = ["direct", "checkpoint"]
@@ -163,16 +166,16 @@ def test_two_solves_before_their_gradients(y0, ahead):  # noqa: F811
     options = {"gradient": "checkpoint", "cuda_graph": True, **OPTIONS}
     for _ in range(2):
         solve(net, start, T, **options)
-    assert ahead.captured == 3 and len(cuda_graph.graphs) == 1
+    assert ahead.captured == 3 and len(capturing.graphs) == 1
     losses = [solve(net, start * i, T, **options).ys.square().sum() for i in (1, 2, 3)]
     grads = [torch.autograd.grad(loss, start, retain_graph=True)[0] for loss in losses for _ in range(2)]
     for i in (1, 2, 3):
         expected = torch.autograd.grad(solve(net, start * i, T, **OPTIONS).ys.square().sum(), start)[0]
         for grad in grads[2 * i - 2 : 2 * i]:
             torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-13)
-    held = len(cuda_graph.graphs)
+    held = len(capturing.graphs)
     del losses
-    assert len(cuda_graph.graphs) > held
+    assert len(capturing.graphs) > held
 
 
 def test_second_derivatives_and_changed_weights(y0, ahead):  # noqa: F811
@@ -317,7 +320,7 @@ def test_failed_captures_are_remembered(y0, ahead, monkeypatch):  # noqa: F811
         tried.append(step)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_graph, "capture", failing)
+    monkeypatch.setattr(capturing, "capture", failing)
     net, start = Net(wanted=True), y0.clone().requires_grad_()
     for options in ({"gradient": "direct"}, {"gradient": "direct", "method": "rk4"}, {"gradient": "adjoint"}):
         tried.clear()
@@ -330,14 +333,14 @@ def test_failed_captures_are_remembered(y0, ahead, monkeypatch):  # noqa: F811
 
 def test_a_capture_waits_for_no_other(y0, ahead, monkeypatch):  # noqa: F811
     """Where another thread captures, the solve goes on without a graph, and the next one has one."""
-    capture, busy = cuda_graph.capture, [True]
+    capture, busy = capturing.capture, [True]
 
     def sometimes(step, device):
         if busy[0]:
-            raise cuda_graph.Busy("another thread captures a graph")
+            raise capturing.Busy("another thread captures a graph")
         return capture(step, device)
 
-    monkeypatch.setattr(cuda_graph, "capture", sometimes)
+    monkeypatch.setattr(capturing, "capture", sometimes)
     net, start = Net(wanted=True), y0.clone().requires_grad_()
     expected = solved(net, start, T, False)
     for busy[0] in (True, True, True, False, False):
@@ -364,14 +367,14 @@ def test_chosen_parameters(y0, ahead, method):  # noqa: F811
 @pytest.mark.parametrize("fails", [1, 2, 3])
 def test_captures_that_fail(y0, ahead, monkeypatch, fails):  # noqa: F811
     """Forwards, back, or back with outputs: the solve and its gradient go on without graphs, in words."""
-    capture = cuda_graph.capture
+    capture = capturing.capture
 
     def failing(step, device):
         if ahead.captured + 1 == fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         return capture(step, device)
 
-    monkeypatch.setattr(cuda_graph, "capture", failing)
+    monkeypatch.setattr(capturing, "capture", failing)
     net, start = Net(wanted=True), y0.clone().requires_grad_()
     expected = torch.autograd.grad(solve(net, start, T, **OPTIONS).ys.square().sum(), start)[0]
     solve(net, start, T, gradient="direct", cuda_graph=True, **OPTIONS)
@@ -388,7 +391,7 @@ def test_the_memory_of_a_solve(ahead):
     for _ in range(2):
         solution = solve(net, start, T, gradient="direct", cuda_graph=True, **OPTIONS)
     lease = solution.ys.grad_fn.lease
-    assert isinstance(lease.graphed, graphed_steps.GraphedSteps)
+    assert isinstance(lease.graphed, GraphedSteps)
     steps = lease.graphed._steps()
     assert len(steps) == int(solution.stats.num_accepted) and all(step.evaluations == () and step.k == [] for step in steps)
 

@@ -269,7 +269,8 @@ class Solves:
 
     def by_stepper(self, trial: Trial) -> tuple[list[Tensor], bool]:
         """The results, and whether they are of no use."""
-        from ..job import Job
+        from .. import recorded
+        from ..request import Request, Settings
 
         comparison = self.comparison
         sources = self._sources(trial) if self.gradient else []  # func is given these
@@ -277,10 +278,11 @@ class Solves:
         if self.gradient:
             structure = comparison._structure(trial)
             t = torch.tensor(problem.t, dtype=torch.float64, device="cpu")
-            job = Job(problem, self.options, structure, t, False, self.grid)
+            kind = "adjoint" if self.gradient == "adjoint" else "direct"
+            settings = Settings(self.options, kind, problem.per_sample, on_failure="return")
+            backward = self.backward if kind == "adjoint" else None
             with torch.enable_grad():
-                kind = "adjoint" if self.gradient == "adjoint" else "direct"
-                solution = job.run(kind, self.backward if kind == "adjoint" else None, None, None, "return")
+                solution = recorded.solve(Request(problem, settings, structure, t, self.grid, backward=backward))
                 results = self._gradients(structure.flatten(solution.ys), sources)
             state = solution._state
         else:

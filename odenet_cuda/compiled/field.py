@@ -59,7 +59,8 @@ class CompiledField(nn.Module):
         self._readings: dict[Any, Readings] = {}  # of each kind
         self._read_of: tuple = ()  # the func of the plans; in a tuple, for it is no module of this one a second time
         self._distrust = ""  # why it is read no more, see recheck.py
-        self._why: list[str] = []  # the stepper served the last solve; empty: the compiled field did
+        self._why: list[str] = []  # this engine refused the last solve
+        self._explained = ""
         self._latest: Plan | None = None
 
     def forward(self, t: Tensor, y: Any, *args: Any) -> Any:
@@ -86,13 +87,11 @@ class CompiledField(nn.Module):
 
     def explain(self) -> str:
         """How the last solve was served, and why not by the compiled field where it was not."""
-        if self._latest is None and not self._why:
-            return "not solved yet"
-        return "compiled" if not self._why else "served by the stepper: " + "; ".join(self._why)
+        return self._explained or "not solved yet"
 
-    def served_by_stepper(self, reason: str) -> None:
+    def served_by(self, engine: str, refusals: dict[str, str]) -> None:
         """For `explain`."""
-        self._why = [reason]
+        self._explained = in_words(engine, refusals)
 
     def source(self, method: str = "dopri5", solve: str = "per_sample", *, cuda: bool = False, lanes: str = "pack") -> str:
         """The C++ text of the field read last, with one method. solve: one of "per_sample", "joint", "grid", and for gradients
@@ -115,6 +114,7 @@ class CompiledField(nn.Module):
             "_latest": None,
             "_distrust": "",
             "_why": [],
+            "_explained": "",
         }  # libraries stay behind; the cache has them
 
     # How a solve asks
@@ -252,6 +252,15 @@ def compile(func: Callable[..., Any], *, cuda: bool = False, matmul: str = "floa
     if matmul not in MATMULS:
         raise ValueError(f"matmul must be one of {tuple(MATMULS)}, got {matmul!r}")
     return func if isinstance(func, CompiledField) else CompiledField(func, cuda, matmul)
+
+
+def in_words(engine: str, refusals: dict[str, str]) -> str:
+    """How a solve was served, and why not by the compiled field. refusals: those of `Solution.explanation`."""
+    if engine == "compiled":
+        return "compiled"
+    return f"served by the {engine}: " + refusals.get(
+        "compiled", "inside a transform of torch, or while operations are written down"
+    )
 
 
 def compiled_field(func: Any) -> tuple[CompiledField | None, tuple]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..gradients.drift import add_drift, warn_of_drift
 from ..integrate import backward_grid
-from ..ops import FIELDS
 from ..problem import Problem
 from .engine import Engine, as_rows, evaluations
 from .ways import Way
@@ -113,9 +112,8 @@ def check(engine: Engine, state: Tensor | None, problem: Problem) -> Any:
     if state is None:
         return None
     host = state.cpu().numpy()
-    counts = state[FIELDS["num_accepted"]], state[FIELDS["num_rejected"]]
     last = engine.leaves(engine.y_last[:, : engine.state])
-    t = torch.tensor(problem.t, dtype=torch.float64, device="cpu")
-    solution = Solution(last, t, Stats(0, *counts, problem.per_sample), last, None, problem.per_sample)
+    stats = Stats(0, problem.per_sample, state)
+    solution = Solution(last, problem.t, stats, last, device=state.device, per_sample=problem.per_sample)
     raise_failure(host, solution, engine.options.control.max_num_steps)
     return host

@@ -384,10 +384,4 @@ def _with_all_parts(callback: Callable) -> Callable:
 
 
 def last_state(leaves: list[Tensor], problem: Problem, stats: Stats) -> Solution:
-    return Solution(
-        ys=None,
-        t=torch.tensor(problem.t, dtype=torch.float64, device="cpu"),
-        stats=stats,
-        y_last=leaves,
-        per_sample=problem.per_sample,
-    )
+    return Solution(None, problem.t, stats, leaves, device=problem.device, per_sample=problem.per_sample)

@@ -13,6 +13,8 @@ from ..problem import Problem, Structure, check_tolerance
 from ..step_control import StepControl
 from .adjoint import Adjoint
 
+NOT_GIVEN = (None, None, None, None)  # method, rtol, atol, options
+
 
 def adjoint_setup(
     func: Callable,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import formulas
-from ..cuda_graph import Busy, Watch, being_captured, captured, repeated
+from ..graphed.capture import Busy, Watch, being_captured, captured, repeated
 from ..ops import FIELDS, STOPS
 from ..problem import Problem, counter_of, to_device
 from ..ranges import marked

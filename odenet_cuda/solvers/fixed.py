@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import formulas, ops
-from ..cuda_graph import captured
+from ..graphed.capture import captured
 from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
 from ..stepper import Stepper

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..calls import Calls
-from ..cuda_graph import NEVER, Fence, being_captured, graphs, no_cast_is_kept
 from ..problem import Problem, counter_of
 from ..sharding import is_plain
-from .trajectory import Evaluation, Trajectory
+from ..solvers.trajectory import Evaluation, Trajectory
+from .calls import Calls
+from .capture import NEVER, Fence, being_captured, graphs, no_cast_is_kept
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Kind:
     """What a solve by a graph is besides its problem.
 
     key: what else its steps depend on. reset: what `reset` of a solver takes. perturb: func is first called just inside the
-    interval. mode: one of `cuda_graph.MODES`. refusal: why this solve has no graph, or "".
+    interval. mode: one of `capture.MODES`. refusal: why this solve has no graph, or "".
     """
 
     key: Hashable

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .sharding import is_plain
+from ..sharding import is_plain
 
 # Operations whose result the host must wait for, or whose shape depends on values.
 _WAITING = (

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cuda_graph import captured as replay_of
-from ..cuda_graph import pool, warming_up
+from ..gradients.checkpoint import Recomputation, way_back
+from ..gradients.direct import BackwardWalk
 from ..integrate import Options
 from ..problem import Problem, aliased, counter_of
 from ..products import Targets
 from ..solvers.adaptive import AdaptiveSolver
 from ..solvers.checkpoints import Checkpoints
 from ..solvers.trajectory import Evaluation, Recorder, Step, Trajectory
-from .checkpoint import Recomputation, way_back
-from .direct import BackwardWalk
+from .capture import captured as replay_of
+from .capture import pool, warming_up
 
 
 class GraphedSteps:

@@ -1,5 +1,5 @@
 """Gradients of solves by captured graphs: that of a solve on a fixed grid and of its way back, or those of adaptive steps
-(`graphed_steps.py`).
+(`steps.py`).
 
 They are made when a solve is met for the second time, on memory of their own. Whoever has a solve's outputs has its graphs for
 himself until the outputs' graph of autograd is gone, for the way back reads what the solve left behind.
@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from ..captured import Known, are_closed
-from ..cuda_graph import MET, NEVER, Busy, Fence, being_captured, graphs, warming_up
-from ..cuda_graph import captured as replay_of
+from ..gradients import checkpoint, direct
+from ..gradients.autocast import autocast_state
+from ..gradients.failed import known_cotangents, with_nan
+from ..gradients.one_by_one import one_by_one
+from ..gradients.release import kept, let_go
+from ..gradients.replay import save_inputs, saved_inputs, second_gradients
 from ..held import Captured
 from ..integrate import Grid, Options
 from ..problem import Problem, aliased, counter_of
 from ..products import Targets
 from ..ranges import in_range
 from ..solution import Stats
-from ..solvers.by_graph import first_call, key_of
 from ..solvers.checkpoints import Checkpoints
 from ..solvers.fixed import FixedSolver, calls_on_grid
 from ..solvers.trajectory import Evaluation, Recorder, Trajectory
-from . import checkpoint, direct
-from .autocast import autocast_state
-from .failed import known_cotangents, with_nan
-from .graphed_steps import GraphedSteps
-from .one_by_one import one_by_one
-from .release import kept, let_go
-from .replay import save_inputs, saved_inputs, second_gradients
+from .capture import MET, NEVER, Busy, Fence, being_captured, graphs, warming_up
+from .capture import captured as replay_of
+from .loops import first_call, key_of
+from .steps import GraphedSteps
 
 # Gradients for y0 and the captured tensors, and how often func was called.
 Found = tuple[list[Tensor], list[Tensor | None], int]

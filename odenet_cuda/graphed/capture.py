@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
-from .step_control import RUNNING
+from .. import _C
+from ..step_control import RUNNING
 
 _LIMIT = 16  # steps that are kept captured, those used longest ago let go first
 _REMEMBERED = 256  # solves that are known to have none

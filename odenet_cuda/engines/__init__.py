@@ -1,0 +1,36 @@
+"""The ways to run a solve, one file each, in the order in which they are asked.
+
+An engine has a NAME and two verbs: ``refusal(request)`` says in words why it does not serve this one, or "", and
+``solve(request)`` does. No engine knows another. What several need lies below them: `recorded.py`, `outcome.py`, `probe.py`.
+"""
+
+from typing import Protocol
+
+from ..request import Request
+from ..solution import Solution
+from . import compiled, graphed, plain, stepper, transformed
+
+
+class Engine(Protocol):
+    @property
+    def NAME(self) -> str: ...
+    def refusal(self, request: Request, /) -> str: ...
+    def solve(self, request: Request, /) -> Solution: ...
+
+
+ENGINES: tuple[Engine, ...] = (transformed, compiled, graphed, plain, stepper)
+
+
+def serve(request: Request) -> Solution:
+    """By the first engine that does not refuse. The Solution says which, and what each before it answered."""
+    refusals: dict[str, str] = {}
+    for engine in ENGINES:
+        refusal = engine.refusal(request)
+        if not refusal:
+            if request.compiled is not None:
+                request.compiled.served_by(engine.NAME, refusals)
+            solution = engine.solve(request)
+            solution.engine, solution.explanation = engine.NAME, refusals
+            return solution
+        refusals[engine.NAME] = refusal
+    raise AssertionError("the stepper serves what the others refuse")

@@ -1,0 +1,60 @@
+"""A readable func, whole in one call of its own library, and so its gradient."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .. import recorded
+from ..compiled.attach import attach
+from ..compiled.engine import evaluations
+from ..compiled.field import prepare
+from ..outcome import failed, solution_of, stats_of
+from ..request import Request
+from ..solution import Solution
+
+NAME = "compiled"
+
+
+def refusal(request: Request) -> str:
+    """Why func is not solved so; else what it needs is ready in `request.prepared`."""
+    field = request.compiled
+    if field is None:
+        return "func is no compiled field: see odenet_cuda.compile"
+    problem, settings, options, backward = request.problem, request.settings, request.options, request.backward
+    needs = {
+        "dense=True": settings.dense,
+        "regularizers": bool(settings.regularizers),
+        "gradient='quadrature'": settings.gradient == "quadrature",
+        "max_checkpoints": settings.max_checkpoints is not None,
+        "adjoint_params": request.params is not None,
+        "a norm of the adjoint": backward is not None and backward.norm is not None,
+        "a callback of the adjoint": backward is not None and bool(backward.callbacks),
+    }
+    request.prepared[NAME] = prepare(
+        field, request.args, problem, options, request.structure, request.t, request.grid, settings.gradient, backward, needs
+    )
+    return "; ".join(field._why)
+
+
+def solve(request: Request) -> Solution:
+    engine, problem, gradient = request.prepared[NAME], request.problem, request.settings.gradient
+    field: Any = problem.field
+    wanted = engine.sources.wanted
+    trajectory = engine.solve(keep=wanted and gradient != "adjoint")
+    field.nfe = evaluations(request.options, trajectory.host_state(), request.grid, problem)
+    stats = stats_of(request, trajectory)
+    outputs = trajectory.ys
+    failed(request, trajectory, outputs, stats)
+    if wanted:
+        again = replace(request, prepared={})
+        outputs = attach(engine, gradient, request.backward, outputs, stats, lambda: _by_stepper(again))
+    return solution_of(request, outputs, trajectory, None, stats)
+
+
+def _by_stepper(request: Request) -> list[Tensor]:
+    """The outputs once more, with a gradient that has one itself."""
+    field: Any = request.problem.field
+    problem = replace(request.problem, field=field.again())
+    settings = replace(request.settings, gradient="direct")
+    return request.structure.flatten(recorded.solve(replace(request, problem=problem, settings=settings, prepared={})).ys)
