@@ -1,4 +1,4 @@
-"""The uniform values of a solve, as the kernels read them: the addresses of tensors of func, or of what is computed from them."""
+"""The uniform values of a solve as the kernels read them: addresses of tensors of func, or of what is computed from them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ class Layout:
 
 
 class Constants:
-    """Those of one solve. Keeps alive what they point to. bases: the tensors of func; tensors: the same, or detached; kept: what
+    """Those of one solve. Keeps alive what they point to. bases: the tensors of func; tensors: these, or detached; kept: what
     was computed from them."""
 
     def __init__(

@@ -57,7 +57,7 @@ def recheck(field: "CompiledField", engine: "Engine", structure: Structure, args
             raise Unreadable("what func reads has changed while it was compared again")
         return
     reason = f"what func reads has changed unseen: {found}; call reset()"
-    field.distrust(reason)
+    field._plans.distrust(reason)
     warnings.warn(
         f"odenet_cuda.compile: something that func reads has changed since it was read, and was not seen to: {found}. The last "
         f"{watch.unseen} compiled solves may be wrong. The stepper serves this one and later ones, until field.reset(). Please "

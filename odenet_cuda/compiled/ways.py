@@ -1,4 +1,4 @@
-"""What follows from the kind of a solve, made once and kept with the plan: libraries, and of a call all but this solve's numbers.
+"""What follows from the kind of a solve, made once and kept with the plan: libraries, and of a call all but its numbers.
 
 Nothing of the state or of func is in here: a `Kind` belongs to one plan, which the guards keep true, and is looked up by all
 that it was made from. What is kept besides is made anew where it no longer fits, so that threads can share it.
