@@ -1,5 +1,6 @@
-// The lists of Guards, gone through by the C interface of Python. They belong to the Python object, which alone the garbage
-// collector sees; here is no state. Whatever differs is for Python to judge, which knows what may be taken over.
+// The lists of Guards, gone through by the C interface of Python. They belong to the Python object, which alone the
+// garbage collector sees; here is no state. Whatever differs is for Python to judge, which knows what may be taken
+// over.
 
 #include "guards.h"
 
@@ -17,15 +18,15 @@ using Owned = std::unique_ptr<PyObject, Release>;
 
 // The lists that Guards gives, in this order.
 enum Part : Py_ssize_t {
-  kOwners,      // of items, and their keys
+  kOwners,  // of items, and their keys
   kKeys,
   kReferences,  // to the objects of attributes, called for them; and the attributes' names
   kNames,
-  kIds,         // of what was found, items first: addresses
-  kMetas,       // of each of these: what a tensor was like, or None
-  kSized,       // containers, and their lengths
+  kIds,    // of what was found, items first: addresses
+  kMetas,  // of each of these: what a tensor was like, or None
+  kSized,  // containers, and their lengths
   kLengths,
-  kOrdered,     // dicts, and their keys in order, of one after the other
+  kOrdered,  // dicts, and their keys in order, of one after the other
   kOrder,
   kParts,
 };
@@ -75,8 +76,8 @@ bool same_keys(PyObject* dict, PyObject* order, Py_ssize_t& place) {
   return !PyErr_Occurred();
 }
 
-// The lists change only in Guards, under the interpreter's lock, and never in length but for the order: they are asked anew
-// after whatever may run code.
+// The lists change only in Guards, under the interpreter's lock, and never in length but for the order: they are asked
+// anew after whatever may run code.
 bool unchanged(PyObject* parts) {
   const auto list = [&](Part part) { return PyTuple_GET_ITEM(parts, part); };
   const auto at = [&](Part part, Py_ssize_t i) { return PyList_GET_ITEM(list(part), i); };
@@ -115,8 +116,8 @@ bool is(PyObject* x, PyObject* question, bool answer) {
   return found.get() == (answer ? Py_True : Py_False);
 }
 
-// The address of a constant that is a view of this tensor, if that lies as it did; else null. view: (shape, strides, dtype,
-// device, offset in bytes, whether that is contiguous).
+// The address of a constant that is a view of this tensor, if that lies as it did; else null. view: (shape, strides,
+// dtype, device, offset in bytes, whether that is contiguous).
 PyObject* address(PyObject* tensor, PyObject* view) {
   constexpr int kAsked[] = {2, 1, 3};  // of kMeta, in the order of view without the strides
   constexpr int kPlaces[] = {0, 2, 3};
@@ -135,7 +136,8 @@ PyObject* address(PyObject* tensor, PyObject* view) {
   return begin ? PyNumber_Add(begin.get(), PyTuple_GET_ITEM(view, 4)) : nullptr;
 }
 
-// addresses(tensors, views): a tuple with the address of each view of a tensor, or None where one does not lie as it did.
+// addresses(tensors, views): a tuple with the address of each view of a tensor, or None where one does not lie as it
+// did.
 PyObject* py_addresses(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2 || !PyList_CheckExact(args[0]) || !PyTuple_CheckExact(args[1]) ||
       PyList_GET_SIZE(args[0]) != PyTuple_GET_SIZE(args[1])) {

@@ -121,7 +121,8 @@ void add_stepper(py::module_& m) {
       .def("swap_ends", &Stepper::swap_ends);
 }
 
-// A compiled field and the arguments of its solves, made once for each kind. Addresses come as numbers, and what they point to is the caller's.
+// A compiled field and the arguments of its solves, made once for each kind. Addresses come as numbers, and what they
+// point to is the caller's.
 void add_library(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<Library>(m, "Library")

@@ -222,7 +222,7 @@ def test_one_thread_compares(monkeypatch):
     go.set()
     thread.join()
     assert len(calls) == 1 and watch_of(field).unseen <= 2
-    field.distrust("for a test")
+    field._plans.distrust("for a test")
     assert_as_stepper(field)
     assert field.explain() == "served by the stepper: for a test" and len(calls) == 1
 

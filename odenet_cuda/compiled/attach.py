@@ -72,7 +72,7 @@ class _Compiled(torch.autograd.Function):
             return None, None, None, *found
         start = time.perf_counter()
         with torch.no_grad():
-            gys = list(grad_ys)
+            gys: list[Any] = list(grad_ys)
             parts = adjoint(engine, backward, ys, gys, stats) if gradient == "adjoint" else reverse(engine, gys)
             y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward

@@ -36,6 +36,8 @@ class Engine:
 
     sources: Any = None
     tape: Tensor | None = None
+    kind: Kind
+    nfe_backward = 0
     begun = 0.0  # when the solve began, for recheck.py; 0: it is none of the user's
 
     def __init__(
@@ -158,8 +160,11 @@ def evaluations(options: Options, host: Any, grid: Grid | None, problem: Problem
     """Calls of func that such a solve takes. host: its state as a NumPy array."""
     tableau = options.tableau
     if host is not None:
-        tried = host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]
-        tries = int(tried[0] if len(tried) == 1 else tried.max())
+        accepted, rejected, rows = FIELDS["num_accepted"], FIELDS["num_rejected"], host.shape[1]
+        if rows == 1:
+            tries = int(host.item(accepted) + host.item(rejected))
+        else:
+            tries = int((host[accepted] + host[rejected]).max())
         jumps = 0
         if options.jump_t:
             low, high = min(problem.t[0], problem.t[-1]), max(problem.t[0], problem.t[-1])

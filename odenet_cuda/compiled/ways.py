@@ -59,6 +59,7 @@ class Kind:
         self.tableau: ButcherTableau = options.tableau
         self.taped = gradient not in ("", "adjoint")
         self.wanted: list[tuple[ButcherTableau, Target]] = []
+        self._targets: dict[str, Target] = {}
         if like is not None:
             self._targets = like._targets
         else:
