@@ -30,9 +30,9 @@ from odenet_cuda.compiled.leaks import Leak
 from odenet_cuda.compiled.memory import has_memory
 from odenet_cuda.compiled.numbers import Number, Root
 from odenet_cuda.compiled.plans import Plans
-from odenet_cuda.compiled.reach import Slot
 from odenet_cuda.compiled.reading import Reading
 from odenet_cuda.compiled.trace import Unreadable
+from odenet_cuda.compiled.walk import Slot
 from odenet_cuda.problem import Structure
 
 INDEX, SCALE, HALF = torch.tensor([1]), number(2.0), torch.tensor(0.1)  # an int64, a float64, a float32

@@ -17,7 +17,8 @@ from ..problem import Structure
 from ..version import VERSION
 from . import build
 from .build import NoCompiler, Refused
-from .comparison import Comparison, Difference, Unchecked, settled
+from .comparison import Comparison, settled
+from .differences import Difference, Unchecked
 from .engine import Engine
 from .leaks import summary
 from .marks import without_hooks
