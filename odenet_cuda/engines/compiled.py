@@ -41,7 +41,7 @@ def refusal(request: Request) -> str:
 
 
 def solve(request: Request) -> Solution:
-    engine, problem, gradient = request.prepared[NAME], request.problem, request.settings.gradient
+    engine, problem, gradient = request.prepared.pop(NAME), request.problem, request.settings.gradient
     field: Any = problem.field
     wanted = engine.sources.wanted
     trajectory = engine.solve(keep=wanted and gradient != "adjoint")
@@ -50,8 +50,7 @@ def solve(request: Request) -> Solution:
     outputs = trajectory.ys
     failed(request, trajectory, outputs, stats)
     if wanted:
-        again = replace(request, prepared={})
-        outputs = attach(engine, gradient, request.backward, outputs, stats, lambda: _by_stepper(again))
+        outputs = attach(engine, gradient, request.backward, outputs, stats, lambda: _by_stepper(request))
     return solution_of(request, outputs, trajectory, None, stats)
 
 
