@@ -1,13 +1,13 @@
 """compile(field): a field whose solves run as one kernel call each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..methods import find_method
-from ..problem import WithArguments
+from ..problem import Structure, WithArguments
 from .emit import SOLVES, Target
 from .plan import Plan
 from .plans import Plans
@@ -45,6 +45,11 @@ class CompiledField(nn.Module):
     @property
     def _latest(self) -> Plan | None:
         return self._plans.latest
+
+    def plan(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
+        """That of solves of such states. Raises Unreadable."""
+        kind = self._plans.kind(structure, args, per_sample, self._cuda)
+        return self._plans.find(self.func, kind, structure, args, per_sample)
 
     def reset(self) -> None:
         """Forgets what was read."""
