@@ -22,6 +22,18 @@ from .ways import Kind, Way
 _MOST_KINDS = 32  # of solves, kept with a plan
 
 
+_PLAIN = {str, int, float, bool, type(None)}
+
+
+def by_value(options: Options | None) -> Any:
+    """Something equal for options that are made anew for every solve and say the same; else what is like itself alone."""
+    if options is None:
+        return None
+    values = [*vars(options.control).values(), *vars(options).values(), *options.step_t, *options.jump_t]
+    plain = all([type(x) in _PLAIN for x in values if type(x) is not tuple and x is not options.control])
+    return options if plain and type(options.control.controller) is str else object()
+
+
 def on_cuda(device: torch.device) -> bool:
     """Whether solves there run the CUDA text."""
     return device.type == "cuda"
@@ -65,13 +77,13 @@ class Engine:
             self.arguments = as_rows([args[i].detach() for i in plan.batched], self.batch, first)
 
     def _kind(self, gradient: str, backward: Options | None, like: Kind | None) -> Kind:
-        """Raises NoCompiler where a library of it is known to be none."""
-        plan, problem = self.plan, self.problem
-        key = self.options, self.batch, problem.per_sample, self.matmul, gradient, backward
+        """One that is kept, for options are the same object wherever they have the same values: see request.Settings."""
+        plan, per_sample = self.plan, self.problem.per_sample
+        key = id(self.options), self.batch, per_sample, self.matmul, gradient, by_value(backward)
         found = plan.kinds.get(key) if like is None else None
         if found is None:
             card = card_of(plan.device) if self.cuda else None
-            found = Kind(plan, *key[:3], card, *key[3:], like)  # type: ignore[arg-type]
+            found = Kind(plan, self.options, self.batch, per_sample, card, self.matmul, gradient, backward, like)
             if like is None:
                 if len(plan.kinds) >= _MOST_KINDS:
                     plan.kinds.clear()

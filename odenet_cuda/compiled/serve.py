@@ -40,16 +40,16 @@ def prepare(
 ) -> Engine | str:
     """The engine of this solve, or why there is none. needs: what the solve was asked for that only the stepper has."""
     global _warned
-    own, func = field.__dict__, field.func
-    kind = field._plans.kind(structure, args, problem.per_sample, own["_cuda"])
-    if len(problem.t) == 1 or kind.empty:
-        return _NOTHING
-    why = [f"{name} needs it" for name in needs] + kind.refusals + _of_options(problem, options) + _of_torch(t)
-    if _may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
-        why.append("callbacks of func need it")
-    if why:
-        return "; ".join(why)
     try:
+        own, func = field.__dict__, field.func
+        kind = field._plans.kind(structure, args, problem.per_sample, own["_cuda"])
+        if len(problem.t) == 1 or kind.empty:
+            return _NOTHING
+        why = [f"{name} needs it" for name in needs] + kind.refusals + _of_options(problem, options) + _of_torch(t)
+        if _may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
+            why.append("callbacks of func need it")
+        if why:
+            return "; ".join(why)
         plan = field._plans.find(func, kind, structure, args, problem.per_sample)
         sources = Sources(plan, structure, args)
         how = gradient if sources.wanted else ""
