@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "guards.h"
 #include "library.h"
 #include "repeat.h"
 #include "stepper.h"
@@ -124,7 +125,8 @@ void add_stepper(py::module_& m) {
       .def("swap_ends", &Stepper::swap_ends);
 }
 
-// A compiled field and the arguments of its solves. Addresses come as numbers, and what they point to is the caller's.
+// A compiled field and the arguments of its solves, made once for each kind. Addresses come as numbers, and what they
+// point to is the caller's.
 void add_library(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<Library>(m, "Library")
@@ -143,18 +145,12 @@ void add_library(py::module_& m) {
           unlocked)
       .def("resident", &Library::resident);
   py::class_<SolveCall>(m, "SolveCall")
-      .def(py::init([](Address y0, Address arguments, Address constants, Address rtol, Address atol, Address state,
-                       Address stops, int64_t num_stops, Address t, int64_t num_outputs, Address nodes,
-                       int64_t num_nodes, int64_t rows, const std::vector<double>& controller, double first_step,
-                       Address ys, Address y_last, Address tiles, Address sums, int64_t batch, int64_t chunk,
-                       int64_t grain) {
+      .def(py::init([](Address rtol, Address atol, Address stops, int64_t num_stops, Address t, int64_t num_outputs,
+                       Address nodes, int64_t num_nodes, int64_t rows, const std::vector<double>& controller,
+                       double first_step, int64_t batch, int64_t chunk, int64_t grain) {
              SolveCall in{};
-             in.y0 = reinterpret_cast<const void*>(y0);
-             in.arguments = reinterpret_cast<const void*>(arguments);
-             in.constants = reinterpret_cast<const void* const*>(constants);
              in.rtol = reinterpret_cast<const double*>(rtol);
              in.atol = reinterpret_cast<const double*>(atol);
-             in.step.state = reinterpret_cast<double*>(state);
              in.step.stops = reinterpret_cast<const double*>(stops);
              in.step.num_stops = num_stops;
              in.step.t = reinterpret_cast<const double*>(t);
@@ -165,20 +161,30 @@ void add_library(py::module_& m) {
              in.nodes = reinterpret_cast<const double*>(nodes);
              in.num_nodes = num_nodes;
              in.first_step = first_step;
-             in.ys = reinterpret_cast<void*>(ys);
-             in.y_last = reinterpret_cast<void*>(y_last);
-             in.tiles = reinterpret_cast<void*>(tiles);
-             in.sums = reinterpret_cast<double*>(sums);
              in.batch = batch;
              in.chunk = chunk;
              in.grain = grain;
              return in;
            }),
-           py::kw_only(), py::arg("y0"), py::arg("arguments"), py::arg("constants"), py::arg("rtol"), py::arg("atol"),
-           py::arg("state"), py::arg("stops"), py::arg("num_stops"), py::arg("t"), py::arg("num_outputs"),
-           py::arg("nodes"), py::arg("num_nodes"), py::arg("rows"), py::arg("controller"), py::arg("first_step"),
-           py::arg("ys"), py::arg("y_last"), py::arg("tiles"), py::arg("sums"), py::arg("batch"), py::arg("chunk"),
-           py::arg("grain"))
+           py::kw_only(), py::arg("rtol"), py::arg("atol"), py::arg("stops"), py::arg("num_stops"), py::arg("t"),
+           py::arg("num_outputs"), py::arg("nodes"), py::arg("num_nodes"), py::arg("rows"), py::arg("controller"),
+           py::arg("first_step"), py::arg("batch"), py::arg("chunk"), py::arg("grain"))
+      .def(
+          "on",
+          [](const SolveCall& kind, Address y0, Address ys, Address y_last, Address state, Address arguments,
+             Address constants, Address tiles, Address sums) {
+            SolveCall in = kind;
+            in.y0 = reinterpret_cast<const void*>(y0);
+            in.ys = reinterpret_cast<void*>(ys);
+            in.y_last = reinterpret_cast<void*>(y_last);
+            in.step.state = reinterpret_cast<double*>(state);
+            in.arguments = reinterpret_cast<const void*>(arguments);
+            in.constants = reinterpret_cast<const void* const*>(constants);
+            in.tiles = reinterpret_cast<void*>(tiles);
+            in.sums = reinterpret_cast<double*>(sums);
+            return in;
+          },
+          "One solve of this kind, on memory of its own.")
       .def("bind_tape",
            [](SolveCall& in, Address tape, Address count, int64_t capacity) {
              in.tape = reinterpret_cast<void*>(tape);
@@ -217,4 +223,5 @@ PYBIND11_MODULE(_C, m) {
   add_stepper(m);
   add_library(m);
   add_repeat(m);
+  if (add_guards(m.ptr()) != 0) throw py::error_already_set();
 }

@@ -1,4 +1,7 @@
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 fields: dict[str, int]
 num_fields: int
@@ -85,12 +88,8 @@ class SolveCall:
     def __init__(
         self,
         *,
-        y0: int,
-        arguments: int,
-        constants: int,
         rtol: int,
         atol: int,
-        state: int,
         stops: int,
         num_stops: int,
         t: int,
@@ -100,14 +99,16 @@ class SolveCall:
         rows: int,
         controller: Sequence[float],
         first_step: float,
-        ys: int,
-        y_last: int,
-        tiles: int,
-        sums: int,
         batch: int,
         chunk: int,
         grain: int,
     ) -> None: ...
+    def on(
+        self, y0: int, ys: int, y_last: int, state: int, arguments: int, constants: int, tiles: int, sums: int, /
+    ) -> SolveCall: ...
     def bind_tape(self, tape: int, count: int, capacity: int) -> None: ...
     def bind_gradients(self, ys: int, y0: int, arguments: int, constants: int, size: int) -> None: ...
     def plan(self, begun: int, max_steps: int) -> None: ...
+
+def unchanged(lists: tuple[list[Any], ...], /) -> bool: ...
+def addresses(tensors: list[Tensor], views: tuple[tuple[Any, ...], ...], /) -> tuple[int, ...] | None: ...

@@ -318,10 +318,10 @@ def test_no_library(cache):
 
 def test_refusal_is_remembered(cache, fresh, monkeypatch):
     """What the compiler refuses is not tried again at every call, nor by another field of the same text."""
-    from odenet_cuda.compiled import field as fields
+    from odenet_cuda.compiled import serve
     from odenet_cuda.compiled.plan import Plan
 
-    monkeypatch.setattr(fields, "_warned", True)
+    monkeypatch.setattr(serve, "_warned", True)
     emitted, calls = Plan.source, []
     monkeypatch.setattr(Plan, "source", lambda *args: calls.append(1) or emitted(*args) + "#error refused on purpose\n")
     compiled = []

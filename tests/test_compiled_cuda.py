@@ -18,7 +18,7 @@ from test_cuda_compile import CSRC, find_nvcc
 
 import odenet_cuda
 from odenet_cuda import _C, SolverError, solve
-from odenet_cuda.compiled import engine, plan, teams
+from odenet_cuda.compiled import engine, plan, teams, ways
 from odenet_cuda.compiled.emit import Target
 from odenet_cuda.compiled.teams import H100, Card
 
@@ -73,7 +73,7 @@ def test_methods(emulated, method):
 
 def test_jumps_and_slices(emulated, monkeypatch):
     """A call that ends before the solve does goes on where it was, in blocks some of whose samples have ended too."""
-    monkeypatch.setattr(engine, "_SLICE", 1e-9)
+    monkeypatch.setattr(ways, "_SLICE", 1e-9)
     func = odenet_cuda.compile(Stretched())
     for options in ({"step_control": "per_sample"}, {}, {"method": "rk4", "step_size": 0.25}):
         jumps = {} if "method" in options else {"jump_t": [0.5], "rtol": 1e-3, "atol": 1e-3}
@@ -193,7 +193,7 @@ def test_groups_deal_all_kinds_of_statements(grouped):
 
 def test_groups_go_on_where_they_were(grouped, monkeypatch):
     """In many short calls, two blocks of joint control included."""
-    monkeypatch.setattr(engine, "_SLICE", 1e-9)
+    monkeypatch.setattr(ways, "_SLICE", 1e-9)
     for control in ("per_sample", "joint"):
         options = {"step_control": control, "rtol": 1e-3, "atol": 1e-3}
         compare_gradients(Net(hidden=19), rows(11, 2), TIMES[[0, 2, 4]], 1e-9, **options)

@@ -1463,7 +1463,7 @@ def test_a_guard_that_fails_keeps_few_plans():
         f.net = linear(seed)
     assert_fresh(field)
     gc.collect()
-    assert old() is None and sum(map(len, field._plans.values())) <= 4
+    assert old() is None and sum(map(len, field._plans.kept.values())) <= 4
     plan = field.plan(Structure(Y0), (), False)
     f.train(not f.training)
     other = field.plan(Structure(Y0), (), False)

@@ -26,13 +26,13 @@ from torch import nn
 
 import odenet_cuda
 from odenet_cuda.compiled import refusals
-from odenet_cuda.compiled.field import CompiledField
 from odenet_cuda.compiled.leaks import Leak
 from odenet_cuda.compiled.memory import has_memory
 from odenet_cuda.compiled.numbers import Number, Root
-from odenet_cuda.compiled.reach import Slot
+from odenet_cuda.compiled.plans import Plans
 from odenet_cuda.compiled.reading import Reading
 from odenet_cuda.compiled.trace import Unreadable
+from odenet_cuda.compiled.walk import Slot
 from odenet_cuda.problem import Structure
 
 INDEX, SCALE, HALF = torch.tensor([1]), number(2.0), torch.tensor(0.1)  # an int64, a float64, a float32
@@ -467,13 +467,13 @@ READ_OFTEN = {  # the same, by what changes
 
 class Count:
     def __init__(self, patch):
-        self.readings, read = 0, CompiledField._read
+        self.readings, read = 0, Plans._read
 
         def counted(*args):
             self.readings += 1
             return read(*args)
 
-        patch.setattr(CompiledField, "_read", counted)
+        patch.setattr(Plans, "_read", counted)
 
 
 @pytest.mark.parametrize("name", [*READ_TWICE, *READ_OFTEN])

@@ -15,8 +15,8 @@ from torch import nn
 import odenet_cuda
 from odenet_cuda import solve
 from odenet_cuda.compiled import check, comparison, recheck, trace
-from odenet_cuda.compiled.field import CompiledField
 from odenet_cuda.compiled.guards import Guards
+from odenet_cuda.compiled.plans import Plans
 from odenet_cuda.compiled.watch import Watch
 
 Y0 = rows(5, 2)
@@ -222,7 +222,7 @@ def test_one_thread_compares(monkeypatch):
     go.set()
     thread.join()
     assert len(calls) == 1 and watch_of(field).unseen <= 2
-    field.distrust("for a test")
+    field._plans.distrust("for a test")
     assert_as_stepper(field)
     assert field.explain() == "served by the stepper: for a test" and len(calls) == 1
 
@@ -382,8 +382,8 @@ def test_a_reading_that_ends_is_waited_for(monkeypatch):
     field = odenet_cuda.compile(func)
     ends(field)
     func.k = 1.5
-    original, waiting = CompiledField._read, threading.Event()
-    monkeypatch.setattr(CompiledField, "_read", lambda *args: readings.append(1) or original(*args))
+    original, waiting = Plans._read, threading.Event()
+    monkeypatch.setattr(Plans, "_read", lambda *args: readings.append(1) or original(*args))
     observe = trace.observe
 
     def slow(*args):

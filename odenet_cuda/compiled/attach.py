@@ -14,13 +14,14 @@ from ..gradients.same_func import OTHER_SLOPE
 from ..problem import Structure
 from ..ranges import in_range
 from .engine import Engine
+from .plan import Plan
+from .reverse import adjoint, reverse
 
 
 class Sources:
     """The tensors that get gradients: the leaves of y0, the arguments with one entry a sample, and constants of func."""
 
-    def __init__(self, engine: Engine, structure: Structure, args: Sequence[Any]):
-        plan = engine.plan
+    def __init__(self, plan: Plan, structure: Structure, args: Sequence[Any]):
         self.all: list[Tensor] = []
         if torch.is_grad_enabled():
             self.all = [*structure.leaves, *(args[i] for i in plan.batched), *(place(args) for place in plan.wanted)]
@@ -32,7 +33,7 @@ def attach(
 ) -> list[Tensor]:
     """ys with a gradient for y0, arguments and what func depends on. again(): the outputs once more by the stepper, with a
     gradient that has one itself."""
-    outputs = tuple(y.detach() for y in ys)  # not views, so that they may be written into
+    outputs = tuple([y.detach() if y._is_view() else y for y in ys])  # so that they may be written into
     return list(_Compiled.apply(engine, (gradient, backward, stats, again), outputs, *engine.sources.all))
 
 
@@ -40,8 +41,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, engine, how, ys, *tensors):
         ctx.engine, ctx.how, ctx.count = engine, how, len(tensors)
-        # The backward pass reads what is frozen too, where it lies.
-        frozen = [x for x in engine.constants.values.values() if isinstance(x, Tensor) and not x.is_inference()]
+        frozen = engine.constants.besides(tensors)  # the backward pass reads it too, where it lies
         outputs = ys if how[0] == "adjoint" else ()  # which it goes on from; they belong to the user too
         ctx.save_for_backward(*tensors, *outputs, *frozen)
         return ys
@@ -72,11 +72,11 @@ class _Compiled(torch.autograd.Function):
             return None, None, None, *found
         start = time.perf_counter()
         with torch.no_grad():
-            gys = list(grad_ys)
-            parts = engine.adjoint(backward, ys, gys, stats) if gradient == "adjoint" else engine.reverse(gys)
+            gys: list[Any] = list(grad_ys)
+            parts = adjoint(engine, backward, ys, gys, stats) if gradient == "adjoint" else reverse(engine, gys)
             y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward
         engine.plan.watch.add(time.perf_counter() - start, solves=0)
         flat = [*y0, *others]
-        shaped = [None if g is None else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
+        shaped = [g if g is None or g.shape == x.shape else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
         return None, None, None, *shaped

@@ -1,7 +1,7 @@
 """The program of a field, run by NumPy in float64 beside the field itself: what was misread is refused, not compiled."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +10,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..problem import Structure
+from .field_program import FieldProgram
 from .memory import has_memory
 from .program import Linear, Pointwise, Program, Reduce, Refs, split
 from .trace import Unreadable, sample_rows
 from .writes import written_by
-
-if TYPE_CHECKING:
-    from .plan import Plan
 
 _NAMES: dict[str, Any] = {
     "P": lambda x: x,
@@ -102,7 +100,7 @@ _SAMPLES = 5  # with a time for each
 
 
 def check_program(
-    plan: "Plan", func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], per_sample: bool = False
+    plan: FieldProgram, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], per_sample: bool = False
 ) -> None:
     """Raises Unreadable where slopes or products of the program are not those of func, at states near the one given, with the
     tensors of func as they are and with others: a layer that is zero now, as last layers of flows are, hides what is before it.
@@ -158,7 +156,7 @@ def _key(x: Tensor) -> Any:
 
 
 def _check_at(
-    plan: "Plan",
+    plan: FieldProgram,
     func: Callable,
     structure: Structure,
     t: Tensor,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,28 +15,16 @@ from ..problem import Field, Problem, Structure, with_arguments
 from ..solution import SolverError
 from ..step_control import SUCCESS
 from .attach import Sources, attach
-from .build import NoCompiler
+from .differences import Difference, Unchecked, Unsettled, distance, worst_of
 from .engine import Engine
 from .marks import same_bits
 
-_ROUNDING = 64  # units in the last place that two right answers may differ by, times the size of what was added up
-_CONDITION = 16  # times what a change of the inputs by _CHANGE units brings: more than the rounding of a long sum
 _CHANGE = 4
 _TRIES = 4  # comparisons that another thread disturbs
 _ROWS = 64  # samples among which those of the trials are
 _MANY = 1 << 18  # numbers in a state, of which not all are compared again
 _STEP = 0.1  # of the state, about: what a step of a trial changes
 _STIFF = 0.5  # the largest step times the field's rate of change, so that a step magnifies rounding by little
-
-
-class Unchecked(NoCompiler):
-    """Nothing could be compared: the next solve tries again."""
-
-    quiet = True
-
-
-class Unsettled(Unchecked):
-    """Nothing can be said, for what is compared changed meanwhile."""
 
 
 @dataclass
@@ -46,15 +35,6 @@ class Trial:
     args: list[Any]
     t: list[float]
     steps: int
-
-
-@dataclass
-class Difference:
-    what: str
-    largest: float
-    allowed: float
-    where: str
-    of_gradient: bool
 
 
 def settled(engine: Engine, args: Sequence[Any], compare: Callable[[int], Difference | None]) -> Difference | None:
@@ -141,7 +121,7 @@ class Comparison:
     def _trials(self) -> list[Trial]:
         """Of a whole pack and one lane more, as given; and near it of a pack that is not full, and once more of the former."""
         engine = self.engine
-        library = engine.plan.load(*engine.wanted[0])
+        library = engine.plan.load(*engine.kind.wanted[0])
         lanes = library.lanes * library.team
         one = engine.batch == 1 and not engine.problem.per_sample and not engine.cuda
         many, few = (1, 1) if one or self.whole else (lanes + 1, 2)
@@ -182,7 +162,7 @@ class Comparison:
         sizes = [leaf.double().norm() for leaf in trial.leaves]
         rates = [slope.double().norm() for slope in slopes]
         size, rate = float(torch.stack(sizes).norm()), float(torch.stack(rates).norm())
-        change = _distance(slopes, others) / max(_distance(trial.leaves, moved), 1e-300)
+        change = distance(slopes, others) / max(distance(trial.leaves, moved), 1e-300)
         step = span / 4
         for limit in (_STEP * (size or 1.0) / rate if rate > 0 else step, _STIFF / change if change > 0 else step):
             step = min(step, limit) if limit == limit else step
@@ -249,7 +229,7 @@ class Comparison:
             [0.0, *(float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0 for x in expected[n : 2 * n])]
         )
         sizes = [size if gradient and i >= 2 * n else 0.0 for i in range(len(expected))]
-        worst = _worst(found, expected, again, self.eps, sizes)
+        worst = worst_of(found, expected, again, self.eps, sizes)
         if worst is None:
             return None, True
         name = solve.names[worst[0]]
@@ -294,13 +274,15 @@ class Solves:
     def compiled(self, trial: Trial) -> list[Tensor]:
         comparison = self.comparison
         problem, like = comparison._problem(trial), comparison.engine
-        engine = Engine(like.plan, problem, self.options, trial.args, self.grid, like.matmul, like)
+        gradient, backward = self.gradient, None if self.gradient != "adjoint" else self.backward.options
+        make = partial(Engine, like.plan, problem, self.options, trial.args, self.grid, like.matmul, gradient, backward, like)
         if not self.gradient:
-            trajectory = engine.solve(keep=False)
+            trajectory = make().solve(keep=False)
             return self._values(trajectory.ys, trajectory.state)
         sources = self._sources(trial)
         with torch.enable_grad():
-            engine.sources = Sources(engine, comparison._structure(trial), trial.args)
+            engine = make()
+            engine.sources = Sources(like.plan, comparison._structure(trial), trial.args)
             trajectory = engine.solve(keep=self.gradient != "adjoint")
             stats = _Counts()
             outputs = attach(engine, self.gradient, self.backward, trajectory.ys, stats, list)
@@ -343,38 +325,3 @@ class Solves:
 
 class _Counts:
     nfe_backward = 0
-
-
-def _distance(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
-    return float(torch.stack([(x.double() - y.double()).norm() for x, y in zip(xs, ys, strict=True)]).norm())
-
-
-def _worst(
-    found: list[Tensor], expected: list[Tensor], again: Callable[[], list[Tensor]], eps: float, sizes: list[float]
-) -> tuple[int, float, float] | None:
-    """(which result, its largest difference, what was allowed) of the first that differs by more than rounding, or None. sizes:
-    of what each result was added up from, if larger than itself."""
-    others: list[Tensor] | None = None
-    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
-        known = y.isfinite()
-        if not bool(known.any()):
-            continue
-        x, y = x.double(), y.double()
-        difference = torch.where(known, (x - y).abs(), 0.0)  # not a number where x is none
-        allowed = _ROUNDING * eps * _size(y, known).clamp(min=sizes[i])
-        if bool((difference <= allowed).all()):
-            continue
-        others = others or again()
-        changes = torch.where(known, (others[i].double() - y).abs(), 0.0).nan_to_num(nan=float("inf"))
-        allowed = allowed + _CONDITION * _size(changes, known)
-        wrong = ~(difference <= allowed)
-        if bool(wrong.any()):
-            place = int(torch.where(wrong, difference.nan_to_num(nan=float("inf")), -1.0).argmax())
-            return i, float(difference.reshape(-1)[place]), float(allowed.expand_as(difference).reshape(-1)[place])
-    return None
-
-
-def _size(x: Tensor, known: Tensor) -> Tensor:
-    """The largest over outputs and samples, of each component."""
-    x = torch.where(known, x.abs(), 0.0)
-    return x.amax(tuple(range(min(x.dim(), 2))), keepdim=True)

@@ -18,7 +18,7 @@ from .kinds import COUNTING
 from .leaks import Leak
 from .memory import has_memory
 from .numbers import Number
-from .reach import Slot
+from .walk import Slot
 
 
 class Tally:

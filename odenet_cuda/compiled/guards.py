@@ -5,79 +5,27 @@ for tensors whose values Python read. Tensors of the graph may be replaced by ot
 """
 
 import weakref
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .kinds import CONTAINERS, NUMBERS, PURE
+from .. import _C
+from .kinds import NUMBERS
 from .marks import same_bits
 from .memory import has_memory
 from .numbers import KINDS, Numbers, Place, Root
-from .reach import LARGEST_ARRAY, Reach, Slot
+from .reach import Reach
+from .sameness import Unguarded, frozen, same_number
 from .trees import has_any, numbers_changed, opened
+from .walk import LARGEST_ARRAY, Slot
 from .writes import memory_of
 
 _meta = attrgetter("requires_grad", "dtype", "shape", "device", "__class__")  # of a tensor
-
-
-class Unguarded(Exception):
-    """Something that cannot be compared at every call; in words."""
-
-
-def same_number(x: Any, y: Any) -> bool:
-    """1, 1.0 and True are three, and so are 0.0 and -0.0; a NaN is like itself. Members of an enum are so alone."""
-    if type(x) is not type(y) or type(x) not in PURE:
-        return x is y
-    return x is y or (repr(x) == repr(y) if not isinstance(x, np.generic) else x.tobytes() == y.tobytes())
-
-
-def frozen(x: Any, known: Container[int] = (), seen: dict[int, int] | None = None) -> Any:
-    """An argument as something to be compared by. known, seen: of containers and arrays, as for `trees.opened`."""
-    if seen is not None and isinstance(x, (np.ndarray, *CONTAINERS)):  # func may ask by `is`
-        if id(x) in seen:
-            return "again", seen[id(x)]
-        seen[id(x)] = len(seen)
-        return id(x) in known and id(x), _content(x, known, seen)
-    return _content(x, known, seen)
-
-
-def _content(x: Any, known: Container[int], seen: dict[int, int] | None) -> Any:
-    if isinstance(x, np.ndarray):
-        if x.dtype.hasobject or x.nbytes > LARGEST_ARRAY:
-            raise Unguarded(
-                f"args holds an array of {x.nbytes} bytes, more than {LARGEST_ARRAY}, or of objects; give it as a tensor"
-            )
-        return np.ndarray, x.dtype.str, x.shape, x.tobytes()
-    if isinstance(x, np.generic):
-        return type(x), x.tobytes()
-    if type(x) in PURE:
-        return type(x), repr(x)
-    if isinstance(x, Tensor):
-        raise Unguarded("args holds a tensor within a list or dict; give it as an argument of its own")
-    if isinstance(x, dict):
-        return type(x), tuple([(frozen(key), frozen(value, known, seen)) for key, value in x.items()])
-    if isinstance(x, CONTAINERS):
-        return type(x), tuple([frozen(part, known, seen) for part in x])
-    return Same(x)
-
-
-class Same:
-    """An object that is like itself alone."""
-
-    def __init__(self, x: Any):
-        self.x = x
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Same) and other.x is self.x
-
-    def __hash__(self) -> int:
-        return object.__hash__(self.x)
 
 
 class Guards:
@@ -117,13 +65,11 @@ class Guards:
         self._kept = [self._hold(value) for value in values]
         self._metas = {i: _meta(value) for i, value in enumerate(values) if isinstance(value, Tensor)}
         self._tensors, self._tensor_metas = list(self._metas), list(self._metas.values())
+        metas = [self._metas.get(i) for i in range(len(values))]
         self._named = {i for i in self._metas if vars(values[i])}  # with attributes of Python, which another may not have
-        self._sized = [container for container, _ in reach.sized]
-        self._lengths = [len(container) for container in self._sized]
-        self._wanted = [(wanted, frozenset(container) if wanted is not None else None) for container, wanted in reach.sized]
-        whole = [x for x, wanted in reach.sized if wanted is None and isinstance(x, dict)]
-        self._ordered = [x for x in whole if len(x) > 1 or any([type(key) is not str for key in x])]
-        self._order = list(chain.from_iterable(self._ordered))
+        self._keep_containers(reach)
+        found = self._owners, self._keys, self._objects, self._names, self._ids, metas
+        self._lists = *found, self._sized, self._lengths, self._ordered, self._order  # see csrc/guards.cpp
         self._absent = reach.absent
         self._sets = [(x, list(map(frozen, x))) for x in reach.sets]  # in order, which func may go by
         self._dtype = torch.get_default_dtype()
@@ -144,6 +90,21 @@ class Guards:
         self._contents: list[tuple[Place, Tensor]] = []
         self._written = list(written)
         self._kinds_before = self._kinds(args)
+        self._look()
+
+    def _keep_containers(self, reach: Reach) -> None:
+        """Their lengths, and the keys of dicts in order."""
+        self._sized = [container for container, _ in reach.sized]
+        self._lengths = [len(container) for container in self._sized]
+        self._wanted = [(wanted, frozenset(container) if wanted is not None else None) for container, wanted in reach.sized]
+        whole = [x for x, wanted in reach.sized if wanted is None and isinstance(x, dict)]
+        self._ordered = [x for x in whole if len(x) > 1 or any([type(key) is not str for key in x])]
+        self._order = list(chain.from_iterable(self._ordered))
+
+    def _look(self) -> None:
+        """Whether there is anything besides the lists."""
+        self._more = any(map(bool, (self._absent, self._arrays, self._sets, self._written, self._others, self.numbers)))
+        self._more = self._more or bool(self._ties or self._contents)
 
     def _hold(self, value: Any) -> Any:
         """Keeps it, weakly where that is possible: a plan keeps no module alive."""
@@ -157,6 +118,7 @@ class Guards:
     def tie(self, places: Sequence[Place]) -> None:
         """One tensor is found at all of these: the program cannot tell them apart."""
         self._ties += [(places[0], other) for other in places[1:]]
+        self._look()
 
     def keep_content(self, tensor: Tensor, place: Place, why: str, content: Tensor | None = None) -> None:
         """content: as it was read. Raises Unguarded where it is too large to be compared at every call, or is trained."""
@@ -169,6 +131,7 @@ class Guards:
         if tensor.numel() * tensor.element_size() > LARGEST_ARRAY:
             raise Unguarded(f"func reads the values of a tensor {list(tensor.shape)} into Python, which is too large: {why}")
         self._contents.append((place, tensor.detach().clone() if content is None else content))
+        self._look()
 
     @property
     def alive(self) -> bool:
@@ -180,6 +143,12 @@ class Guards:
     def hold(self, args: Sequence[Any]) -> bool:
         if self._dead:
             return False
+        if not self._gone and not self._counting and _C.unchanged(self._lists):
+            return torch.get_default_dtype() is self._dtype if not self._more else self._holds_besides(args)
+        return self._takes_over(args)
+
+    def _takes_over(self, args: Sequence[Any]) -> bool:
+        """The same where something is another thing now, which may be as good."""
         try:
             values = list(self._values())
             ids = list(map(id, values))
@@ -207,6 +176,12 @@ class Guards:
         others += [x for x in args if isinstance(x, Tensor)]
         counting = {memory_of(values[i]) for i in self._counting}
         return any([memory_of(x) in counting for x in others if has_memory(x)])
+
+    def _holds_besides(self, args: Sequence[Any]) -> bool:
+        try:
+            return self._rest(args)
+        except Exception:
+            return False
 
     def _rest(self, args: Sequence[Any]) -> bool:
         """What most fields have none of."""

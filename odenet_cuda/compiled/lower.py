@@ -16,26 +16,23 @@ import torch
 from torch import Tensor, fx
 
 from . import reductions  # noqa: F401, which adds to OPERATIONS
+from .lowered import Lowered
 from .operations import OPERATIONS
 from .pointwise import MASKS, OF_MASKS, TEXTS, packet
-from .program import SHIFT, Program, Refs, split
+from .program import SHIFT, Refs
 from .sums import Sums
-from .trace import BATCHES, Recording, Unreadable, value_of
+from .trace import Recording, Unreadable
 from .values import Sample, Summed, Uniform, Value, where
 
 _CREATE = {"full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like"}
 _CREATE |= {"new_zeros", "new_ones", "new_full", "empty_permuted"}
 
 
-class Lowering:
+class Lowering(Lowered):
     def __init__(self, recording: Recording, sizes: list[int], arguments: list[int]):
         """sizes: numbers of a sample in each leaf; arguments: the same of each batched argument."""
-        self.recording, self.program = recording, Program()
-        self.values: dict[fx.Node, Value] = {}
-        self.constants: dict[fx.Node, int] = {}  # node -> buffer
-        self.tuples: dict[fx.Node, list[Sample]] = {}  # operations with several results
-        self.known: list[fx.Node] = []  # uniform values that are in the program with the numbers they had
-        self.sums = Sums(self)
+        super().__init__(recording)
+        self.sums: Sums = Sums(self, self.operation)
         program = self.program
         self.time = program.new("input", 1, "t")
         self.y = program.new("input", sum(sizes), "y")
@@ -43,29 +40,6 @@ class Lowering:
         self.g = program.new("input", sum(sizes), "g")
         program.tainted.add(self.g)
         self.run()
-
-    # Shapes
-
-    def shapes(self, node: fx.Node) -> tuple[list[int], int | None]:
-        """The shape of one sample, and the axis of the batch in it."""
-        return self.shape_of(node.meta["val"], self.twin[node].meta["val"], node)
-
-    def shape_of(self, value: Tensor, twin: Tensor, node: fx.Node) -> tuple[list[int], int | None]:
-        first, second = list(value.shape), list(twin.shape)
-        batch = None
-        for axis, (a, b) in enumerate(zip(first, second, strict=True)):
-            if a == b:
-                continue
-            if batch is not None or a % BATCHES[0] or a * BATCHES[1] != b * BATCHES[0]:
-                raise Unreadable(f"{where(node)} mixes samples")
-            batch = axis
-            first[axis] = a // BATCHES[0]
-        return first, batch
-
-    def same_number(self, x: Any, twin: Any, node: fx.Node) -> Any:
-        if x != twin and not (x != x and twin != twin):
-            raise Unreadable(f"{where(node)} depends on the number of samples")
-        return x
 
     # The walk
 
@@ -117,7 +91,7 @@ class Lowering:
                     continue
                 found = self.values[value]
                 if not isinstance(found, Sample):
-                    found = self._as_sample(value)
+                    found = self.as_sample(value)
                 parts.append(np.broadcast_to(found.refs, self._shape_of(value, found)).reshape(-1))
             return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
@@ -144,64 +118,6 @@ class Lowering:
 
     def _shape_of(self, node: fx.Node, value: Sample) -> tuple[int, ...]:
         return tuple(self.shapes(node)[0])
-
-    # Values
-
-    def _as_sample(self, node: fx.Node) -> Sample:
-        """A uniform value as addresses of a constant."""
-        value = node.meta["val"]
-        filled = {"scalar_tensor": 0, "full": 1}.get(packet(node.target))
-        if filled is not None and isinstance(node.args[filled], (int, float)) and self.shapes(node)[1] is None:
-            refs = self.program.full(value.shape, float(node.args[filled]))  # type: ignore[arg-type]
-            return Sample(refs, None, str(value.dtype) == "torch.bool")
-        if value.dtype.is_complex or not (value.dtype.is_floating_point or str(value.dtype) in ("torch.bool", "torch.int64")):
-            raise Unreadable(f"{where(node)} has numbers of type {value.dtype}")
-        if self.shapes(node)[1] is not None:
-            raise Unreadable(f"{where(node)}: a tensor of func has one entry a sample; give it in args")
-        if node not in self.constants:
-            extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
-            buffer = self.program.new("constant", extent, f"w{len(self.constants)}", str(value.dtype) == "torch.bool")
-            self.constants[node] = buffer
-            self.program.constants.append(node)
-        places = np.zeros(tuple(value.shape), np.int64)
-        for axis, stride in enumerate(value.stride()):
-            shape = [1] * value.dim()
-            shape[axis] = -1
-            places = places + (np.arange(value.shape[axis]) * stride).reshape(shape)
-        return Sample((np.int64(self.constants[node]) << SHIFT) + places, None, str(value.dtype) == "torch.bool")
-
-    def sample(self, x: Any, twin: Any, node: fx.Node) -> Sample:
-        if isinstance(x, fx.Node):
-            value = self.values[x]
-            if isinstance(value, Sample):
-                return value
-            if isinstance(value, Uniform):
-                return self._as_sample(x)
-            raise Unreadable(f"{where(node)} of a sum over samples")
-        if isinstance(x, (bool, int, float)):
-            return Sample(
-                np.array(self.program.literal(float(self.same_number(x, twin, node))), np.int64), None, isinstance(x, bool)
-            )
-        raise Unreadable(f"{where(node)} has an operand {type(x).__name__}")
-
-    def operands(self, node: fx.Node) -> list[Sample]:
-        return [self.sample(x, y, node) for x, y in zip(node.args, self.twin[node].args, strict=True)]
-
-    def pointwise(self, node: fx.Node, text: str, operands: list[Sample], mask: bool = False) -> Sample:
-        shape, batch = self.shapes(node)
-        for operand in operands:
-            if operand.batch is not None and (batch is None or operand.refs.ndim - operand.batch != len(shape) - batch):
-                raise Unreadable(f"{where(node)} mixes samples")
-        spread = [np.broadcast_to(operand.refs, shape).reshape(-1) for operand in operands]
-        return Sample(self.program.statement(text, spread, mask).reshape(shape), batch, mask)
-
-    def numbers(self, node: Any) -> np.ndarray:
-        """A uniform value that is known now, such as an index."""
-        if not isinstance(self.values[node], Uniform):
-            raise Unreadable(f"{where(node)} is computed from the state")
-        self.known.append(node)
-        known = {n: self.recording.constant(n) for n in self.recording.graphs[0].nodes if n.op == "get_attr"}
-        return value_of(node, known).detach().cpu().numpy()
 
     # Operations
 
@@ -257,31 +173,6 @@ class Lowering:
             result = self.operation(node, name)
         self.values[place] = result
         return result
-
-    def _is_literal(self, value: Sample) -> bool:
-        """Whether these are numbers that are known now. Masks, some of which are, are not read."""
-        kinds = {self.program.buffers[int(buffer)].kind == "literal" for buffer in np.unique(split(value.refs)[0])}
-        if value.mask and len(kinds) > 1:
-            raise Unreadable("comparisons put together with constant ones are not read")
-        return True in kinds
-
-    def mask_of(self, value: Sample) -> Sample:
-        """Numbers as whether they are not 0."""
-        if value.mask and not self._is_literal(value):
-            return value
-        flat = value.refs.reshape(-1)
-        refs = self.program.statement("{0} != {1}", [flat, self.program.full(flat.shape, 0.0)], True)
-        return Sample(refs.reshape(value.refs.shape), value.batch, True)
-
-    def number_of(self, value: Sample) -> Sample:
-        """A comparison as 1 and 0."""
-        if not value.mask:
-            return value
-        if self._is_literal(value):
-            return Sample(value.refs, value.batch)
-        flat = value.refs.reshape(-1)
-        one, zero = (self.program.full(flat.shape, x) for x in (1.0, 0.0))
-        return Sample(self.program.statement("select({0}, {1}, {2})", [flat, one, zero]).reshape(value.refs.shape), value.batch)
 
     def _created(self, node: fx.Node, name: str, shape: list[int], batch: int | None) -> Sample:
         if "full" in name:

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .leaks import Leak
 from .marks import Unreadable
-from .reach import Slot
 from .trees import Path, Tree, follow, opened, replaced
+from .walk import Slot
 
 _modes = torch._C._len_torch_dispatch_stack
 Place = Callable[[Sequence[Any]], Any]  # where a value is found, given the arguments of a solve

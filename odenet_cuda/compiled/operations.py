@@ -1,19 +1,17 @@
 """Operations that no single expression says: those that move numbers about, sums, matrix products, and those with options."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from .lowered import Lowered
 from .pointwise import power
 from .program import Refs
 from .trace import Unreadable
 from .values import Sample, Value, where
 
-if TYPE_CHECKING:
-    from .lower import Lowering
-
-Operation: TypeAlias = "Callable[[Lowering, Any, Any], Value]"  # the node, and that of the other recording
+Operation: TypeAlias = Callable[[Lowered, Any, Any], Value]  # the node, and that of the other recording
 OPERATIONS: dict[str, Operation] = {}
 
 
@@ -26,7 +24,7 @@ def operation(*names: str) -> Callable[[Operation], Operation]:
     return add
 
 
-def source_of(low: "Lowering", node: Any, place: int = 0) -> Sample:
+def source_of(low: Lowered, node: Any, place: int = 0) -> Sample:
     return low.sample(node.args[place], low.twin[node].args[place], node)
 
 
@@ -37,7 +35,7 @@ def axis_of(value: Sample, axis: Any, node: Any, extra: int = 0) -> int:
     return axis
 
 
-def rearranged(low: "Lowering", node: Any, value: Sample, refs: Refs) -> Sample:
+def rearranged(low: Lowered, node: Any, value: Sample, refs: Refs) -> Sample:
     shape, batch = low.shapes(node)
     if list(refs.shape) != shape:
         raise Unreadable(f"{where(node)} is not read")
@@ -45,7 +43,7 @@ def rearranged(low: "Lowering", node: Any, value: Sample, refs: Refs) -> Sample:
 
 
 @operation("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "_to_copy", "to")
-def _same(low: "Lowering", node: Any, twin: Any) -> Value:
+def _same(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
         of_mask = str(node.args[0].meta["val"].dtype) == "torch.bool"  # as a mask, or as 1 and 0
@@ -56,13 +54,13 @@ def _same(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
-def _view(low: "Lowering", node: Any, twin: Any) -> Value:
+def _view(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     return rearranged(low, node, value, value.refs.reshape(low.shapes(node)[0]))
 
 
 @operation("as_strided")
-def _as_strided(low: "Lowering", node: Any, twin: Any) -> Value:
+def _as_strided(low: Lowered, node: Any, twin: Any) -> Value:
     """As a view in the same order: of what is contiguous, all of it, to what is."""
     x, value = node.args[0].meta["val"], node.meta["val"]
     all_of_it = x.is_contiguous() and value.is_contiguous() and x.numel() == value.numel() and len(node.args) < 4
@@ -72,13 +70,13 @@ def _as_strided(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("expand")
-def _expand(low: "Lowering", node: Any, twin: Any) -> Value:
+def _expand(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     return rearranged(low, node, value, np.broadcast_to(value.refs, low.shapes(node)[0]))
 
 
 @operation("repeat")
-def _repeat(low: "Lowering", node: Any, twin: Any) -> Value:
+def _repeat(low: Lowered, node: Any, twin: Any) -> Value:
     value, counts = source_of(low, node), list(node.args[1])
     refs = value.refs.reshape((1,) * (len(counts) - value.refs.ndim) + value.refs.shape)
     shape, batch = low.shapes(node)
@@ -90,25 +88,25 @@ def _repeat(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("permute")
-def _permute(low: "Lowering", node: Any, twin: Any) -> Value:
+def _permute(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     return rearranged(low, node, value, value.refs.transpose([int(axis) for axis in node.args[1]]))
 
 
 @operation("transpose")
-def _transpose(low: "Lowering", node: Any, twin: Any) -> Value:
+def _transpose(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     return rearranged(low, node, value, value.refs.swapaxes(int(node.args[1]), int(node.args[2])))
 
 
 @operation("t")
-def _t(low: "Lowering", node: Any, twin: Any) -> Value:
+def _t(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     return rearranged(low, node, value, value.refs.T)
 
 
 @operation("select")
-def _select(low: "Lowering", node: Any, twin: Any) -> Value:
+def _select(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     axis = axis_of(value, node.args[1], node)
     return rearranged(low, node, value, value.refs.take(int(node.args[2]), axis))
@@ -120,7 +118,7 @@ def _range(node: Any, first: int, size: int) -> slice:
 
 
 @operation("slice")
-def _slice(low: "Lowering", node: Any, twin: Any) -> Value:
+def _slice(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     axis = int(node.args[1]) % value.refs.ndim if len(node.args) > 1 else 0
     if axis == value.batch:
@@ -133,7 +131,7 @@ def _slice(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("slice_scatter", "select_scatter")
-def _scatter(low: "Lowering", node: Any, twin: Any) -> Value:
+def _scatter(low: Lowered, node: Any, twin: Any) -> Value:
     value, source = source_of(low, node), source_of(low, node, 1)
     axis = axis_of(value, node.args[2] if len(node.args) > 2 else 0, node)
     index: list[Any] = [slice(None)] * value.refs.ndim
@@ -145,7 +143,7 @@ def _scatter(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("cat")
-def _cat(low: "Lowering", node: Any, twin: Any) -> Value:
+def _cat(low: Lowered, node: Any, twin: Any) -> Value:
     parts = [low.sample(x, x, node) for x in node.args[0]]
     shape, batch = low.shapes(node)
     axis = (int(node.args[1]) if len(node.args) > 1 else 0) % len(shape)
@@ -156,7 +154,7 @@ def _cat(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("split", "split_with_sizes")
-def _split(low: "Lowering", node: Any, twin: Any) -> Value:
+def _split(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     axis = axis_of(value, node.args[2] if len(node.args) > 2 else 0, node)
     sizes = [part.shape[axis] for part in node.meta["val"]]
@@ -166,14 +164,14 @@ def _split(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("flip")
-def _flip(low: "Lowering", node: Any, twin: Any) -> Value:
+def _flip(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     axes = [axis_of(value, axis, node) for axis in node.args[1]]
     return rearranged(low, node, value, np.flip(value.refs, tuple(axes)))
 
 
 @operation("roll")
-def _roll(low: "Lowering", node: Any, twin: Any) -> Value:
+def _roll(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     if len(node.args) < 3:
         raise Unreadable(f"{where(node)} rolls through the samples")
@@ -182,7 +180,7 @@ def _roll(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("constant_pad_nd")
-def _pad(low: "Lowering", node: Any, twin: Any) -> Value:
+def _pad(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     pads = list(node.args[1])
     number = float(node.args[2]) if len(node.args) > 2 else 0.0
@@ -202,13 +200,13 @@ def _pad(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("index_select")
-def _index_select(low: "Lowering", node: Any, twin: Any) -> Value:
+def _index_select(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     axis = axis_of(value, node.args[1], node)
     return rearranged(low, node, value, value.refs.take(low.numbers(node.args[2]), axis))
 
 
-def _places(low: "Lowering", node: Any, value: Sample) -> tuple[Any, ...]:
+def _places(low: Lowered, node: Any, value: Sample) -> tuple[Any, ...]:
     places = list(node.args[1]) + [None] * (value.refs.ndim - len(node.args[1]))
     if value.batch is not None and places[value.batch] is not None:
         raise Unreadable(f"{where(node)} takes samples apart")
@@ -216,13 +214,13 @@ def _places(low: "Lowering", node: Any, value: Sample) -> tuple[Any, ...]:
 
 
 @operation("index")
-def _index(low: "Lowering", node: Any, twin: Any) -> Value:
+def _index(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     return rearranged(low, node, value, value.refs[_places(low, node, value)])
 
 
 @operation("index_put", "_unsafe_index_put", "_index_put_impl")
-def _index_put(low: "Lowering", node: Any, twin: Any) -> Value:
+def _index_put(low: Lowered, node: Any, twin: Any) -> Value:
     value, source = source_of(low, node), source_of(low, node, 2)
     accumulate = bool(node.args[3]) if len(node.args) > 3 else False
     refs = np.broadcast_to(value.refs, low.shapes(node)[0]).reshape(-1).copy()
@@ -233,7 +231,7 @@ def _index_put(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("index_add")
-def _index_add(low: "Lowering", node: Any, twin: Any) -> Value:
+def _index_add(low: Lowered, node: Any, twin: Any) -> Value:
     value, source = source_of(low, node), source_of(low, node, 3)
     axis = axis_of(value, node.args[1], node)
     refs = np.moveaxis(np.broadcast_to(value.refs, low.shapes(node)[0]).copy(), axis, 0)
@@ -245,7 +243,7 @@ def _index_add(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("scatter")
-def _scatter_by_places(low: "Lowering", node: Any, twin: Any) -> Value:
+def _scatter_by_places(low: Lowered, node: Any, twin: Any) -> Value:
     """At places that are numbers of the sample."""
     value, places, source = source_of(low, node), source_of(low, node, 2), source_of(low, node, 3)
     axis = axis_of(value, node.args[1], node)
@@ -264,7 +262,7 @@ def _scatter_by_places(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("mm", "addmm")
-def _mm(low: "Lowering", node: Any, twin: Any) -> Value:
+def _mm(low: Lowered, node: Any, twin: Any) -> Value:
     first = 1 if "addmm" in str(node.target) else 0
     if node.kwargs:
         raise Unreadable(f"{where(node)} with beta or alpha is not read")
@@ -283,7 +281,7 @@ def _mm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("bmm")
-def _bmm(low: "Lowering", node: Any, twin: Any) -> Value:
+def _bmm(low: Lowered, node: Any, twin: Any) -> Value:
     a, b = source_of(low, node), source_of(low, node, 1)
     shape, batch = low.shapes(node)
     count = shape[0]
@@ -302,7 +300,7 @@ def _bmm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("add", "sub")
-def _add(low: "Lowering", node: Any, twin: Any) -> Value:
+def _add(low: Lowered, node: Any, twin: Any) -> Value:
     if str(node.meta["val"].dtype) == "torch.bool":
         return low.pointwise(node, "{0} | {1}", [*map(low.mask_of, low.operands(node))], True)
     operands, alpha = [*map(low.number_of, low.operands(node))], node.kwargs.get("alpha", 1)
@@ -313,13 +311,13 @@ def _add(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("pow")
-def _power(low: "Lowering", node: Any, twin: Any) -> Value:
+def _power(low: Lowered, node: Any, twin: Any) -> Value:
     text = power(float(node.args[1])) if isinstance(node.args[1], (int, float)) else "pow({0}, {1})"
     return low.pointwise(node, text, [*map(low.number_of, low.operands(node))])
 
 
 @operation("clamp")
-def _clamp(low: "Lowering", node: Any, twin: Any) -> Value:
+def _clamp(low: Lowered, node: Any, twin: Any) -> Value:
     bounds = [*node.args[1:], *[None] * (3 - len(node.args))]
     bounds = [node.kwargs.get(name, bound) for name, bound in zip(("min", "max"), bounds, strict=True)]
     text, operands = "{0}", [source_of(low, node)]

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .. import _C
 from ..problem import Structure
@@ -15,28 +13,24 @@ from ..tableau import ButcherTableau
 from .build import Refused
 from .build import load as load_text
 from .check import check_program
+from .constants import Constants
 from .emit import Target, emit, kept_buffers, tap_layout
+from .field_program import FieldProgram
 from .functions import TooLarge, functions_for
-from .guards import Unguarded
-from .lower import Lowering
-from .marks import Disturbed, Marks, same_bits
-from .memory import has_memory
+from .gradient_sums import GradientSums
+from .marks import Disturbed, Marks
 from .numbers import Place
-from .program import Linear, Program
 from .reading import Reading
+from .sameness import Unguarded
 from .teams import Card, Team, card_of, teams_for
-from .trace import Call, Recording, Unreadable, record, value_of, written
-from .values import where
+from .trace import Unreadable, written
 from .watch import Watch
 
-LARGEST = 1024  # numbers of a sample in one value
-_ASKED = "its code asks for them"
 _MOST_BYTES = 3 << 20  # of a tile's values on the stack of one thread
 _MOST_LINES = 3_000  # of a text for the CPU: some 30 s of g++ 12, and minutes beyond
-_MOST_CUDA_BYTES = 32 << 10  # the same of a sample on CUDA, where a thread has one; all threads of the card need as much
 
 
-class Plan:
+class Plan(FieldProgram):
     """func read for states of one shape and type.
 
     whole: the state has no axis of samples; it is one sample. batched: the arguments that have one entry a sample.
@@ -51,23 +45,10 @@ class Plan:
         reading: "Reading | None" = None,
         per_sample: bool = False,
     ):
-        self.whole = whole
-        leaves = structure.leaves
-        first = leaves[0]
-        self.dtype, self.device = first.dtype, first.device
-        self.leaf_sizes = [leaf.numel() if whole else leaf[:1].numel() for leaf in leaves]
-        if max(self.leaf_sizes) > LARGEST:
-            raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
-        t = torch.zeros((), dtype=first.dtype, device=first.device)
         reading = reading or Reading(func, args)
-        with reading.unmarked(self.device) as marks:
-            self.recording = self._record(func, structure, t, args, reading, marks)
-            self.batched = self.recording.batched
-            self.argument_sizes = [args[i][:1].numel() for i in self.batched]
-            self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
-            self.program: Program = self.lowering.program
-            self._check_size()
-            self._find_constants(args, reading)
+        t = torch.zeros((), dtype=structure.leaves[0].dtype, device=structure.leaves[0].device)
+        with reading.unmarked(t.device) as marks:
+            super().__init__(func, structure, t, args, whole, reading, marks)
             with reading.numbers.given(args) as given:
                 self._check(func, structure, t, given, per_sample)
             self._check_marks(marks)
@@ -80,9 +61,10 @@ class Plan:
         self.zeros: list[Place] = []  # tensors of func that were zero then
         self.teams: dict[Any, Team] = {}
         self.watch = Watch()  # when it is compared with func again
-        self.steps: dict[Any, int] = {}  # how many the last solve of a kind took
+        self.kinds: dict[Any, Any] = {}  # of its solves, see ways.py
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)
+        self._sums: GradientSums | None = None
 
     def _check(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], per_sample: bool) -> None:
         try:
@@ -91,89 +73,6 @@ class Plan:
             raise
         except Exception as error:  # whatever func may raise for other numbers or another number of samples
             raise Unreadable(f"func could not be checked: {type(error).__name__}: {error}") from error
-
-    def _record(
-        self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], reading: "Reading", marks: Marks
-    ) -> Recording:
-        rows = 0 if self.whole else structure.leaves[0].shape[0]
-        able = [
-            i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole
-        ]
-        choices = [list(c) for n in range(len(able) + 1) for c in combinations(able, n)]
-        choices.sort(key=lambda c: (len(c) not in (0, len(able)), len(c)))
-        failure = Unreadable("")
-        for batched in choices[:16]:
-            try:
-                return record(Call(func, structure, t, batched, self.whole), args, reading.reach, reading.numbers, marks)
-            except Unreadable as error:
-                failure = error
-        raise failure
-
-    def _check_size(self) -> None:
-        numbers = sum(buffer.size for buffer in self.program.buffers if buffer.kind == "local")
-        largest = max((buffer.size for buffer in self.program.buffers if buffer.kind == "local"), default=0)
-        if largest > 4 * LARGEST:
-            raise Unreadable(f"a value has {largest} numbers a sample, more than {4 * LARGEST}")
-        if numbers * 128 > _MOST_BYTES:
-            raise Unreadable(f"a sample has {numbers} numbers on the way, too many for a thread's stack")
-        if self.device.type == "cuda" and numbers * self.dtype.itemsize > _MOST_CUDA_BYTES:
-            raise Unreadable(f"a sample has {numbers} numbers on the way, too many for a thread on CUDA")
-        self.operations = sum(
-            s.rows * s.columns if isinstance(s, Linear) else self.program.buffers[s.out].size * 4
-            for s in self.program.statements
-        )
-
-    # Constants
-
-    def _find_constants(self, args: Sequence[Any], reading: "Reading") -> None:
-        """How each tensor of func is found again at every call: by its place, for it may be replaced."""
-        self.places: dict[fx.Node, Place] = {}
-        self._found: list[tuple[Tensor, Place]] = []  # outside of func
-        self._ties: list[list[Place]] = []  # where each is found
-        twins = [
-            getattr(self.recording.modules[1], str(n.target)) for n in self.recording.graphs[1].nodes if n.op == "get_attr"
-        ]
-        nodes = [node for node in self.recording.graphs[0].nodes if node.op == "get_attr"]
-        for node, twin in zip(nodes, twins, strict=True):
-            tensor = self.recording.constant(node)
-            places = reading.places(tensor, args, self.batched)
-            if places:
-                if has_memory(tensor) and any([n > 1 and not x for n, x in zip(tensor.shape, tensor.stride(), strict=True)]):
-                    raise Unreadable(f"func uses a tensor {list(tensor.shape)} whose entries are one number in memory")
-                self._found.append((tensor, places[0]))
-                self._ties.append(places)
-            elif tensor is twin:
-                raise Unreadable(f"func uses a tensor {list(tensor.shape)} that is found by no path from func: {where(node)}")
-            elif not same_bits(tensor, twin):
-                raise Unreadable(f"func makes a tensor {list(tensor.shape)} of other values at every call: {where(node)}")
-            if not places:  # its memory may be that of an array which is written later
-                tensor = tensor.detach().clone()
-                setattr(self.recording.modules[0], str(node.target), tensor)
-            self.places[node] = places[0] if places else _itself(tensor)
-        self.wanted = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in self.recording.wanted]
-        seen: dict[fx.Node, Any] = {node: self.recording.constant(node) for node in self.places}
-        self.views: list[View | None] = []
-        with torch.no_grad():
-            for node in self.program.constants:
-                self.views.append(_view(node, value_of(node, seen), seen, self.dtype, self.device))
-        first: dict[Any, int] = {}
-        for node, view in zip(self.program.constants, self.views, strict=True):
-            if view is not None:
-                buffer = self.lowering.constants[node]
-                self.program.same[buffer] = first.setdefault((view.base, view.offset), buffer)
-        read = {id(x): (x, _ASKED) for x in self.recording.read}
-        for node in self.lowering.known:
-            for source in _sources(node):
-                read.setdefault(id(seen[source]), (seen[source], where(node)))
-        self._contents = []
-        for tensor, why in read.values():
-            places = reading.places(tensor, args, self.batched)
-            if places:
-                self._contents.append((tensor, places[0], why))
-                self._ties.append(places)
-            elif why is _ASKED:
-                raise Unreadable(f"func reads the values of a tensor {list(tensor.shape)} that is found by no path from func")
-        self.outside = [tensor for tensor, _ in self._found if id(tensor) not in read]  # may hold any numbers
 
     def _check_marks(self, marks: Marks) -> None:
         """At the end func has written no more than in the first calls."""
@@ -202,38 +101,18 @@ class Plan:
                 raise Unreadable(str(error)) from None
         del self._found, self._contents, self._ties
 
-    def array(self, node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
-        """A constant as the program addresses it: its storage from its first number on."""
-        with torch.no_grad():
-            value = value_of(node, values).detach().resolve_neg()
-            seen = node.meta["val"]
-            if value.stride() != seen.stride():
-                value = torch.empty_strided(seen.shape, seen.stride(), dtype=value.dtype, device=value.device).copy_(value)
-        size = self.program.buffers[self.lowering.constants[node]].size
-        return torch.as_strided(value, [size], [1], value.storage_offset())
-
-    def constants(self, args: Sequence[Any]) -> "Constants":
-        return Constants(self, args)
+    def constants(self, args: Sequence[Any], gradient: bool = True) -> Constants:
+        """gradient: they are read again on the way back."""
+        return self.layout.constants(args, gradient)
 
     # Gradients
 
-    def gradients(self, sums: Tensor, constants: "Constants") -> list[Tensor | None]:
-        """The gradients of the wanted constants, from the sums of the kernel [grad_size]."""
-        values = dict(constants.values)
-        _, layout, _ = self.sums_at
-        summed = self.lowering.sums
-        for node, index in summed.index.items():
-            s, begin = self.program.sums[index], layout[index][2]
-            part = sums[begin : begin + s.size]
-            if s.b is not None:
-                part = part.view(s.a.shape[1], s.b.shape[1])
-                part = part.t() if node in summed.transposed else part
-            part = part.reshape(summed.shapes[node])
-            stride = node.meta["val"].stride()  # which views of it rely on
-            if part.stride() != stride:
-                part = part.new_empty_strided(part.shape, stride).copy_(part)
-            values[node] = part
-        return [None if node is None else value_of(node, values) for node in self.lowering.gradients]
+    def gradients(self, sums: Tensor, constants: Constants) -> list[Tensor | None]:
+        """The gradients of the wanted constants, from the sums of the kernel [chunks, grad_size]."""
+        if self._sums is None:
+            _, layout, size = self.sums_at
+            self._sums = GradientSums(self.lowering, [begin for _, _, begin in layout], size)
+        return self._sums.gradients(sums, constants)
 
     # Libraries
 
@@ -286,65 +165,3 @@ class Plan:
                 self.refused[key] = tableau, str(error)
                 raise
         return self.libraries[key][1]
-
-
-@dataclass
-class View:
-    """A constant that is a view of a tensor of func: it is read where that lies."""
-
-    base: fx.Node
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int  # from the first number of the base, in bytes
-
-
-class Constants:
-    """The uniform values of one solve, as the kernels read them: addresses. Keeps alive what they point to."""
-
-    def __init__(self, plan: Plan, args: Sequence[Any]):
-        # Detached: whoever gives a parameter other memory after the solve leaves this one as it was.
-        self.values: dict[fx.Node, Any] = {node: place(args).detach() for node, place in plan.places.items()}
-        self.addresses: list[int] = []
-        self._kept: list[Tensor] = []
-        for node, view in zip(plan.program.constants, plan.views, strict=True):
-            if view is not None:
-                base = self.values[view.base]
-                same = base.shape == view.shape and base.stride() == view.stride and base.dtype == view.dtype
-                if same and base.device == plan.device and not base.is_neg():
-                    self.addresses.append(base.data_ptr() + view.offset)
-                    continue
-            self._copy(plan, node)
-
-    def _copy(self, plan: Plan, node: fx.Node) -> None:
-        seen = node.meta["val"]
-        with torch.no_grad():
-            value = value_of(node, self.values).detach().resolve_neg()
-        if value.shape != seen.shape:
-            raise ValueError(f"a tensor of func must keep its shape, {list(seen.shape)}, got {list(value.shape)}; call reset()")
-        dtype = torch.bool if seen.dtype == torch.bool else plan.dtype
-        if value.stride() != seen.stride() or value.dtype != dtype or value.device != plan.device:
-            value = torch.empty_strided(seen.shape, seen.stride(), dtype=dtype, device=plan.device).copy_(value)
-        self._kept.append(value)
-        self.addresses.append(value.data_ptr())
-
-
-def _view(node: fx.Node, value: Tensor, seen: dict[fx.Node, Any], dtype: torch.dtype, device: torch.device) -> View | None:
-    if value.dtype not in (dtype, torch.bool) or value.device != device or not has_memory(value):
-        return None
-    for base in _sources(node):
-        tensor = seen[base]
-        if not has_memory(tensor):
-            continue
-        same = tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and tensor.dtype == value.dtype
-        if same and value.stride() == node.meta["val"].stride():
-            return View(base, tensor.shape, tensor.stride(), tensor.dtype, value.data_ptr() - tensor.data_ptr())
-    return None
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    return [node] if node.op == "get_attr" else [base for x in node.all_input_nodes for base in _sources(x)]
-
-
-def _itself(tensor: Tensor) -> Place:
-    return lambda args: tensor

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import types
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +16,13 @@ from .kinds import BARE, CALLABLES, PURE, WRAPPED, in_, is_library, is_library_c
 from .reach_objects import Rule, attributes
 from .scan import names_of
 from .trees import parts_of
-
-if TYPE_CHECKING:
-    from .reach import Reach
+from .walk import Walk
 
 _MAKING = {"__init__", "__new__", "__post_init__", "__init_subclass__", "__set_name__", "__reduce__", "__class_getitem__"}
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__qualname__"}
 
 
-def _function(reach: "Reach", value: types.FunctionType, path: str) -> None:
+def _function(reach: Walk, value: types.FunctionType, path: str) -> None:
     library = is_library(value.__code__.co_filename, value.__module__)
     for name in ("__code__", "__defaults__", "__kwdefaults__") if not library else ():
         reach.slot(value, name, getattr(value, name), path, attribute=True)
@@ -47,7 +45,7 @@ def _function(reach: "Reach", value: types.FunctionType, path: str) -> None:
         _use(reach, value, value.__module__, path)
 
 
-def _use(reach: "Reach", value: Any, module: Any, path: str) -> None:
+def _use(reach: Walk, value: Any, module: Any, path: str) -> None:
     """Code of a library."""
     if kinds.names_attributes(module):
         reach.everything = True
@@ -57,7 +55,7 @@ def _use(reach: "Reach", value: Any, module: Any, path: str) -> None:
         reach.refuse(f"func calls {path}, behind which it cannot be seen what it reads")
 
 
-def _code(reach: "Reach", code: types.CodeType, names: dict[str, Any]) -> None:
+def _code(reach: Walk, code: types.CodeType, names: dict[str, Any]) -> None:
     found = names_of(code)
     for what in vars(found):
         getattr(reach.names, what).update(getattr(found, what))
@@ -83,7 +81,7 @@ def _code(reach: "Reach", code: types.CodeType, names: dict[str, Any]) -> None:
         reach.refuse("func reads frames or files, behind which it cannot be seen what it reads")
 
 
-def _imported(reach: "Reach", level: int, module: str, taken: tuple[str, ...], names: dict[str, Any]) -> None:
+def _imported(reach: Walk, level: int, module: str, taken: tuple[str, ...], names: dict[str, Any]) -> None:
     package = names.get("__package__") or str(names.get("__name__")).rpartition(".")[0]
     try:
         module = importlib.util.resolve_name("." * level + module, package)
@@ -98,29 +96,29 @@ def _imported(reach: "Reach", level: int, module: str, taken: tuple[str, ...], n
             reach.absent.append((sys.modules, name))  # type: ignore[arg-type]
 
 
-def _builtin(reach: "Reach", value: Any, path: str) -> None:
+def _builtin(reach: Walk, value: Any, path: str) -> None:
     owner = getattr(value, "__self__", None)
     _use(reach, value, getattr(value, "__module__", None), path)
     if owner is not None and not isinstance(owner, types.ModuleType):
         reach.visit(owner, path)
 
 
-def _method(reach: "Reach", value: types.MethodType, path: str) -> None:
+def _method(reach: Walk, value: types.MethodType, path: str) -> None:
     reach.visit(value.__self__, path)
     reach.visit(value.__func__, path)
 
 
-def _partial(reach: "Reach", value: functools.partial, path: str) -> None:
+def _partial(reach: Walk, value: functools.partial, path: str) -> None:
     reach.visit(value.func, path)
     reach.visit(value.args, f"{path}.args")
     reach.visit(value.keywords, f"{path}.keywords")
 
 
-def _reference(reach: "Reach", value: weakref.ref, path: str) -> None:
+def _reference(reach: Walk, value: weakref.ref, path: str) -> None:
     reach.visit(value(), path)
 
 
-def _wrapped(reach: "Reach", value: Any, path: str) -> None:
+def _wrapped(reach: Walk, value: Any, path: str) -> None:
     for name in ("fget", "fset", "fdel", "__func__", "func", "__wrapped__"):
         if getattr(value, name, None) is not None:
             reach.visit(getattr(value, name), path)
@@ -128,17 +126,17 @@ def _wrapped(reach: "Reach", value: Any, path: str) -> None:
         reach.refuse(f"{path} keeps what it returned, though what it reads from Python may have changed since")
 
 
-def _ufunc(reach: "Reach", value: np.ufunc, path: str) -> None:
+def _ufunc(reach: Walk, value: np.ufunc, path: str) -> None:
     if set("".join(value.types)) <= set("O->"):  # what frompyfunc makes of a function
         reach.hidden(value, path)
 
 
-def _operator(reach: "Reach", value: Any, path: str) -> None:
+def _operator(reach: Walk, value: Any, path: str) -> None:
     if getattr(value, "_qualified_op_name", str(value)).split("::")[0].split(".")[0] not in ("aten", "prims", "prim"):
         reach.refuse(f"{path} is an operator of the user's, behind which it cannot be seen what it reads")
 
 
-def _module_of_python(reach: "Reach", value: types.ModuleType, path: str) -> None:
+def _module_of_python(reach: Walk, value: types.ModuleType, path: str) -> None:
     """Of a library too: what the code names there may be the user's."""
     members, wanted = value.__dict__, reach.wanted()
     if is_library(None, value.__name__):
@@ -155,7 +153,7 @@ def _module_of_python(reach: "Reach", value: types.ModuleType, path: str) -> Non
         reach.slot(members, "__getattr__", members["__getattr__"], f"{path}.__getattr__")
 
 
-def _class(reach: "Reach", value: type, path: str) -> None:
+def _class(reach: Walk, value: type, path: str) -> None:
     """Attributes and methods that the code names, and those that the language calls by itself."""
     if is_library_class(value) and value in reach.made:
         _use(reach, value, value.__module__, path)

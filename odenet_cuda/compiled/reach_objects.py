@@ -7,7 +7,7 @@ import random
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 from . import kinds
 from .kinds import CALLABLES, CONTAINERS, NUMBERS, PLAIN, PURE, WRAPPED, is_fixed, is_library_class
+from .walk import MOST, Walk
 
-if TYPE_CHECKING:
-    from .reach import Reach
+Rule: TypeAlias = Callable[[Walk, Any, str], None]  # of a kind of value, which was found at this path
 
-Rule: TypeAlias = "Callable[[Reach, Any, str], None]"  # of a kind of value, which was found at this path
-
-MOST = 5_000  # slots
 _NONE = object()
 _RANDOM = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _UNDERSTOOD = (
@@ -33,27 +30,27 @@ _INTERNAL = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buff
 _HOOKS = [name for name in _INTERNAL if "hooks" in name and "state_dict" not in name]
 
 
-def _tensor(reach: "Reach", value: Tensor, path: str) -> None:
+def _tensor(reach: Walk, value: Tensor, path: str) -> None:
     reach.tensors[id(value)] = value
 
 
-def _array(reach: "Reach", value: np.ndarray, path: str) -> None:
+def _array(reach: Walk, value: np.ndarray, path: str) -> None:
     if value.dtype.hasobject:
         reach.refuse(f"{path} is an array of objects, whose changes cannot be seen")
     reach.arrays[id(value)] = value, path
 
 
-def _generator(reach: "Reach", value: Any, path: str) -> None:
+def _generator(reach: Walk, value: Any, path: str) -> None:
     reach.generators.append(value)
 
 
-def _number(reach: "Reach", value: Any, path: str) -> None:
+def _number(reach: Walk, value: Any, path: str) -> None:
     """Of a kind of the user's: two that are equal may differ in what else they have."""
     if not isinstance(value, enum.Enum):
         reach.hidden(value, path)
 
 
-def container(reach: "Reach", value: Any, path: str) -> None:
+def container(reach: Walk, value: Any, path: str) -> None:
     kind = type(value)
     if kind not in PLAIN and kinds.accessors_replaced(kind):
         reach.refuse(f"{path} is a {kind.__name__}, which gives its entries by code of its own")
@@ -83,7 +80,7 @@ def container(reach: "Reach", value: Any, path: str) -> None:
         reach.slot(value, "default_factory", value.default_factory, f"{path}.default_factory", attribute=True)
 
 
-def _key(reach: "Reach", key: Any, path: str) -> None:
+def _key(reach: Walk, key: Any, path: str) -> None:
     """An entry is found again by a key that is equal; what is not, by identity or as a number, may be another object. Members
     of an enum are compared by identity, as the guards compare all keys, whatever they are equal to."""
     if type(key) is tuple:
@@ -95,13 +92,13 @@ def _key(reach: "Reach", key: Any, path: str) -> None:
         reach.visit(key, f"a key of {path}")
 
 
-def _slice(reach: "Reach", value: Any, path: str) -> None:
+def _slice(reach: Walk, value: Any, path: str) -> None:
     names = ("start", "stop", "step") if isinstance(value, slice) else ("__origin__", "__args__")
     for name in names:
         reach.slot(value, name, getattr(value, name), f"{path}.{name}", attribute=True)
 
 
-def attributes(reach: "Reach", members: dict[str, Any], path: str, wanted: frozenset[str] | None, whole: bool = True) -> None:
+def attributes(reach: Walk, members: dict[str, Any], path: str, wanted: frozenset[str] | None, whole: bool = True) -> None:
     """Of an object: those that are wanted, or all. whole: it is put back after the reading with all it has."""
     reach.sized.append((members, wanted))
     if whole:
@@ -113,14 +110,14 @@ def attributes(reach: "Reach", members: dict[str, Any], path: str, wanted: froze
             reach.slot(members, name, value, f"{path}.{name}")
 
 
-def _kind(reach: "Reach", value: Any, path: str) -> None:
+def _kind(reach: Walk, value: Any, path: str) -> None:
     kind = type(value)
     reach.keep(value, "__class__", kind, path, attribute=True)
     asked = type in reach.made or "__class__" in reach.names.attributes  # which gives the class of anything
     (reach.visit if asked else reach.wait)(kind, path)
 
 
-def any_object(reach: "Reach", value: Any, path: str) -> None:
+def any_object(reach: Walk, value: Any, path: str) -> None:
     kind, members = type(value), _dict_of(value)
     if kind in _COMMON:
         if members is not None and kind not in WRAPPED:
@@ -144,7 +141,7 @@ def any_object(reach: "Reach", value: Any, path: str) -> None:
             reach.slot(value, name, held, f"{path}.{name}", attribute=True)
 
 
-def _module(reach: "Reach", value: nn.Module, path: str) -> None:
+def _module(reach: Walk, value: nn.Module, path: str) -> None:
     if isinstance(value, torch.jit.ScriptModule):
         reach.refuse(f"{path} is a scripted module, whose changes cannot be seen")
         return

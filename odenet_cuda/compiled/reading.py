@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guards import Guards, Unguarded
+from .guards import Guards
 from .marks import Marks, unmarked
 from .memory import has_memory
 from .numbers import KINDS, Numbers, Place, Root
-from .reach import Reach, Slot
+from .reach import Reach
+from .sameness import Unguarded
 from .trace import Recording, Unreadable
 from .trees import opened, parts_of
+from .walk import Slot
 
 
 class Reading:

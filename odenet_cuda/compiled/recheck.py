@@ -16,24 +16,23 @@ When: see watch.py.
 import time
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..problem import Structure
-from .comparison import Comparison, Unsettled, settled
+from .comparison import Comparison, settled
+from .differences import Unsettled
+from .engine import Engine
+from .field import CompiledField
 from .leaks import summary
 from .marks import Unreadable
 from .memory import has_memory
 from .reach import Reach
 from .writes import Watched, kept, memory_of
 
-if TYPE_CHECKING:
-    from .engine import Engine
-    from .field import CompiledField
 
-
-def recheck(field: "CompiledField", engine: "Engine", structure: Structure, args: Sequence[Any], reading: Any) -> None:
+def recheck(field: CompiledField, engine: Engine, structure: Structure, args: Sequence[Any], reading: Any) -> None:
     """Compares the plan of this solve with func if that is due. Raises Unreadable where they differ, and no solve of the field
     is compiled then until `reset`; and where func cannot be called or has changed what it reads: the stepper serves this solve,
     so that the user meets what it raises. reading: the lock of whoever calls func with what is not the user's."""
@@ -57,7 +56,7 @@ def recheck(field: "CompiledField", engine: "Engine", structure: Structure, args
             raise Unreadable("what func reads has changed while it was compared again")
         return
     reason = f"what func reads has changed unseen: {found}; call reset()"
-    field.distrust(reason)
+    field._plans.distrust(reason)
     warnings.warn(
         f"odenet_cuda.compile: something that func reads has changed since it was read, and was not seen to: {found}. The last "
         f"{watch.unseen} compiled solves may be wrong. The stepper serves this one and later ones, until field.reset(). Please "
@@ -67,7 +66,7 @@ def recheck(field: "CompiledField", engine: "Engine", structure: Structure, args
     raise Unreadable(reason)
 
 
-def _difference(engine: "Engine", structure: Structure, args: Sequence[Any], func: Any) -> str:
+def _difference(engine: Engine, structure: Structure, args: Sequence[Any], func: Any) -> str:
     """In words, or "": of the values, or a tensor that func writes into, which it did not when it was read."""
     reach, watched = Reach(func, args), Watched()
     with torch.inference_mode(False), torch.no_grad(), kept(reach, engine.plan.recording):

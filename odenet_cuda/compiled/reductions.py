@@ -1,18 +1,16 @@
 """Operations over axes: sums, moments, norms, products, largest and smallest numbers, and what is added up in order."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from .lowered import Lowered
 from .operations import axis_of, operation, rearranged, source_of
 from .pointwise import packet
 from .program import Refs
 from .trace import Unreadable
 from .values import Sample, Value, where
-
-if TYPE_CHECKING:
-    from .lower import Lowering
 
 
 def _split_axes(value: Sample, axes: Any) -> tuple[Refs, list[int]]:
@@ -32,7 +30,7 @@ def _of_one_sample(value: Sample, axes: Any, node: Any) -> Refs:
     return refs
 
 
-def _several(low: "Lowering", node: Any, twin: Any, parts: Sequence[Refs]) -> Value:
+def _several(low: Lowered, node: Any, twin: Any, parts: Sequence[Refs]) -> Value:
     """The results of an operation that has several."""
     results = []
     for refs, seen, other in zip(parts, node.meta["val"], twin.meta["val"], strict=True):
@@ -43,7 +41,7 @@ def _several(low: "Lowering", node: Any, twin: Any, parts: Sequence[Refs]) -> Va
 
 
 @operation("sum", "mean")
-def _sum(low: "Lowering", node: Any, twin: Any) -> Value:
+def _sum(low: Lowered, node: Any, twin: Any) -> Value:
     value = low.number_of(source_of(low, node))
     refs, reduced = _split_axes(value, node.args[1] if len(node.args) > 1 else None)
     mean = "mean" in str(node.target)
@@ -58,7 +56,7 @@ def _sum(low: "Lowering", node: Any, twin: Any) -> Value:
     return Sample(total.reshape(shape), batch)
 
 
-def _moments(low: "Lowering", node: Any, value: Sample) -> tuple[Refs, Refs]:
+def _moments(low: Lowered, node: Any, value: Sample) -> tuple[Refs, Refs]:
     """Mean and variance over the axes of node."""
     arguments = dict(zip(("dim", "correction", "keepdim"), node.args[1:], strict=False)) | node.kwargs
     refs = _of_one_sample(value, arguments.get("dim"), node)
@@ -77,19 +75,19 @@ def _moments(low: "Lowering", node: Any, value: Sample) -> tuple[Refs, Refs]:
 
 
 @operation("var")
-def _var(low: "Lowering", node: Any, twin: Any) -> Value:
+def _var(low: Lowered, node: Any, twin: Any) -> Value:
     shape, batch = low.shapes(node)
     return Sample(_moments(low, node, source_of(low, node))[1].reshape(shape), batch)
 
 
 @operation("var_mean")
-def _var_mean(low: "Lowering", node: Any, twin: Any) -> Value:
+def _var_mean(low: Lowered, node: Any, twin: Any) -> Value:
     mean, variance = _moments(low, node, source_of(low, node))
     return _several(low, node, twin, (variance, mean))
 
 
 @operation("linalg_vector_norm")
-def _norm(low: "Lowering", node: Any, twin: Any) -> Value:
+def _norm(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
     order = float(node.args[1]) if len(node.args) > 1 else 2.0
     if order not in (1.0, 2.0):
@@ -102,7 +100,7 @@ def _norm(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("cumsum", "cumprod")
-def _cumulative(low: "Lowering", node: Any, twin: Any) -> Value:
+def _cumulative(low: Lowered, node: Any, twin: Any) -> Value:
     value = low.number_of(source_of(low, node))
     axis = axis_of(value, node.args[1], node)
     text = "{0} + {1}" if "cumsum" in str(node.target) else "{0} * {1}"
@@ -114,7 +112,7 @@ def _cumulative(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("amax", "amin", "any", "all")
-def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
+def _extreme(low: Lowered, node: Any, twin: Any) -> Value:
     value = low.number_of(source_of(low, node))
     name, axes = packet(node.target), node.args[1] if len(node.args) > 1 else None
     if name in ("any", "all"):
@@ -129,7 +127,7 @@ def _extreme(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("max", "min")
-def _selected(low: "Lowering", node: Any, twin: Any) -> Value:
+def _selected(low: Lowered, node: Any, twin: Any) -> Value:
     """Values, and the first places where they are found, as numbers."""
     value = low.number_of(source_of(low, node))
     if len(node.args) < 2 or not isinstance(node.args[1], int):
@@ -147,7 +145,7 @@ def _selected(low: "Lowering", node: Any, twin: Any) -> Value:
 
 
 @operation("prod")
-def _product(low: "Lowering", node: Any, twin: Any) -> Value:
+def _product(low: Lowered, node: Any, twin: Any) -> Value:
     value = low.number_of(source_of(low, node))
     refs = _of_one_sample(value, [node.args[1]] if len(node.args) > 1 else None, node)
     result = refs[:, 0]

@@ -17,7 +17,8 @@ from ..problem import Structure
 from ..version import VERSION
 from . import build
 from .build import NoCompiler, Refused
-from .comparison import Comparison, Difference, Unchecked, settled
+from .comparison import Comparison, settled
+from .differences import Difference, Unchecked
 from .engine import Engine
 from .leaks import summary
 from .marks import without_hooks
@@ -30,15 +31,21 @@ def due(engine: Engine, args: Sequence[Any]) -> bool:
     """Whether a library of this solve has not been checked."""
     plan = engine.plan
     if any([bool(place(args).any()) for place in plan.zeros]):
-        plan.trusted.clear()  # what was multiplied by zero, as by a last layer before its training, has not been seen yet
-    return not plan.trusted.issuperset([(id(tableau), target) for tableau, target in engine.wanted])
+        plan.trusted = set()  # what was multiplied by zero, as by a last layer before its training, has not been seen yet
+    kind = engine.kind
+    if kind.trusted is plan.trusted:
+        return False
+    if not plan.trusted.issuperset(kind.keys):
+        return True
+    kind.trusted = plan.trusted  # to which libraries are added alone
+    return False
 
 
 def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, gradient: str, backward: Any) -> None:
     """Checks the libraries of this solve. Raises Refused for one that is wrong, Unchecked where func has no finite value here.
     It calls func with what is not the user's: no other thread may read func meanwhile."""
     plan, reach = engine.plan, Reach(func, args)
-    keys = [(id(tableau), target) for tableau, target in engine.wanted]
+    keys = engine.kind.keys
     ways = gradient if len(keys) > 1 and keys[1] not in plan.trusted else ""
     with torch.inference_mode(False), kept(reach, plan.recording), without_hooks(reach.tensors.values()):
         try:
@@ -49,9 +56,10 @@ def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, 
             raise Unchecked(f"func cannot be checked against: {summary(error)}") from error
     if found is not None:
         blamed = 1 if found.of_gradient else 0  # values are right before gradients are looked at
-        reason = _report(engine, *engine.wanted[blamed], found)
-        plan.refused[keys[blamed]] = engine.wanted[blamed][0], reason
+        reason = _report(engine, *engine.kind.wanted[blamed], found)
+        plan.refused[keys[blamed]] = engine.kind.wanted[blamed][0], reason
         plan.libraries.pop(keys[blamed], None)
+        plan.kinds.clear()
         if blamed:
             plan.trusted.add(keys[0])
         raise Refused(reason, quiet=True)

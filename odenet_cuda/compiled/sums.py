@@ -4,18 +4,17 @@ Torch does what comes after the sum, so that must be linear. Where it needs the 
 the sample adds, before it adds up.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
 
+from .lowered import Lowered, SumTable
 from .pointwise import packet
 from .program import Refs, Sum
 from .trace import Unreadable
 from .values import Sample, Summed, Value, where
-
-if TYPE_CHECKING:
-    from .lower import Lowering
 
 # Linear in the first operand, whatever the others are.
 _LINEAR = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "expand"}
@@ -24,31 +23,17 @@ _LINEAR |= {"constant_pad_nd", "diag_embed"}
 _LINEAR_IN = {"linalg_solve_triangular": 1, "linalg_lu_solve": 2}  # in this operand, where the others are no sums
 
 
-class Sums:
-    """index: of each node among the sums of the program; transposed: those that the kernel gives transposed."""
+class Sums(SumTable):
+    """What comes after a sum. operation: the reading of one operation of samples."""
 
-    def __init__(self, lowering: "Lowering"):
-        self.lowering, self.program = lowering, lowering.program
-        self.index: dict[fx.Node, int] = {}
-        self.transposed: set[fx.Node] = set()
-        self.shapes: dict[fx.Node, list[int]] = {}
+    def __init__(self, lowered: Lowered, operation: Callable[[fx.Node, str], Value]):
+        super().__init__(lowered.program)
+        self.lowered, self._operation = lowered, operation
         self._addends: dict[fx.Node, Refs] = {}
-
-    def add(self, node: fx.Node, a: Refs, b: Refs | None) -> Summed:
-        """a [k, rows], b [k, columns]; the result of `node` has rows x columns numbers, or rows."""
-        if b is not None and self.program.depends(b):
-            if self.program.depends(a):
-                raise Unreadable(f"{where(node)}: a gradient that is not linear")
-            self.transposed.add(node)
-            a, b = b, a
-        self.index[node] = len(self.program.sums)
-        self.shapes[node] = list(node.meta["val"].shape)
-        self.program.sums.append(Sum(a, b))
-        return Summed(node)
 
     def after(self, node: fx.Node, name: str, inputs: list[Value]) -> Value:
         """An operation with sums among its operands."""
-        low, operands = self.lowering, list[Any](node.args)
+        low, operands = self.lowered, list[Any](node.args)
         batched = isinstance(node.meta["val"], Tensor) and low.shapes(node)[1] is not None
         if batched or not self._is_linear(name, operands, inputs):
             raise Unreadable(f"{where(node)} of a sum over samples")
@@ -80,25 +65,25 @@ class Sums:
         return name in _LINEAR and all(summed)
 
     def has(self, x: Any) -> bool:
-        return isinstance(self.lowering.values.get(x), Summed)
+        return isinstance(self.lowered.values.get(x), Summed)
 
     def _is_zero_or_sum(self, x: Any) -> bool:
-        return self.has(x) or bool((self.lowering.sample(x, x, x).refs == self.program.literal(0.0)).all())
+        return self.has(x) or bool((self.lowered.sample(x, x, x).refs == self.program.literal(0.0)).all())
 
     def addend(self, node: fx.Node) -> Refs:
         """What one sample adds to a sum."""
         if node not in self._addends:
             refs = self._products(self.program.sums[self.index[node]]) if node in self.index else self._of_addends(node)
-            self._addends[node] = (refs.T if node in self.transposed else refs).reshape(self.lowering.shapes(node)[0])
+            self._addends[node] = (refs.T if node in self.transposed else refs).reshape(self.lowered.shapes(node)[0])
         return self._addends[node]
 
     def _of_addends(self, node: fx.Node) -> Refs:
         """The operation of a node on what one sample adds to its operands."""
-        values = self.lowering.values
+        values = self.lowered.values
         sums = {x: values[x] for x in node.all_input_nodes if self.has(x)}
         values.update({x: Sample(self.addend(x), None) for x in sums})
         try:
-            result = self.lowering.operation(node, packet(node.target))
+            result = self._operation(node, packet(node.target))
         finally:
             values.update(sums)
         assert isinstance(result, Sample)
@@ -118,7 +103,7 @@ class Sums:
         """Only the sums that these results need: a field may add up over the samples for the shape alone, or for its own
         derivative."""
         needed = {node for node in results if node is not None}
-        for node in reversed(list(self.lowering.recording.graphs[0].nodes)):
+        for node in reversed(list(self.lowered.recording.graphs[0].nodes)):
             if node in needed and node not in self.index:
                 needed |= set(node.all_input_nodes)
         kept = [node for node in self.index if node in needed]

@@ -23,7 +23,8 @@ from .leaks import Leak, Observed, Tracked, observe, summary
 from .marks import Changes, Disturbed, Marks, Unreadable, Unset, same_bits
 from .memory import has_memory
 from .numbers import Numbers
-from .reach import Reach, Slot
+from .reach import Reach
+from .walk import Slot
 
 Item = tuple[dict[str, Any], Any]
 Given = Callable[..., AbstractContextManager[list[Any]]]  # the arguments for a call; takes what wraps tensors

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import recorded
 from ..compiled.attach import attach
 from ..compiled.engine import evaluations
-from ..compiled.field import prepare
+from ..compiled.serve import prepare
 from ..outcome import failed, solution_of, stats_of
 from ..request import Request
 from ..solution import Solution
@@ -31,14 +31,17 @@ def refusal(request: Request) -> str:
         "a norm of the adjoint": backward is not None and backward.norm is not None,
         "a callback of the adjoint": backward is not None and bool(backward.callbacks),
     }
-    request.prepared[NAME] = prepare(
-        field, request.args, problem, options, request.structure, request.t, request.grid, settings.gradient, backward, needs
-    )
-    return "; ".join(field._why)
+    asked = [name for name, needed in needs.items() if needed]
+    gradient, structure, grid = settings.gradient, request.structure, request.grid
+    found = prepare(field, request.args, problem, options, structure, request.t, grid, gradient, backward, asked)
+    if isinstance(found, str):
+        return found
+    request.prepared[NAME] = found
+    return ""
 
 
 def solve(request: Request) -> Solution:
-    engine, problem, gradient = request.prepared[NAME], request.problem, request.settings.gradient
+    engine, problem, gradient = request.prepared.pop(NAME), request.problem, request.settings.gradient
     field: Any = problem.field
     wanted = engine.sources.wanted
     trajectory = engine.solve(keep=wanted and gradient != "adjoint")
@@ -47,8 +50,7 @@ def solve(request: Request) -> Solution:
     outputs = trajectory.ys
     failed(request, trajectory, outputs, stats)
     if wanted:
-        again = replace(request, prepared={})
-        outputs = attach(engine, gradient, request.backward, outputs, stats, lambda: _by_stepper(again))
+        outputs = attach(engine, gradient, request.backward, outputs, stats, lambda: _by_stepper(request))
     return solution_of(request, outputs, trajectory, None, stats)
 
 

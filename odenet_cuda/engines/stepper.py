@@ -3,7 +3,7 @@
 from functools import partial
 
 from .. import recorded
-from ..compiled.field import undisturbed
+from ..compiled.plans import undisturbed
 from ..request import Request
 from ..solution import Solution
 

@@ -159,7 +159,7 @@ def test_reading(field, dtype, per_sample):
     compiled = odenet_cuda.compile(names["func"])
     try:
         compiled.plan(odenet_cuda.problem.Structure(names["y0"]), names["args"], per_sample)
-    except odenet_cuda.compiled.field.Unreadable as error:
+    except odenet_cuda.compiled.trace.Unreadable as error:
         event("refused: " + str(error).split("(")[0][:60])
         assert not any(word in str(error) for word in (*FAULTS, "could not be recorded")), error
     else:

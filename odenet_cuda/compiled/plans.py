@@ -1,0 +1,205 @@
+"""What has been read of a field: a few plans of each kind of state, looked up at every call, and readings where none serves."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Structure
+from .leaks import line_of, summary
+from .marks import Disturbed
+from .plan import Plan
+from .reading import Reading
+from .refusals import Never, Readings, Refused
+from .trace import Unreadable
+
+_SERVED = (torch.float32, torch.float64)
+_SMALL = 64  # numbers: a batch of no more, whose samples are mixed, is read as one sample
+_MOST_PLANS = 4  # kept of one kind of state: those of training and of evaluation, say
+_MOST_KINDS = 256  # of states, of which is kept what follows from them alone
+_FLAGS = (  # of torch, which func may ask for; whether gradients or inference mode are on is left to check.py
+    torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
+    torch.is_warn_always_enabled, torch.get_float32_matmul_precision,
+)  # fmt: skip
+LOCK = threading.RLock()  # of whoever calls func with what is not the user's
+_turns = 0  # of readings that have begun and have ended
+
+
+class KindOfState:
+    """What follows from types and shapes alone. kinds: for which there are plans, the second of a state that is one sample;
+    refusals: in words."""
+
+    def __init__(self, key: tuple, structure: Structure, on_cuda: bool):
+        leaves = structure.leaves
+        rows = leaves[0].shape[0] if leaves[0].dim() else -1
+        of_samples = tuple([(leaf.dtype, leaf.device, leaf.shape[1:], leaf.dim(), rows == 1) for leaf in leaves])
+        _, given, *rest = key
+        # An argument may have one entry a sample.
+        given = [(*x[1:], x[0][1:], True) if type(x) is tuple and x[0][:1] == (rows,) else x for x in given]
+        kind = structure.spec, of_samples, tuple(given), *rest
+        self.kinds = kind, (kind, tuple([leaf.shape for leaf in leaves]))
+        self.empty = any(leaf.numel() == 0 for leaf in leaves)
+        self.refusals: list[str] = []
+        if leaves[0].device.type != "cpu" and not on_cuda:
+            words = f"the state is on {leaves[0].device}; compile(func, cuda=True) serves it, which no GPU has run yet"
+            self.refusals.append(words)
+        if len({leaf.dtype for leaf in leaves}) > 1 or leaves[0].dtype not in _SERVED:
+            self.refusals.append("the state is not all float32 or all float64")
+
+
+def _key(structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
+    """Shapes and types, by which a kind of state is found; what else a reading depends on is compared by the guards of each."""
+    leaves = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in structure.leaves])
+    given: Any = ()
+    if args:
+        given = tuple(
+            [
+                (x.shape, x.dtype, x.device, x.requires_grad, type(x), not vars(x))  # attributes of Python
+                if isinstance(x, Tensor)
+                else type(x)
+                for x in args
+            ]
+        )
+    device = torch.get_default_device() if torch._C._len_torch_function_stack() else None
+    spec = None if structure.single else structure.spec
+    return leaves, given, spec, per_sample, device, *[flag() for flag in _FLAGS]
+
+
+class Plans:
+    """Of one field. kept: the last few of each kind; latest: that of the last solve."""
+
+    def __init__(self) -> None:
+        self.served: tuple[str, dict[str, str]] | None = None  # by which engine the last solve was, and who refused
+        self._kinds: dict[tuple, KindOfState] = {}
+        self._read_of: Any = None  # the func of the plans
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was read."""
+        self.kept: dict[Any, list[Plan | Refused]] = {}
+        self._readings: dict[Any, Readings] = {}  # of each kind
+        self.latest: Plan | None = None
+        self._distrust = ""  # why it is read no more, see recheck.py
+
+    def distrust(self, reason: str) -> None:
+        """The stepper serves from now on, until `reset`."""
+        self.reset()
+        self._distrust = reason
+
+    def kind(self, structure: Structure, args: Sequence[Any], per_sample: bool, on_cuda: bool) -> KindOfState:
+        key = _key(structure, args, per_sample)
+        found = self._kinds.get(key)
+        if found is None:
+            if len(self._kinds) >= _MOST_KINDS:
+                self._kinds.clear()
+            found = self._kinds[key] = KindOfState(key, structure, on_cuda)
+        return found
+
+    def find(self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
+        """Raises Unreadable."""
+        if self._read_of is not func:
+            self.reset()
+            self._read_of = func
+        if self._distrust:
+            raise Unreadable(self._distrust)
+        key, whole = kind.kinds
+        readings = self._readings.get(key) or self._readings.setdefault(key, Readings())
+        found = self._held(kind.kinds, args, readings)
+        if found is None:
+            with LOCK, _turn():
+                found = self._held(kind.kinds, args, readings)  # while another thread reads, Numbers stand for numbers
+                if found is None:
+                    stale = [*self.kept.get(key, ()), *self.kept.get(whole, ())]
+                    readings.begin(stale, args)
+                    found = self._read(func, structure, args, per_sample, stale)
+                    place = whole if isinstance(found, Refused) or found.whole else key
+                    others = [plan for plan in self.kept.get(place, ()) if plan.guards.alive]
+                    self.kept[place] = [found, *others[: _MOST_PLANS - 1]]
+        if isinstance(found, Refused):
+            raise found.error
+        self.latest = found
+        return found
+
+    def _held(self, kinds: Sequence[Any], args: Sequence[Any], readings: Readings) -> "Plan | Refused | None":
+        """What has been read and is so still."""
+        for kind in kinds:
+            for found in self.kept.get(kind, ()):
+                if found.guards.hold(args):
+                    readings.served += 1
+                    return found
+        return None
+
+    @torch.inference_mode(False)
+    def _read(self, func: Any, structure: Structure, args: Sequence[Any], per_sample: bool, stale: list[Any]) -> Plan | Refused:
+        """stale: plans that were right once; numbers that are others now become arguments of the code."""
+        numbers = stale[0].guards.changed_numbers(args) if stale else ()
+        found = self._read_with(func, structure, args, per_sample, numbers) if numbers else None
+        return found if isinstance(found, Plan) else self._read_with(func, structure, args, per_sample, ())
+
+    def _read_with(
+        self, func: Any, structure: Structure, args: Sequence[Any], per_sample: bool, numbers: Any
+    ) -> Plan | Refused:
+        leaves = structure.leaves
+        rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
+        failure = Unreadable("the leaves of y0 have no common axis of samples")
+        if len(rows) == 1 and None not in rows:
+            try:
+                with _in_words():
+                    return Plan(func, structure, args, False, Reading(func, args, numbers, leaves[0]), per_sample)
+            except Unreadable as error:
+                failure = error
+        vectors = all(leaf.dim() < 2 for leaf in leaves)
+        if not per_sample and (vectors or sum(leaf.numel() for leaf in leaves) <= _SMALL):
+            try:
+                with _in_words():
+                    return Plan(func, structure, args, True, Reading(func, args, numbers, leaves[0]))
+            except Unreadable as error:
+                if vectors:
+                    failure = error
+        code = getattr(getattr(func, "__func__", func), "__code__", None)
+        if code is not None and 'File "' not in str(failure):  # torch keeps the lines of modules alone
+            failure = type(failure)(f'{failure} (File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name})')
+        try:
+            with _in_words():
+                again = isinstance(failure, Disturbed)
+                return Refused(failure, Never() if again else Reading(func, args).guards(args))
+        except Unreadable as error:
+            # What cannot be compared may be gone at the next call, as a parameter that is not initialized yet.
+            return Refused(error, Never())
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Whatever a reading comes upon is no reason for a solve to fail that runs without it."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise Unreadable(f"func could not be read: {summary(error)}{line_of(error)}") from error
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    global _turns
+    _turns += 1
+    try:
+        yield
+    finally:
+        _turns += 1
+
+
+def undisturbed(run: Callable[[], Any]) -> Any:
+    """run(), a solve by the stepper. Where it raises and another thread read func meanwhile, it may have met what stands in
+    func's attributes for the reading alone, see numbers.py and marks.Unset: once more then, while nobody reads."""
+    before = _turns
+    try:
+        return run()
+    except Exception:
+        if before % 2 == 0 and _turns == before:
+            raise
+    with LOCK:
+        return run()

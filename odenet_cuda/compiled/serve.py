@@ -1,0 +1,127 @@
+"""How a solve of a compiled field is served: the engine of it, or in words why there is none."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
+
+from ..callbacks import CALLBACKS, find_callbacks
+from ..integrate import Grid, Options
+from ..problem import Problem, Structure
+from ..tableau import ButcherTableau
+from . import self_check
+from .attach import Sources
+from .build import NoCompiler
+from .engine import Engine
+from .field import CompiledField
+from .leaks import summary
+from .plans import LOCK
+from .recheck import recheck
+from .trace import Unreadable
+
+_NOTHING = "there is nothing to solve"
+_warned = False
+
+
+def prepare(
+    field: CompiledField,
+    args: Sequence[Any],
+    problem: Problem,
+    options: Options,
+    structure: Structure,
+    t: Tensor,
+    grid: Grid | None,
+    gradient: str,
+    backward: Any,
+    needs: Sequence[str],
+) -> Engine | str:
+    """The engine of this solve, or why there is none. needs: what the solve was asked for that only the stepper has."""
+    global _warned
+    try:
+        own, func = field.__dict__, field.func
+        kind = field._plans.kind(structure, args, problem.per_sample, own["_cuda"])
+        if len(problem.t) == 1 or kind.empty:
+            return _NOTHING
+        why = [f"{name} needs it" for name in needs] + kind.refusals + _of_options(problem, options, backward) + _of_torch(t)
+        if _may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
+            why.append("callbacks of func need it")
+        if why:
+            return "; ".join(why)
+        plan = field._plans.find(func, kind, structure, args, problem.per_sample)
+        sources = Sources(plan, structure, args)
+        how = gradient if sources.wanted else ""
+        adjoint = backward.options if how == "adjoint" else None
+        if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
+            raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
+        engine = Engine(plan, problem, options, args, grid, own["_matmul"], how, adjoint)
+        engine.sources = sources
+        if engine.kind.trusted is None:
+            plan.build(engine.kind.wanted)
+        if self_check.due(engine, args):
+            with LOCK:
+                self_check.check(engine, structure, args, func, gradient, backward)
+        recheck(field, engine, structure, args, LOCK)
+        engine.begun = time.perf_counter()
+        return engine
+    except Unreadable as error:
+        return str(error)
+    except NoCompiler as error:
+        if not _warned and not error.quiet:
+            _warned = True
+            warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=4)
+        return str(error)
+    except Warning:  # of ours, where filters make them errors
+        raise
+    except Exception as error:  # what func reads may change at any moment, by another thread
+        return f"what func reads has changed in between: {summary(error)}"
+
+
+def _of_options(problem: Problem, options: Options, backward: Any) -> list[str]:
+    why = []
+    if not all([isinstance(x.tableau, ButcherTableau) for x in (options, *([] if backward is None else [backward.options]))]):
+        why.append("the method is no explicit Runge-Kutta method")
+    if problem.norm is not None or not problem.fused_error:
+        why.append("a norm of the user, or tolerances that are tensors")
+    if options.perturb:
+        why.append("perturb=True needs it")
+    return why
+
+
+def _of_torch(t: Tensor) -> list[str]:
+    """What is on now."""
+    why = []
+    if torch._C._is_any_autocast_enabled():
+        why.append("autocast is on")
+    if torch.is_anomaly_enabled():
+        why.append("anomaly detection is on")
+    if _modes():
+        why.append("a mode that sees torch's operations is on")
+    if t.requires_grad and torch.is_grad_enabled():
+        why.append("a gradient for t needs it")
+    return why
+
+
+def _modes() -> bool:
+    """Whether there are modes that see torch's functions or operations, besides that of a default device."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    modes = range(torch._C._len_torch_function_stack())
+    return bool(modes) and any([not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in modes])
+
+
+def _may_have_callbacks(func: Any) -> bool:
+    """Not where a Module is sure to have none: that takes a while to ask by its attributes."""
+    kind = type(func)
+    if not isinstance(func, nn.Module) or (kind.__getattr__, kind.__getattribute__) != _PLAIN:
+        return True
+    own = func.__dict__
+    held = own, own["_modules"], own["_parameters"], own["_buffers"]
+    return not all(map(_UNNAMED, held)) or any([hasattr(kind, name) for name in CALLBACKS])
+
+
+_PLAIN = nn.Module.__getattr__, nn.Module.__getattribute__
+_UNNAMED = frozenset(CALLBACKS).isdisjoint
