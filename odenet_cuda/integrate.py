@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -59,6 +59,11 @@ class Options:
     @property
     def adaptive(self) -> bool:
         return self.method in ADAPTIVE
+
+    @cached_property
+    def backwards(self) -> "Options":
+        """Those of the adjoint's solve where nothing else is asked for."""
+        return replace(self, interp="method")
 
     def on_side(self, problem: Problem, index: int) -> float:
         """On which side of t[index] func is evaluated for a step that ends there, or for index 0 begins: 0, that is on it, but

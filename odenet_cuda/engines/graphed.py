@@ -21,6 +21,7 @@ from ..request import Request
 from ..solution import Solution
 from ..solvers.adaptive import runs_ahead
 from ..solvers.checkpoints import Checkpoints
+from ..solvers.families import family_of
 from ..solvers.fixed import calls_on_grid
 from ..solvers.trajectory import Recorder
 
@@ -58,7 +59,7 @@ def solve(request: Request) -> Solution:
 def _reason(request: Request, calls: int) -> str:
     """Why no graph can hold this solve and its way back, or "". calls: of func, on a grid."""
     problem, settings, options, grid = request.problem, request.settings, request.options, request.grid
-    probe = probe_of(request)
+    probe, alone = probe_of(request), family_of(options.tableau).no_graph
     refusals = {
         "dense=True": settings.dense,
         "regularizers": bool(settings.regularizers),
@@ -71,6 +72,7 @@ def _reason(request: Request, calls: int) -> str:
         "jump_t": bool(options.jump_t),
         "a norm of the user, or tolerances that are tensors": grid is None and not problem.fused_error,
         f"{options.method} begins a step with the last slope of the step before": grid is None and not options.tableau.fsal,
+        f"{options.method} {alone}": grid is None and bool(alone),
         "parameters of 16 bits": grid is None and any([x.dtype in SHORT for x in probe.captured]),
     }
     return next((name for name, refused in refusals.items() if refused), "")

@@ -63,5 +63,5 @@ def solve(request: Request) -> Solution:
     # Views: func may ask for gradients of what it is given, and the user's tensors are not to show it.
     y0 = [leaf.view_as(leaf) for leaf in structure.leaves]
     ys = plain.solve_on_grid(problem, options.tableau, *request.grid, options.perturb, field, y0, request.t)
-    trajectory = Trajectory(ys, [leaf[-1].detach() for leaf in ys], None)
+    trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
     return solution_of(request, ys, trajectory, None, stats_of(request, trajectory))

@@ -41,7 +41,7 @@ def solve(request: Request) -> Solution:
     else:
         assert request.grid is not None
         ys, nfe = transforms.solve_on_grid(problem, options, request.func, structure, request.t, request.grid)
-        trajectory = Trajectory(ys, [leaf[-1].detach() for leaf in ys], None)
+        trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
     problem.field.nfe = nfe  # type: ignore[attr-defined]
     stats = stats_of(request, trajectory)
     failed(request, trajectory, ys, stats)

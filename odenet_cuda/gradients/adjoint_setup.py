@@ -33,28 +33,7 @@ def adjoint_setup(
     norm = given.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
         raise ValueError(f"adjoint_options['norm'] must be 'seminorm' or callable, got {norm!r}")
-    merged: dict[str, Any] = dict(
-        method=method or options.method,
-        first_step=options.first_step,
-        step_t=options.step_t,
-        jump_t=options.jump_t,
-        step_size=options.step_size,
-        grid_constructor=options.grid_constructor,
-        perturb=options.perturb,
-        cuda_graph=options.cuda_graph,
-        interp="method",
-    )
-    control: dict[str, Any] = {name: getattr(options.control, name) for name in StepControl.__dataclass_fields__}
-    for name, value in given.items():
-        if name in control:
-            control[name] = value
-        elif name in ("step_t", "jump_t"):
-            merged[name] = stop_times(name, value)
-        elif name in merged and name != "method":
-            merged[name] = value
-        else:
-            raise ValueError(f"adjoint_options must name options of solve or 'norm', got {name!r}")
-    backward = Options(control=StepControl(**control), **merged)
+    backward = options.backwards if method is None and not given else _options(options, method, given)
     if problem.per_sample and not backward.adaptive:
         raise ValueError(f"step_control='per_sample' needs an adaptive adjoint_method, got {backward.method!r}")
     if backward.adaptive and torch.is_grad_enabled():
@@ -79,6 +58,32 @@ def adjoint_setup(
         user_options={**given, "norm": shown},
         chosen=chosen,
     )
+
+
+def _options(options: Options, method: str | None, given: dict[str, Any]) -> Options:
+    """The forward options with another method, and with what was given in their place."""
+    merged: dict[str, Any] = dict(
+        method=method or options.method,
+        first_step=options.first_step,
+        step_t=options.step_t,
+        jump_t=options.jump_t,
+        step_size=options.step_size,
+        grid_constructor=options.grid_constructor,
+        perturb=options.perturb,
+        cuda_graph=options.cuda_graph,
+        interp="method",
+    )
+    control: dict[str, Any] = {name: getattr(options.control, name) for name in StepControl.__dataclass_fields__}
+    for name, value in given.items():
+        if name in control:
+            control[name] = value
+        elif name in ("step_t", "jump_t"):
+            merged[name] = stop_times(name, value)
+        elif name in merged and name != "method":
+            merged[name] = value
+        else:
+            raise ValueError(f"adjoint_options must name options of solve or 'norm', got {name!r}")
+    return Options(control=StepControl(**control), **merged)
 
 
 def shown_norm(problem: Problem, seminorm: bool) -> Callable[[tuple], Tensor]:
