@@ -157,14 +157,14 @@ def test_each_engine_says_that_it_served():
 
     torch.vmap(mapped)(start().detach())
     assert seen == [("transformed", {})]
-    assert field.explain().startswith("served by the transformed: inside a transform of torch")
+    assert field.explain().startswith("served by torch's operations: inside a transform of torch")
 
 
 def test_a_block_explains_as_its_solution_does():
     block = odenet_cuda.ODEBlock(Net(), method="rk4", gradient="direct")
     assert block.explain() == "not solved yet"
     block(start())
-    assert block.explain() == "served by the plain: func is no compiled field: see odenet_cuda.compile"
+    assert block.explain() == "served by torch's operations: func is no compiled field: see odenet_cuda.compile"
     block = odenet_cuda.ODEBlock(Net(), compile="auto")
     block(start())
     assert block.explain() == "compiled"

@@ -117,11 +117,19 @@ def compile(func: Callable[..., Any], *, cuda: bool = False, matmul: str = "floa
     return func if isinstance(func, CompiledField) else CompiledField(func, cuda, matmul)
 
 
+_WORDS = {
+    "stepper": "the stepper",
+    "graphed": "captured graphs",
+    "plain": "torch's operations",
+    "transformed": "torch's operations",
+}
+
+
 def in_words(engine: str, refusals: dict[str, str]) -> str:
     """How a solve was served, and why not by the compiled field. refusals: those of `Solution.explanation`."""
     if engine == "compiled":
         return "compiled"
-    return f"served by the {engine}: " + refusals.get(
+    return f"served by {_WORDS[engine]}: " + refusals.get(
         "compiled", "inside a transform of torch, or while operations are written down"
     )
 
