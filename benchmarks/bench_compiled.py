@@ -53,7 +53,7 @@ from torch import Tensor, nn
 import odenet_cuda
 from odenet_cuda import _C
 from odenet_cuda.compiled import recheck
-from odenet_cuda.compiled.build import LEVEL_FLAGS, _has_mvec, compiler_flags, find_compiler
+from odenet_cuda.compiled.compilers import LEVEL_FLAGS, compiler_flags, find_compiler, has_mvec
 from odenet_cuda.problem import Structure
 
 Result = list[Tensor]  # the end, or gradients of y0 and of parameters
@@ -268,7 +268,7 @@ def compile_by_hand(folder: str) -> ctypes.CDLL:
     result = Path(folder) / "by_hand.so"
     source = Path(__file__).parent / "by_hand.cpp"
     flags = [*compiler_flags(), *LEVEL_FLAGS[_C.cpu_level()], *shlex.split(os.environ.get("ODENET_CXXFLAGS", ""))]
-    libraries = [*(["-lmvec"] if _has_mvec() else []), "-lm"]
+    libraries = [*(["-lmvec"] if has_mvec() else []), "-lm"]
     command = [*find_compiler()[0], *flags, str(source), "-o", str(result), *libraries]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(result))

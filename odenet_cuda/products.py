@@ -186,3 +186,10 @@ def _passed(node: Any, grads: Sequence[Tensor | None], create_graph: bool) -> Se
         for handle in handles:
             handle.remove()
     return passed
+
+
+def real_product(g: Tensor, x: Tensor) -> Tensor:
+    """Elementwise, float64; of complex numbers the real part of conj(g) x: a gradient g means dL = Re(conj(g) dx)."""
+    if not g.dtype.is_complex:
+        return g.double() * x.double()
+    return (torch.view_as_real(g.resolve_conj()).double() * torch.view_as_real(x.resolve_conj()).double()).sum(-1)

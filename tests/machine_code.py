@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import odenet_cuda
 from odenet_cuda import _C
-from odenet_cuda.compiled.build import LEVEL_FLAGS, _has_mvec, compiler_flags, find_compiler, include_folder
+from odenet_cuda.compiled.compilers import LEVEL_FLAGS, compiler_flags, find_compiler, has_mvec, include_folder
 from odenet_cuda.compiled.emit import Target
 from odenet_cuda.compiled.plan import Plan
 from odenet_cuda.methods import RK4
@@ -228,7 +228,7 @@ def compile_cases(cases: list[Case], level: str, folder: Path) -> Path:
     source.write_text(text)
     extra = os.environ.get("ODENET_CXXFLAGS", "").split()
     flags = [*compiler_flags(), f"-DODENET_LEVEL={level}", *LEVEL_FLAGS[level], *extra, f"-I{include_folder()}"]
-    command = [*find_compiler()[0], *flags, str(source), "-o", str(result), *(["-lmvec"] if _has_mvec() else []), "-lm"]
+    command = [*find_compiler()[0], *flags, str(source), "-o", str(result), *(["-lmvec"] if has_mvec() else []), "-lm"]
     subprocess.run(command, check=True)
     return result
 

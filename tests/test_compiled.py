@@ -41,7 +41,7 @@ CONTROLS = ("joint", "per_sample")
 @pytest.fixture(scope="module", autouse=True)
 def needs_compiler():
     """Skips all where there is no C++ compiler."""
-    from odenet_cuda.compiled.build import NoCompiler, find_compiler
+    from odenet_cuda.compiled.compilers import NoCompiler, find_compiler
 
     try:
         find_compiler()

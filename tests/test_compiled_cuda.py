@@ -295,7 +295,7 @@ COMPILED += [("tf32", "reverse", "dopri5", ["sm_90"]), ("bf16", "adjoint_joint",
 @pytest.mark.parametrize("matmul, kind, method, cards", COMPILED)
 def test_nvcc_compiles(fields, kind, method, matmul, cards, tmp_path):
     """Into a library like that of the CPU; no GPU is needed. All that differs between cards is in the last."""
-    from odenet_cuda.compiled.build import CUDA_FLAGS
+    from odenet_cuda.compiled.compilers import CUDA_FLAGS
     from odenet_cuda.methods import find_method
 
     nvcc = find_nvcc()

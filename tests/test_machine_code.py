@@ -5,7 +5,7 @@ import pytest
 from machine_code import CONTROLS, DTYPES, Case, differences, layer_of_square, layer_of_sum, net, whole_solves
 
 from odenet_cuda import _C
-from odenet_cuda.compiled.build import NoCompiler, find_compiler
+from odenet_cuda.compiled.compilers import NoCompiler, find_compiler
 
 # Widths that fill no whole number of passes of a layer, with which g++ 11 and 12 are wrong without our flags.
 FIELDS = ((layer_of_sum, 7), (layer_of_sum, 9), (layer_of_square, 10), (net, 9))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .build import NoCompiler
+from .compilers import NoCompiler
 
 _ROUNDING = 64  # units in the last place that two right answers may differ by, times the size of what was added up
 _CONDITION = 16  # times what a change of the inputs by _CHANGE units brings: more than the rounding of a long sum

@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import _C
 from ..problem import Structure
 from ..tableau import ButcherTableau
-from .build import Refused
 from .build import load as load_text
 from .check import check_program
+from .compilers import Refused
 from .constants import Constants
 from .emit import Target, emit, kept_buffers, tap_layout
 from .field_program import FieldProgram

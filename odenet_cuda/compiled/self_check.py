@@ -16,8 +16,8 @@ import torch
 from ..problem import Structure
 from ..version import VERSION
 from . import build
-from .build import NoCompiler, Refused
 from .comparison import Comparison, settled
+from .compilers import NoCompiler, Refused
 from .differences import Difference, Unchecked
 from .engine import Engine
 from .leaks import summary

@@ -15,7 +15,7 @@ from ..problem import Problem, Structure
 from ..tableau import ButcherTableau
 from . import self_check
 from .attach import Sources
-from .build import NoCompiler
+from .compilers import NoCompiler
 from .engine import Engine
 from .field import CompiledField
 from .leaks import summary

@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..captured import Watch
 from ..formulas import rms_norm
 from ..held import Captured
 from ..integrate import Options, backward_grid, integrate
-from ..ops import FIELDS, readable
+from ..ops import FIELDS
 from ..problem import Field, Problem, aliased
-from ..products import NOTHING, Targets, gradients
+from ..products import real_product
 from ..ranges import in_range
 from ..solution import Solution, Stats, raise_failure
-from .accumulator import SHORT, Accumulator, combinations
+from .augmented import AugmentedField, PerSampleField, as_leaf
 from .autocast import autocast_state
-from .direct import real_product
 from .drift import add_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
 from .one_by_one import one_by_one
@@ -110,142 +108,6 @@ class _Adjoint(torch.autograd.Function):
         return None, None, None, None, None, None, grad_t, *grad_y0, *grad_params
 
 
-class AugmentedField:
-    """Slopes of (y, a) and of the parameters' integral, from one call of func and one vector-Jacobian product.
-
-    Those of a and of the integral are given as a^T df/dy and a^T df/dtheta: the problem's signs turn them round.
-    """
-
-    def __init__(
-        self,
-        field: Field,
-        params: Sequence[Tensor],
-        like: Sequence[Tensor],
-        costs: Sequence[Tensor],
-        quadrature_stages: Sequence[bool],
-        chosen: bool,
-    ):
-        self.costs = list(costs)  # cotangents of the running costs
-        self.field, self.targets, self.quadrature_stages = field, Targets(params), quadrature_stages
-        self.leaves, self.watch = len(like), Watch(params, chosen)
-        # Where func does not depend on something.
-        self.zeros = [*(torch.zeros_like(x) for x in like), *(_as_leaf(torch.zeros_like(x)) for x in params)]
-        self.convert = any(x.dtype in SHORT for x in params)
-        self.none: list[Tensor | None] = [None] * len(self.params)
-        self.recording = torch.enable_grad()
-
-    @property
-    def params(self) -> list[Tensor]:
-        return self.targets.tensors
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.field.tensors, *self.params]
-
-    def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
-        n, with_params = self.leaves, self.quadrature_stages[stage]
-        y = state[:n]
-        k = self.evaluate(t, y)
-        grads = self.product(k, [*state[n:], *self.costs], y, self.targets if with_params else NOTHING, False)
-        if self.convert:
-            grads = [*grads[:n], *(grad if grad is None else _as_leaf(grad) for grad in grads[n:])]
-        slopes: list[Tensor | None] = [slope.detach() for slope in k[:n]]
-        slopes += [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
-        if not with_params:
-            slopes.extend(self.none)
-        return slopes
-
-    def evaluate(self, t: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
-        """func with its graph; y are the solver's own buffers and become its leaves."""
-        for leaf in y:
-            leaf.requires_grad_()
-        with self.recording:
-            return self.watch.evaluate(self.field, t, y)
-
-    def product(
-        self, k: list[Tensor], a: Sequence[Tensor], inputs: Sequence[Tensor], targets: Targets, keep_graph: bool
-    ) -> Sequence[Tensor | None]:
-        """a^T dk/dinputs, and then by the targets"""
-        if not all([slope.requires_grad for slope in k]):
-            a = [cotangent for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
-            k = [slope for slope in k if slope.requires_grad]
-            if not k:
-                return [None] * (len(inputs) + len(targets.tensors))
-        return gradients(k, inputs, a, targets, keep_graph or self.watch.keeps_graphs)
-
-
-class PerSampleField(AugmentedField):
-    """The same where every sample has its own steps: which rows a step counts for, and how much, is known only after it.
-
-    So the stages, each in a buffer of its own, keep their graphs to the end of the step, and the parameters' integral takes
-    dt * b_j * accept of each row then. The slope of the first stage may stem from an earlier step: it is evaluated again.
-    """
-
-    def __init__(
-        self,
-        field: Field,
-        params: Sequence[Tensor],
-        like: Sequence[Tensor],
-        costs: Sequence[Tensor],
-        b: Sequence[float],
-        chosen: bool,
-    ):
-        super().__init__(field, params, like, costs, [False] * len(b), chosen)
-        self.b, self.none = b, []
-        self.sums = Accumulator(params, len(b), like[0].device)
-        self.kept: dict[int, tuple[list[Tensor], Sequence[Tensor]]] = {}
-        if not params:
-            return
-        self.costs = [readable(cost) for cost in self.costs]
-        shapes = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*like, *self.costs)]
-        self.cotangents = {i: [*map(torch.empty_like, shapes)] for i, weight in enumerate(b) if weight != 0}
-        leaves = [leaf for of_stage in self.cotangents.values() for leaf in of_stage]
-        signs = [-b[i] for i, of_stage in self.cotangents.items() for _ in of_stage]
-        self.kernels = combinations(leaves, len(like[0]), ((1.0,),), signs)
-        self.kernels.bind_buffers([0] * len(leaves), [leaf.data_ptr() for leaf in leaves], [], 0)
-
-    def __call__(self, t: Tensor, state: Sequence[Tensor], stage: int) -> list[Tensor | None]:
-        n = self.leaves
-        y, a = state[:n], state[n:]
-        k = self.evaluate(t, y)
-        keep = stage != 0 and self.b[stage] != 0 and bool(self.params)
-        grads = self.product(k, [*a, *self.costs], y, NOTHING, keep)
-        if keep:
-            self.kept[stage] = k, a
-        slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
-        return [*(slope.detach() for slope in k[:n]), *slopes]
-
-    @property
-    def calls(self) -> int:
-        return int(bool(self.params) and self.b[0] != 0)
-
-    @property
-    def refusal(self) -> str:
-        return "parameters of 16 bits, or on another device" if self.sums.others else ""
-
-    def resume(self, field: Any) -> "PerSampleField":
-        self.field, self.targets, self.watch = field.field, field.targets, field.watch
-        return self
-
-    def add(self, t0: Tensor, y0: Sequence[Tensor], dt: Tensor) -> None:
-        if not self.params:
-            return
-        if self.b[0] != 0:
-            self.kept[0] = self.evaluate(t0, y0[: self.leaves]), y0[self.leaves :]
-        self.kernels.bind_dt(dt.data_ptr())
-        self.kernels.stage(1, [x.data_ptr() for stage in self.cotangents for x in (*self.kept[stage][1], *self.costs)])
-        for stage, (k, _) in self.kept.items():
-            self.sums.add(self.product(k, self.cotangents[stage], (), self.targets, False))
-        self.sums.flush()
-        self.kept.clear()
-
-    def take(self) -> list[Tensor]:
-        totals = zip(self.sums.totals, self.params, strict=True)
-        found = [torch.zeros_like(_as_leaf(x)) if total is None else total.clone() for total, x in totals]
-        self.sums.clear()
-        return found
-
-
 def solve_backwards(
     adjoint: Adjoint,
     problem: Problem,
@@ -261,42 +123,18 @@ def solve_backwards(
     outputs = [*ys, *problem.leaves[n:]]
     grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
     grad_ys, costs = grads[:n], grads[n:]
-    tableau = adjoint.options.tableau
     generators = noise.states(problem.device)
     stats.drift = None
     calls = field.nfe
     others = aliased(field, params) if adjoint.options.cuda_graph else None
     field, params = others or (field, params)
     field.nfe = calls
-    in_norm = not adjoint.seminorm and not problem.per_sample
-    per_sample = problem.per_sample
-    if per_sample:
-        augmented: AugmentedField = PerSampleField(field, params, problem.state_leaves, costs, tableau.b, adjoint.chosen)
-    else:
-        e = tableau.e if in_norm and tableau.e else [0.0] * tableau.stages
-        needed = [
-            b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
-            for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))
-        ]
-        augmented = AugmentedField(field, params, problem.state_leaves, costs, needed, adjoint.chosen)
+    per_sample, options = problem.per_sample, adjoint.options
+    augmented = augmented_field(adjoint, problem, field, params, costs)
     a = [torch.zeros_like(y[0]) for y in ys]
-    integral = [_as_leaf(torch.zeros_like(param)) for param in params]
+    integral = [as_leaf(torch.zeros_like(param)) for param in params]
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
-    options = adjoint.options
-    quadratures = 0 if per_sample else len(params)
-    backward = Problem(
-        field=augmented,
-        leaves=[],
-        t=[],
-        direction=-problem.direction,
-        per_sample=per_sample,
-        rtol=[*adjoint.rtol, *adjoint.rtol, *[min(adjoint.rtol)] * quadratures],
-        atol=[*adjoint.atol, *adjoint.atol, *[min(adjoint.atol)] * quadratures],
-        norm=adjoint_norm(adjoint, problem, n),
-        quadratures=quadratures,
-        quadratures_in_norm=in_norm,
-        signs=[*[1.0] * n, *[-1.0] * (n + quadratures)],
-    )
+    backward = backward_problem(adjoint, problem, augmented, 0 if per_sample else len(params))
     callbacks = {name: _with_all_parts(callback) for name, callback in adjoint.callbacks.items()}
     after_step = augmented if isinstance(augmented, PerSampleField) else None
     for i in range(len(problem.t) - 1, 0, -1):
@@ -331,16 +169,43 @@ def solve_backwards(
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
 
 
+def augmented_field(
+    adjoint: Adjoint, problem: Problem, field: Any, params: Sequence[Tensor], costs: Sequence[Tensor]
+) -> AugmentedField:
+    tableau, like = adjoint.options.tableau, problem.state_leaves
+    if problem.per_sample:
+        return PerSampleField(field, params, like, costs, tableau.b, adjoint.chosen)
+    e = tableau.e if not adjoint.seminorm and tableau.e else [0.0] * tableau.stages
+    needed = [
+        b != 0 or w != 0 or (tableau.fsal and tableau.b[0] != 0 and i == tableau.stages - 1)
+        for i, (b, w) in enumerate(zip(tableau.b, e, strict=True))
+    ]
+    return AugmentedField(field, params, like, costs, needed, adjoint.chosen)
+
+
+def backward_problem(adjoint: Adjoint, problem: Problem, augmented: AugmentedField, quadratures: int) -> Problem:
+    """That of one interval, whose state and times are still to be put in."""
+    n = len(problem.state_leaves)
+    return Problem(
+        field=augmented,
+        leaves=[],
+        t=[],
+        direction=-problem.direction,
+        per_sample=problem.per_sample,
+        rtol=[*adjoint.rtol, *adjoint.rtol, *[min(adjoint.rtol)] * quadratures],
+        atol=[*adjoint.atol, *adjoint.atol, *[min(adjoint.atol)] * quadratures],
+        norm=adjoint_norm(adjoint, problem, n),
+        quadratures=quadratures,
+        quadratures_in_norm=not adjoint.seminorm and not problem.per_sample,
+        signs=[*[1.0] * n, *[-1.0] * (n + quadratures)],
+    )
+
+
 def at_rest(problem: Problem, cotangents: Sequence[Tensor], failed: Tensor | None) -> Tensor:
     """Rows that need no solve back from an output: those that did not reach it, and those that the loss has left out so far,
     whose gradient is zero."""
     rows = torch.stack([(x == 0).reshape(problem.rows, -1).all(1) for x in cotangents]).all(0)
     return rows if failed is None else rows | failed
-
-
-def _as_leaf(x: Tensor) -> Tensor:
-    """A parameter's gradient as it is added up over the steps: 16 bits as float32."""
-    return x.float() if x.dtype in SHORT else x
 
 
 def slope_product(field: Field, problem: Problem, options: Options, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from ..solvers.checkpoints import best_subset, binomial_split
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..stepper import Stepper
 from .autocast import autocast_state
-from .direct import BackwardWalk
+from .backward_walk import BackwardWalk
 from .failed import known_cotangents, with_nan
 from .one_by_one import one_by_one
 from .release import kept, let_go

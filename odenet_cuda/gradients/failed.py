@@ -5,12 +5,14 @@ that uses them is NaN itself, and so are the row's gradient and all that rows sh
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
+from ..solvers.trajectory import Evaluation
 
 
 def known_cotangents(problem: Problem, grad_ys: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
@@ -61,3 +63,21 @@ def stand_ins(problem: Problem, i: int) -> tuple[Tensor | None, Tensor | None]:
         return failed, None
     rows = torch.arange(problem.rows, device=problem.device)
     return failed, torch.where(failed, rows[~failed][0], rows)
+
+
+def without_others(problem: Problem, evaluation: Evaluation, cotangents: Sequence[Tensor]) -> Evaluation:
+    """The evaluation with other rows in place of those without a cotangent whose slope is no number: zero times their Jacobian
+    would be none either."""
+    rows = problem.rows
+    broken = torch.stack([~torch.isfinite(k).reshape(rows, -1).all(1) for k in evaluation.k]).any(0)
+    broken &= torch.stack([(x == 0).reshape(rows, -1).all(1) for x in cotangents]).all(0)
+    if not bool(broken.any()) or bool(broken.all()):
+        return evaluation
+    other = int((~broken).nonzero()[0])
+    field: Any = problem.field
+    with torch.enable_grad():
+        y = [torch.where(broken.reshape(-1, *[1] * (x.dim() - 1)), x[other], x).detach() for x in evaluation.y]
+        y = [leaf.requires_grad_(old.requires_grad) for leaf, old in zip(y, evaluation.y, strict=True)]
+        t = evaluation.t.detach().requires_grad_(evaluation.t.requires_grad)
+        other_one = replace(evaluation, t=t, y=y)
+        return replace(other_one, k=other_one.again(field.again()))

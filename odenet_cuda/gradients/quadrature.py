@@ -183,16 +183,15 @@ def solve_backwards(
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """(dL/dy0, dL/dt, dL/dparams). field: of the problem, for the calls on the way back."""
     n = len(problem.state_leaves)
-    outputs = [*ys, *problem.leaves[n:]]
-    grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
+    pairs = zip(grad_outputs, [*ys, *problem.leaves[n:]], strict=True)
+    grads = [torch.zeros_like(y) if grad is None else grad for grad, y in pairs]
     grad_ys, costs = grads[:n], grads[n:]
     generators = noise.states(problem.device)
     on_solution = AdjointField(field, solution, params, costs, adjoint.chosen)
-    options, tableau = adjoint.options, adjoint.options.tableau
-    a = [torch.zeros_like(leaf) for leaf in problem.state_leaves]
+    options = adjoint.options
     backward = Problem(
         field=on_solution,
-        leaves=a,
+        leaves=(a := [torch.zeros_like(leaf) for leaf in problem.state_leaves]),
         t=[],
         direction=-problem.direction,
         per_sample=problem.per_sample,
@@ -201,7 +200,7 @@ def solve_backwards(
         norm=problem.norm,
         signs=[-1.0] * len(a),
     )
-    recorder = ParameterQuadrature(tableau, backward, on_solution, params)
+    recorder = ParameterQuadrature(options.tableau, backward, on_solution, params)
     recorder.slopes = not options.adaptive
     grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
     for i in range(len(problem.t) - 1, 0, -1):
@@ -228,6 +227,6 @@ def solve_backwards(
         grad_t[0] = -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs])
     stats.nfe_backward = field.nfe
     noise.warn_of_other_numbers(generators, problem.device, "quadrature")
-    totals = zip(recorder.sums.results(), params, strict=True)
-    grad_params = [torch.zeros_like(param) if total is None else total for total, param in totals]
+    found = recorder.sums.results()
+    grad_params = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(params, found, strict=True)]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradients.backward_walk import BackwardWalk
 from ..gradients.checkpoint import Recomputation, way_back
-from ..gradients.direct import BackwardWalk
 from ..integrate import Options
 from ..problem import Problem, aliased, counter_of
 from ..products import Targets
