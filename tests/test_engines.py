@@ -128,6 +128,36 @@ def test_what_plain_torch_refuses(words, change):
     assert solution.engine == "stepper" and words in solution.explanation["plain"]
 
 
+def test_plain_torch_finds_numbers_of_16_bits_wherever_func_has_them():
+    """As a closure's, as a parameter's, or as what func makes of wider ones."""
+    y0, weight = torch.ones(2, 3), torch.ones(3, requires_grad=True)
+    short = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    made = weight.bfloat16()
+    for func in (
+        lambda t, y: y * short.float(),
+        lambda t, y: y * made.float(),
+        lambda t, y: (y.half() * weight.half()).float(),
+    ):
+        solution = solve(func, y0, [0.0, 1.0], **PLAIN)
+        assert solution.engine == "stepper" and "16 bits" in solution.explanation["plain"]
+        assert solution.stats.nfe == solve(lambda t, y: -y, y0, [0.0, 1.0], **PLAIN).stats.nfe
+
+
+def test_plain_torch_gives_no_gradient_where_none_is_wanted():
+    """func asks for gradients of its arguments, of the time too, for itself."""
+
+    def func(t, y):
+        t.requires_grad_()
+        (rate,) = torch.autograd.grad((t * y).sum(), t, create_graph=True)
+        return of_an_energy(t, y) * rate
+
+    y0 = torch.ones(2, 3, dtype=D)
+    solution = solve(func, y0, [0.0, 1.0], **PLAIN)
+    assert solution.engine == "plain" and not solution.ys.requires_grad and not y0.requires_grad
+    scale = torch.ones((), dtype=D, requires_grad=True)
+    assert solve(lambda t, y: scale * func(t, y), y0, [0.0, 1.0], **PLAIN).ys.requires_grad
+
+
 def test_plain_torch_refuses_autocast_and_long_grids_without_a_gradient():
     with torch.autocast("cpu", torch.bfloat16):
         assert "16 bits" in solve(Net(torch.float32), start(torch.float32), [0.0, 1.0], **PLAIN).explanation["plain"]

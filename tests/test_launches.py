@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odenet_cuda import _C, solve
-from odenet_cuda.gradients import adjoint
+from odenet_cuda.gradients import augmented
 from odenet_cuda.solvers import adaptive
 
 D = torch.float64
@@ -83,7 +83,7 @@ def launches(monkeypatch):
         setattr(Counted, name, counted(name))
     monkeypatch.setattr(_C, "Stepper", Counted)
     monkeypatch.setattr(adaptive, "runs_ahead", lambda device: True)
-    monkeypatch.setattr(adjoint, "gradients", mode.outside(adjoint.gradients))
+    monkeypatch.setattr(augmented, "gradients", mode.outside(augmented.gradients))
     return mode
 
 

@@ -104,7 +104,7 @@ def test_a_long_grid_has_all_its_outputs():
     torch.testing.assert_close(ys[:, 0], t, rtol=0, atol=1e-12)
 
 
-def test_plans_are_kept_by_the_bits_of_their_numbers():
+def test_plans_are_kept_by_the_bits_of_their_numbers(kernels_alone):
     """0.0 and -0.0 are one key of a dictionary, and two times for func."""
     seen = []
     for zero in (0.0, -0.0):

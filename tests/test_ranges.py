@@ -33,7 +33,7 @@ def ranges(function):
 
 @pytest.mark.parametrize("options", [OPTIONS, {"method": "rk4", "step_size": 0.25}], ids=["adaptive", "fixed"])
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
-def test_profile(gradient, options):
+def test_profile(kernels_alone, gradient, options):
     ys = []
     found = ranges(lambda: ys.append(solve(Net(), Y0, [0.0, 1.0], gradient=gradient, **options).ys))
     assert found["solve"] == 1 and found["step"] == 4

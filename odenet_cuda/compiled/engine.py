@@ -116,7 +116,7 @@ class Engine:
         leaves = self.problem.leaves
         if len(leaves) == 1:
             shape = leaves[0].shape
-            return [rows if len(shape) == 2 and not self.plan.whole else rows.view(*rows.shape[:-2], *shape)]
+            return [rows if len(shape) == 2 and not self.plan.whole else rows.view([*rows.shape[:-2], *shape])]
         ahead = rows.shape[:-2]
         parts = rows.split(self.plan.leaf_sizes, -1)
         return [part.reshape([*ahead, *leaf.shape]) for part, leaf in zip(parts, leaves, strict=True)]

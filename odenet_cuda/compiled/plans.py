@@ -72,7 +72,6 @@ class Plans:
     """Of one field. kept: the last few of each kind; latest: that of the last solve."""
 
     def __init__(self) -> None:
-        self.served: tuple[str, dict[str, str]] | None = None  # by which engine the last solve was, and who refused
         self._kinds: dict[tuple, KindOfState] = {}
         self._read_of: Any = None  # the func of the plans
         self.reset()
@@ -83,6 +82,7 @@ class Plans:
         self._readings: dict[Any, Readings] = {}  # of each kind
         self.latest: Plan | None = None
         self._distrust = ""  # why it is read no more, see recheck.py
+        self.served: tuple[str, dict[str, str]] | None = None  # by which engine the last solve was, and who refused
 
     def distrust(self, reason: str) -> None:
         """The stepper serves from now on, until `reset`."""

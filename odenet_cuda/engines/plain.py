@@ -5,14 +5,16 @@ gradient="direct" autograd then records no more than func and a few sums. What t
 them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import plain
-from ..gradients.accumulator import SHORT
 from ..outcome import solution_of, stats_of
-from ..problem import own_tensors
+from ..problem import Field
+from ..ranges import marked
 from ..request import Request
 from ..solution import Solution
 from ..solvers.trajectory import Trajectory
@@ -20,10 +22,12 @@ from ..solvers.trajectory import Trajectory
 NAME = "plain"
 _MOST = 1 << 14  # numbers of a state: beyond, passes over memory cost more than calls
 _FEW = 40  # calls of func: with more, and without a gradient, what the kernels need at the start is made up for
-_NEEDS = "needs what the kernels record"
+_SHORT = (torch.float16, torch.bfloat16)
+_ROUNDED = "there are numbers of 16 bits, whose gradients torch would add up in 16 bits"
 
 
 def refusal(request: Request) -> str:
+    """Where a gradient is recorded, the solve is done here: its first call of func shows what func depends on."""
     problem, settings = request.problem, request.settings
     if request.grid is None:
         return "the method chooses its steps"
@@ -44,24 +48,82 @@ def refusal(request: Request) -> str:
     }
     for name, needed in needs.items():
         if needed:
-            return f"{name} {_NEEDS}"
+            return f"{name} needs what the kernels record"
     if sum([leaf.numel() for leaf in problem.leaves]) > _MOST:
         return f"the state has more than {_MOST} numbers"
-    # torch would round each sum of their gradients to 16 bits
-    if any([x.dtype in SHORT for x in (*problem.leaves, *own_tensors(request.func)[0])]) or torch._C._is_any_autocast_enabled():
-        return "there are numbers of 16 bits"
+    if any([leaf.dtype in _SHORT for leaf in problem.leaves]) or torch._C._is_any_autocast_enabled():
+        return _ROUNDED
     # a parameter that func happens not to use has a gradient of zeros there, which DDP waits for
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "processes train together"
-    return ""
+    return _record(request) if request.records else ""
 
 
 def solve(request: Request) -> Solution:
-    problem, structure, options = request.problem, request.structure, request.options
-    assert request.grid is not None
-    field: Any = problem.field
-    # Views: func may ask for gradients of what it is given, and the user's tensors are not to show it.
-    y0 = [leaf.view_as(leaf) for leaf in structure.leaves]
-    ys = plain.solve_on_grid(problem, options.tableau, *request.grid, options.perturb, field, y0, request.t)
+    ys = request.prepared.pop(NAME) if request.records else _solve(request, request.problem.field)
     trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
     return solution_of(request, ys, trajectory, None, stats_of(request, trajectory))
+
+
+def _solve(request: Request, field: Any) -> list[Tensor]:
+    problem, options = request.problem, request.options
+    assert request.grid is not None
+    # Views: func may ask for gradients of what it is given, and the user's tensors are not to show it.
+    y0 = [leaf.view_as(leaf) for leaf in request.structure.leaves]
+    with marked("solve"):
+        return plain.solve_on_grid(problem, options.tableau, *request.grid, options.perturb, field, y0, request.t)
+
+
+def _record(request: Request) -> str:
+    """The outputs with their graph, or why the tape of the kernels is to be preferred."""
+    field: Any = request.problem.field
+    looked = _Looked(field)
+    try:
+        ys = _solve(request, looked)
+    except _Rounded:
+        field.nfe = 0
+        return _ROUNDED
+    needed = request.t.requires_grad or any([leaf.requires_grad for leaf in request.structure.leaves])
+    if not needed and not _leads_beyond(ys, looked.given):  # func asked for gradients of what it was given, for itself
+        ys = [y.detach() for y in ys]
+    request.prepared[NAME] = ys
+    return ""
+
+
+class _Rounded(Exception):
+    """func depends on numbers of 16 bits."""
+
+
+class _Looked:
+    """func over leaves, whose first result is looked at. given: the leaves of autograd that func was handed, by id."""
+
+    def __init__(self, field: Field):
+        self.field = field
+        self.given: dict[int, Tensor] = {}
+        self._first = True
+
+    def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
+        self.given |= {id(x): x for x in (t, *y) if x.grad_fn is None}
+        k = self.field(t, y, stage)
+        if self._first:
+            self._first = False
+            if any([data.dtype in _SHORT for node in _nodes(k) for data in node._input_metadata]):
+                raise _Rounded
+        return k
+
+
+def _nodes(outputs: Sequence[Tensor]) -> Any:
+    """Those of the graph of these tensors, each once."""
+    waiting, seen = [x.grad_fn for x in outputs], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend([other for other, _ in node.next_functions])
+
+
+def _leads_beyond(ys: Sequence[Tensor], given: dict[int, Tensor]) -> bool:
+    """Whether the outputs have a gradient for something else than these."""
+    leaves = (node.variable for node in _nodes(ys) if hasattr(node, "variable"))
+    return any(id(x) not in given for x in leaves)

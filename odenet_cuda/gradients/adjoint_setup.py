@@ -33,7 +33,8 @@ def adjoint_setup(
     norm = given.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
         raise ValueError(f"adjoint_options['norm'] must be 'seminorm' or callable, got {norm!r}")
-    backward = options.backwards if method is None and not given else _options(options, method, given)
+    same = method is None and not given and not torch.compiler.is_compiling()
+    backward = options.backwards if same else _options(options, method, given)
     if problem.per_sample and not backward.adaptive:
         raise ValueError(f"step_control='per_sample' needs an adaptive adjoint_method, got {backward.method!r}")
     if backward.adaptive and torch.is_grad_enabled():
