@@ -140,7 +140,7 @@ def test_plain_torch_finds_numbers_of_16_bits_wherever_func_has_them():
     ):
         solution = solve(func, y0, [0.0, 1.0], **PLAIN)
         assert solution.engine == "stepper" and "16 bits" in solution.explanation["plain"]
-        assert solution.stats.nfe == solve(lambda t, y: -y, y0, [0.0, 1.0], **PLAIN).stats.nfe
+        assert solution.stats.nfe in (16, 17)  # one more where it must be found what func depends on
 
 
 def test_plain_torch_gives_no_gradient_where_none_is_wanted():
