@@ -24,13 +24,18 @@ ENGINES: tuple[Engine, ...] = (transformed, compiled, graphed, plain, stepper)
 def serve(request: Request) -> Solution:
     """By the first engine that does not refuse. The Solution says which, and what each before it answered."""
     refusals: dict[str, str] = {}
+    tell = _nobody if request.compiled is None else request.compiled.served_by
     for engine in ENGINES:
+        tell(engine.NAME, refusals)  # func may raise while an engine is asked
         refusal = engine.refusal(request)
         if not refusal:
-            if request.compiled is not None:
-                request.compiled.served_by(engine.NAME, refusals)
+            tell(engine.NAME, refusals)
             solution = engine.solve(request)
             solution.engine, solution.explanation = engine.NAME, refusals
             return solution
         refusals[engine.NAME] = refusal
     raise AssertionError("the stepper serves what the others refuse")
+
+
+def _nobody(engine: str, refusals: dict[str, str]) -> None:
+    pass
