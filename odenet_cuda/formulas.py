@@ -12,12 +12,12 @@ from .ops import REAL
 from .tableau import ButcherTableau
 
 Number = float | Tensor
-_SHORT = (torch.float16, torch.bfloat16)
+SHORT = (torch.float16, torch.bfloat16)
 
 
 def widened(x: Tensor) -> Tensor:
     """In the type in which sums are formed: 16 bits as float32."""
-    return x.float() if x.dtype in _SHORT else x
+    return x.float() if x.dtype in SHORT else x
 
 
 def per_row(value: Number, leaf: Tensor) -> Number:

@@ -37,7 +37,7 @@ class Options:
     grid_constructor: Callable | None = None
     perturb: bool = False
     interp: str = "method"
-    cuda_graph: str = ""  # or one of cuda_graph.MODES
+    cuda_graph: str = ""  # or one of graphed.capture.MODES
 
     def __post_init__(self) -> None:
         find_method(self.method)

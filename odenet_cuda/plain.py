@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from . import formulas
+from .formulas import SHORT
 from .problem import Problem, to_device
 from .solvers.fixed import Plan, plan_of, stage_times
 from .solvers.trajectory import End
 from .tableau import ButcherTableau
 
-SHORT = (torch.float16, torch.bfloat16)
 Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 

@@ -254,3 +254,9 @@ def test_bad_options_are_refused_at_every_call():
     for _ in range(3):
         with pytest.raises(ValueError, match="controller must be"):
             solve(Net(), start(), [0.0, 1.0], controller="PIDs")
+
+
+def test_a_func_that_draws_numbers_where_nothing_wants_a_gradient():
+    """There is nothing to draw again for."""
+    solution = solve(lambda t, y: torch.rand_like(y), torch.zeros(3), [0.0, 1.0], gradient="checkpoint", **PLAIN)
+    assert solution.status == "success" and not solution.ys.requires_grad

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import find_method
-from ..problem import Structure, WithArguments
+from ..problem import Structure, parted
 from .emit import SOLVES, Target
 from .plan import Plan
 from .plans import Plans
@@ -136,7 +136,5 @@ def in_words(engine: str, refusals: dict[str, str]) -> str:
 
 def compiled_field(func: Any) -> tuple[CompiledField | None, tuple]:
     """The compiled field that func is, if it is one, and its arguments."""
-    args: tuple = ()
-    if isinstance(func, WithArguments):
-        func, args = func._func, func._args
+    func, args = parted(func)
     return (func, args) if isinstance(func, CompiledField) else (None, args)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..gradients.accumulator import SHORT
+from ..formulas import SHORT
 from ..gradients.autocast import autocast_state
 from ..graphed import way_back
 from ..graphed.capture import no_cast_is_kept

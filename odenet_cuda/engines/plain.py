@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import plain
+from ..formulas import SHORT
 from ..outcome import solution_of, stats_of
 from ..problem import Field
 from ..ranges import marked
@@ -22,7 +23,6 @@ from ..solvers.trajectory import Trajectory
 NAME = "plain"
 _MOST = 1 << 14  # numbers of a state: beyond, passes over memory cost more than calls
 _FEW = 40  # calls of func: with more, and without a gradient, what the kernels need at the start is made up for
-_SHORT = (torch.float16, torch.bfloat16)
 _ROUNDED = "there are numbers of 16 bits, whose gradients torch would add up in 16 bits"
 
 
@@ -51,7 +51,7 @@ def refusal(request: Request) -> str:
             return f"{name} needs what the kernels record"
     if sum([leaf.numel() for leaf in problem.leaves]) > _MOST:
         return f"the state has more than {_MOST} numbers"
-    if any([leaf.dtype in _SHORT for leaf in problem.leaves]) or torch._C._is_any_autocast_enabled():
+    if any([leaf.dtype in SHORT for leaf in problem.leaves]) or torch._C._is_any_autocast_enabled():
         return _ROUNDED
     # a parameter that func happens not to use has a gradient of zeros there, which DDP waits for
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -107,7 +107,7 @@ class _Looked:
         k = self.field(t, y, stage)
         if self._first:
             self._first = False
-            if any([data.dtype in _SHORT for node in _nodes(k) for data in node._input_metadata]):
+            if any([data.dtype in SHORT for node in _nodes(k) for data in node._input_metadata]):
                 raise _Rounded
         return k
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..formulas import SHORT
 from ..ops import DTYPES, readable
 from ..sharding import is_plain
 
-SHORT = (torch.float16, torch.bfloat16)
 _KEPT_BYTES = 1 << 20  # of gradients that wait to be added; where they are more, a pass for each list costs little
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ..captured import Watch
+from ..formulas import SHORT
 from ..ops import readable
 from ..problem import Field
 from ..products import NOTHING, Targets, gradients
-from .accumulator import SHORT, Accumulator, combinations
+from .accumulator import Accumulator, combinations
 
 
 class AugmentedField:
