@@ -5,7 +5,7 @@ stale. The rest, state, times and tolerances, are the numbers of one call.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -110,35 +110,114 @@ def _settings(
 _same_settings = lru_cache(maxsize=256, typed=True)(_settings)
 
 
-@dataclass(eq=False)
-class Request:
-    """One solve as it was asked for. Nobody writes into it.
+_MADE = frozenset({"problem", "t", "grid", "backward"})
 
-    structure: of the state, with its leaves as the user gave them. t: the times, perhaps with a gradient. params: the tensors
-    that the user wants gradients for, None: all. backward: the solve of the adjoint. compiled: the compiled field that func
-    is, and args its further arguments. prepared: what was made ready while engines were asked, by name.
+
+class Request:
+    """One solve as it was asked for. Nobody writes into it but `serving`.
+
+    structure: of the state, with its leaves as the user gave them. params: the tensors that the user wants gradients for, None:
+    all. compiled: the compiled field that func is, and args its further arguments. prepared: what was made ready while engines
+    were asked, by name.
+
+    The rest is checked and made when it is first asked for, which an engine that served such a solve before may not do.
+    problem: to be solved. t: the times, perhaps with a gradient. grid: of a method without step control. backward: the solve of
+    the adjoint. Asking for them raises ValueError and TypeError as `solve` does.
     """
 
     problem: Problem
-    settings: Settings
-    structure: Structure
     t: Tensor
-    grid: Grid | None = None
-    params: Sequence[Tensor] | None = None
-    backward: Adjoint | None = None
-    compiled: CompiledField | None = None
-    args: Sequence[Any] = ()
-    prepared: dict[str, Any] = field(default_factory=dict)
+    grid: Grid | None
+    backward: Adjoint | None
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        y0: Any,
+        t: Any,
+        args: Sequence[Any],
+        settings: Settings,
+        rtol: Any,
+        atol: Any,
+        norm: Callable | None = None,
+        params: Sequence[Tensor] | None = None,
+        adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
+    ):
+        """adjoint: method, rtol, atol and options of the backward solve. Raises TypeError and ValueError for a wrong y0 or args."""
+        self.settings, self.params = settings, params
+        self.given = t, rtol, atol, norm, adjoint
+        self.structure = check_state(y0)
+        self.func = with_arguments(func, args)
+        self.compiled, self.args = compiled_field(self.func)
+        self.prepared: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MADE:
+            raise AttributeError(name)
+        self._make()
+        return self.__dict__[name]
+
+    def _make(self) -> None:
+        t, rtol, atol, norm, adjoint = self.given
+        settings, structure, func = self.settings, self.structure, self.func
+        options, per_sample = settings.options, settings.per_sample
+        self.t, values = check_times(t)
+        if per_sample:
+            check_samples(structure)
+        running = [name for name in settings.regularizers if name in RUNNING]
+        of = CostField(func, structure, running, per_sample) if running else Field(func, structure)
+        of.with_gradients = settings.gradient == "direct" and torch.is_grad_enabled()
+        problem = Problem(
+            field=of,
+            leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
+            t=values,
+            direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,
+            per_sample=per_sample,
+            rtol=check_tolerance("rtol", rtol, structure),
+            atol=check_tolerance("atol", atol, structure),
+            norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves[: len(structure.leaves)])),
+        )
+        if options.adaptive and norm is None:
+            check_zero_tolerance(problem)
+        if running:
+            problem = with_costs(problem, running)
+        grid = None
+        if not options.adaptive:
+            grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), self.t)
+        backward = None
+        if settings.gradient in ("adjoint", "quadrature"):
+            if settings.gradient == "quadrature" and adjoint != NOT_GIVEN and (adjoint[3] or {}).get("norm") is not None:
+                raise ValueError(
+                    "adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards"
+                )
+            backward = adjoint_setup(func, problem, structure, options, *adjoint, self.params is not None)
+        self.problem, self.grid, self.backward = problem, grid, backward
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        settings: Settings,
+        structure: Structure,
+        t: Tensor,
+        grid: Grid | None = None,
+        backward: Adjoint | None = None,
+    ) -> "Request":
+        """For a problem that is there already."""
+        field: Any = problem.field
+        request = cls(field.func, structure, t, (), settings, problem.rtol, problem.atol)
+        request.problem, request.t, request.grid, request.backward = problem, t, grid, backward
+        return request
+
+    def but(self, **changed: Any) -> "Request":
+        """Another that differs in these."""
+        other = Request.__new__(Request)
+        other.__dict__.update({**self.__dict__, "prepared": {}, **changed})
+        return other
 
     @property
     def options(self) -> Options:
         return self.settings.options
-
-    @property
-    def func(self) -> Callable[..., Any]:
-        """The user's, with its further arguments."""
-        func: Callable[..., Any] = self.problem.field.func  # type: ignore[attr-defined]
-        return func
 
     @property
     def records(self) -> bool:
@@ -149,53 +228,6 @@ class Request:
     def callbacks(self) -> dict[str, Callable]:
         """Those of func, by name; they are looked for, and perhaps warned of, once."""
         return find_callbacks(self.func, self.structure, self.options.adaptive)
-
-
-def make_request(
-    func: Callable[..., Any],
-    y0: Any,
-    t: Any,
-    args: Sequence[Any],
-    settings: Settings,
-    rtol: Any,
-    atol: Any,
-    norm: Callable | None,
-    params: Sequence[Tensor] | None,
-    adjoint: tuple[Any, Any, Any, Any],
-) -> Request:
-    """adjoint: method, rtol, atol and options of the backward solve. Raises ValueError and TypeError as `solve` does."""
-    options, per_sample = settings.options, settings.per_sample
-    structure = check_state(y0)
-    func = with_arguments(func, args)
-    times, values = check_times(t)
-    if per_sample:
-        check_samples(structure)
-    running = [name for name in settings.regularizers if name in RUNNING]
-    of = CostField(func, structure, running, per_sample) if running else Field(func, structure)
-    of.with_gradients = settings.gradient == "direct" and torch.is_grad_enabled()
-    problem = Problem(
-        field=of,
-        leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
-        t=values,
-        direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,
-        per_sample=per_sample,
-        rtol=check_tolerance("rtol", rtol, structure),
-        atol=check_tolerance("atol", atol, structure),
-        norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves[: len(structure.leaves)])),
-    )
-    if options.adaptive and norm is None:
-        check_zero_tolerance(problem)
-    if running:
-        problem = with_costs(problem, running)
-    grid = None
-    if not options.adaptive:
-        grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), times)
-    backward = None
-    if settings.gradient in ("adjoint", "quadrature"):
-        if settings.gradient == "quadrature" and adjoint != NOT_GIVEN and (adjoint[3] or {}).get("norm") is not None:
-            raise ValueError("adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards")
-        backward = adjoint_setup(func, problem, structure, options, *adjoint, params is not None)
-    return Request(problem, settings, structure, times, grid, params, backward, *compiled_field(func))
 
 
 def _check_checkpoints(limit: Any, gradient: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .engines import serve
 from .methods import ADAPTIVE
-from .request import make_request, settings_of
+from .request import Request, settings_of
 from .solution import Solution
 from .transforms import between_graphs
 
@@ -116,4 +116,4 @@ def solve(
         max_checkpoints,
     )  # fmt: skip
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
-    return serve(make_request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint))
+    return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint))

@@ -261,7 +261,7 @@ class Solves:
             settings = Settings(self.options, kind, problem.per_sample, on_failure="return")
             backward = self.backward if kind == "adjoint" else None
             with torch.enable_grad():
-                solution = recorded.solve(Request(problem, settings, structure, t, self.grid, backward=backward))
+                solution = recorded.solve(Request.of(problem, settings, structure, t, self.grid, backward))
                 results = self._gradients(structure.flatten(solution.ys), sources)
             state = solution._state
         else:

@@ -1,7 +1,7 @@
 """The ways to run a solve, one file each, in the order in which they are asked.
 
 An engine has a NAME and two verbs: ``refusal(request)`` says in words why it does not serve this one, or "", and
-``solve(request)`` does. No engine knows another. What several need lies below them: `recorded.py`, `outcome.py`, `probe.py`.
+``solve(request)`` does, or says why not after all, where that is known by a try alone. No engine knows another. What several need lies below them: `recorded.py`, `outcome.py`, `probe.py`.
 """
 
 from typing import Protocol
@@ -15,7 +15,7 @@ class Engine(Protocol):
     @property
     def NAME(self) -> str: ...
     def refusal(self, request: Request, /) -> str: ...
-    def solve(self, request: Request, /) -> Solution: ...
+    def solve(self, request: Request, /) -> Solution | str: ...
 
 
 ENGINES: tuple[Engine, ...] = (transformed, compiled, graphed, plain, stepper)
@@ -26,13 +26,14 @@ def serve(request: Request) -> Solution:
     refusals: dict[str, str] = {}
     tell = _nobody if request.compiled is None else request.compiled.served_by
     for engine in ENGINES:
-        tell(engine.NAME, refusals)  # func may raise while an engine is asked
         refusal = engine.refusal(request)
         if not refusal:
-            tell(engine.NAME, refusals)
-            solution = engine.solve(request)
-            solution.engine, solution.explanation = engine.NAME, refusals
-            return solution
+            tell(engine.NAME, refusals)  # now, for func may raise
+            found = engine.solve(request)
+            if not isinstance(found, str):
+                found.engine, found.explanation = engine.NAME, refusals
+                return found
+            refusal = found
         refusals[engine.NAME] = refusal
     raise AssertionError("the stepper serves what the others refuse")
 

@@ -59,4 +59,4 @@ def _by_stepper(request: Request) -> list[Tensor]:
     field: Any = request.problem.field
     problem = replace(request.problem, field=field.again())
     settings = replace(request.settings, gradient="direct")
-    return request.structure.flatten(recorded.solve(replace(request, problem=problem, settings=settings, prepared={})).ys)
+    return request.structure.flatten(recorded.solve(request.but(problem=problem, settings=settings)).ys)

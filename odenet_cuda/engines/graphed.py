@@ -37,18 +37,19 @@ def refusal(request: Request) -> str:
         return "the state is not on CUDA"
     if gradient not in ("direct", "checkpoint") or not request.records:
         return "the gradient needs nothing of the steps: their loops have graphs of their own"
+    return ""
+
+
+def solve(request: Request) -> Solution | str:
     with no_cast_is_kept():
         probe = probe_of(request)
         inputs: list[Tensor] = [*request.structure.leaves, request.t, *probe.captured]
         if not any([x.requires_grad for x in inputs]):
             return "nothing requires a gradient: the loops have graphs of their own"
         found = _solve(request)
-    request.prepared[NAME] = found
-    return "" if found is not None else "it is met for the first time, or cannot be captured"
-
-
-def solve(request: Request) -> Solution:
-    trajectory, lease = request.prepared[NAME]
+    if found is None:
+        return "it is met for the first time, or cannot be captured"
+    trajectory, lease = found
     stats, outputs = stats_of(request, trajectory), trajectory.ys
     failed(request, trajectory, outputs, stats)
     kept = Captured(probe_of(request).captured, request.func)

@@ -27,7 +27,6 @@ _ROUNDED = "there are numbers of 16 bits, whose gradients torch would add up in 
 
 
 def refusal(request: Request) -> str:
-    """Where a gradient is recorded, the solve is done here: its first call of func shows what func depends on."""
     problem, settings = request.problem, request.settings
     if request.grid is None:
         return "the method chooses its steps"
@@ -56,11 +55,14 @@ def refusal(request: Request) -> str:
     # a parameter that func happens not to use has a gradient of zeros there, which DDP waits for
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "processes train together"
-    return _record(request) if request.records else ""
+    return ""
 
 
-def solve(request: Request) -> Solution:
-    ys = request.prepared.pop(NAME) if request.records else _solve(request, request.problem.field)
+def solve(request: Request) -> Solution | str:
+    """Where a gradient is recorded, the first call of func shows what it depends on."""
+    ys = _record(request) if request.records else _solve(request, request.problem.field)
+    if isinstance(ys, str):
+        return ys
     trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
     return solution_of(request, ys, trajectory, None, stats_of(request, trajectory))
 
@@ -74,7 +76,7 @@ def _solve(request: Request, field: Any) -> list[Tensor]:
         return plain.solve_on_grid(problem, options.tableau, *request.grid, options.perturb, field, y0, request.t)
 
 
-def _record(request: Request) -> str:
+def _record(request: Request) -> list[Tensor] | str:
     """The outputs with their graph, or why the tape of the kernels is to be preferred."""
     field: Any = request.problem.field
     looked = _Looked(field)
@@ -86,8 +88,7 @@ def _record(request: Request) -> str:
     needed = request.t.requires_grad or any([leaf.requires_grad for leaf in request.structure.leaves])
     if not needed and not _leads_beyond(ys, looked.given):  # func asked for gradients of what it was given, for itself
         ys = [y.detach() for y in ys]
-    request.prepared[NAME] = ys
-    return ""
+    return ys
 
 
 class _Rounded(Exception):
