@@ -5,7 +5,7 @@ stale. The rest, state, times and tolerances, are the numbers of one call.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -48,6 +48,7 @@ class Settings:
     dense: bool = False
     on_failure: str = "raise"
     max_checkpoints: int | None = None
+    by_value: bool = False  # whether it is the same object whenever the same is asked for
 
 
 def settings_of(*given: Any) -> Settings:
@@ -107,7 +108,9 @@ def _settings(
     return Settings(options, gradient, per_sample, names, bool(dense), on_failure, max_checkpoints)
 
 
-_same_settings = lru_cache(maxsize=256, typed=True)(_settings)
+@lru_cache(maxsize=256, typed=True)
+def _same_settings(*given: Any) -> Settings:
+    return replace(_settings(*given), by_value=True)
 
 
 _MADE = frozenset({"problem", "t", "grid", "backward"})

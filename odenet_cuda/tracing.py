@@ -3,7 +3,8 @@ numbers. The kernels are no operations that these would see, so such solves are 
 """
 
 import torch
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
+from torch.autograd import forward_ad
 
 _KINDS = torch._C._TorchDispatchModeKey
 _INPUTS = ("prim::Param", "prim::TracedAttr", "prim::GetAttr")
@@ -28,6 +29,20 @@ def written_down() -> bool:
     if torch._C._len_torch_dispatch_stack() == 0:
         return False
     return any([torch._C._get_dispatch_mode(kind) is not None for kind in (_KINDS.PROXY, _KINDS.FAKE, _KINDS.FUNCTIONAL)])
+
+
+def torch_is_plain() -> bool:
+    """Whether no transform, mode, tracer or autocast sees torch's operations or changes them now."""
+    return not (
+        _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._is_any_autocast_enabled()
+        or _C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or _C._get_tracing_state() is not None
+        or torch.is_anomaly_enabled()
+        or torch.compiler.is_compiling()
+    )
 
 
 def has_memory(x: Tensor) -> bool:

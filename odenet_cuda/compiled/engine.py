@@ -47,6 +47,7 @@ class Engine:
     """
 
     sources: Any = None
+    backward: Any = None  # gradients.Adjoint, where that is how
     tape: Tensor | None = None
     kind: Kind
     nfe_backward = 0
@@ -64,21 +65,43 @@ class Engine:
         backward: Options | None = None,
         like: "Engine | None" = None,
     ):
-        self.plan, self.problem, self.options, self.grid, self.args, self.matmul = plan, problem, options, grid, args, matmul
-        first = problem.leaves[0]
-        self.batch = 1 if plan.whole else first.shape[0]
+        self.plan, self.options, self.grid, self.matmul = plan, options, grid, matmul
+        self.batch = 1 if plan.whole else problem.leaves[0].shape[0]
         self.state = plan.state
         self.cuda = on_cuda(plan.device)
-        self.constants = plan.constants(args, bool(gradient))
+        self.wanted = bool(gradient)
+        self.kind = self._kind(problem.per_sample, gradient, backward, None if like is None else like.kind)
+        self._take(problem, args)
+
+    def _take(self, problem: Problem, args: Sequence[Any]) -> None:
+        """The numbers of this solve."""
+        plan, first = self.plan, problem.leaves[0]
+        self.problem, self.args = problem, args
+        self.constants = plan.constants(args, self.wanted)
         self.y0 = as_rows(problem.leaves, self.batch, first)
-        self.kind = kind = self._kind(gradient, backward, None if like is None else like.kind)
-        self.arguments = kind.no_arguments
+        self.arguments = self.kind.no_arguments
         if plan.batched:
             self.arguments = as_rows([args[i].detach() for i in plan.batched], self.batch, first)
 
-    def _kind(self, gradient: str, backward: Options | None, like: Kind | None) -> Kind:
+    def without_numbers(self) -> "Engine":
+        """What is the same in all solves of its kind."""
+        other = Engine.__new__(Engine)
+        numbers = ("problem", "args", "constants", "y0", "arguments", "sources", "begun")
+        other.__dict__.update({name: x for name, x in vars(self).items() if name not in numbers})
+        return other
+
+    def again(self, problem: Problem, args: Sequence[Any], sources: Any) -> "Engine":
+        """Another of this kind."""
+        other = Engine.__new__(Engine)
+        other.__dict__.update(self.__dict__)
+        other.sources = sources
+        other._take(problem, args)
+        other.begun = time.perf_counter()
+        return other
+
+    def _kind(self, per_sample: bool, gradient: str, backward: Options | None, like: Kind | None) -> Kind:
         """One that is kept, for options are the same object wherever they have the same values: see request.Settings."""
-        plan, per_sample = self.plan, self.problem.per_sample
+        plan = self.plan
         key = id(self.options), self.batch, per_sample, self.matmul, gradient, by_value(backward)
         found = plan.kinds.get(key) if like is None else None
         if found is None:

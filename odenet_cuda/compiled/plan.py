@@ -21,6 +21,7 @@ from .gradient_sums import GradientSums
 from .marks import Disturbed, Marks
 from .numbers import Place
 from .reading import Reading
+from .refusals import Readings
 from .sameness import Unguarded
 from .teams import Card, Team, card_of, teams_for
 from .trace import Unreadable, written
@@ -60,6 +61,7 @@ class Plan(FieldProgram):
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
         self.zeros: list[Place] = []  # tensors of func that were zero then
         self.teams: dict[Any, Team] = {}
+        self.readings = Readings()  # of its kind of state
         self.watch = Watch()  # when it is compared with func again
         self.kinds: dict[Any, Any] = {}  # of its solves, see ways.py
         self.title = getattr(func, "__qualname__", type(func).__name__)

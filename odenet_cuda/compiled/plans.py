@@ -50,7 +50,7 @@ class KindOfState:
             self.refusals.append("the state is not all float32 or all float64")
 
 
-def _key(structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
+def key_of_state(structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
     """Shapes and types, by which a kind of state is found; what else a reading depends on is compared by the guards of each."""
     leaves = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in structure.leaves])
     given: Any = ()
@@ -80,6 +80,7 @@ class Plans:
         """Forgets what was read."""
         self.kept: dict[Any, list[Plan | Refused]] = {}
         self._readings: dict[Any, Readings] = {}  # of each kind
+        self.again: dict[tuple, Any] = {}  # what solves have left for others of their kind, see again.py
         self.latest: Plan | None = None
         self._distrust = ""  # why it is read no more, see recheck.py
         self.served: tuple[str, dict[str, str]] | None = None  # by which engine the last solve was, and who refused
@@ -90,7 +91,7 @@ class Plans:
         self._distrust = reason
 
     def kind(self, structure: Structure, args: Sequence[Any], per_sample: bool, on_cuda: bool) -> KindOfState:
-        key = _key(structure, args, per_sample)
+        key = key_of_state(structure, args, per_sample)
         found = self._kinds.get(key)
         if found is None:
             if len(self._kinds) >= _MOST_KINDS:
@@ -120,7 +121,7 @@ class Plans:
                     self.kept[place] = [found, *others[: _MOST_PLANS - 1]]
         if isinstance(found, Refused):
             raise found.error
-        self.latest = found
+        self.latest, found.readings = found, readings
         return found
 
     def _held(self, kinds: Sequence[Any], args: Sequence[Any], readings: Readings) -> "Plan | Refused | None":

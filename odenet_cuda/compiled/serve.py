@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def prepare(
         if len(problem.t) == 1 or kind.empty:
             return _NOTHING
         why = [f"{name} needs it" for name in needs] + kind.refusals + _of_options(problem, options, backward) + _of_torch(t)
-        if _may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
+        if may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
             why.append("callbacks of func need it")
         if why:
             return "; ".join(why)
@@ -58,7 +59,7 @@ def prepare(
         if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
             raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
         engine = Engine(plan, problem, options, args, grid, own["_matmul"], how, adjoint)
-        engine.sources = sources
+        engine.sources, engine.backward = sources, backward
         if engine.kind.trusted is None:
             plan.build(engine.kind.wanted)
         if self_check.due(engine, args):
@@ -113,9 +114,11 @@ def _modes() -> bool:
     return bool(modes) and any([not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in modes])
 
 
-def _may_have_callbacks(func: Any) -> bool:
-    """Not where a Module is sure to have none: that takes a while to ask by its attributes."""
+def may_have_callbacks(func: Any) -> bool:
+    """Not where a Module or a function is sure to have none: that takes a while to ask by their attributes."""
     kind = type(func)
+    if kind is FunctionType:
+        return not _UNNAMED(func.__dict__)
     if not isinstance(func, nn.Module) or (kind.__getattr__, kind.__getattribute__) != _PLAIN:
         return True
     own = func.__dict__

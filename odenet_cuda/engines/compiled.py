@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import recorded
+from ..compiled.again import again, keep, key_of
 from ..compiled.attach import attach
 from ..compiled.engine import evaluations
 from ..compiled.serve import prepare
-from ..outcome import failed, solution_of, stats_of
+from ..outcome import failed
 from ..request import Request
-from ..solution import Solution
+from ..solution import Solution, Stats
 
 NAME = "compiled"
 
@@ -21,6 +22,11 @@ def refusal(request: Request) -> str:
     field = request.compiled
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
+    kind = key_of(request)
+    engine = again(field, kind, request.structure, request.args)
+    if engine is not None:
+        request.prepared[NAME] = engine
+        return ""
     problem, settings, options, backward = request.problem, request.settings, request.options, request.backward
     needs = {
         "dense=True": settings.dense,
@@ -36,22 +42,28 @@ def refusal(request: Request) -> str:
     found = prepare(field, request.args, problem, options, structure, request.t, grid, gradient, backward, asked)
     if isinstance(found, str):
         return found
+    keep(field, kind, found, backward)
     request.prepared[NAME] = found
     return ""
 
 
 def solve(request: Request) -> Solution:
-    engine, problem, gradient = request.prepared.pop(NAME), request.problem, request.settings.gradient
-    field: Any = problem.field
-    wanted = engine.sources.wanted
+    engine, gradient = request.prepared.pop(NAME), request.settings.gradient
+    problem, grid, wanted = engine.problem, engine.grid, engine.sources.wanted
     trajectory = engine.solve(keep=wanted and gradient != "adjoint")
-    field.nfe = evaluations(request.options, trajectory.host_state(), request.grid, problem)
-    stats = stats_of(request, trajectory)
+    nfe = evaluations(request.options, trajectory.host_state(), grid, problem)
+    steps = 0 if grid is None else len(grid[0]) - 1
+    stats = Stats(nfe, problem.per_sample, trajectory.state, steps, problem.rows)
     outputs = trajectory.ys
-    failed(request, trajectory, outputs, stats)
+    if failed(request, trajectory, outputs, stats):
+        problem.missing = request.problem.missing
     if wanted:
-        outputs = attach(engine, gradient, request.backward, outputs, stats, lambda: _by_stepper(request))
-    return solution_of(request, outputs, trajectory, None, stats)
+        outputs = attach(engine, gradient, engine.backward, outputs, stats, lambda: _by_stepper(request))
+    unflatten, state = request.structure.unflatten, trajectory.state
+    last = unflatten(trajectory.last)
+    return Solution(
+        unflatten(outputs), problem.t, stats, last, device=problem.device, per_sample=problem.per_sample, state=state
+    )
 
 
 def _by_stepper(request: Request) -> list[Tensor]:

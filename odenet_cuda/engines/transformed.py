@@ -62,8 +62,6 @@ def _mapped(request: Request) -> Solution:
         leaves = [leaf.detach().contiguous() for leaf in structure.leaves]
         mapped = replace(problem, field=Field(rows, structure), leaves=leaves, per_sample=True)
         settings = replace(request.settings, gradient="direct", per_sample=True)
-        solution = recorded.solve(
-            request.but(problem=mapped, func=rows, settings=settings, structure=structure, params=None)
-        )
+        solution = recorded.solve(request.but(problem=mapped, func=rows, settings=settings, structure=structure, params=None))
     solution.ys, solution.y_last = rows.mapped(solution.ys, 1), rows.mapped(solution.y_last, 0)
     return solution
