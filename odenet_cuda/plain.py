@@ -30,8 +30,9 @@ def solve_on_grid(
     func: Func,
     y0: Sequence[Tensor],
     t: Tensor,
-) -> list[Tensor]:
-    """The outputs, each leaf [len(t), ...]. t: the output times, perhaps with a gradient. moves_with: see `FixedSolver`."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(the outputs, each leaf [len(t), ...]; the last state, in memory of its own). t: output times, perhaps with a gradient.
+    moves_with: see `FixedSolver`."""
     plan = plan_of(nodes, problem.t, problem.direction, tableau)
     times = to_device(stage_times(plan, tableau, problem.real, problem.direction if perturb else 0.0), problem.device)
     shifts = Shifts(problem, t)
@@ -63,12 +64,12 @@ def solve_on_grid(
             for of_leaf, value in zip(ys, values, strict=True):
                 of_leaf.append(value)
         y, slope = point, slopes[-1] if fsal and len(slopes) == stages else None
-    return [torch.stack(of_leaf) for of_leaf in ys]
+    return [torch.stack(of_leaf) for of_leaf in ys], y
 
 
 def _on_fixed_times(
     plan: Plan, tableau: ButcherTableau, times: Tensor, perturb: bool, func: Func, y0: Sequence[Tensor]
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """The same where neither times nor steps have a gradient: in as few operations as there are numbers in the tableau."""
     stages, fsal = tableau.stages, tableau.fsal and not perturb
     rows = [[(j, weight) for j, weight in enumerate(row) if weight != 0] for row in tableau.rows]
@@ -88,7 +89,7 @@ def _on_fixed_times(
                 row = [(j, weight) for j, weight in enumerate(weights) if weight != 0]
             ys.append(point if weights is None else [_combined(y[leaf], slopes, leaf, row, dt) for leaf in leaves])
         y, slope = point, slopes[-1] if fsal and len(slopes) == stages else None
-    return [torch.stack([state[leaf] for state in ys]) for leaf in leaves]
+    return [torch.stack([state[leaf] for state in ys]) for leaf in leaves], y
 
 
 def _combined(y0: Tensor, k: list[list[Tensor]], leaf: int, row: list[tuple[int, float]], dt: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .callbacks import find_callbacks
-from .compiled.field import CompiledField, compiled_field
+from .compiled.field import compiled_field
 from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .graphed.capture import MODES
@@ -146,7 +146,7 @@ class Request:
         params: Sequence[Tensor] | None = None,
         adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
     ):
-        """adjoint: method, rtol, atol and options of the backward solve. Raises TypeError and ValueError for a wrong y0 or args."""
+        """adjoint: method, rtol, atol and options of the backward solve. Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params = settings, params
         self.given = t, rtol, atol, norm, adjoint
         self.structure = check_state(y0)

@@ -99,7 +99,8 @@ def solve_on_grid(
 ) -> tuple[list[Tensor], int]:
     """(outputs, calls of func) of a method on a grid."""
     field = PlainField(func, structure)
-    return plain.solve_on_grid(problem, options.tableau, *grid, options.perturb, field, structure.leaves, t), field.nfe
+    ys, _ = plain.solve_on_grid(problem, options.tableau, *grid, options.perturb, field, structure.leaves, t)
+    return ys, field.nfe
 
 
 def solve_on_found_steps(

@@ -53,7 +53,7 @@ def both(method, given):
         field = Field(func, structure)
         problem = Problem(field, [y0.detach()], TIMES, 1.0, False, [1e-7], [1e-9])
         grid = fixed_grid(options, TIMES, func, y0, t)
-        return plain.solve_on_grid(problem, options.tableau, *grid, options.perturb, field, [y0], t)[0]
+        return plain.solve_on_grid(problem, options.tableau, *grid, options.perturb, field, [y0], t)[0][0]
 
     return by_torch, lambda func, y0, t: solve(func, y0, t, method=method, gradient="checkpoint", **given).ys
 

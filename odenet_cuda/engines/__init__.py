@@ -1,7 +1,8 @@
 """The ways to run a solve, one file each, in the order in which they are asked.
 
 An engine has a NAME and two verbs: ``refusal(request)`` says in words why it does not serve this one, or "", and
-``solve(request)`` does, or says why not after all, where that is known by a try alone. No engine knows another. What several need lies below them: `recorded.py`, `outcome.py`, `probe.py`.
+``solve(request)`` does, or says why not after all, where that is known by a try alone. No engine knows another. What several
+need lies below them: `recorded.py`, `outcome.py`, `probe.py`.
 """
 
 from typing import Protocol

@@ -5,7 +5,7 @@ gradient="direct" autograd then records no more than func and a few sums. What t
 them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,13 @@ def refusal(request: Request) -> str:
         return f"gradient={settings.gradient!r} is no graph of torch"
     if problem.device.type != "cpu":
         return "the state is not on the CPU"
-    needs = {
-        "cuda_graph": bool(request.options.cuda_graph),
-        "dense=True": settings.dense,
-        "regularizers": bool(settings.regularizers),
-        "adjoint_params": request.params is not None,
-        "callbacks of func": bool(request.callbacks),
-    }
-    for name, needed in needs.items():
+    for name, needed in (
+        ("cuda_graph", request.options.cuda_graph),
+        ("dense=True", settings.dense),
+        ("regularizers", settings.regularizers),
+        ("adjoint_params", request.params is not None),
+        ("callbacks of func", request.callbacks),
+    ):
         if needed:
             return f"{name} needs what the kernels record"
     if sum([leaf.numel() for leaf in problem.leaves]) > _MOST:
@@ -60,14 +59,15 @@ def refusal(request: Request) -> str:
 
 def solve(request: Request) -> Solution | str:
     """Where a gradient is recorded, the first call of func shows what it depends on."""
-    ys = _record(request) if request.records else _solve(request, request.problem.field)
-    if isinstance(ys, str):
-        return ys
-    trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
+    found = _record(request) if request.records else _solve(request, request.problem.field)
+    if isinstance(found, str):
+        return found
+    ys, last = found
+    trajectory = Trajectory(ys, [leaf.detach() for leaf in last], None)
     return solution_of(request, ys, trajectory, None, stats_of(request, trajectory))
 
 
-def _solve(request: Request, field: Any) -> list[Tensor]:
+def _solve(request: Request, field: Any) -> tuple[list[Tensor], list[Tensor]]:
     problem, options = request.problem, request.options
     assert request.grid is not None
     # Views: func may ask for gradients of what it is given, and the user's tensors are not to show it.
@@ -76,19 +76,19 @@ def _solve(request: Request, field: Any) -> list[Tensor]:
         return plain.solve_on_grid(problem, options.tableau, *request.grid, options.perturb, field, y0, request.t)
 
 
-def _record(request: Request) -> list[Tensor] | str:
+def _record(request: Request) -> tuple[list[Tensor], list[Tensor]] | str:
     """The outputs with their graph, or why the tape of the kernels is to be preferred."""
     field: Any = request.problem.field
     looked = _Looked(field)
     try:
-        ys = _solve(request, looked)
+        ys, last = _solve(request, looked)
     except _Rounded:
         field.nfe = 0
         return _ROUNDED
     needed = request.t.requires_grad or any([leaf.requires_grad for leaf in request.structure.leaves])
     if not needed and not _leads_beyond(ys, looked.given):  # func asked for gradients of what it was given, for itself
         ys = [y.detach() for y in ys]
-    return ys
+    return ys, last
 
 
 class _Rounded(Exception):
@@ -113,15 +113,16 @@ class _Looked:
         return k
 
 
-def _nodes(outputs: Sequence[Tensor]) -> Any:
+def _nodes(outputs: Sequence[Tensor]) -> Iterable[Any]:
     """Those of the graph of these tensors, each once."""
-    waiting, seen = [x.grad_fn for x in outputs], set[Any]()
+    found = dict.fromkeys([x.grad_fn for x in outputs if x.grad_fn is not None])
+    waiting = list(found)
     while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting.extend([other for other, _ in node.next_functions])
+        for other, _ in waiting.pop().next_functions:
+            if other is not None and other not in found:
+                found[other] = None
+                waiting.append(other)
+    return found
 
 
 def _leads_beyond(ys: Sequence[Tensor], given: dict[int, Tensor]) -> bool:
