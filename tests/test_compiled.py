@@ -1002,6 +1002,10 @@ class WithCallback(Net):
         self.steps += 1
 
 
+def largest(parts):
+    return torch.stack([x.abs().max() for x in parts if x.numel()]).max()
+
+
 NOT_SERVED = {
     "dense": (Net(), rows(5, 2), {"dense": True}, "dense"),
     "regularizers": (Net(), rows(5, 2), {"regularizers": ("kinetic",)}, "regularizers"),
@@ -1015,7 +1019,7 @@ NOT_SERVED = {
     "quadrature": (Net(), rows(5, 2), {"gradient": "quadrature"}, "quadrature"),
     "max_checkpoints": (Net(), rows(5, 2), {"gradient": "checkpoint", "max_checkpoints": 3}, "max_checkpoints"),
     "perturb": (Net(), rows(5, 2), {"method": "rk4", "perturb": True}, "perturb"),
-    "adjoint_params": (Net(), rows(5, 2), {"gradient": "adjoint", "adjoint_params": ()}, "adjoint_params"),
+    "adjoint norm": (Net(), rows(5, 2), {"gradient": "adjoint", "adjoint_options": {"norm": largest}}, "a norm of the adjoint"),
     "callback": (WithCallback(), rows(5, 2), {}, "callbacks"),
     "one time": (Net(), rows(5, 2), {"t": [0.0]}, "nothing to solve"),
     "empty": (decay, rows(0, 2), {}, "nothing to solve"),

@@ -19,12 +19,24 @@ from .reverse import adjoint, reverse
 
 
 class Sources:
-    """The tensors that get gradients: the leaves of y0, the arguments with one entry a sample, and constants of func."""
+    """The tensors that get gradients: the leaves of y0, the arguments with one entry a sample, and constants of func.
 
-    def __init__(self, plan: Plan, structure: Structure, args: Sequence[Any]):
+    chosen: those that may besides y0, None: all. idle: how many of these func does not depend on; they come last and get zeros.
+    """
+
+    def __init__(self, plan: Plan, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None = None):
         self.all: list[Tensor] = []
+        self.trained: list[Tensor] = []
+        self.idle = 0
         if torch.is_grad_enabled():
-            self.all = [*structure.leaves, *(args[i] for i in plan.batched), *(place(args) for place in plan.wanted)]
+            self.trained = [place(args) for place in plan.wanted]
+            found = [*(args[i] for i in plan.batched), *self.trained]
+            if chosen is not None:
+                wanted, known = {id(x) for x in chosen}, {id(x) for x in found}
+                idle = {id(x): x for x in chosen if x.requires_grad and id(x) not in known}
+                found = [*(x if id(x) in wanted else x.detach() for x in found), *idle.values()]
+                self.idle = len(idle)
+            self.all = [*structure.leaves, *found]
         self.wanted = any([x.requires_grad for x in self.all])
 
 
@@ -77,6 +89,6 @@ class _Compiled(torch.autograd.Function):
             y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward
         engine.plan.watch.add(time.perf_counter() - start, solves=0)
-        flat = [*y0, *others]
+        flat = [*y0, *others, *map(torch.zeros_like, tensors[ctx.count - engine.sources.idle :])]
         shaped = [g if g is None or g.shape == x.shape else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
         return None, None, None, *shaped

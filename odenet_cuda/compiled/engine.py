@@ -118,8 +118,7 @@ class Engine:
         plan, args = self.plan, self.args
         if not plan.guards.hold(args):
             return False
-        trained = self.sources.all[len(self.sources.all) - len(plan.wanted) :]
-        if any([place(args) is not x for place, x in zip(plan.wanted, trained, strict=True)]):
+        if any([place(args) is not x for place, x in zip(plan.wanted, self.sources.trained, strict=True)]):
             return False
         values = self.constants.values
         return all([same_bits(place(args).detach(), values[node]) for node, place in plan.places.items()])

@@ -39,8 +39,10 @@ def prepare(
     gradient: str,
     backward: Any,
     needs: Sequence[str],
+    chosen: Sequence[Tensor] | None = None,
 ) -> Engine | str:
-    """The engine of this solve, or why there is none. needs: what the solve was asked for that only the stepper has."""
+    """The engine of this solve, or why there is none. needs: what the solve was asked for that only the stepper has. chosen:
+    the tensors that the user wants gradients for besides y0, None: all."""
     global _warned
     try:
         own, func = field.__dict__, field.func
@@ -53,7 +55,7 @@ def prepare(
         if why:
             return "; ".join(why)
         plan = field._plans.find(func, kind, structure, args, problem.per_sample)
-        sources = Sources(plan, structure, args)
+        sources = Sources(plan, structure, args, chosen)
         how = gradient if sources.wanted else ""
         adjoint = backward.options if how == "adjoint" else None
         if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:

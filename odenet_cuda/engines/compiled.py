@@ -23,7 +23,8 @@ def refusal(request: Request) -> str:
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
     kind = key_of(request)
-    engine = again(field, kind, request.structure, request.args)
+    chosen = None if request.settings.gradient == "direct" else request.params
+    engine = again(field, kind, request.structure, request.args, chosen)
     if engine is not None:
         request.prepared[NAME] = engine
         return ""
@@ -33,13 +34,12 @@ def refusal(request: Request) -> str:
         "regularizers": bool(settings.regularizers),
         "gradient='quadrature'": settings.gradient == "quadrature",
         "max_checkpoints": settings.max_checkpoints is not None,
-        "adjoint_params": request.params is not None,
         "a norm of the adjoint": backward is not None and backward.norm is not None,
         "a callback of the adjoint": backward is not None and bool(backward.callbacks),
     }
     asked = [name for name, needed in needs.items() if needed]
     gradient, structure, grid = settings.gradient, request.structure, request.grid
-    found = prepare(field, request.args, problem, options, structure, request.t, grid, gradient, backward, asked)
+    found = prepare(field, request.args, problem, options, structure, request.t, grid, gradient, backward, asked, chosen)
     if isinstance(found, str):
         return found
     keep(field, kind, found, backward)
