@@ -556,7 +556,7 @@ def test_asked_for_what_is_kept(asked):
     another thing than the first: refused, unless it makes no difference; and read anew where the user changes it."""
     func = Kept(ASKED[asked])
     func.weight = VECTOR
-    field = odenet_cuda.compile(func)
+    field = odenet_cuda.compile(func, pure=True)
     for value in (MISSING, None, OTHER, VECTOR, None):
         put(func, value)
         expected = [float((func(None, Y0) / Y0).mean()) for _ in range(2)]
@@ -575,7 +575,7 @@ def test_asked_for_what_is_kept(asked):
 def test_kept_and_not_asked_for():
     """What func only writes is no reason to refuse, nor to read anew where it holds another tensor."""
     func = Kept(lambda f: True)
-    field = odenet_cuda.compile(func)
+    field = odenet_cuda.compile(func, pure=True)
     plans = []
     for value in (Y0, OTHER, None, None):
         func.prev = value

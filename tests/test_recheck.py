@@ -120,7 +120,7 @@ def test_nothing_else_changes(mode, monkeypatch):
     func, counter, seen = Counting(), types.SimpleNamespace(count=0), []
     func.weight.register_hook(seen.append)
     func.weight.grad = gradient = torch.zeros(2, dtype=torch.float64)
-    field = odenet_cuda.compile(func)
+    field = odenet_cuda.compile(func, pure=True)
 
     def state():
         versions = func.weight._version, func.buffer._version
@@ -297,7 +297,7 @@ def test_what_another_thread_writes_is_left(name, when, monkeypatch):
     """While func is read, its library checked, and the two are compared again; and no later solve is wrong."""
     monkeypatch.setattr(SHARED, "scale", 1.0)
     func, seen = Trained(), []
-    field = odenet_cuda.compile(func)
+    field = odenet_cuda.compile(func, pure=True)
     ends(field)
     func.k = 1.5  # it becomes an argument of the code at the next solve
     original = getattr(*WHEN[when])
@@ -326,7 +326,7 @@ def test_what_another_thread_writes_is_left(name, when, monkeypatch):
 def test_weights_that_another_thread_always_changes(monkeypatch):
     """Nothing can be said then; nothing is, and it is tried again ever more seldom."""
     func, calls = Trained(), []
-    field = odenet_cuda.compile(func)
+    field = odenet_cuda.compile(func, pure=True)
     ends(field)
     original = comparison.Solves.compiled
 
@@ -379,7 +379,7 @@ def test_writes_that_were_not_read():
 def test_a_reading_that_ends_is_waited_for(monkeypatch):
     """Another thread meets no stand-in, and reads nothing anew that has been read meanwhile."""
     func, readings = Trained(), []
-    field = odenet_cuda.compile(func)
+    field = odenet_cuda.compile(func, pure=True)
     ends(field)
     func.k = 1.5
     original, waiting = Plans._read, threading.Event()
@@ -407,7 +407,7 @@ def test_a_reading_that_ends_is_waited_for(monkeypatch):
 def test_the_stepper_beside_a_reading(monkeypatch):
     """Its solve that meets a stand-in and raises is done once more when the reading has ended."""
     func = Trained()
-    field = odenet_cuda.compile(func)
+    field = odenet_cuda.compile(func, pure=True)
     ends(field)
     func.k, outcome = 1.5, []
     observe = trace.observe

@@ -88,6 +88,8 @@ class _Compiled(torch.autograd.Function):
             parts = adjoint(engine, backward, ys, gys, stats) if gradient == "adjoint" else reverse(engine, gys)
             y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward
+        if gradient != "direct":  # there torch goes back along func's own graph
+            engine.plan.count(engine.nfe_backward, engine.args)
         engine.plan.watch.add(time.perf_counter() - start, solves=0)
         flat = [*y0, *others, *map(torch.zeros_like, tensors[ctx.count - engine.sources.idle :])]
         shaped = [g if g is None or g.shape == x.shape else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]

@@ -4,14 +4,16 @@ A number is proved to be one by a stand-in that can be added to and multiplied, 
 it: where a call of func succeeds with it, func takes the same way whatever the number is, and no tensor takes it up. A tensor
 is proved to be one in the graph: nothing that is computed of it reaches the output, and Python has not read it. By induction
 over the calls, the results are the same however often func was called before. Counters are therefore no part of the guards,
-but for the type of a number; a compiled solve leaves them as they were.
+but for the type of a number. What a call adds to each is found by calls, and a compiled solve adds it as often as it takes the
+place of a call.
 """
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx
 
 from .kinds import COUNTING
@@ -87,14 +89,46 @@ class Tallies:
         before = [slot.get() for slot in self.slots]
         try:
             for slot, value in zip(self.slots, before, strict=True):
-                slot.set(Tally(value))
+                slot.put(Tally(value))
             yield
             for slot in self.slots:
                 if type(slot.get()) not in (Tally, *COUNTING):
                     raise Leak(f"func keeps a {type(slot.get()).__name__} in {slot.path}, where a number was")
         finally:
             for slot, value in zip(self.slots, before, strict=True):
-                slot.set(value)
+                slot.put(value)
+
+
+class Counter(Protocol):
+    """Where a number is that func counts with: a Slot, or a `writes.Place`."""
+
+    def get(self) -> Any: ...
+    def put(self, value: Any, /) -> None: ...
+
+
+def added(
+    slots: Sequence[Counter], tensors: Sequence[Tensor], call: Callable[[], Any], restore: Callable[[], None]
+) -> list[Any] | None:
+    """What a call of func adds to each number and tensor, or None where that is not the same whatever is there. restore():
+    afterwards what was there before."""
+    found: list[list[Any]] = []
+    for begin in (0, 64, 1000):
+        for slot in slots:
+            slot.put(type(slot.get())(begin))
+        for x in tensors:
+            x.fill_(begin)
+        call()
+        found.append([slot.get() - begin for slot in slots] + [x.detach().clone().sub_(begin) for x in tensors])
+        restore()
+    first, *others = found
+    return first if all([_equal(x, y) for other in others for x, y in zip(first, other, strict=True)]) else None
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """But for rounding."""
+    if isinstance(x, Tensor):
+        return torch.allclose(x.double(), y.double(), rtol=1e-3, atol=1e-3)
+    return bool(abs(x - y) <= 1e-9 * (1 + abs(x)))
 
 
 def without(module: fx.GraphModule, tensors: Sequence[Tensor]) -> bool:

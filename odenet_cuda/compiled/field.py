@@ -23,13 +23,14 @@ class CompiledField(nn.Module):
     and numbers in attributes, items, closures, defaults, global names and args. Numbers that have changed are arguments of
     the code from then on; where something else changes at call after call, the stepper serves. What cannot be compared so
     is refused, and so are values of the time, the state or args that reach Python. func's own Python does not run in a
-    compiled solve: what it counts or keeps there, as a tensor for a regularizer, stays as it was.
+    compiled solve: what it counts there is counted for it, and a func that keeps something, as a tensor for a regularizer, is
+    served by the stepper.
     """
 
-    def __init__(self, func: Callable[..., Any], cuda: bool = False, matmul: str = "float32"):
+    def __init__(self, func: Callable[..., Any], cuda: bool = False, matmul: str = "float32", pure: bool = False):
         super().__init__()
         self.func, self._cuda, self._matmul = func, cuda, matmul
-        self._plans = Plans()
+        self._plans = Plans(pure)
 
     def forward(self, t: Tensor, y: Any, *args: Any) -> Any:
         return self.func(t, y, *args)
@@ -78,16 +79,18 @@ class CompiledField(nn.Module):
         return plan.source(find_method(method), Target(dtype, "one" if cuda else lanes, solve, team))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": Plans()}  # libraries stay behind; the cache has them
+        return {**self.__dict__, "_plans": Plans(self._plans.pure)}  # libraries stay behind; the cache has them
 
 
-def compile(func: Callable[..., Any], *, cuda: bool = False, matmul: str = "float32") -> CompiledField:
+def compile(func: Callable[..., Any], *, pure: bool = False, cuda: bool = False, matmul: str = "float32") -> CompiledField:
     """A field that is compiled to C++ when it is first solved: the whole solve, and its backward, then run in one call each.
 
     func: ``func(t, y)`` or ``func(t, y, *args)``, a Module or a function, made of linear layers, matrix products with
         parameters, pointwise functions, concatenations, slices, sums, softmax and layer norms over features, and derivatives
         of these by `torch.autograd.grad`. Arguments given to `solve(args=...)` with one entry a sample are read as such.
 
+    pure: whether nobody minds if what func keeps or counts, in its attributes say, stays as it was in a compiled solve. Else
+        a func that does more than count its calls is served by the stepper.
     cuda: whether solves of states on CUDA run the compiled field too, which needs nvcc. No GPU has run that yet.
     matmul: on CUDA, what the operands of wide linear layers are rounded to where the state is float32: "float32" (not at all),
         "tf32" (11 bits) or "bf16" (8 bits). Tensor cores then multiply them and add up in float32; tolerances below some 1e-3
@@ -114,7 +117,7 @@ def compile(func: Callable[..., Any], *, cuda: bool = False, matmul: str = "floa
         raise TypeError(f"func must be callable as func(t, y), got {type(func).__name__}")
     if matmul not in MATMULS:
         raise ValueError(f"matmul must be one of {tuple(MATMULS)}, got {matmul!r}")
-    return func if isinstance(func, CompiledField) else CompiledField(func, cuda, matmul)
+    return func if isinstance(func, CompiledField) else CompiledField(func, cuda, matmul, pure)
 
 
 _WORDS = {

@@ -1,6 +1,7 @@
 """func read for states of one shape and type: its recording, its program, and where the tensors of func are found again."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -36,6 +37,7 @@ class FieldProgram:
         whole: bool,
         reading: Reading,
         marks: Marks,
+        pure: bool = False,
     ):
         self.whole = whole
         leaves = structure.leaves
@@ -44,7 +46,7 @@ class FieldProgram:
         self.state = sum(self.leaf_sizes)
         if max(self.leaf_sizes) > LARGEST:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
-        self.recording = self._record(func, structure, t, args, reading, marks)
+        self.recording = self._record(Call(func, structure, t, [], whole), args, reading, marks, pure)
         self.batched = self.recording.batched
         self.argument_sizes = [args[i][:1].numel() for i in self.batched]
         self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
@@ -52,10 +54,8 @@ class FieldProgram:
         self._check_size()
         self._find_constants(args, reading)
 
-    def _record(
-        self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], reading: "Reading", marks: Marks
-    ) -> Recording:
-        rows = 0 if self.whole else structure.leaves[0].shape[0]
+    def _record(self, call: Call, args: Sequence[Any], reading: "Reading", marks: Marks, pure: bool) -> Recording:
+        rows = 0 if self.whole else call.structure.leaves[0].shape[0]
         able = [
             i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole
         ]
@@ -64,7 +64,7 @@ class FieldProgram:
         failure = Unreadable("")
         for batched in choices[:16]:
             try:
-                return record(Call(func, structure, t, batched, self.whole), args, reading.reach, reading.numbers, marks)
+                return record(replace(call, batched=batched), args, reading.reach, reading.numbers, marks, pure)
             except Unreadable as error:
                 failure = error
         raise failure
@@ -110,6 +110,8 @@ class FieldProgram:
                 tensor = tensor.detach().clone()
                 setattr(self.recording.modules[0], str(node.target), tensor)
             self.places[node] = places[0] if places else _itself(tensor)
+        counting = self.recording.counting
+        self.counting: list[Place] = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in counting]
         self.wanted = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in self.recording.wanted]
         seen: dict[fx.Node, Any] = {node: self.recording.constant(node) for node in self.places}
         self.layout = Layout(self.program, self.places, seen, self.dtype, self.device)
@@ -131,6 +133,16 @@ class FieldProgram:
             elif why is _ASKED:
                 raise Unreadable(f"func reads the values of a tensor {list(tensor.shape)} that is found by no path from func")
         self.outside = [tensor for tensor, _ in self._found if id(tensor) not in read]  # may hold any numbers
+
+    def count(self, calls: int, args: Sequence[Any]) -> None:
+        """Counts for func so many calls that it was spared."""
+        counters, steps = self.recording.counters, self.recording.added
+        if steps:
+            for counter, step in zip(counters, steps, strict=False):
+                counter.put(counter.get() + calls * step)
+            with torch.no_grad():
+                for place, step in zip(self.counting, steps[len(counters) :], strict=True):
+                    place(args).add_(calls * step)
 
     def array(self, node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
         """A constant as the program addresses it: its storage from its first number on."""

@@ -105,10 +105,12 @@ def _other_numbers(container: Any, before: Any) -> list[int]:
 class Changes:
     """What a call of func has written. items: of dicts, no more than tensors or None before, that hold a tensor now and may be
     written before they are read in every call. numbers: owners and keys, as of slots, with their paths, of numbers that are
-    others now. tensors: written in place. paths: of all else. others: the paths of what another thread has written."""
+    others now. counted: where numbers are that its code only counts with. tensors: written in place. paths: of all else.
+    others: the paths of what another thread has written."""
 
     items: list[tuple[dict[str, Any], Any]] = field(default_factory=list)
     numbers: list[tuple[Any, Any, str]] = field(default_factory=list)
+    counted: list[Place] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -182,11 +184,12 @@ class Marks:
                 yield place, old, new, self._code.writes(name), path
 
     def changes(self) -> Changes:
-        """What func has written besides what it only counts with by its code."""
+        """What func has written."""
         found = Changes()
         containers = {id(x) for x, _, _ in self._containers}
         for place, old, new, may, path in self._differences():
             if type(old) is type(new) and self._code.counts(place, old):
+                found.counted.append(place)
                 continue
             tensor = isinstance(new, Tensor) and (old is None or old is MISSING or isinstance(old, Tensor))
             if may and type(old) is type(new) and type(old) in COUNTING:

@@ -61,7 +61,7 @@ class Root:
         if self.slot is None:
             args[self.index] = value
         else:
-            self.slot.set(value)
+            self.slot.put(value)
 
 
 class Number:

@@ -45,11 +45,12 @@ class Plan(FieldProgram):
         whole: bool,
         reading: "Reading | None" = None,
         per_sample: bool = False,
+        pure: bool = False,
     ):
         reading = reading or Reading(func, args)
         t = torch.zeros((), dtype=structure.leaves[0].dtype, device=structure.leaves[0].device)
         with reading.unmarked(t.device) as marks:
-            super().__init__(func, structure, t, args, whole, reading, marks)
+            super().__init__(func, structure, t, args, whole, reading, marks, pure)
             with reading.numbers.given(args) as given:
                 self._check(func, structure, t, given, per_sample)
             self._check_marks(marks)

@@ -69,9 +69,10 @@ def key_of_state(structure: Structure, args: Sequence[Any], per_sample: bool) ->
 
 
 class Plans:
-    """Of one field. kept: the last few of each kind; latest: that of the last solve."""
+    """Of one field. pure: see `compile`. kept: the last few of each kind; latest: that of the last solve."""
 
-    def __init__(self) -> None:
+    def __init__(self, pure: bool = False) -> None:
+        self.pure = pure
         self._kinds: dict[tuple, KindOfState] = {}
         self._read_of: Any = None  # the func of the plans
         self.reset()
@@ -149,14 +150,14 @@ class Plans:
         if len(rows) == 1 and None not in rows:
             try:
                 with _in_words():
-                    return Plan(func, structure, args, False, Reading(func, args, numbers, leaves[0]), per_sample)
+                    return Plan(func, structure, args, False, Reading(func, args, numbers, leaves[0]), per_sample, self.pure)
             except Unreadable as error:
                 failure = error
         vectors = all(leaf.dim() < 2 for leaf in leaves)
         if not per_sample and (vectors or sum(leaf.numel() for leaf in leaves) <= _SMALL):
             try:
                 with _in_words():
-                    return Plan(func, structure, args, True, Reading(func, args, numbers, leaves[0]))
+                    return Plan(func, structure, args, True, Reading(func, args, numbers, leaves[0]), pure=self.pure)
             except Unreadable as error:
                 if vectors:
                     failure = error

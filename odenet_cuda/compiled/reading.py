@@ -87,7 +87,7 @@ class Reading:
 
 def _writable(slot: Slot) -> bool:
     try:
-        slot.set(slot.get())
+        slot.put(slot.get())
     except (TypeError, AttributeError, ValueError):
         return False
     return slot.key != "__class__"

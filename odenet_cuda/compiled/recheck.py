@@ -69,11 +69,11 @@ def recheck(field: CompiledField, engine: Engine, structure: Structure, args: Se
 def _difference(engine: Engine, structure: Structure, args: Sequence[Any], func: Any) -> str:
     """In words, or "": of the values, or a tensor that func writes into, which it did not when it was read."""
     reach, watched = Reach(func, args), Watched()
-    with torch.inference_mode(False), torch.no_grad(), kept(reach, engine.plan.recording):
+    with torch.inference_mode(False), torch.no_grad(), kept(reach, engine.plan, args):
         found = settled(engine, args, lambda seed: Comparison(engine, structure, args, func, seed).step(watched))
     if found is not None:
         much = f"{found.what} differs from func's by {found.largest:.2e} after a step, beyond rounding"
         return f"{much} ({found.allowed:.1e}), {found.where}"
-    watched.written -= {memory_of(x) for x in engine.plan.recording.counting}
+    watched.written -= {memory_of(place(args)) for place in engine.plan.counting}
     overwritten = [x for x in reach.tensors.values() if has_memory(x) and memory_of(x) in watched.written]
     return f"func writes a tensor {list(overwritten[0].shape)}" if overwritten else ""

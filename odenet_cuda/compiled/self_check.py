@@ -47,7 +47,7 @@ def check(engine: Engine, structure: Structure, args: Sequence[Any], func: Any, 
     plan, reach = engine.plan, Reach(func, args)
     keys = engine.kind.keys
     ways = gradient if len(keys) > 1 and keys[1] not in plan.trusted else ""
-    with torch.inference_mode(False), kept(reach, plan.recording), without_hooks(reach.tensors.values()):
+    with torch.inference_mode(False), kept(reach, plan, args), without_hooks(reach.tensors.values()):
         try:
             found = settled(engine, args, lambda seed: Comparison(engine, structure, args, func, seed).run(ways, backward))
         except NoCompiler:

@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..problem import Structure
-from .counters import Tallies, without
+from .counters import Counter, Tallies, without
+from .effects import counted, refuse_results
 from .leaks import Leak, Observed, Tracked, observe, summary
 from .marks import Changes, Disturbed, Marks, Unreadable, Unset, same_bits
 from .memory import has_memory
@@ -66,6 +67,8 @@ class Recording:
     written: list[Item] = field(default_factory=list)  # items that func writes before it reads them
     counted: list[Slot] = field(default_factory=list)  # where it counts
     counting: list[Tensor] = field(default_factory=list)  # with what, besides numbers
+    counters: Sequence[Counter] = ()  # the former, and where its code can do no more than count
+    added: list[Any] = field(default_factory=list)  # what a call adds to counters and counting, as far as it is to be counted
 
     def constant(self, node: fx.Node) -> Tensor:
         return getattr(self.modules[0], str(node.target))
@@ -118,9 +121,9 @@ class Call:
             return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
 
 
-def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, marks: Marks) -> Recording:
+def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, marks: Marks, pure: bool = False) -> Recording:
     """Raises Unreadable, in words. marks: by which the caller puts back what func writes; after a first call it must not write
-    anything but counters."""
+    anything but counters. pure: nobody minds if a compiled solve leaves undone what func writes."""
     try:
         with torch.no_grad():
             known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
@@ -135,6 +138,12 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, mark
             given = partial(_given, args, numbers, tallies)
             if changes.items or changes.numbers or changes.tensors:
                 observed = _observe_again(call, known, given, marks, changes)
+            plain: Given = partial(_given, args, numbers, Tallies())
+            if not pure:
+                refuse_results(call, plain, changes.items, marks.restore)
+            again = partial(_observe, call, known, plain)
+            counters: list[Counter] = [*tallies.slots, *changes.counted]
+            counts = [] if pure else counted(counters, changes.tensors, again, marks.restore)
             wanted = _wanted(observed, known)
             if any(x.requires_grad and not x.is_leaf and id(x) in known for x in observed.used.values()):
                 raise Unreadable("func closes over a tensor that is itself the result of a differentiable computation")
@@ -150,7 +159,8 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, mark
         raise Unreadable(f"func could not be recorded: {summary(error)}") from error
     read, graphs = list(observed.read.values()), [module.graph for module in modules]
     left = changes.items, tallies.slots, changes.tensors
-    return Recording(graphs, modules, len(call.structure.leaves), call.batched, wanted, call.whole, read, *left)
+    count, whole = len(call.structure.leaves), call.whole
+    return Recording(graphs, modules, count, call.batched, wanted, whole, read, *left, counters, counts)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Slot:
     def get(self) -> Any:
         return getattr(self.owner, self.key) if self.attribute else self.owner[self.key]
 
-    def set(self, value: Any) -> None:
+    def put(self, value: Any) -> None:
         """Raises TypeError, AttributeError where nothing can be written there."""
         if self.attribute:  # without code of the user
             (type if isinstance(self.owner, type) else object).__setattr__(self.owner, self.key, value)

@@ -80,9 +80,10 @@ class Code:
 
 
 @contextmanager
-def kept(reach: Reach, recording: Any) -> Iterator[None]:
+def kept(reach: Reach, plan: Any, args: Sequence[Any]) -> Iterator[None]:
     """What func is known to write is put back afterwards: the items that it writes before it reads them, and what it counts.
-    Nothing else is looked at. recording: see trace.py."""
+    Nothing else is looked at."""
+    recording = plan.recording
     code, names = Code(reach), reach.names.stored
     places = [Place(x, name) for x, _ in reach.containers if isinstance(x, dict) for name in names if name in x]
     places += [Place(part, name) for part in reach.classes for name in names if name in vars(part)]
@@ -92,7 +93,7 @@ def kept(reach: Reach, recording: Any) -> Iterator[None]:
     saved = [(place, value) for place in places if code.counts(place, value := place.get())]
     saved += [(place, place.get()) for place in (Place(items, key) for items, key in recording.written)]
     counted = [(slot, slot.get()) for slot in recording.counted]
-    tensors = [(x, x.detach().clone()) for x in recording.counting]
+    tensors = [(x, x.detach().clone()) for x in (place(args) for place in plan.counting)]
     try:
         yield
     finally:
@@ -101,7 +102,7 @@ def kept(reach: Reach, recording: Any) -> Iterator[None]:
                 place.put(value)
         for slot, value in counted:
             if slot.get() is not value:
-                slot.set(value)
+                slot.put(value)
         with torch.no_grad():
             for x, value in tensors:
                 x.detach().copy_(value)
