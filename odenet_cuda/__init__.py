@@ -1,6 +1,7 @@
 """Differential equations as PyTorch layers, on fused C++/CUDA kernels."""
 
 from .block import ODEBlock
+from .compiled.compilation import set_compile
 from .compiled.field import CompiledField, compile
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Interpolant, Solution, SolverError, Stats
@@ -20,5 +21,6 @@ __all__ = [
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
+    "set_compile",
     "solve",
 ]

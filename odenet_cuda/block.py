@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .compiled.field import compile as compile_field
+from .compiled.compilation import check_compile, mode_of_blocks
 from .compiled.field import in_words
 from .methods import ADAPTIVE
 from .solution import Stats
@@ -24,8 +24,8 @@ class ODEBlock(nn.Module):
     return_all: give the state at every t, each leaf [len(t), *leaf.shape], instead of the state at t[-1].
     gradient: "adjoint" (memory does not grow with the steps), "direct" or "checkpoint" (exact for the discrete solve; the
         second keeps the states alone), or "quadrature"; see `solve`.
-    compile: "auto" solves by a compiled field where func can be read (see `odenet_cuda.compile`), and by the stepper where not;
-        `explain` says which and why. False: always by the stepper.
+    compile: "auto", the default unless `set_compile` says otherwise, compiles func at the first solve where it can be read (see
+        `odenet_cuda.compile`), and leaves it to the stepper where not; `explain` says which and why. False: no compiling.
     method, rtol, atol, step_control and all that `solve` takes by name are handed to it.
 
     After a call, `nfe_forward`, and after its backward pass `nfe_backward`, are the calls of func it took; `stats` has more.
@@ -56,7 +56,7 @@ class ODEBlock(nn.Module):
         gradient: str = "adjoint",
         step_control: str = "joint",
         return_all: bool = False,
-        compile: str | bool = False,
+        compile: str | bool | None = None,
         **options: Any,
     ):
         super().__init__()
@@ -72,10 +72,7 @@ class ODEBlock(nn.Module):
             raise ValueError(f"t must hold at least two times, the first that of the input, got {self.t.tolist()}")
         self.method, self.rtol, self.atol = method, rtol, atol
         self.gradient, self.step_control, self.return_all, self.options = gradient, step_control, return_all, options
-        if compile not in ("auto", False):
-            raise ValueError(f"compile must be 'auto' or False, got {compile!r}")
-        # In a tuple: func stays the block's own Module, with its own names in the state dict.
-        self._compiled = (compile_field(func),) if compile == "auto" else ()
+        self._compile = None if compile is None else check_compile(compile)
         self.stats: Stats | None = None
         self._explained = ""
         self.regularizers: dict[str, Tensor] = {}
@@ -84,7 +81,7 @@ class ODEBlock(nn.Module):
     def forward(self, y0: Any) -> Any:
         constant = (torch.compiler.is_compiling() or written_down()) and not isinstance(self.t, nn.Parameter)
         solution = solve(
-            self._field(),
+            self.func,
             y0,
             self._numbers if constant else self.t,
             method=self.method,
@@ -92,6 +89,7 @@ class ODEBlock(nn.Module):
             atol=self.atol,
             gradient=self.gradient,
             step_control=self.step_control,
+            compile=mode_of_blocks(self._compile),
             **self.options,
         )
         self.stats, self.regularizers = solution.stats, solution.regularizers
@@ -100,14 +98,6 @@ class ODEBlock(nn.Module):
             return solution.ys
         # A copy: what comes after may write into it, and hooks on it are kept, unlike on a view.
         return pytree.tree_map(lambda leaf: leaf[-1].clone(), solution.ys)
-
-    def _field(self) -> Any:
-        """What is solved: func, or the compiled field of the func that the block has now."""
-        if not self._compiled:
-            return self.func
-        if self._compiled[0] is not self.func and self._compiled[0].func is not self.func:
-            self._compiled = (compile_field(self.func),)
-        return self._compiled[0]
 
     def explain(self) -> str:
         """How the last call was solved: "compiled", or by which engine else, and why not by the compiled one."""

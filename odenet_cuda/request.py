@@ -120,8 +120,8 @@ class Request:
     """One solve as it was asked for. Nobody writes into it but `serving`.
 
     structure: of the state, with its leaves as the user gave them. params: the tensors that the user wants gradients for, None:
-    all. compiled: the compiled field that func is, and args its further arguments. prepared: what was made ready while engines
-    were asked, by name.
+    all. compiled: what is compiled of func, if anything, and args its further arguments. prepared: what was made ready while
+    engines were asked, by name.
 
     The rest is checked and made when it is first asked for, which an engine that served such a solve before may not do.
     problem: to be solved. t: the times, perhaps with a gradient. grid: of a method without step control. backward: the solve of
@@ -145,13 +145,16 @@ class Request:
         norm: Callable | None = None,
         params: Sequence[Tensor] | None = None,
         adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
+        compile: str | bool | None = None,
     ):
-        """adjoint: method, rtol, atol and options of the backward solve. Raises ValueError and TypeError for a wrong y0."""
+        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`.
+
+        Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params = settings, params
         self.given = t, rtol, atol, norm, adjoint
         self.structure = check_state(y0)
         self.func = with_arguments(func, args)
-        self.compiled, self.args = compiled_field(self.func)
+        self.compiled, self.args = compiled_field(self.func, compile)
         self.prepared: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -208,7 +211,7 @@ class Request:
     ) -> "Request":
         """For a problem that is there already."""
         field: Any = problem.field
-        request = cls(field.func, structure, t, (), settings, problem.rtol, problem.atol)
+        request = cls(field.func, structure, t, (), settings, problem.rtol, problem.atol, compile=False)
         request.problem, request.t, request.grid, request.backward = problem, t, grid, backward
         return request
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .compiled.compilation import check_compile
 from .engines import serve
 from .methods import ADAPTIVE
 from .request import Request, settings_of
@@ -50,6 +51,7 @@ def solve(
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
     adjoint_options: dict[str, Any] | None = None,
+    compile: str | bool | None = None,
 ) -> Solution:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -98,6 +100,7 @@ def solve(
         adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward. Options by name as
         above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
         arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
+    compile: "auto", func is compiled where it can be read; False: not; default: what `set_compile` says.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
@@ -115,5 +118,7 @@ def solve(
         step_t, jump_t, step_size, grid_constructor, perturb, cuda_graph, interp, regularizers, dense, on_failure,
         max_checkpoints,
     )  # fmt: skip
+    if compile is not None:
+        check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
-    return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint))
+    return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile))

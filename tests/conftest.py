@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 
+import odenet_cuda
 from odenet_cuda import _C
 from odenet_cuda.compiled import build, plan
 
@@ -16,8 +17,10 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_sessionstart() -> None:
-    """Runs torch on a fixed number of threads, so that times and reductions are alike everywhere."""
+    """Runs torch on a fixed number of threads, so that times and reductions are alike everywhere, and compiles fields only
+    where that is asked for: it takes seconds."""
     torch.set_num_threads(THREADS)
+    odenet_cuda.set_compile(False)
 
 
 def pytest_collection_finish() -> None:

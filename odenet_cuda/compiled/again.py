@@ -17,9 +17,9 @@ from ..gradients.adjoint_setup import NOT_GIVEN
 from ..problem import Problem, Structure
 from ..tracing import torch_is_plain
 from .attach import Sources
+from .compilation import Compilation
 from .engine import Engine
-from .field import CompiledField
-from .plans import key_of_state
+from .plans import key_of_state, same_as
 from .serve import may_have_callbacks
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
@@ -57,7 +57,7 @@ class Again:
     """What a solve leaves for others of its kind: nothing of its state, and nothing that func was given."""
 
     def __init__(self, func: Any, engine: Engine, backward: Any):
-        self._func, self._wanted = func, engine.sources.wanted
+        self._same, self._wanted = same_as(func), engine.sources.wanted
         self._engine = engine.without_numbers()
         # Of the adjoint's norm, which nobody asks for here, hangs the state.
         self._engine.backward = None if backward is None else replace(backward, user_options={})
@@ -66,19 +66,19 @@ class Again:
         self._problem = problem.__dict__
 
     def engine(
-        self, field: CompiledField, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None
+        self, field: Compilation, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None
     ) -> Engine | None:
         """Of a solve of this kind, if nothing has changed."""
-        like, func = self._engine, self._func
+        like, func = self._engine, field.func
         plan, kind = like.plan, like.kind
         trusted = kind.trusted is plan.trusted and not plan.zeros and not plan.watch.due
-        if not trusted or field.func is not func or may_have_callbacks(func) or not plan.guards.hold(args):
+        if not trusted or not self._same(func) or may_have_callbacks(func) or not plan.guards.hold(args):
             return None
         sources = Sources(plan, structure, args, chosen)
         if sources.wanted != self._wanted:
             return None
         plan.readings.served += 1
-        field._plans.latest = plan
+        field.plans.latest = plan
         problem = Problem.__new__(Problem)
         problem.__dict__.update(self._problem)
         problem.leaves = [leaf.detach().contiguous() for leaf in structure.leaves]
@@ -86,17 +86,17 @@ class Again:
 
 
 def again(
-    field: CompiledField, kind: tuple | None, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None
+    field: Compilation, kind: tuple | None, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None
 ) -> Engine | None:
     """The engine of a solve of this kind, where one before left what it needs and nothing has changed."""
-    found = None if kind is None else field._plans.again.get(kind)
+    found = None if kind is None else field.plans.again.get(kind)
     return None if found is None else found.engine(field, structure, args, chosen)
 
 
-def keep(field: CompiledField, kind: tuple | None, engine: Engine, backward: Any) -> None:
+def keep(field: Compilation, kind: tuple | None, engine: Engine, backward: Any) -> None:
     """Leaves what solves of this kind need, for the next."""
     if kind is not None:
-        kept = field._plans.again
+        kept = field.plans.again
         if len(kept) >= _MOST_KEPT:
             kept.clear()
         kept[kind] = Again(field.func, engine, backward)

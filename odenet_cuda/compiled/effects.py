@@ -5,7 +5,7 @@ would stay as it was, so such a func is refused unless it was compiled as pure; 
 weight that a hook computes of others, is the same at every call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,15 @@ from .counters import Counter, added
 from .marks import Unreadable, same_bits
 
 _UNDONE = "which a compiled solve does not do: compile(func, pure=True) where nobody minds"
+
+
+_SAYS = frozenset({"print", "open", "input", "breakpoint"})
+
+
+def refuse_output(named: Iterable[str]) -> None:
+    """Raises Unreadable where func's code names what reaches the user by another way than its result."""
+    for name in sorted(_SAYS & frozenset(named)):
+        raise Unreadable(f"func calls {name}, {_UNDONE}")
 
 
 def counted(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..methods import find_method
 from ..problem import Structure, parted
+from .compilation import Compilation, automatic
 from .emit import SOLVES, Target
 from .plan import Plan
 from .plans import Plans
@@ -61,9 +62,11 @@ class CompiledField(nn.Module):
         served = self._plans.served
         return "not solved yet" if served is None else in_words(*served)
 
-    def served_by(self, engine: str, refusals: dict[str, str]) -> None:
-        """For `explain`."""
-        self._plans.served = engine, refusals
+    @property
+    def compilation(self) -> Compilation:
+        own = self.__dict__
+        func = own["_modules"].get("func") or own["func"]
+        return Compilation(func, self._plans, own["_cuda"], own["_matmul"])
 
     def source(self, method: str = "dopri5", solve: str = "per_sample", *, cuda: bool = False, lanes: str = "pack") -> str:
         """The C++ text of the field read last, with one method. solve: one of "per_sample", "joint", "grid", and for gradients
@@ -137,7 +140,8 @@ def in_words(engine: str, refusals: dict[str, str]) -> str:
     )
 
 
-def compiled_field(func: Any) -> tuple[CompiledField | None, tuple]:
-    """The compiled field that func is, if it is one, and its arguments."""
+def compiled_field(func: Any, mode: str | bool | None) -> tuple[Compilation | None, tuple]:
+    """What is compiled of func, which is a compiled field or is to be compiled, and its arguments. mode: "auto", False, or None
+    for what `set_compile` says."""
     func, args = parted(func)
-    return (func, args) if isinstance(func, CompiledField) else (None, args)
+    return func.compilation if isinstance(func, CompiledField) else automatic(func, mode), args

@@ -1,8 +1,10 @@
 """What has been read of a field: a few plans of each kind of state, looked up at every call, and readings where none serves."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -74,7 +76,7 @@ class Plans:
     def __init__(self, pure: bool = False) -> None:
         self.pure = pure
         self._kinds: dict[tuple, KindOfState] = {}
-        self._read_of: Any = None  # the func of the plans
+        self._read_of: Callable[[Any], bool] | None = None  # whether the plans are those of a func
         self.reset()
 
     def reset(self) -> None:
@@ -91,6 +93,11 @@ class Plans:
         self.reset()
         self._distrust = reason
 
+    @property
+    def debt(self) -> int:
+        """Solves that what has been read is still to serve, to be worth it; below 0: that it served besides."""
+        return sum([readings.debt for readings in self._readings.values()])
+
     def kind(self, structure: Structure, args: Sequence[Any], per_sample: bool, on_cuda: bool) -> KindOfState:
         key = key_of_state(structure, args, per_sample)
         found = self._kinds.get(key)
@@ -102,9 +109,9 @@ class Plans:
 
     def find(self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
         """Raises Unreadable."""
-        if self._read_of is not func:
+        if self._read_of is None or not self._read_of(func):
             self.reset()
-            self._read_of = func
+            self._read_of = same_as(func)
         if self._distrust:
             raise Unreadable(self._distrust)
         key, whole = kind.kinds
@@ -171,6 +178,22 @@ class Plans:
         except Unreadable as error:
             # What cannot be compared may be gone at the next call, as a parameter that is not initialized yet.
             return Refused(error, Never())
+
+
+def same_as(func: Any) -> Callable[[Any], bool]:
+    """Whether another is this one, which is not kept alive by that."""
+    if type(func) is MethodType:  # another object at every look
+        owner, part = _weakly(func.__self__), func.__func__
+        return lambda other: type(other) is MethodType and other.__func__ is part and other.__self__ is owner()
+    reference = _weakly(func)
+    return lambda other: other is reference()
+
+
+def _weakly(x: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x
 
 
 @contextmanager

@@ -22,9 +22,9 @@ import torch
 
 from ..problem import Structure
 from .comparison import Comparison, settled
+from .compilation import Compilation
 from .differences import Unsettled
 from .engine import Engine
-from .field import CompiledField
 from .leaks import summary
 from .marks import Unreadable
 from .memory import has_memory
@@ -32,7 +32,7 @@ from .reach import Reach
 from .writes import Watched, kept, memory_of
 
 
-def recheck(field: CompiledField, engine: Engine, structure: Structure, args: Sequence[Any], reading: Any) -> None:
+def recheck(field: Compilation, engine: Engine, structure: Structure, args: Sequence[Any], reading: Any) -> None:
     """Compares the plan of this solve with func if that is due. Raises Unreadable where they differ, and no solve of the field
     is compiled then until `reset`; and where func cannot be called or has changed what it reads: the stepper serves this solve,
     so that the user meets what it raises. reading: the lock of whoever calls func with what is not the user's."""
@@ -56,7 +56,7 @@ def recheck(field: CompiledField, engine: Engine, structure: Structure, args: Se
             raise Unreadable("what func reads has changed while it was compared again")
         return
     reason = f"what func reads has changed unseen: {found}; call reset()"
-    field._plans.distrust(reason)
+    field.plans.distrust(reason)
     warnings.warn(
         f"odenet_cuda.compile: something that func reads has changed since it was read, and was not seen to: {found}. The last "
         f"{watch.unseen} compiled solves may be wrong. The stepper serves this one and later ones, until field.reset(). Please "

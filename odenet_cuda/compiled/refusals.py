@@ -42,6 +42,10 @@ class Readings:
         self._ahead = 0  # in solves
         self._why = ""
 
+    @property
+    def debt(self) -> int:
+        return self._ahead - self.served
+
     def begin(self, stale: Sequence[Any], args: Sequence[Any]) -> None:
         """Counts one. stale: what has been read, the last first, none of which serves this call. Raises Unreadable."""
         self._ahead, self.served = max(0, self._ahead - self.served), 0

@@ -16,9 +16,9 @@ from ..problem import Problem, Structure
 from ..tableau import ButcherTableau
 from . import self_check
 from .attach import Sources
+from .compilation import Compilation
 from .compilers import NoCompiler
 from .engine import Engine
-from .field import CompiledField
 from .leaks import summary
 from .plans import LOCK
 from .recheck import recheck
@@ -29,7 +29,7 @@ _warned = False
 
 
 def prepare(
-    field: CompiledField,
+    field: Compilation,
     args: Sequence[Any],
     problem: Problem,
     options: Options,
@@ -45,8 +45,10 @@ def prepare(
     the tensors that the user wants gradients for besides y0, None: all."""
     global _warned
     try:
-        own, func = field.__dict__, field.func
-        kind = field._plans.kind(structure, args, problem.per_sample, own["_cuda"])
+        func, plans = field.func, field.plans
+        if field.why:
+            return field.why
+        kind = plans.kind(structure, args, problem.per_sample, field.cuda)
         if len(problem.t) == 1 or kind.empty:
             return _NOTHING
         why = [f"{name} needs it" for name in needs] + kind.refusals + _of_options(problem, options, backward) + _of_torch(t)
@@ -54,13 +56,13 @@ def prepare(
             why.append("callbacks of func need it")
         if why:
             return "; ".join(why)
-        plan = field._plans.find(func, kind, structure, args, problem.per_sample)
+        plan = plans.find(func, kind, structure, args, problem.per_sample)
         sources = Sources(plan, structure, args, chosen)
         how = gradient if sources.wanted else ""
         adjoint = backward.options if how == "adjoint" else None
         if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
             raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
-        engine = Engine(plan, problem, options, args, grid, own["_matmul"], how, adjoint)
+        engine = Engine(plan, problem, options, args, grid, field.matmul, how, adjoint)
         engine.sources, engine.backward = sources, backward
         if engine.kind.trusted is None:
             plan.build(engine.kind.wanted)
@@ -73,7 +75,7 @@ def prepare(
     except Unreadable as error:
         return str(error)
     except NoCompiler as error:
-        if not _warned and not error.quiet:
+        if field.named and not _warned and not error.quiet:
             _warned = True
             warnings.warn(f"odenet_cuda.compile: {error}; the stepper serves instead", stacklevel=4)
         return str(error)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..problem import Structure
 from .counters import Counter, Tallies, without
-from .effects import counted, refuse_results
+from .effects import counted, refuse_output, refuse_results
 from .leaks import Leak, Observed, Tracked, observe, summary
 from .marks import Changes, Disturbed, Marks, Unreadable, Unset, same_bits
 from .memory import has_memory
@@ -125,6 +125,8 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, mark
     """Raises Unreadable, in words. marks: by which the caller puts back what func writes; after a first call it must not write
     anything but counters. pure: nobody minds if a compiled solve leaves undone what func writes."""
     try:
+        if not pure:
+            refuse_output(reach.names.globals)
         with torch.no_grad():
             known = {**reach.tensors, **{id(x): x for x in args if isinstance(x, Tensor)}}
             marks.restore()  # what a call with other arguments batched has left

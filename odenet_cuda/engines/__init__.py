@@ -25,11 +25,11 @@ ENGINES: tuple[Engine, ...] = (transformed, compiled, graphed, plain, stepper)
 def serve(request: Request) -> Solution:
     """By the first engine that does not refuse. The Solution says which, and what each before it answered."""
     refusals: dict[str, str] = {}
-    tell = _nobody if request.compiled is None else request.compiled.served_by
     for engine in ENGINES:
         refusal = engine.refusal(request)
         if not refusal:
-            tell(engine.NAME, refusals)  # now, for func may raise
+            if request.compiled is not None:
+                request.compiled.plans.served = engine.NAME, refusals  # now, for func may raise
             found = engine.solve(request)
             if not isinstance(found, str):
                 found.engine, found.explanation = engine.NAME, refusals
@@ -37,7 +37,3 @@ def serve(request: Request) -> Solution:
             refusal = found
         refusals[engine.NAME] = refusal
     raise AssertionError("the stepper serves what the others refuse")
-
-
-def _nobody(engine: str, refusals: dict[str, str]) -> None:
-    pass
