@@ -42,6 +42,7 @@ ODENET_SCALAR_FUNCTION(erf)
 ODENET_SCALAR_FUNCTION(erfc)
 ODENET_SCALAR_FUNCTION(floor)
 ODENET_SCALAR_FUNCTION(ceil)
+ODENET_SCALAR_FUNCTION(rint)
 ODENET_SCALAR_FUNCTION(sqrt)
 #undef ODENET_SCALAR_FUNCTION
 ODENET_HD float abs(float x) {
@@ -55,6 +56,12 @@ ODENET_HD float pow(float x, float y) {
 }
 ODENET_HD double pow(double x, double y) {
   return ::pow(x, y);
+}
+ODENET_HD float fmod(float x, float y) {
+  return ::fmodf(x, y);
+}
+ODENET_HD double fmod(double x, double y) {
+  return ::fmod(x, y);
 }
 ODENET_HD float atan2(float y, float x) {
   return ::atan2f(y, x);
@@ -151,6 +158,8 @@ ODENET_LANE_FUNCTION(sinh)  // those of the vector library overflow early
 ODENET_LANE_FUNCTION(cosh)
 ODENET_LANE_FUNCTION(floor)
 ODENET_LANE_FUNCTION(ceil)
+ODENET_LANE_FUNCTION(rint)
+ODENET_LANE_FUNCTION_2(fmod)
 
 template <class T, int W>
 ODENET_HD Pack<T, W> sqrt(const Pack<T, W>& x) {
@@ -181,6 +190,24 @@ ODENET_HD P maximum(const P& x, const P& y) {
 template <class P>
 ODENET_HD P minimum(const P& x, const P& y) {
   return select((x <= y) | (x != x), x, y);
+}
+
+// The remainder that has the sign of the divisor.
+template <class P>
+ODENET_HD P modulo(const P& x, const P& y) {
+  const P rest = fmod(x, y), none{Number<P>(0)};
+  return select(((rest < none) & (y > none)) | ((rest > none) & (y < none)), rest + y, rest);
+}
+
+// The largest whole number that is not above the quotient, though that be rounded.
+template <class P>
+ODENET_HD P floor_divide(const P& x, const P& y) {
+  const P rest = fmod(x, y), none{Number<P>(0)}, one{Number<P>(1)}, quotient = x / y;
+  const P exact = (x - rest) / y;
+  const P whole = select(((rest < none) & (y > none)) | ((rest > none) & (y < none)), exact - one, exact);
+  const P below = floor(whole);
+  const P nearest = select(whole - below > P{Number<P>(0.5)}, below + one, below);
+  return select(y == none, quotient, select(whole == none, none * quotient, nearest));
 }
 
 // sqrt(x x + y y) where the squares are too large, or too small.

@@ -190,7 +190,7 @@ class FunctionText:
         return True
 
     def _is_whole(self, refs: Refs, size: int) -> bool:
-        return bool((refs == self.program.addresses(int(refs[0]) >> 32)[:size]).all()) if len(refs) == size else False
+        return len(refs) == size and np.array_equal(refs, self.program.addresses(int(refs[0]) >> 32)[:size])
 
     def _declare(self, buffer: int) -> None:
         b = self.program.buffers[buffer]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from . import reductions  # noqa: F401, which adds to OPERATIONS
+from . import indexing, matrices, reductions  # noqa: F401, which add to OPERATIONS
 from .lowered import Lowered
 from .operations import OPERATIONS
 from .pointwise import MASKS, OF_MASKS, TEXTS, packet
@@ -23,9 +23,11 @@ from .program import SHIFT, Refs
 from .sums import Sums
 from .trace import Recording, Unreadable
 from .values import Sample, Summed, Uniform, Value, where
+from .views import Views, writes
 
 _CREATE = {"full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like"}
-_CREATE |= {"new_zeros", "new_ones", "new_full", "empty_permuted"}
+_CREATE |= {"new_zeros", "new_ones", "new_full", "new_empty", "empty_like", "empty_permuted"}
+_CREATE |= {"empty_strided", "new_empty_strided"}
 
 
 class Lowering(Lowered):
@@ -50,6 +52,7 @@ class Lowering(Lowered):
         ):
             raise Unreadable("func does other operations for another number of samples")
         self.twin = dict(zip(first, second, strict=True))
+        self.views = Views(self, first)
         places = {"y": 0, "arguments": 0, "g": 0}
         inputs = iter(self._input_names())
         for node in first:
@@ -61,6 +64,8 @@ class Lowering(Lowered):
                 self.values[node] = self._call(node)
             elif node.op == "output":
                 self._results(node)
+            if node.op == "call_function":
+                self.views.add(node)
 
     def _input_names(self) -> list[str]:
         n = self.recording.leaves
@@ -130,12 +135,13 @@ class Lowering(Lowered):
             if parts is None:
                 return Summed(node) if isinstance(self.values[node.args[0]], Summed) else Uniform(node)  # type: ignore[index]
             return parts[int(node.args[1])]  # type: ignore[arg-type]
-        if name.endswith("_") and not name.startswith("_"):
+        if writes(node):
             return self._in_place(node, name[:-1])
         inputs = [self.values[x] for x in node.all_input_nodes]
         shape, batch = self.shapes(node) if isinstance(node.meta.get("val"), Tensor) else ([], None)
         of_shape = name in _CREATE and ("_like" in name or name.startswith("new_"))
-        if name in _CREATE and (batch is not None or (of_shape and not isinstance(inputs[0], Uniform))):
+        of_shape = of_shape and not isinstance(inputs[0], Uniform)
+        if name in _CREATE and (batch is not None or of_shape or node in self.views.written):
             return self._created(node, name, shape, batch)
         if any(isinstance(value, Summed) for value in inputs):
             return self.sums.after(node, name, inputs)
@@ -149,8 +155,6 @@ class Lowering(Lowered):
         if name in OPERATIONS:
             return OPERATIONS[name](self, node, self.twin[node])
         if name in TEXTS or name in MASKS:
-            if name == "div" and node.kwargs.get("rounding_mode"):
-                raise Unreadable(f"{where(node)} with rounding is not read")
             operands = self.operands(node)
             if name.startswith("bitwise") and not all(x.mask for x in operands):
                 raise Unreadable(f"{where(node)} of whole numbers is not read")
@@ -160,18 +164,16 @@ class Lowering(Lowered):
         raise Unreadable(f"{where(node)} is not read")
 
     def _in_place(self, node: fx.Node, name: str) -> Value:
-        """An operation that writes into its first operand, which no other value may be a view of; `check` would see it."""
-        place = node.args[0]
-        assert isinstance(place, fx.Node)
-        if not isinstance(self.values[place], Sample):
-            raise Unreadable(f"{where(node)} writes into a tensor of func")
-        if name == "copy":
-            shape, batch = self.shapes(node)
-            source = self.sample(node.args[1], self.twin[node].args[1], node)
+        """An operation that writes into its first operand."""
+        shape, batch = self.shapes(node)
+        if name in ("copy", "fill", "zero"):
+            source = self.sample(*((0.0, 0.0) if name == "zero" else (node.args[1], self.twin[node].args[1])), node)
             result: Value = Sample(np.broadcast_to(source.refs, shape), batch, source.mask)
         else:
             result = self.operation(node, name)
-        self.values[place] = result
+        if not isinstance(result, Sample):
+            raise Unreadable(f"{where(node)} writes into a tensor of func")
+        self.views.write(node, result)
         return result
 
     def _created(self, node: fx.Node, name: str, shape: list[int], batch: int | None) -> Sample:

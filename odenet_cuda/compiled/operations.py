@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .lowered import Lowered
-from .pointwise import power
+from .pointwise import TEXTS, power
 from .program import Refs
 from .trace import Unreadable
 from .values import Sample, Value, where
@@ -53,6 +53,15 @@ def _same(low: Lowered, node: Any, twin: Any) -> Value:
     return value
 
 
+@operation("copy")
+def _copy(low: Lowered, node: Any, twin: Any) -> Value:
+    """Of the second, in the shape of the first."""
+    value = source_of(low, node, 1)
+    if node.meta["val"].dtype != node.args[1].meta["val"].dtype:
+        raise Unreadable(f"{where(node)} changes the type to {node.meta['val'].dtype}")
+    return Sample(np.broadcast_to(value.refs, low.shapes(node)[0]), low.shapes(node)[1], value.mask)
+
+
 @operation("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
 def _view(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
@@ -61,12 +70,22 @@ def _view(low: Lowered, node: Any, twin: Any) -> Value:
 
 @operation("as_strided")
 def _as_strided(low: Lowered, node: Any, twin: Any) -> Value:
-    """As a view in the same order: of what is contiguous, all of it, to what is."""
-    x, value = node.args[0].meta["val"], node.meta["val"]
-    all_of_it = x.is_contiguous() and value.is_contiguous() and x.numel() == value.numel() and len(node.args) < 4
-    if not all_of_it or {source_of(low, node).batch, low.shapes(node)[1]} not in ({0}, {None}):
+    """Of what lies in memory sample after sample, without gaps."""
+    x, source = node.args[0].meta["val"], source_of(low, node)
+    shape, batch = low.shapes(node)
+    _, _, strides, offset = (*node.args, 0)[:4]
+    size = source.refs.size  # of a sample
+    in_rows = x.is_contiguous() and source.batch in (None, 0) and (source.batch is None) == (batch is None)
+    if not in_rows or [*node.args[2:]] != [*twin.args[2:]]:
         raise Unreadable(f"{where(node)} is not read")
-    return _view(low, node, twin)
+    places = np.full(shape, int(offset), np.int64)
+    for axis, stride in enumerate(strides):
+        if axis == batch and shape[axis] * stride != size:
+            raise Unreadable(f"{where(node)} mixes samples")
+        places = places + (np.arange(shape[axis]) * stride).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    if places.size and not 0 <= places.min() <= places.max() < size:
+        raise Unreadable(f"{where(node)} mixes samples")
+    return rearranged(low, node, source, source.refs.reshape(-1)[places])
 
 
 @operation("expand")
@@ -163,6 +182,30 @@ def _split(low: Lowered, node: Any, twin: Any) -> Value:
     return low.tuples[node][0]
 
 
+def _diagonal_of(value: Sample, arguments: tuple[Any, ...], node: Any) -> tuple[Refs, Refs]:
+    """The places of a diagonal, as one axis after the others, and all of them."""
+    given: tuple[Any, ...] = (*arguments, *(0, 0, 1)[len(arguments) :])
+    offset, first, second = given
+    axes = [axis_of(value, axis, node) for axis in (first, second)]
+    places = np.arange(value.refs.size).reshape(value.refs.shape)
+    return np.diagonal(places, int(offset), *axes), places
+
+
+@operation("diagonal")
+def _diagonal(low: Lowered, node: Any, twin: Any) -> Value:
+    value = source_of(low, node)
+    return rearranged(low, node, value, value.refs.reshape(-1)[_diagonal_of(value, node.args[1:], node)[0]])
+
+
+@operation("diagonal_scatter")
+def _diagonal_scatter(low: Lowered, node: Any, twin: Any) -> Value:
+    value, source = source_of(low, node), source_of(low, node, 1)
+    refs = np.broadcast_to(value.refs, low.shapes(node)[0]).reshape(-1).copy()
+    places, every = _diagonal_of(Sample(refs.reshape(low.shapes(node)[0]), value.batch), node.args[2:], node)
+    refs[places.reshape(-1)] = np.broadcast_to(source.refs, places.shape).reshape(-1)
+    return rearranged(low, node, value, refs[every])
+
+
 @operation("flip")
 def _flip(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
@@ -199,106 +242,6 @@ def _pad(low: Lowered, node: Any, twin: Any) -> Value:
     return rearranged(low, node, value, refs)
 
 
-@operation("index_select")
-def _index_select(low: Lowered, node: Any, twin: Any) -> Value:
-    value = source_of(low, node)
-    axis = axis_of(value, node.args[1], node)
-    return rearranged(low, node, value, value.refs.take(low.numbers(node.args[2]), axis))
-
-
-def _places(low: Lowered, node: Any, value: Sample) -> tuple[Any, ...]:
-    places = list(node.args[1]) + [None] * (value.refs.ndim - len(node.args[1]))
-    if value.batch is not None and places[value.batch] is not None:
-        raise Unreadable(f"{where(node)} takes samples apart")
-    return tuple(slice(None) if place is None else low.numbers(place) for place in places)
-
-
-@operation("index")
-def _index(low: Lowered, node: Any, twin: Any) -> Value:
-    value = source_of(low, node)
-    return rearranged(low, node, value, value.refs[_places(low, node, value)])
-
-
-@operation("index_put", "_unsafe_index_put", "_index_put_impl")
-def _index_put(low: Lowered, node: Any, twin: Any) -> Value:
-    value, source = source_of(low, node), source_of(low, node, 2)
-    accumulate = bool(node.args[3]) if len(node.args) > 3 else False
-    refs = np.broadcast_to(value.refs, low.shapes(node)[0]).reshape(-1).copy()
-    targets = np.arange(refs.size).reshape(low.shapes(node)[0])[_places(low, node, value)]
-    for target, new in zip(targets.reshape(-1), np.broadcast_to(source.refs, targets.shape).reshape(-1), strict=True):
-        refs[target] = low.program.statement("{0} + {1}", [refs[[target]], np.array([new])])[0] if accumulate else new
-    return rearranged(low, node, value, refs.reshape(low.shapes(node)[0]))
-
-
-@operation("index_add")
-def _index_add(low: Lowered, node: Any, twin: Any) -> Value:
-    value, source = source_of(low, node), source_of(low, node, 3)
-    axis = axis_of(value, node.args[1], node)
-    refs = np.moveaxis(np.broadcast_to(value.refs, low.shapes(node)[0]).copy(), axis, 0)
-    parts = np.moveaxis(source.refs, axis, 0)
-    for place, part in zip(low.numbers(node.args[2]), parts, strict=True):
-        total = low.program.statement("{0} + {1}", [refs[place].reshape(-1), part.reshape(-1)])
-        refs[place] = total.reshape(refs[place].shape)
-    return rearranged(low, node, value, np.moveaxis(refs, 0, axis))
-
-
-@operation("scatter")
-def _scatter_by_places(low: Lowered, node: Any, twin: Any) -> Value:
-    """At places that are numbers of the sample."""
-    value, places, source = source_of(low, node), source_of(low, node, 2), source_of(low, node, 3)
-    axis = axis_of(value, node.args[1], node)
-    if places.refs.shape[axis] != 1 or node.kwargs or value.batch != places.batch:
-        raise Unreadable(f"{where(node)} is not read")
-    refs = np.broadcast_to(value.refs, low.shapes(node)[0]).copy()
-    at, new = (np.broadcast_to(x.refs, places.refs.shape).take(0, axis) for x in (places, source))
-    parts = [
-        low.program.statement(
-            "select({0} == {1}, {2}, {3})",
-            [at.reshape(-1), low.program.full([at.size], float(i)), new.reshape(-1), old.reshape(-1)],
-        ).reshape(at.shape)
-        for i, old in enumerate(np.moveaxis(refs, axis, 0))
-    ]
-    return rearranged(low, node, value, np.stack(parts, axis))
-
-
-@operation("mm", "addmm")
-def _mm(low: Lowered, node: Any, twin: Any) -> Value:
-    first = 1 if "addmm" in str(node.target) else 0
-    if node.kwargs:
-        raise Unreadable(f"{where(node)} with beta or alpha is not read")
-    a, b = source_of(low, node, first), source_of(low, node, first + 1)
-    shape, batch = low.shapes(node)
-    if a.batch == 1 and b.batch == 0 and not first:
-        return low.sums.add(node, a.refs.T, b.refs)
-    if (a.batch, b.batch) not in ((0, None), (None, 1), (None, None)):
-        raise Unreadable(f"{where(node)} mixes samples")
-    bias = np.broadcast_to(source_of(low, node).refs, shape) if first else None
-    if b.batch is None and not (a.batch is None and low.program.is_constant(a.refs)):  # x [k, in], weight [in, out]
-        rows = [low.program.linear(x, b.refs.T, None if bias is None else bias[i]) for i, x in enumerate(a.refs)]
-        return Sample(np.stack(rows), batch)
-    columns = [low.program.linear(x, a.refs, None if bias is None else bias[:, i]) for i, x in enumerate(b.refs.T)]
-    return Sample(np.stack(columns, 1), batch)
-
-
-@operation("bmm")
-def _bmm(low: Lowered, node: Any, twin: Any) -> Value:
-    a, b = source_of(low, node), source_of(low, node, 1)
-    shape, batch = low.shapes(node)
-    count = shape[0]
-    if (a.batch, b.batch) == (2, 1) and count == 1:
-        return low.sums.add(node, a.refs[0].T, b.refs[0])
-    if (a.batch, b.batch) not in ((0, 0), (0, None), (None, 0), (1, None), (None, 2), (None, None)):
-        raise Unreadable(f"{where(node)} mixes samples")
-    left, right = (np.broadcast_to(x.refs, (count, *x.refs.shape[1:])) for x in (a, b))
-    out = [
-        np.stack([low.program.linear(right[i, :, column], left[i], None) for column in range(right.shape[2])], 1)
-        if b.batch is not None and a.batch is None
-        else np.stack([low.program.linear(left[i, row], right[i].T, None) for row in range(left.shape[1])])
-        for i in range(count)
-    ]
-    return Sample(np.stack(out), batch)
-
-
 @operation("add", "sub")
 def _add(low: Lowered, node: Any, twin: Any) -> Value:
     if str(node.meta["val"].dtype) == "torch.bool":
@@ -308,6 +251,19 @@ def _add(low: Lowered, node: Any, twin: Any) -> Value:
     if alpha == 1:
         return low.pointwise(node, f"{{0}} {sign} {{1}}", operands)
     return low.pointwise(node, f"{{0}} {sign} {{1}} * {{2}}", [*operands, low.sample(alpha, alpha, node)])
+
+
+@operation("round")
+def _round(low: Lowered, node: Any, twin: Any) -> Value:
+    if node.kwargs or len(node.args) > 1:
+        raise Unreadable(f"{where(node)} to decimals is not read")
+    return low.pointwise(node, "rint({0})", [*map(low.number_of, low.operands(node))])
+
+
+@operation("div", "true_divide")
+def _divide(low: Lowered, node: Any, twin: Any) -> Value:
+    texts = {None: "{0} / {1}", "floor": "floor_divide({0}, {1})", "trunc": f"({TEXTS['trunc']})".replace("{0}", "({0} / {1})")}
+    return low.pointwise(node, texts[node.kwargs.get("rounding_mode")], [*map(low.number_of, low.operands(node))])
 
 
 @operation("pow")

@@ -44,8 +44,9 @@ TEXTS: dict[str, str] = {
     "sign": "select({0} > P(T(0)), P(T(1)), select({0} < P(T(0)), P(T(-1)), P(T(0))))",
     "square": "{0} * {0}",
     "mul": "{0} * {1}",
-    "div": "{0} / {1}",
-    "true_divide": "{0} / {1}",
+    "fmod": "fmod({0}, {1})",
+    "remainder": "modulo({0}, {1})",
+    "floor_divide": "floor_divide({0}, {1})",
     "maximum": "maximum({0}, {1})",
     "minimum": "minimum({0}, {1})",
     "fmax": "select(({0} >= {1}) | ({1} != {1}), {0}, {1})",  # what is a number, where one is not

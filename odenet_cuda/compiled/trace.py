@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..problem import Structure
+from .convolutions import convolution, convolution_backward
 from .counters import Counter, Tallies, without
 from .effects import counted, refuse_output, refuse_results
 from .leaks import Leak, Observed, Tracked, observe, summary
@@ -305,6 +306,8 @@ def _decompositions() -> dict[Any, Callable]:
         for overload in getattr(_aten, name).overloads():
             table.pop(getattr(getattr(_aten, name), overload), None)
     table[_aten.hardsigmoid_backward.default] = _hardsigmoid_backward
+    table[_aten.convolution.default] = convolution
+    table[_aten.convolution_backward.default] = convolution_backward
     return table
 
 

@@ -34,7 +34,8 @@ UNARY = [f"F.{name}({{x}})" for name in _FUNCTIONAL] + [f"torch.{name}({{x}})" f
     "0.3 * {x} + 0.1", "torch.logit(torch.sigmoid({x}))", "torch.rad2deg({x}) / 90", "torch.zeros_like({x}) + {x} / 2",
     "torch.ones_like({x}) - {x}", "{x} * torch.logical_not({x} > 0.2)", "torch.full_like({x}, 0.7) * {x}",
     "{x} * {x}.detach()", "{x}.clone()", "derivative(lambda z: torch.sin(z) * z, {x})",
-    "derivative(lambda z: z.tanh().sum(1), {x})",
+    "derivative(lambda z: z.tanh().sum(1), {x})", "torch.round(2 * {x} + 0.03)", "torch.fmod({x} + 0.03, 0.5)",
+    "torch.remainder({x} + 0.03, 0.5)",
 ]  # fmt: skip
 
 # {x}, {b}: values that broadcast to the shape of {x}
@@ -67,7 +68,8 @@ VECTOR = [
     "torch.bmm({x}[:, None, :], torch.sin({x})[:, :, None]).squeeze(-1) * {x}", "{x} @ torch.ones({n}, 2, dtype={x}.dtype)",
     "(torch.softmax({x}[:, :, None] * {x}[:, None, :], -1) @ {x}[:, :, None]).squeeze(-1)", "{x} * torch.arange({n})",
     "torch.linalg.vector_norm({x}, 1, dim=1, keepdim=True) - {x}",
-    "{x} * F.cosine_similarity({x}, torch.cos({x}), -1)[:, None]",
+    "{x} * F.cosine_similarity({x}, torch.cos({x}), -1)[:, None]", "assigned({x})", "assigned({x}.sin()) * {x}",
+    "F.conv1d({x}[:, None], torch.ones(2, 1, 2, dtype={x}.dtype) / 3, padding=1).flatten(1)",
 ]  # fmt: skip
 
 # {x}: [batch, n, m]
@@ -83,6 +85,14 @@ from torch import nn
 import odenet_cuda
 
 D, g = torch.float64, torch.Generator().manual_seed({seed})
+
+def assigned(x):
+    d = torch.zeros_like(x)
+    d[:, 0] = x[:, -1] ** 2
+    d[:, 1:] = d[:, :1] - x[:, :-1]
+    d[:, -1] *= 0.5
+    return d
+
 
 def derivative(f, x):
     with torch.enable_grad():
