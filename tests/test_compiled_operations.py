@@ -300,7 +300,7 @@ def written_by_views(x: Tensor) -> Tensor:
     row, column = d[:, 1], d.transpose(1, 2)[:, 2]
     row.copy_(x)
     column[:, 0] = 3.0
-    row += column.unsqueeze(1)[:, 0]
+    row += column.unsqueeze(1)[:, 0].clone()
     d[:, 0, 1:].zero_().add_(x[:, :2].tanh())
     d.diagonal(dim1=1, dim2=2)[:, 0] = x[:, 1]
     return (d * (1 + torch.arange(COLUMNS, dtype=x.dtype))).sum(2)

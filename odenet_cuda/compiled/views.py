@@ -17,7 +17,7 @@ from .trace import Unreadable
 from .values import Sample, where
 
 _VIEWS = {"view", "squeeze", "unsqueeze", "as_strided", "expand", "permute", "transpose", "t", "select", "slice"}
-_VIEWS |= {"alias", "detach", "view_as"}
+_VIEWS |= {"alias", "detach", "view_as", "diagonal"}
 
 
 def writes(node: fx.Node) -> bool:
@@ -26,7 +26,7 @@ def writes(node: fx.Node) -> bool:
 
 
 def _root(node: Any) -> Any:
-    while node.op == "call_function" and packet(node.target) in _VIEWS:
+    while node.op == "call_function" and (packet(node.target) in _VIEWS or writes(node)):
         node = node.args[0]
     return node
 
@@ -48,6 +48,8 @@ class Views:
             return
         if node in self.written:
             self._places[node] = np.arange(value.refs.size).reshape(value.refs.shape)
+        elif writes(node) and node.args[0] in self._places:
+            self._places[node] = self._places[node.args[0]]  # type: ignore[index]
         elif name in _VIEWS and node.args[0] in self._places:
             source: Any = node.args[0]
             own = low.values[source]
