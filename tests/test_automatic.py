@@ -205,3 +205,22 @@ def test_blocks_are_copied_and_pickled_without_it():
     for each in (other, block):
         torch.testing.assert_close(each(rows(5, 2)), solve(each.func, rows(5, 2), T, compile=False, **SOLVED).ys[-1])
         assert each.explain() == "compiled"
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_inside_torch_compile(method):
+    """A grid is taken whole, as with no compiled field; an adaptive solve runs between two graphs."""
+    func = nn.Sequential(nn.Linear(2, 2, dtype=D), nn.Tanh())
+    block = ODEBlock(lambda t, y: func(y), [0.0, 0.5], method=method, compile="auto")
+    compiled = torch.compile(block, fullgraph=method == "rk4", backend="eager")
+    y0 = rows(5, 2)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(y0), ODEBlock(block.func, [0.0, 0.5], method=method, compile=False)(y0))
+
+
+def test_inside_transforms():
+    func = Net()
+    block = ODEBlock(func, T, compile="auto", **SOLVED)
+    found = torch.func.vmap(torch.func.jacrev(lambda y: block(y[None])[0]))(rows(5, 2))
+    expected = torch.func.vmap(torch.func.jacrev(lambda y: ODEBlock(func, T, compile=False, **SOLVED)(y[None])[0]))(rows(5, 2))
+    torch.testing.assert_close(found, expected)

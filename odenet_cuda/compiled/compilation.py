@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch
+
 from .plans import Plans
 from .refusals import MOST_AHEAD, WORTH
 
@@ -111,8 +113,8 @@ def mode_of_blocks(given: str | bool | None) -> str | bool:
 
 
 def automatic(func: Any, mode: str | bool | None) -> Compilation | None:
-    """mode: what this solve was asked for, None: what all are."""
-    if (_asked if mode is None else mode) != "auto" or not callable(func):
+    """mode: what this solve was asked for, None: what all are. Not while torch compiles, which could not see through it."""
+    if torch.compiler.is_compiling() or (_asked if mode is None else mode) != "auto" or not callable(func):
         return None
     found = _KEPT.of(func)
     return None if found is None else Compilation(func, found[0], named=False, why=found[1])
