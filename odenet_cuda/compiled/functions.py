@@ -36,7 +36,7 @@ def functions_for(
     memory = Memory(team)
     functions = _functions(program, taps, solve, kept, lambda results, *_: TeamText(program, results, memory))
     rows = max(function.text.height for function in functions)
-    memory.bytes = max(team.row_bytes * max(rows, team.groups), scratch)
+    memory.bytes = max(team.row * team.item * max(rows, team.groups), scratch)
     if memory.bytes > team.memory:
         raise TooLarge(f"{memory.bytes} bytes of a block's memory are needed, and {team.memory} are there")
     if memory.stage_all(program, [s for function in functions for s in function.text.needed]):

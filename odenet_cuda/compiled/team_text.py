@@ -62,7 +62,8 @@ class Memory:
 
     def defines(self) -> str:
         team = self.team
-        values = {"TEAM": team.lanes, "GROUPS": team.groups, "STAGED": self.behind, "TENSOR_CORE": MATMULS[team.matmul]}
+        values: dict[str, int | str] = {"TEAM": team.lanes, "GROUPS": team.groups, "ROW": team.row, "STAGED": self.behind}
+        values["TENSOR_CORE"] = MATMULS[team.matmul]
         return "#define ODENET_BLOCKS\n" + "".join(f"#define ODENET_{name} {value}\n" for name, value in values.items())
 
     def stage(self, program: Program, dtype: str) -> str:
@@ -108,7 +109,7 @@ class TeamText(FunctionText):
     # The team's memory
 
     def _bytes(self, rows: Rows) -> int:
-        return self.memory.behind + rows[0] * self.team.row_bytes
+        return self.memory.behind + rows[0] * self.team.row * self.team.item
 
     def _place(self, buffer: int) -> Rows:
         """Where the first rows are free that it fits in."""
@@ -144,7 +145,7 @@ class TeamText(FunctionText):
 
     def _after(self, statements: list[Statement]) -> None:
         self._written |= {self.places[s.out] for s in statements if s.out in self.places}
-        self._own |= {s.out for s in statements if not self._by_warps(s)}
+        self._own |= {s.out for s in statements if not isinstance(s, Linear) or self._lanes_of_thread(s) == 1}
         for statement in statements:
             for buffer in buffers_of(operands_of(statement)):
                 self._readers[buffer] -= 1
@@ -168,7 +169,8 @@ class TeamText(FunctionText):
             return super()._loop(start, end)
         if end - start == 1:
             return f"if (const int i = {start}; is_own(i))"
-        return f"for (int i = own_from({start}); i < {end}; i += kGroups)"
+        several = "ODENET_BY_FOUR " if end - start >= 4 * self.team.groups else ""
+        return f"{several}for (int i = own_from({start}); i < {end}; i += kGroups)"
 
     def _guard(self, buffer: int, row: int) -> str:
         return f"if (is_own({row})) " if buffer in self._shared else ""
@@ -176,29 +178,28 @@ class TeamText(FunctionText):
     def _copy_result(self, name: str, refs: Refs) -> None:
         self._copy(name, refs, "i / kGroups")
 
-    def _by_warps(self, s: Statement) -> bool:
-        """Whether tensor cores compute it."""
-        if not isinstance(s, Linear) or not self.team.uses_tensor_cores(s.rows, s.columns):
-            return False
-        return int(s.x[0]) >> 32 in self._shared
+    def _lanes_of_thread(self, s: Linear) -> int:
+        """Whose results a thread computes. 1: each group has its own rows; 0: tensor cores compute them all."""
+        if int(s.x[0]) >> 32 not in self._shared:
+            return 1
+        return 0 if self.team.uses_tensor_cores(s.rows, s.columns) else self.team.lanes_of_thread(s.rows)
 
     def _write_linear(self, s: Linear) -> None:
         self._declare(s.out)
         weight, x, out = self._names(s)
-        by_warps, start = self._by_warps(s), "T(0)"
+        lanes, start = self._lanes_of_thread(s), "T(0)"
         if s.bias is not None and len(self._segments([s.bias])) == 1 and self.program.is_constant(s.bias):
             start = f"T({self._in_loop(s.bias, 0, s.rows, 'i')})"
         elif s.bias is not None:
             start = f"{out}.at(i, lane)"
             self._copy(out, s.bias)
-            if by_warps:
+            if lanes != 1:
                 self._meet()
         matrix = self.memory.matrix_of(self.program, s)
         row, column, staged = s.row, s.column, "false"
         if matrix in self.memory.staged:
             weight, staged = f"static_cast<const T*>(team_memory({self.memory.staged[matrix]}))", "true"
             row, column = (matrix.staged_row, 1) if s.column == 1 else (1, matrix.staged_row)
-        kind = f"warps<{s.rows}, {s.columns}, {row}, {column}>"
-        if not by_warps:
-            kind = f"groups<{s.rows}, {s.columns}, {row}, {column}, {staged}>"
+        sizes = f"{s.rows}, {s.columns}, {row}, {column}"
+        kind = f"threads<{sizes}, {lanes}, {staged}>" if lanes else f"warps<{sizes}>"
         self.lines.append(f"linear_of_{kind}({weight}, {x}, {out}, [&](int i, int lane) {{ return {start}; }});")
