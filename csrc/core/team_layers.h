@@ -113,37 +113,40 @@ ODENET_HD void linear_of_threads(const T* w, const X& x, const Shared<T>& y, con
   }
 }
 
-// The same by tensor cores, whose operands are rounded.
-template <int rows, int columns, int row, int column, class Start>
+// The same by tensor cores, whose operands are rounded. rounded: w has been.
+template <int rows, int columns, int row, int column, bool rounded, class Start>
 ODENET_HD void linear_of_warps(const float* w, const Shared<float>& x, const Shared<float>& y, const Start& start) {
-  constexpr int warps = Block::size / 32, tall = (rows + 15) / 16, high = tall < warps ? tall : warps, wide = kTeam / 8;
-  // As many products in a row as leave work for every warp: they have the left operand in common.
-  constexpr int together = high * (wide / 4) >= warps ? 4 : high * (wide / 2) >= warps ? 2 : 1;
-  for (int top = 0; top < rows; top += high * 16) {
-    const auto first_row = [&](int job) { return top + job % high * 16; };
-    const auto first_lane = [&](int job) { return job / high * together * 8; };
-    WarpSums<TensorCore, high*(wide / together), together> sums;
+  using Tiles = Dealt<(rows + 15) / 16, kTeam / 8>;
+  constexpr int warps = Block::size / 32, tall = Tiles::tall * 16;
+  constexpr int room = warps / Tiles::across > 1 ? warps / Tiles::across : 1;  // shares one below the other at a time
+  constexpr int high = Tiles::down < room ? Tiles::down : room;
+  for (int top = 0; top < rows; top += high * tall) {
+    const auto first_row = [&](int job) { return top + job % high * tall; };
+    const auto first_lane = [&](int job) { return job / high * Tiles::together * 8; };
+    WarpSums<TensorCore, high * Tiles::across, Tiles::tall, Tiles::together> sums;
     sums.each([&](int job, int i, int k, float& sum) {
       if (first_row(job) + i < rows) sum = start(first_row(job) + i, first_lane(job) + k);
     });
-    sums.template add<columns>(
+    sums.template add<columns, rounded>(
         [&](int job, int i, int j) {
-          const int r = first_row(job) + i;
-          return r < rows && j < columns ? w[r * row + j * column] : 0.0f;
+          const int r = first_row(job) + i;  // rows behind the last are of no use
+          return w[(r < rows ? r : rows - 1) * row + j * column];
         },
-        [&](int job, int j, int k) { return j < columns ? x.at(j, first_lane(job) + k) : 0.0f; });
+        [&](int job, int j, int k) { return x.at(j, first_lane(job) + k); });
     sums.each([&](int job, int i, int k, float sum) {
       if (first_row(job) + i < rows) y.at(first_row(job) + i, first_lane(job) + k) = sum;
     });
   }
 }
 
-// A constant matrix into the team's memory, its rows `to` apart.
-template <int rows, int columns, int row, int to, class T>
+// A constant matrix into the team's memory, its rows `to` apart. Core: that rounds it, or void.
+template <int rows, int columns, int row, int to, class Core, class T>
 ODENET_HD void stage_matrix(const T* from, int offset) {
   T* staged = static_cast<T*>(team_memory(offset));
   for (int n = Block{}.thread(); n < rows * columns; n += Block::size) {
-    staged[n / columns * to + n % columns] = from[n / columns * row + n % columns];
+    T& number = staged[n / columns * to + n % columns];
+    number = from[n / columns * row + n % columns];
+    if constexpr (!std::is_void_v<Core>) number = Core::round(number);
   }
 }
 
@@ -203,18 +206,17 @@ struct Products {
 // The same by tensor cores.
 template <class Core>
 struct TensorProducts {
-  static constexpr int together = kSide < 32 ? kSide / 8 : 4, across = kSide / 8 / together;
-  WarpSums<Core, kSide / 16 * across, together> sums;
+  using Tiles = Dealt<kSide / 16, kSide / 8>;
+  static constexpr int across = Tiles::across, tall = Tiles::tall * 16, wide = Tiles::together * 8;
+  WarpSums<Core, Tiles::down * across, Tiles::tall, Tiles::together> sums;
 
   ODENET_HD void add(const Slab<float>& left, const Slab<float>& right) {
-    sums.template add<kTeam>(
-        [&](int job, int i, int j) { return j < kTeam ? left(job / across * 16 + i, j) : 0.0f; },
-        [&](int job, int j, int k) { return j < kTeam ? right(job % across * together * 8 + k, j) : 0.0f; });
+    sums.template add<kTeam, false>([&](int job, int i, int j) { return left(job / across * tall + i, j); },
+                                    [&](int job, int j, int k) { return right(job % across * wide + k, j); });
   }
   template <class Body>
   ODENET_HD void each(const Body& body) {
-    sums.each(
-        [&](int job, int i, int k, float sum) { body(job / across * 16 + i, job % across * together * 8 + k, sum); });
+    sums.each([&](int job, int i, int k, float sum) { body(job / across * tall + i, job % across * wide + k, sum); });
   }
 };
 

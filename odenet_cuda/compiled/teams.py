@@ -67,9 +67,10 @@ class Team:
         """Of how many samples a thread has results of a layer with so many rows, so that what it loads serves several."""
         return min(self.lanes, 4 if rows >= 8 * self.groups else 2 if rows >= 4 * self.groups else 1)
 
-    def blocks(self, size: int) -> int:
-        """How many of so many bytes each, at most two, a multiprocessor has room for; it keeps 1 KB of each for itself."""
-        return 2 if self.groups > 1 and 2 * (size + 1024) <= self.memory + 1024 else 1
+    def fits_twice(self, size: int) -> bool:
+        """Whether a multiprocessor has memory for two blocks of so many bytes, and of many threads a sample; 1 KB of each
+        it keeps for itself."""
+        return self.groups > 1 and 2 * (size + 1024) <= self.memory + 1024
 
     def uses_tensor_cores(self, rows: int, columns: int) -> bool:
         return self.matmul != "float32" and rows >= 16 and columns >= 8
