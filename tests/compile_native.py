@@ -58,6 +58,17 @@ def compile_emulation(folder: Path, flags: list[str], *programs: str) -> list[Pa
     return [link(folder / name, flags, [objects[unit] for unit in (*kernels, *own[name])]) for name in programs]
 
 
+# Blocks and numbers for native/team_layers.cpp, and how many comparisons it makes with them.
+TEAM_LAYERS = [({"TEAM": 16, "GROUPS": 4, "ROW": 24}, "float", 48), ({"TEAM": 8, "GROUPS": 8, "ROW": 8}, "double", 36)]
+
+
+def compile_team_layers(folder: Path, flags: list[str], sizes: dict[str, int], number: str) -> Path:
+    native = ROOT / "tests" / "native"
+    own = [f"-DODENET_{name}={size}" for name, size in sizes.items()] + [f"-DNUMBER={number}", "-w"]  # as compiled fields are
+    units = {"team_layers": [*own, "-include", str(native / "emulation.h"), str(native / "team_layers.cpp")]}
+    return link(folder / "team_layers", flags, list(compile_units(folder, flags, units).values()))
+
+
 def emulated_units(folder: str) -> dict[str, list[str]]:
     """The CUDA files of a folder, as C++."""
     flags = ["-DODENET_THREADS=8", '-DODENET_ARCHITECTURES="none"', "-Wno-unknown-pragmas"]

@@ -1,9 +1,9 @@
 """`make test-sanitize`: the C++ kernels under sanitizers, built into build/sanitize beside the normal build.
 
-address  the CPU kernels in threads (native/threads.cpp) and the CUDA kernels with a block's threads as threads of the machine
-         (native/cuda_kernels.cpp), then the tests of the ops, of the stepper and of compiled fields, under AddressSanitizer and
-         UndefinedBehaviorSanitizer
-thread   the two programs of native/, and the CUDA text of compiled fields (tests/test_compiled_cuda.py), under ThreadSanitizer
+address  the CPU kernels in threads (native/threads.cpp), and the CUDA kernels and layers of compiled fields with a block's
+         threads as threads of the machine (native/cuda_kernels.cpp, native/team_layers.cpp), then the tests of the ops, of the
+         stepper and of compiled fields, under AddressSanitizer and UndefinedBehaviorSanitizer
+thread   the programs of native/, and the CUDA text of compiled fields (tests/test_compiled_cuda.py), under ThreadSanitizer
 
 Each sanitizer must first report the faults that native/threads.cpp and native/emulation.h commit when they are asked to.
 """
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from compile_native import ROOT, compile_emulation, compile_threads, setup_py
+from compile_native import ROOT, TEAM_LAYERS, compile_emulation, compile_team_layers, compile_threads, setup_py
 
 FOLDER = ROOT / "build" / "sanitize"
 # Of compiled fields those tests that go through every kind of kernel: the compiler needs half a minute for a sanitized one.
@@ -67,6 +67,10 @@ def check_native(sanitizer: str) -> None:
     print(f"== {sanitizer}: compiling native/cuda_kernels.cpp", flush=True)
     (program,) = compile_emulation(FOLDER / f"{sanitizer}-emulation", setup["sanitizer_flags"](), "cuda_kernels")
     run(f"{sanitizer}: native/cuda_kernels.cpp", [str(program)], env=env)
+    for sizes, number, _ in TEAM_LAYERS:
+        folder = FOLDER / f"{sanitizer}-team-{number}"
+        layers = compile_team_layers(folder, ["-O1", *setup["sanitizer_flags"]()], sizes, number)
+        run(f"{sanitizer}: native/team_layers.cpp of {number}", [str(layers)], env=env)
 
 
 def runtimes(*libraries: str) -> str:

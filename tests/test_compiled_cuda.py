@@ -5,7 +5,9 @@ What a GPU makes of it these tests do not show.
 
 import hashlib
 import os
+import re
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +22,8 @@ import odenet_cuda
 from odenet_cuda import _C, SolverError, solve
 from odenet_cuda.compiled import engine, plan, teams, ways
 from odenet_cuda.compiled.emit import Target
-from odenet_cuda.compiled.teams import H100, Card
+from odenet_cuda.compiled.teams import H100, Card, Team
+from odenet_cuda.methods import find_method
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.013, 0.3, 0.31, 1.0], dtype=D)
@@ -256,6 +259,42 @@ def test_memory_of_a_block(grouped, monkeypatch, memory, groups, staged):
     assert text.count("  stage_matrix<") == staged
 
 
+@pytest.fixture(scope="module")
+def fields() -> dict[str, odenet_cuda.CompiledField]:
+    """A small net, whose samples have a thread each, and a wide one, with more."""
+    small, wide = odenet_cuda.compile(Net()), odenet_cuda.compile(Wide())
+    solve(small, rows(5, 2), [0.0, 0.1])
+    solve(wide, rows(5, 17, dtype=torch.float32), [0.0, 0.1])
+    return {"alone": small, "float32": wide, "tf32": wide, "bf16": wide}
+
+
+def text_of(func: odenet_cuda.CompiledField, solve: str, team: Team) -> str:
+    dtype = "double" if team.item == 8 else "float"
+    return func._latest.source(find_method("dopri5"), Target(dtype, "one", solve, team))
+
+
+def test_what_is_staged_before_a_solve(fields):
+    """Matrices that tensor cores alone read are rounded then. Of small fields all constants, while there is room."""
+    narrow, small = odenet_cuda.compile(Net(12, 36, torch.float32)), fields["alone"]
+    solve(narrow, rows(5, 12, dtype=torch.float32), [0.0, 0.1])
+    for matmul, func, kind, count, rounded in (
+        ("float32", fields["tf32"], "reverse", 3, 0),
+        ("tf32", fields["tf32"], "reverse", 3, 3),
+        ("tf32", narrow, "per_sample", 2, 1),  # the other has 12 rows
+        ("tf32", narrow, "reverse", 2, 0),  # as the first has on the way back
+    ):
+        text = text_of(func, kind, Team(32, 8, matmul, 4, H100.memory))
+        staged = [line for line in text.splitlines() if line.startswith("  stage_matrix<")]
+        assert len(staged) == count and sum("TensorCore>" in line for line in staged) == rounded
+    team = small._latest.team(("per_sample",), 1 << 16, H100, "float32")
+    text = text_of(small, "per_sample", team)
+    assert team.groups == 1 and text.count("  stage_matrix<") == text.count("(team_memory(") == 4
+    assert text.count("in.constants[") == 4 and "#define ODENET_STAGED 304\n" in text
+    needed = int(re.findall(r"Block::size, (\d+)>", text)[0])
+    few = text_of(small, "per_sample", replace(team, memory=needed - 1))
+    assert few.count("(team_memory(") == 3 and few.count("in.constants[") == 4
+
+
 def test_teams_fill_the_card():
     """More samples, more of them in a block; fields of few operations have a thread a sample."""
     func = odenet_cuda.compile(Wide())
@@ -278,15 +317,6 @@ KINDS = [(kind, "dopri5") for kind in ("per_sample", "joint", "adjoint_per_sampl
 KINDS += [("grid", "rk4"), ("adjoint_grid", "rk4")]
 
 
-@pytest.fixture(scope="module")
-def fields() -> dict[str, odenet_cuda.CompiledField]:
-    """A small net, whose samples have a thread each, and a wide one, with more."""
-    small, wide = odenet_cuda.compile(Net()), odenet_cuda.compile(Wide())
-    solve(small, rows(5, 2), [0.0, 0.1])
-    solve(wide, rows(5, 17, dtype=torch.float32), [0.0, 0.1])
-    return {"alone": small, "float32": wide, "tf32": wide, "bf16": wide}
-
-
 COMPILED = [("alone", *kind, ["sm_90"]) for kind in KINDS]
 COMPILED += [("float32", "per_sample", "dopri5", ["sm_90"]), ("float32", "adjoint_joint", "dopri5", ["sm_90"])]
 COMPILED += [("tf32", "reverse", "dopri5", ["sm_90"]), ("bf16", "adjoint_joint", "dopri5", ["sm_80", "sm_90", "sm_100"])]
@@ -296,7 +326,6 @@ COMPILED += [("tf32", "reverse", "dopri5", ["sm_90"]), ("bf16", "adjoint_joint",
 def test_nvcc_compiles(fields, kind, method, matmul, cards, tmp_path):
     """Into a library like that of the CPU; no GPU is needed. All that differs between cards is in the last."""
     from odenet_cuda.compiled.compilers import CUDA_FLAGS
-    from odenet_cuda.methods import find_method
 
     nvcc = find_nvcc()
     if nvcc is None:

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from compile_native import compile_emulation, require_compiler
+from compile_native import TEAM_LAYERS, compile_emulation, compile_team_layers, require_compiler
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,16 @@ def test_cuda_kernels_compute_what_the_cpu_kernels_do(programs):
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     checks, failed = finished.stdout.splitlines()[-1].split(" checks, ")
     assert int(checks) > 250 and failed == "0 failed"
+
+
+@pytest.mark.parametrize("sizes, number, checks", TEAM_LAYERS, ids=["float", "double"])
+def test_layers_of_a_team(tmp_path, sizes, number, checks):
+    """Each thread its rows and lanes of a layer, in every shape; sums to the bit."""
+    require_compiler()
+    program = compile_team_layers(tmp_path, ["-O1"], sizes, number)
+    finished = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    assert finished.stdout.splitlines()[-1] == f"{checks} checks, 0 failed"
 
 
 # Comparisons at least of each part of benchmarks/gpu_native/; a launch and a WHILE node are CUDA's own.

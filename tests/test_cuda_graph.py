@@ -676,9 +676,12 @@ class Event:
 
 
 @pytest.mark.parametrize("behind", [0, 3, 1000])
-@pytest.mark.parametrize("end, expected", [(1, 0), (2, 0), (10, 0), (19, 0), (200, 0), (1000, 0), (200, 190), (200, 300)])
-def test_the_end_is_learnt_late(end, expected, behind):
-    """At most a step or a tenth of the solve past the end, unless more were expected."""
+@pytest.mark.parametrize(
+    "end, expected, past_end",
+    [(1, 0, 1), (2, 0, 1), (10, 0, 1), (19, 0, 2), (37, 0, 4), (200, 0, 14), (1000, 0, 31), (200, 190, 14), (200, 300, 100)],
+)
+def test_the_end_is_learnt_late(end, expected, past_end, behind):
+    """An eighth of the steps past the end at most, or the square root of their number, or one; unless more were expected."""
     status = torch.full((3,), RUNNING, dtype=D)
     watch = Watch(status, expected, on_device=False)
     watch._event = Event(behind)
@@ -687,7 +690,22 @@ def test_the_end_is_learnt_late(end, expected, behind):
             status[:] = SUCCESS
         if watch.ended(done):
             break
-    assert end <= done <= max(end + 1, end + end // 10, expected)
+    assert end <= done <= end + past_end
+
+
+@pytest.mark.parametrize("behind", [0, 1000])
+def test_looks_grow_fewer(behind):
+    """With the steps that were made; the host waits at each where the device is behind, and never where it is not."""
+    for end, looks in {10: 10, 37: 26, 100: 41, 1000: 124}.items():
+        status = torch.full((3,), RUNNING, dtype=D)
+        watch = Watch(status, on_device=False)
+        watch._event, asked = Event(behind), []
+        for done in range(1, 2 * end):
+            status[:] = SUCCESS if done >= end else RUNNING
+            if watch.ended(done):
+                break
+            asked += [watch._asked] if watch._asked not in (0, *asked[-1:]) else []
+        assert len(asked) <= looks and watch._event.waited == (len(asked) if behind else 0)
 
 
 def test_the_end_is_that_of_all_samples():

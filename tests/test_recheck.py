@@ -17,7 +17,9 @@ from odenet_cuda import solve
 from odenet_cuda.compiled import check, comparison, recheck, trace
 from odenet_cuda.compiled.guards import Guards
 from odenet_cuda.compiled.plans import Plans
+from odenet_cuda.compiled.reach import Reach
 from odenet_cuda.compiled.watch import Watch
+from odenet_cuda.compiled.writes import Code
 
 Y0 = rows(5, 2)
 TOLERANCE = 1e-12  # of a few steps in float64
@@ -321,6 +323,32 @@ def test_what_another_thread_writes_is_left(name, when, monkeypatch):
             assert (found - ends(func)).abs().max() < TOLERANCE
             func.count, func.kept = 0, None
     assert field.explain() == "compiled"
+
+
+class Renewing(Trained):
+    """It has a buffer set anew by a function that registers things for it."""
+
+    def forward(self, t, y):
+        self.buffer = self.buffer * 2
+        return super().forward(t, y)
+
+
+def test_hooks_of_others(monkeypatch):
+    """A hook of registration, such as torch leaves behind where an export fails, is run by what registers something alone; one
+    of calls may write anything."""
+    module = nn.modules.module
+    handle = module.register_module_buffer_registration_hook(lambda *_: None)
+    try:
+        test_what_another_thread_writes_is_left("values", "a call", monkeypatch)
+        assert not Code(Reach(Trained())).writes("another")
+        assert Code(Reach(Renewing())).writes("another")
+    finally:
+        handle.remove()
+    handle = module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert Code(Reach(Trained())).writes("another")
+    finally:
+        handle.remove()
 
 
 def test_weights_that_another_thread_always_changes(monkeypatch):

@@ -17,12 +17,23 @@
 #ifndef ODENET_STAGED
 #define ODENET_STAGED 0
 #endif
+#ifndef ODENET_ROW
+#define ODENET_ROW ODENET_TEAM
+#endif
+
+// Ahead of a loop over a group's rows: several at once, so that they do not wait for each other's loads and functions.
+#if defined(__CUDACC__)
+#define ODENET_BY_FOUR _Pragma("unroll 4")
+#else
+#define ODENET_BY_FOUR
+#endif
 
 namespace odenet {
 
 constexpr int kTeam = ODENET_TEAM;      // lanes of a block
 constexpr int kGroups = ODENET_GROUPS;  // threads of a lane
 constexpr int kStaged = ODENET_STAGED;  // bytes of the team's memory that hold constants, from its start
+constexpr int kRow = ODENET_ROW;        // numbers between two rows of that memory, [row][lane]
 
 // How many of some rows a member has at most. The last of these may be none of them: what it holds is of no use.
 constexpr int own(int rows) {
@@ -101,9 +112,6 @@ struct Block {
     return sum;
   }
 };
-
-// Numbers between two rows of the team's memory, [row][lane]: so that the tensor cores' loads meet no bank twice.
-constexpr int kRow = kTeam % 32 == 0 || kTeam == 16 ? kTeam + 8 : kTeam;
 
 // What all members see of some rows of their samples.
 template <class T>

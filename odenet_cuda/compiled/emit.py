@@ -191,7 +191,7 @@ def _kernel(target: Target, memory: Memory, program: Program) -> str:
     together = control == "kJoint"  # blocks wait for each other
     return (
         "// A lane a sample, a block a chunk of them. left: rows, or steps, that are not done, and behind it meetings.\n"
-        "__global__ void __launch_bounds__(Block::size)\n"
+        f"__global__ void __launch_bounds__(Block::size{', 2' * memory.team.fits_twice(memory.bytes)})\n"
         "    odenet_kernel(const __grid_constant__ SolveCall in, unsigned long long* left) {\n"
         f"{memory.stage(program, pack)}"
         f"  const int64_t rest = {call};\n"

@@ -66,14 +66,18 @@ class FunctionText:
             place = [b for b in range(len(program.buffers)) if program.buffers[b].kind == "constant"].index(buffer)
             kind = "bool" if program.buffers[buffer].mask else "T"
             self.lines.append(
-                f"const {kind}* {program.buffers[buffer].name} = static_cast<const {kind}*>(in.constants[{place}]);"
+                f"const {kind}* {program.buffers[buffer].name} = static_cast<const {kind}*>({self._source(buffer, place)});"
             )
         self._emit(needed, buffers_of([refs for _, refs in results]) | set(self.kept))
         for name, refs in results:
             self._before([refs])
             self._copy_result(name, refs)
 
-    # What is done otherwise where a sample has several threads (team_text.py)
+    # What is done otherwise on CUDA (team_text.py)
+
+    def _source(self, buffer: int, place: int) -> str:
+        """Of a constant: a pointer to its numbers. place: among all constants."""
+        return f"in.constants[{place}]"
 
     def _begin(self, needed: list[Statement], results: list[tuple[str, Refs]]) -> None:
         """Before the first statement."""

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .function_text import FunctionText
 from .program import Program, Refs
-from .team_text import Memory, TeamText
+from .team_text import AloneText, Memory, TeamText
 from .teams import Team
 
 Results = list[tuple[str, Refs]]  # the names of arrays to write, and the addresses of what goes there
@@ -31,16 +32,22 @@ def functions_for(
         return _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args)), None
     scratch = max(0 if solve in ("per_sample", "joint", "grid") else team.slabs, team.sums if solve.endswith("joint") else 0)
     if team.groups == 1:
-        functions = _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args))
-        return functions, Memory(team, bytes=scratch)
+        memory = Memory(team, bytes=scratch)
+        return _functions(program, taps, solve, kept, lambda *args: AloneText(memory, program, *args)), memory
     memory = Memory(team)
-    functions = _functions(program, taps, solve, kept, lambda results, *_: TeamText(program, results, memory))
-    rows = max(function.text.height for function in functions)
-    memory.bytes = max(team.row_bytes * max(rows, team.groups), scratch)
+    texts: list[TeamText] = []
+
+    def write(results: Results, *_: Any) -> TeamText:
+        texts.append(TeamText(program, results, memory))
+        return texts[-1]
+
+    functions = _functions(program, taps, solve, kept, write)
+    rows = max(text.height for text in texts)
+    memory.bytes = max(team.row * team.item * max(rows, team.groups), scratch)
     if memory.bytes > team.memory:
         raise TooLarge(f"{memory.bytes} bytes of a block's memory are needed, and {team.memory} are there")
-    if memory.stage_all(program, [s for function in functions for s in function.text.needed]):
-        functions = _functions(program, taps, solve, kept, lambda results, *_: TeamText(program, results, memory))
+    if memory.stage_all(program, [layer for text in texts for layer in text.layers]):
+        functions = _functions(program, taps, solve, kept, write)
     return functions, memory
 
 

@@ -16,10 +16,11 @@ from .reach_code import CODE, CONTENT_ALONE
 from .reach_objects import OBJECTS, any_object, container
 from .walk import Walk
 
+REGISTRATION = "torch's global registration hooks"
 _KINDS = [*OBJECTS, *CODE]
 _WITHOUT = (*CONTENT_ALONE, nn.Module, slice, types.GenericAlias)
 _GLOBAL_HOOKS = [
-    value
+    (value, REGISTRATION if "registration" in name else "torch's global hooks")
     for name, value in vars(nn.modules.module).items()
     if name.startswith("_global_") and "hooks" in name and isinstance(value, dict)
 ]
@@ -43,5 +44,5 @@ class Reach(Walk):
             any_object(self, value, path)
 
     def _end(self) -> None:
-        for hooks in _GLOBAL_HOOKS:
-            container(self, hooks, "torch's global hooks")
+        for hooks, path in _GLOBAL_HOOKS:
+            container(self, hooks, path)

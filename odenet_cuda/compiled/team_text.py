@@ -1,8 +1,9 @@
-"""One function of a program where a sample has several threads, a team's groups: what is long lies in the team's memory,
-[row][lane], and the groups deal its rows among themselves; what is short each thread has for itself. See core/team.h."""
+"""One function of a program on CUDA. Where a sample has several threads, a team's groups, what is long lies in the team's
+memory, [row][lane], and the groups deal its rows among themselves; what is short each thread has for itself. See
+core/team.h."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +11,12 @@ from .function_text import UNROLLED, FunctionText, buffers_of, operands_of
 from .program import Linear, Program, Refs, Statement, split
 from .teams import MATMULS, Team
 
+_FEW_BYTES = 48 << 10  # with which four blocks of a thread a sample, whose registers are no more, fill a multiprocessor
 Rows = tuple[int, int]  # of the team's memory: the first, and behind the last
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
 
 
 class Matrix(NamedTuple):
@@ -31,26 +37,41 @@ class Matrix(NamedTuple):
 
 @dataclass
 class Memory:
-    """The memory of a team. staged: the matrices in it, and where they begin; behind: where they end; all in bytes."""
+    """The memory of a team. staged: the matrices in it, and where they begin; behind: where they end; all in bytes. rounded:
+    those of them that tensor cores alone read, and that are rounded for these once."""
 
     team: Team
     staged: dict[Matrix, int] = field(default_factory=dict)
+    rounded: set[Matrix] = field(default_factory=set)
     behind: int = 0
     bytes: int = 0
 
-    def stage_all(self, program: Program, statements: list[Statement]) -> bool:
-        """Stages the matrices that these multiply with, if there is room for all of them."""
+    def stage_all(self, program: Program, layers: list[tuple[Linear, bool]]) -> bool:
+        """Stages the matrices that these multiply with, by tensor cores or not, if there is room for all of them."""
         staged: dict[Matrix, int] = {}
-        end = 0
-        for statement in statements:
-            matrix = self.matrix_of(program, statement) if isinstance(statement, Linear) else None
-            if matrix is not None and matrix not in staged:
+        others, end = set(), 0
+        for layer, by_warps in layers:
+            matrix = self.matrix_of(program, layer)
+            if matrix is None:
+                continue
+            others |= set() if by_warps else {matrix}
+            if matrix not in staged:
                 staged[matrix] = end
                 end += -(-matrix.rows * matrix.staged_row * self.team.item // 16) * 16
         if end + self.bytes > self.team.memory:
             return False
-        self.staged, self.behind, self.bytes = staged, end, end + self.bytes
+        self.staged, self.behind, self.bytes, self.rounded = staged, end, end + self.bytes, set(staged) - others
         return True
+
+    def stage_whole(self, program: Program, buffer: int) -> int | None:
+        """Where all of this constant is staged, if it is small: then sixteen bytes of it are loaded at once."""
+        constant = program.buffers[buffer]
+        whole = Matrix(buffer, 0, 1, constant.size, constant.size)
+        size = -(-constant.size * self.team.item // 16) * 16
+        if whole not in self.staged and not constant.mask and self.bytes + size <= min(_FEW_BYTES, self.team.memory):
+            self.staged[whole] = self.behind
+            self.behind, self.bytes = self.behind + size, self.bytes + size
+        return self.staged.get(whole)
 
     @staticmethod
     def matrix_of(program: Program, s: Linear) -> Matrix | None:
@@ -62,7 +83,8 @@ class Memory:
 
     def defines(self) -> str:
         team = self.team
-        values = {"TEAM": team.lanes, "GROUPS": team.groups, "STAGED": self.behind, "TENSOR_CORE": MATMULS[team.matmul]}
+        values: dict[str, int | str] = {"TEAM": team.lanes, "GROUPS": team.groups, "ROW": team.row, "STAGED": self.behind}
+        values["TENSOR_CORE"] = MATMULS[team.matmul]
         return "#define ODENET_BLOCKS\n" + "".join(f"#define ODENET_{name} {value}\n" for name, value in values.items())
 
     def stage(self, program: Program, dtype: str) -> str:
@@ -70,10 +92,22 @@ class Memory:
         constants = [b for b, buffer in enumerate(program.buffers) if buffer.kind == "constant"]
         lines = []
         for m, at in self.staged.items():
-            sizes = f"{m.rows}, {m.columns}, {m.row}, {m.staged_row}"
+            sizes = f"{m.rows}, {m.columns}, {m.row}, {m.staged_row}, {'TensorCore' if m in self.rounded else 'void'}"
             source = f"static_cast<const {dtype}*>(in.constants[{constants.index(m.buffer)}]) + {m.offset}"
             lines.append(f"  stage_matrix<{sizes}>({source}, {at});\n")
-        return "".join(lines)
+        return "".join(lines) + ("  Block{}.sync();\n" if lines else "")
+
+
+class AloneText(FunctionText):
+    """Where a sample has one thread."""
+
+    def __init__(self, memory: Memory, program: Program, *rest: Any):
+        self.memory = memory
+        super().__init__(program, *rest)
+
+    def _source(self, buffer: int, place: int) -> str:
+        at = self.memory.stage_whole(self.program, buffer)
+        return super()._source(buffer, place) if at is None else f"team_memory({at})"
 
 
 class TeamText(FunctionText):
@@ -108,7 +142,7 @@ class TeamText(FunctionText):
     # The team's memory
 
     def _bytes(self, rows: Rows) -> int:
-        return self.memory.behind + rows[0] * self.team.row_bytes
+        return self.memory.behind + rows[0] * self.team.row * self.team.item
 
     def _place(self, buffer: int) -> Rows:
         """Where the first rows are free that it fits in."""
@@ -144,7 +178,7 @@ class TeamText(FunctionText):
 
     def _after(self, statements: list[Statement]) -> None:
         self._written |= {self.places[s.out] for s in statements if s.out in self.places}
-        self._own |= {s.out for s in statements if not self._by_warps(s)}
+        self._own |= {s.out for s in statements if not isinstance(s, Linear) or self._lanes_of_thread(s) == 1}
         for statement in statements:
             for buffer in buffers_of(operands_of(statement)):
                 self._readers[buffer] -= 1
@@ -168,7 +202,8 @@ class TeamText(FunctionText):
             return super()._loop(start, end)
         if end - start == 1:
             return f"if (const int i = {start}; is_own(i))"
-        return f"for (int i = own_from({start}); i < {end}; i += kGroups)"
+        several = "ODENET_BY_FOUR " if end - start >= 4 * self.team.groups else ""
+        return f"{several}for (int i = own_from({start}); i < {end}; i += kGroups)"
 
     def _guard(self, buffer: int, row: int) -> str:
         return f"if (is_own({row})) " if buffer in self._shared else ""
@@ -176,29 +211,34 @@ class TeamText(FunctionText):
     def _copy_result(self, name: str, refs: Refs) -> None:
         self._copy(name, refs, "i / kGroups")
 
-    def _by_warps(self, s: Statement) -> bool:
-        """Whether tensor cores compute it."""
-        if not isinstance(s, Linear) or not self.team.uses_tensor_cores(s.rows, s.columns):
-            return False
-        return int(s.x[0]) >> 32 in self._shared
+    @property
+    def layers(self) -> list[tuple[Linear, bool]]:
+        """Those of the function, and whether tensor cores compute them."""
+        return [(s, self._lanes_of_thread(s) == 0) for s in self.needed if isinstance(s, Linear)]
+
+    def _lanes_of_thread(self, s: Linear) -> int:
+        """Whose results a thread computes. 1: each group has its own rows; 0: tensor cores compute them all."""
+        if int(s.x[0]) >> 32 not in self._shared:
+            return 1
+        return 0 if self.team.uses_tensor_cores(s.rows, s.columns) else self.team.lanes_of_thread(s.rows)
 
     def _write_linear(self, s: Linear) -> None:
         self._declare(s.out)
         weight, x, out = self._names(s)
-        by_warps, start = self._by_warps(s), "T(0)"
+        lanes, start = self._lanes_of_thread(s), "T(0)"
         if s.bias is not None and len(self._segments([s.bias])) == 1 and self.program.is_constant(s.bias):
             start = f"T({self._in_loop(s.bias, 0, s.rows, 'i')})"
         elif s.bias is not None:
             start = f"{out}.at(i, lane)"
             self._copy(out, s.bias)
-            if by_warps:
+            if lanes != 1:
                 self._meet()
         matrix = self.memory.matrix_of(self.program, s)
-        row, column, staged = s.row, s.column, "false"
+        row, column = s.row, s.column
         if matrix in self.memory.staged:
-            weight, staged = f"static_cast<const T*>(team_memory({self.memory.staged[matrix]}))", "true"
+            weight = f"static_cast<const T*>(team_memory({self.memory.staged[matrix]}))"
             row, column = (matrix.staged_row, 1) if s.column == 1 else (1, matrix.staged_row)
-        kind = f"warps<{s.rows}, {s.columns}, {row}, {column}>"
-        if not by_warps:
-            kind = f"groups<{s.rows}, {s.columns}, {row}, {column}, {staged}>"
+        kind = f"threads<{s.rows}, {s.columns}, {row}, {column}, {lanes}, {_bool(matrix in self.memory.staged)}>"
+        if lanes == 0:
+            kind = f"warps<{s.rows}, {s.columns}, {row}, {column}, {_bool(matrix in self.memory.rounded)}>"
         self.lines.append(f"linear_of_{kind}({weight}, {x}, {out}, [&](int i, int lane) {{ return {start}; }});")

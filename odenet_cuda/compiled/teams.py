@@ -49,9 +49,9 @@ class Team:
     memory: int
 
     @property
-    def row_bytes(self) -> int:
-        """From one row of the team's memory to the next; kRow in core/team.h."""
-        return (self.lanes + 8 if self.lanes % 32 == 0 or self.lanes == 16 else self.lanes) * self.item
+    def row(self) -> int:
+        """Numbers between two rows of the team's memory: so many that the loads of tensor cores meet no bank twice."""
+        return self.lanes + 8 if self.matmul != "float32" and self.lanes % 16 == 0 else self.lanes
 
     @property
     def slabs(self) -> int:
@@ -62,6 +62,15 @@ class Team:
     def sums(self) -> int:
         """Bytes in which its threads add up; Block::add in core/team.h."""
         return 8 * self.lanes * self.groups
+
+    def lanes_of_thread(self, rows: int) -> int:
+        """Of how many samples a thread has results of a layer with so many rows, so that what it loads serves several."""
+        return min(self.lanes, 4 if rows >= 8 * self.groups else 2 if rows >= 4 * self.groups else 1)
+
+    def fits_twice(self, size: int) -> bool:
+        """Whether a multiprocessor has memory for two blocks of so many bytes, and of many threads a sample; 1 KB of each
+        it keeps for itself."""
+        return self.groups > 1 and 2 * (size + 1024) <= self.memory + 1024
 
     def uses_tensor_cores(self, rows: int, columns: int) -> bool:
         return self.matmul != "float32" and rows >= 16 and columns >= 8

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .memory import has_memory
-from .reach import Reach
+from .reach import REGISTRATION, Reach
 
 MISSING = object()
+_PARTS = ("_parameters", "_buffers", "_modules")
 _SETTERS = {"setattr", "delattr", "register_buffer", "register_parameter", "register_module", "add_module", "load_state_dict"}
 
 
@@ -55,14 +56,16 @@ class Code:
     def __init__(self, reach: Reach):
         self._reach = reach
         names = reach.names
-        hooked = any([len(x) > 0 and "hooks" in path.rpartition(".")[2] for x, path in reach.containers])
-        self._any = reach.everything or hooked or bool(_SETTERS & (names.globals | names.attributes))
+        parts = {name for slot in reach.slots if slot.key in _PARTS for name in slot.value}
+        hooks = [path for x, path in reach.containers if len(x) > 0 and "hooks" in path.rpartition(".")[2]]
+        if not parts & names.stored:  # torch leaves a hook of registration behind where an export has failed
+            hooks = [path for path in hooks if path != REGISTRATION]
+        self._any = reach.everything or bool(hooks) or bool(_SETTERS & (names.globals | names.attributes))
         self._stored = names.stored | reach.owned
         self._stored |= {"grad"} if {"backward", "zero_grad"} & names.attributes else set()
         self._stored |= {"requires_grad"} if "requires_grad_" in names.attributes else set()
         self._read_cells = {id(slot.owner) for slot in reach.slots if slot.attribute}
-        holders = ("__dict__", "_parameters", "_buffers", "_modules")
-        self._named = {id(slot.value) for slot in reach.slots if slot.key in holders}
+        self._named = {id(slot.value) for slot in reach.slots if slot.key == "__dict__" or slot.key in _PARTS}
 
     def writes(self, name: str) -> bool:
         """Whether an attribute or a variable of this name is stored anywhere."""

@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from math import isqrt
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..step_control import RUNNING
 _LIMIT = 16  # steps that are kept captured, those used longest ago let go first
 _REMEMBERED = 256  # solves that are known to have none
 _EXPECTED_SHARE = 10  # a solve may take a tenth less steps than the last one did
-_LOOK_SHARE = 20
+_IN_VAIN_SHARE = 8  # an eighth of the steps may be made past the end
 _FEW_ROWS = 4096  # 32 KiB, copied in less time than a kernel takes to start
 _STEPS_A_LAUNCH = 256  # where the device repeats a step; an interrupt is seen between two launches
 MODES = ("step", "loop")
@@ -278,8 +279,9 @@ class Watch:
 
     status: float64 [rows], on the device. expected: steps; nobody looks before they are nearly done. A look costs one copy, of
     the least status, that of a row which runs, where there are many rows.
-    From one look to the next, and from a look to where the host waits for what it saw, are a step or a twentieth of those
-    made: so the device makes at most a tenth of a solve, or a step, past its end.
+    A look costs the host about a tenth of a step or a third of a captured one: so those are best whose distance is near
+    half the square root of the steps made. From a look to where the host waits for what it saw are as many, so that the device
+    makes at most sqrt(n) steps past the end of n, an eighth of them, or one: 1 of 10, 4 of 37, 10 of 100, 31 of 1,000.
     """
 
     def __init__(self, status: Tensor, expected: int = 0, on_device: bool = True):
@@ -292,14 +294,15 @@ class Watch:
     def ended(self, steps: int) -> bool:
         """steps: how many were begun."""
         if self._asked:
-            ahead = max(1, self._asked // _LOOK_SHARE)
+            past_end = max(1, min(isqrt(self._asked), self._asked // _IN_VAIN_SHARE))
+            ahead = (past_end + 1) // 2
             if self._event is not None and not self._event.query():
                 if steps - self._asked < ahead:
                     return False
                 self._event.synchronize()
             if not (self._seen.numpy() == RUNNING).any():
                 return True
-            self._asked, self._look_at = 0, self._asked + ahead
+            self._asked, self._look_at = 0, self._asked + past_end + 1 - ahead
         if steps >= self._look_at:
             self._ask()
             self._asked = steps
