@@ -203,7 +203,7 @@ ODENET_HD void change_samples(const Team& team, const SolveCall& in, Reverse<M, 
 
 // The next max_steps records of a place, backwards. Returns how many are left.
 template <class M, class P, class Team>
-ODENET_HD int64_t reverse_place(const Team& team, const SolveCall& in, int64_t at) {
+ODENET_WHOLE int64_t reverse_place(const Team& team, const SolveCall& in, int64_t at) {
   using T = Number<P>;
   using D = With<P, double>;
   constexpr int N = kOwn<M>, S = M::stages;

@@ -36,18 +36,18 @@ namespace ODENET_LEVEL {
 #define ODENET_SCALAR_FUNCTION(name)                                   \
   ODENET_DECLARE(name)                                                 \
   ODENET_HD float name(float x) {                                      \
-    return ODENET_MVEC(name, v)(Vector<float>{} + x)[0];               \
+    return ODENET_MVEC(name, v)(x - Vector<float>{})[0];               \
   }                                                                    \
   ODENET_HD double name(double x) {                                    \
-    return ODENET_MVEC_DOUBLE(name, v)(Vector<double>{} + x)[0];       \
+    return ODENET_MVEC_DOUBLE(name, v)(x - Vector<double>{})[0];       \
   }
 #define ODENET_SCALAR_FUNCTION_2(name)                                                         \
   ODENET_DECLARE_2(name)                                                                       \
   ODENET_HD float name(float x, float y) {                                                     \
-    return ODENET_MVEC(name, vv)(Vector<float>{} + x, Vector<float>{} + y)[0];                 \
+    return ODENET_MVEC(name, vv)(x - Vector<float>{}, y - Vector<float>{})[0];                 \
   }                                                                                            \
   ODENET_HD double name(double x, double y) {                                                  \
-    return ODENET_MVEC_DOUBLE(name, vv)(Vector<double>{} + x, Vector<double>{} + y)[0];        \
+    return ODENET_MVEC_DOUBLE(name, vv)(x - Vector<double>{}, y - Vector<double>{})[0];        \
   }
 #else
 #define ODENET_SCALAR_FUNCTION ODENET_LIBRARY_FUNCTION

@@ -50,7 +50,7 @@ ODENET_HD void end_tile(const SolveCall& in, const Tile<M, P>& x, int64_t tile) 
 
 // One tile on the grid `nodes`: up to max_steps steps. Returns how many are left.
 template <class M, class P, class Team>
-ODENET_HD int64_t solve_grid(const Team& team, const SolveCall& in, int64_t tile) {
+ODENET_WHOLE int64_t solve_grid(const Team& team, const SolveCall& in, int64_t tile) {
   using T = Number<P>;
   using D = With<P, double>;
   const StepSize& s = in.step;

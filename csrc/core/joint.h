@@ -88,7 +88,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
     if (!(in.first_step > 0)) {
       plan_first_step(s, step.r, d0, d1, 0.0, 0.0, 0);
       tiles.each([&](Tile<M, P>& x, int64_t tile, double* sums) {
-        euler(in, x, x.y, x.k[0], x.arguments, P(T(step.r[kStepEnd])), P(T(step.r[kDt])));
+        euler(in, x, P(T(step.r[kStepEnd])), P(T(step.r[kDt])));
         norms(x, tile, sums);
       });
     }

@@ -47,6 +47,10 @@ ODENET_HD T lane(const T& x, int) {
   return x;
 }
 template <class T>
+ODENET_HD T lane_in_memory(const T& x, int) {
+  return x;
+}
+template <class T>
 ODENET_HD void set_lane(T& x, int, std::type_identity_t<T> value) {
   x = value;
 }
@@ -97,7 +101,7 @@ struct Pack {
   Pack() = default;
   ODENET_HD Pack(T value) {
     ODENET_UNROLL
-    for (int h = 0; h < vectors; ++h) v[h] = V{} + value;
+    for (int h = 0; h < vectors; ++h) v[h] = value - V{};  // a zero keeps its sign
   }
 };
 
@@ -230,7 +234,17 @@ ODENET_HD Mask<T, W> select(const Mask<T, W>& which, const Mask<T, W>& x, const 
   return (which & x) | (!which & y);
 }
 
-// Of a copy: a variable place in it would keep x, and all that it is a part of, in memory.
+// A bit for each lane.
+template <class T, int W>
+ODENET_HD uint32_t bits_of(const Mask<T, W>& x) {
+  constexpr int of_vector = kVectorBytes / int(sizeof(T));
+  uint32_t bits = 0;
+  ODENET_UNROLL
+  for (int h = 0; h < x.vectors; ++h) bits |= signs<T>(x.v[h]) << (h * of_vector);
+  return bits;
+}
+
+// The number of a lane: of a copy, for a variable place in x would keep it, and all that it is a part of, in memory.
 template <class T, int W>
 ODENET_HD T lane(const Pack<T, W>& x, int i) {
   const Pack<T, W> copy = x;
@@ -238,22 +252,34 @@ ODENET_HD T lane(const Pack<T, W>& x, int i) {
 }
 template <class T, int W>
 ODENET_HD bool lane(const Mask<T, W>& x, int i) {
-  constexpr int of_vector = kVectorBytes / int(sizeof(T));
-  const Mask<T, W> copy = x;
-  return copy.v[i / of_vector][i % of_vector] != 0;
+  return (bits_of(x) >> i & 1) != 0;
+}
+// The same of one that is in memory.
+template <class T, int W>
+ODENET_HD T lane_in_memory(const Pack<T, W>& x, int i) {
+  T number;
+  memcpy(&number, reinterpret_cast<const char*>(&x) + i * sizeof(T), sizeof(T));
+  return number;
+}
+// By a comparison: a number written into memory would have to come back from there as a part of a vector.
+template <class T, int W>
+ODENET_HD Mask<T, W> only(int i) {
+  using V = typename Mask<T, W>::V;
+  Mask<T, W> r;
+  ODENET_UNROLL
+  for (int h = 0; h < r.vectors; ++h) {
+    r.v[h] = places<T>() == V{} + static_cast<IntegerOf<T>>(i - h * (kVectorBytes / int(sizeof(T))));
+  }
+  return r;
 }
 template <class T, int W>
 ODENET_HD void set_lane(Pack<T, W>& x, int i, std::type_identity_t<T> value) {
-  Pack<T, W> copy = x;
-  copy.v[i / x.of_vector][i % x.of_vector] = value;
-  x = copy;
+  x = select(only<T, W>(i), Pack<T, W>(value), x);
 }
 template <class T, int W>
 ODENET_HD void set_lane(Mask<T, W>& x, int i, bool value) {
-  constexpr int of_vector = kVectorBytes / int(sizeof(T));
-  Mask<T, W> copy = x;
-  copy.v[i / of_vector][i % of_vector] = -static_cast<typename Mask<T, W>::Integer>(value);
-  x = copy;
+  const Mask<T, W> lane = only<T, W>(i);
+  x = value ? x | lane : x & !lane;
 }
 template <class To, class T, int W>
 ODENET_HD Pack<To, W> convert(const Pack<T, W>& x) {
@@ -285,15 +311,6 @@ ODENET_HD void add_ones(Pack<IntegerOf<T>, W>& count, const Mask<T, W>& mask) {
   for (int h = 0; h < mask.vectors; ++h) count.v[h] -= mask.v[h];
 }
 
-// A bit for each lane.
-template <class T, int W>
-ODENET_HD uint32_t bits_of(const Mask<T, W>& x) {
-  constexpr int of_vector = kVectorBytes / int(sizeof(T));
-  uint32_t bits = 0;
-  ODENET_UNROLL
-  for (int h = 0; h < x.vectors; ++h) bits |= signs<T>(x.v[h]) << (h * of_vector);
-  return bits;
-}
 // body(i) for the lanes that are set, in their order.
 template <class T, int W, class Body>
 ODENET_HD void for_lanes(const Mask<T, W>& mask, const Body& body) {

@@ -22,19 +22,18 @@ struct PerSample {
   Places<P>& at;
   P &first, &fresh;
 
-  // Before the first step.
+  // Before the first step: no lane has a sample.
   ODENET_HD void start(int64_t begin) const {
     const StepSize& s = in.step;
     if (in.tape_count != nullptr) in.tape_count[place_of(place)] = 0;
+    kept.next = begin;
+    kept.count = kept.taken = 0;
     c.tries = c.limit = 0;
     c.jumps = false;
     for (int64_t i = 0; i < s.num_stops; ++i) {
       const double kind = s.stops[s.num_stops + i];
       c.jumps = c.jumps || kind == kStopJump || kind == kStopEndJump;
     }
-    kept.next = begin;
-    make_ready(team, in, kept, x, end);
-    // Lanes for which there is no sample have numbers of the last.
     Row r = first_row(s);
     end_row(r, kSuccess);
     c.ratio = c.log1 = c.log2 = first = fresh = P(T(0));
@@ -44,12 +43,13 @@ struct PerSample {
       at.sample[i] = begin;
       set_pace(s, c, i, r);
     }
-    copy_lanes(kept.ready.y, kept.ready.slope, kept.ready.arguments, kept.ready.taps, [](const P& y, const P&) { return y; });
-    refill(MaskOf<P>(true));
+    for (int n = 0; n < kOwn<M>; ++n) x.y[n] = x.k[0][n] = P(T(0));
+    for (int n = 0; n < M::arguments; ++n) x.arguments[n] = P(T(0));
+    for (int n = 0; n < own(M::taps); ++n) x.taps[0][n] = P(T(0));
   }
 
-  // One step of all lanes. Returns whether some may go on.
-  ODENET_HD bool advance() const {
+  // One step of all lanes. Returns those that have ended.
+  ODENET_HD MaskOf<P> advance() const {
     const StepSize& s = in.step;
     const P dt = convert<T>(c.dt);
     const bool taped = in.tape_count != nullptr;
@@ -62,9 +62,9 @@ struct PerSample {
       for_lanes(rare, [&](int i) {
         const Row& r = at.rows[i];
         look_at(s, c, at, i, lane(accept, i), lane(smallest, i), lane(fresh, i) == 0);
-        set_lane(ended, i, !r.running());
-        set_lane(jumped, i, r[kAccept] != 0 && r[kJumped] != 0);
-        set_lane(output, i, r[kOutputBegin] < r[kOutputEnd]);
+        if (!r.running()) set_lane(ended, i, true);
+        if (r[kAccept] != 0 && r[kJumped] != 0) set_lane(jumped, i, true);
+        if (r[kOutputBegin] < r[kOutputEnd]) set_lane(output, i, true);
       });
       if (any(output)) write(output);
     }
@@ -73,10 +73,7 @@ struct PerSample {
     accept_step(x, accept);
     set(accept, fresh, P(T(0)));
     if (c.jumps && team.any(any(jumped))) jump(jumped);
-    if (!team.any(any(ended))) return true;
-    store(ended);
-    refill(ended);
-    return team.any(any(c.running));
+    return ended;
   }
 
   // The outputs of these lanes inside the step, or at its end.
@@ -141,7 +138,7 @@ struct PerSample {
     do {
       if (kept.taken == kept.count) {
         if (kept.next >= end) break;
-        make_ready(team, in, kept, x, end);
+        make_ready<M, P>(team, in, kept, end);
       }
       const int64_t from = kept.taken, left = kept.count - from;
       MaskOf<P> begun(false);
@@ -166,28 +163,20 @@ struct PerSample {
       for (int n = 0; n < own(M::taps); ++n) x.taps[0][n] = P(0);
     } else if (any(c.running)) {
       const int from = __builtin_ctz(bits_of(c.running));
-      const auto repeat = [&](const P& numbers, const P& old) { return select(free, P(lane(numbers, from)), old); };
-      copy_lanes(x.y, x.k[0], x.arguments, x.taps[0], repeat);
+      const auto repeat = [&](P& numbers) { numbers = select(free, P(lane(numbers, from)), numbers); };
+      for (int n = 0; n < kOwn<M>; ++n) repeat(x.y[n]), repeat(x.k[0][n]);
+      for (int n = 0; n < M::arguments; ++n) repeat(x.arguments[n]);
+      for (int n = 0; n < own(M::taps); ++n) repeat(x.taps[0][n]);
       set(MaskOf<D>(free), c.time, D(lane(c.time, from)));
       set(MaskOf<D>(free), c.end, c.time);
+      set(MaskOf<D>(free), c.stop, c.time);
     }
-  }
-
-  // What a sample begins with, as value(these numbers, those that were there).
-  template <class Value>
-  ODENET_HD void copy_lanes(const P* y, const P* slope, const P* arguments, const P* taps, const Value& value) const {
-    for (int n = 0; n < kOwn<M>; ++n) {
-      x.y[n] = value(y[n], x.y[n]);
-      x.k[0][n] = value(slope[n], x.k[0][n]);
-    }
-    for (int n = 0; n < M::arguments; ++n) x.arguments[n] = value(arguments[n], x.arguments[n]);
-    for (int n = 0; n < own(M::taps); ++n) x.taps[0][n] = value(taps[n], x.taps[0][n]);
   }
 };
 
 // The samples [begin, end) of a chunk: up to max_steps steps. Returns how many of the lanes still run.
 template <class M, class P, class Team>
-ODENET_HD int64_t solve_samples(const Team& team, const SolveCall& in, int64_t place, int64_t chunk, int64_t begin,
+ODENET_WHOLE int64_t solve_samples(const Team& team, const SolveCall& in, int64_t place, int64_t chunk, int64_t begin,
                                 int64_t end) {
   Samples<M, P>& kept = static_cast<Samples<M, P>*>(in.tiles)[place_of(place)];
   Tile<M, P> x;
@@ -195,15 +184,23 @@ ODENET_HD int64_t solve_samples(const Team& team, const SolveCall& in, int64_t p
   Places<P> at;
   P first, fresh;
   const PerSample<M, P, Team> solve{team, in, place, place - team.lane(), chunk, end, kept, x, c, at, first, fresh};
-  bool some = true;
+  MaskOf<P> free(in.begun == 0);
   if (in.begun == 0) {
     solve.start(begin);
-    some = team.any(any(c.running));
   } else {
     if (!team.any(any(kept.paces.running))) return 0;
     x = kept.x, c = kept.paces, at = kept.places, first = kept.first, fresh = kept.fresh;
   }
-  for (int64_t step = 0; step < in.max_steps && some; ++step) some = solve.advance();
+  bool some = true;
+  for (int64_t step = 0;; ++step) {
+    if (team.any(any(free))) {
+      if (step > 0) solve.store(free);
+      solve.refill(free);
+      some = team.any(any(c.running));
+    }
+    if (!some || step == in.max_steps) break;
+    free = solve.advance();
+  }
   kept.paces.running = c.running;
   if (some) kept.x = x, kept.paces = c, kept.places = at, kept.first = first, kept.fresh = fresh;
   int64_t running = 0;

@@ -53,9 +53,9 @@ ODENET_HD int64_t deal(const Block& team, bool set, const Body& body) {
 }
 #endif
 
-// Makes samples ready, from `next` on. scratch: a tile of which only the state and the first slope are in use.
+// Makes samples ready, from `next` on.
 template <class M, class P, class Team>
-ODENET_HD void make_ready(const Team& team, const SolveCall& in, Samples<M, P>& kept, Tile<M, P>& scratch, int64_t end) {
+ODENET_WHOLE void make_ready(const Team& team, const SolveCall& in, Samples<M, P>& kept, int64_t end) {
   using T = Number<P>;
   using D = With<P, double>;
   const StepSize& s = in.step;
@@ -70,18 +70,19 @@ ODENET_HD void make_ready(const Team& team, const SolveCall& in, Samples<M, P>& 
   if constexpr (M::arguments > 0) load_lanes(r.arguments, in.arguments, M::arguments, sample);
   for (int i = 0; i < Lanes<P>::width && begin + i < end; ++i) store_lane<M>(in.ys, r.y, i, begin + i);
   M::field(in, P(first_time<T>(in)), r.y, r.arguments, r.slope, r.taps);
+  P between[kOwn<M>], slope[kOwn<M>], taps[own(M::taps) + 1];
   const auto norms = [&](D& d0, D& d1, D& d2) {
     d0 = d1 = d2 = D(0.0);
     for (int leaf = 0; leaf < M::leaves; ++leaf) {
       P squares[3];
-      start_squares<M>(in, r.y, r.slope, scratch.k[1], leaf, squares[0], squares[1], squares[2]);
+      start_squares<M>(in, r.y, r.slope, slope, leaf, squares[0], squares[1], squares[2]);
       const auto fold = [&](D& d, const P& square) {
         d = maximum(convert<double>(sqrt(square * T(1 / leaf_size<M>(leaf)))), d);
       };
       fold(d0, squares[0]), fold(d1, squares[1]), fold(d2, squares[2]);
     }
   };
-  for (int n = 0; n < kOwn<M>; ++n) scratch.k[1][n] = r.slope[n];
+  for (int n = 0; n < kOwn<M>; ++n) slope[n] = r.slope[n];
   D d0, d1, d2;
   norms(d0, d1, d2);
   const auto defined = (d0 == d0) & (d1 == d1);
@@ -89,8 +90,9 @@ ODENET_HD void make_ready(const Team& team, const SolveCall& in, Samples<M, P>& 
   if (!(in.first_step > 0)) {
     const Row row = first_row(s);
     const D h0 = size_of_euler(d0, d1, D(q.direction * (row.stop - row[kTime])));
-    euler(in, scratch, r.y, r.slope, r.arguments, convert<T>(D(row[kTime]) + h0 * q.direction),
-          convert<T>(h0 * q.direction));
+    const P dt = convert<T>(h0 * q.direction);
+    for (int n = 0; n < kOwn<M>; ++n) between[n] = fused(dt, r.slope[n], r.y[n]);
+    M::field(in, convert<T>(D(row[kTime]) + h0 * q.direction), between, r.arguments, slope, taps);
     norms(d0, d1, d2);
     r.size = first_size(h0, d1, d2, [&](const D& x) {
       return select(x > D(0.0), power_of_log(binary_log(x) * (1 / q.order)), D(0.0));
@@ -106,15 +108,15 @@ ODENET_HD void take(const SolveCall& in, const Samples<M, P>& kept, Tile<M, P>& 
   const Ready<M, P>& r = static_cast<const Samples<M, P>*>(in.tiles)[place_of(place + j / Lanes<P>::width)].ready;
   const int from = static_cast<int>(j % Lanes<P>::width);
   for (int n = 0; n < kOwn<M>; ++n) {
-    set_lane(x.y[n], i, lane(r.y[n], from));
-    set_lane(x.k[0][n], i, lane(r.slope[n], from));
+    set_lane(x.y[n], i, lane_in_memory(r.y[n], from));
+    set_lane(x.k[0][n], i, lane_in_memory(r.slope[n], from));
   }
   for (int n = 0; n < M::arguments; ++n) {
-    set_lane(x.arguments[n], i, lane(r.arguments[n], from));
+    set_lane(x.arguments[n], i, lane_in_memory(r.arguments[n], from));
     set_lane(x.arguments_grad[n], i, Number<P>(0));
   }
-  for (int n = 0; n < own(M::taps); ++n) set_lane(x.taps[0][n], i, lane(r.taps[n], from));
-  begin_lane(in.step, c, at, i, kept.next - kept.count + j, lane(r.size, from));
+  for (int n = 0; n < own(M::taps); ++n) set_lane(x.taps[0][n], i, lane_in_memory(r.taps[n], from));
+  begin_lane(in.step, c, at, i, kept.next - kept.count + j, lane_in_memory(r.size, from));
 }
 
 }  // namespace ODENET_LEVEL

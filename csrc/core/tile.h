@@ -384,10 +384,9 @@ ODENET_HD void begin_tile(const SolveCall& in, Tile<M, P>& x, int64_t tile) {
 
 // The slope after an explicit Euler step, into k[1].
 template <class M, class P>
-ODENET_HD void euler(const SolveCall& in, Tile<M, P>& x, const P* y, const P* slope, const P* arguments, const P& time,
-                     const P& dt) {
-  for (int n = 0; n < kOwn<M>; ++n) x.y1[n] = fused(dt, slope[n], y[n]);
-  M::field(in, time, x.y1, arguments, x.k[1], x.taps[M::taps > 0]);
+ODENET_HD void euler(const SolveCall& in, Tile<M, P>& x, const P& time, const P& dt) {
+  for (int n = 0; n < kOwn<M>; ++n) x.y1[n] = fused(dt, x.k[0][n], x.y[n]);
+  M::field(in, time, x.y1, x.arguments, x.k[1], x.taps[M::taps > 0]);
 }
 
 }  // namespace ODENET_LEVEL

@@ -121,6 +121,16 @@ ODENET_HD void resize(Vector<To>* to, const Vector<From>* from) {
   }
 }
 
+// The place of each number in a vector.
+template <class T, int... I>
+ODENET_HD Vector<IntegerOf<T>> places(std::integer_sequence<int, I...>) {
+  return Vector<IntegerOf<T>>{I...};
+}
+template <class T>
+ODENET_HD Vector<IntegerOf<T>> places() {
+  return places<T>(std::make_integer_sequence<int, kVectorBytes / int(sizeof(T))>{});
+}
+
 // A bit for each number of a mask's vector, set where its sign is.
 template <class T>
 ODENET_HD uint32_t signs(Vector<IntegerOf<T>> x) {

@@ -56,7 +56,9 @@ class Kind:
     ):
         self.options, self.batch, self.per_sample = options, batch, per_sample
         self.card, self.matmul, self.backward = card, matmul, backward
-        self.control = _control(options, per_sample)
+        # A sample alone has a step of its own whatever the control.
+        self._apart = like._apart if like is not None else per_sample or (batch == 1 and card is None)
+        self.control = _control(options, self._apart)
         self.tableau: ButcherTableau = options.tableau
         self.taped = gradient not in ("", "adjoint")
         self.wanted: list[tuple[ButcherTableau, Target]] = []
@@ -77,7 +79,7 @@ class Kind:
         self._ways: dict[str, Way] = {}
 
     def adjoint_control(self, options: Options) -> str:
-        return "adjoint_" + _control(options, self.per_sample)
+        return "adjoint_" + _control(options, self._apart)
 
     def _target(self, plan: Plan, solve: str) -> Target:
         dtype = "float" if plan.dtype == torch.float32 else "double"
@@ -125,7 +127,7 @@ class Way:
         before: "Way | None" = None,
     ):
         self.solve, self.library, self.options, self.batch, self.card = solve, library, options, batch, card
-        self.rows, self._per_sample = batch if per_sample else 1, per_sample
+        self.rows, self._per_sample = batch if solve.endswith("per_sample") else 1, per_sample
         self.longest = 32  # how many steps the last solve took, and some more
         self.device, self.on_card = plan.device, card is not None
         state = plan.state
@@ -176,13 +178,15 @@ class Way:
     def _shared(self, tiles: int, size: int, summed: bool) -> tuple[int, int]:
         """Chunks of samples whose lanes take the next when one ends. summed: they add to sums, or their steps are recorded for
         that, so that the number of threads decides nothing."""
-        if self.on_card:
-            return self._divided(tiles, size if summed else 0, False)
+        if self.on_card:  # as many blocks as run at once
+            most = min(_MOST_BLOCKS, _SUM_BYTES // (8 * size + 1)) if summed else self.batch
+            chunk = max(self.library.team, -(-self.batch // max(1, min(most, self.library.resident(self._index)))))
+            return -(-self.batch // chunk), chunk
         if summed:
             chunk = max(-(-tiles // _MOST_CHUNKS), min(_LONG, tiles // _FEW_CHUNKS), 1)
         else:
             threads = torch.get_num_threads()
-            chunk = max(1, tiles // (4 * threads)) if threads > 1 else tiles
+            chunk = max(1, tiles // (4 * threads) if threads > 1 else tiles)
         return -(-tiles // chunk), chunk
 
     def of(self, plan: Plan, batch: int) -> "Way":
