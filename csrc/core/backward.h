@@ -1,6 +1,7 @@
 // Gradients of a solve.
 //
-// reverse_place: of the discrete solve, from the record of its steps. With Y_i the stages, k_i their slopes, L the loss:
+// reverse_place: of the discrete solve, from the record of its steps. With Y_i the stages, k_i their slopes, L the
+// loss:
 //
 //   dL/dk_i = dt (b_i dL/dy1 + sum_{j>i} a_ji m_j) + that of outputs inside the step,   m_i = (df/dy)^T dL/dk_i at Y_i
 //   dL/dy0  = dL/dy1 + sum_i m_i + that of outputs
@@ -37,8 +38,8 @@ struct Reverse {
   P y[kOwn<M>];      // dL/dy1
   P slope[kOwn<M>];  // dL/dk of the last slope, from the step after
   P arguments[M::arguments + 1], arguments_grad[M::arguments + 1];
-  With<P, int64_t> sample;             // -1: none yet
-  int64_t output[Lanes<P>::width];     // the last output not yet taken in
+  With<P, int64_t> sample;          // -1: none yet
+  int64_t output[Lanes<P>::width];  // the last output not yet taken in
 };
 
 // What is needed of a step on the way back: its stages, their slopes and gradients, and what those of constants and
@@ -79,7 +80,8 @@ ODENET_HD void add_outputs(const SolveCall& in, Reverse<M, P>& g, const Record<M
       const int row = row_of<M>(n);
       for_lanes(left, [&](int i) {
         const int64_t sample = lane(record.sample, i);
-        if (sample < in.batch && row >= 0) set_lane(grad, i, grad_ys[(g.output[i] * in.batch + sample) * M::state + row]);
+        if (sample < in.batch && row >= 0)
+          set_lane(grad, i, grad_ys[(g.output[i] * in.batch + sample) * M::state + row]);
       });
       g.y[n] = g.y[n] + select(landed, grad, none);
       x.start[n] = x.start[n] + select(landed, none, grad);

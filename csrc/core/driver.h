@@ -100,8 +100,8 @@ ODENET_HD int64_t solve_block(const SolveCall& in, unsigned* met) {
 
 #if !defined(__CUDACC__)
 
-// body(i) for 0 <= i < count, in the threads that parallel_for has: each takes the next from one counter. The sum of what
-// it gives.
+// body(i) for 0 <= i < count, in the threads that parallel_for has: each takes the next from one counter. The sum of
+// what it gives.
 template <class Body>
 int64_t for_counted(int64_t count, ParallelFor parallel_for, const Body& body) {
   if (count == 1) return body(int64_t{0});

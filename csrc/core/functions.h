@@ -33,21 +33,21 @@ namespace ODENET_LEVEL {
 
 // ODENET_ONE_LANE: a number is a pack of one lane, and has the bits that it would have in a wider one.
 #if defined(ODENET_ONE_LANE) && defined(ODENET_LIBMVEC)
-#define ODENET_SCALAR_FUNCTION(name)                                   \
-  ODENET_DECLARE(name)                                                 \
-  ODENET_HD float name(float x) {                                      \
-    return ODENET_MVEC(name, v)(x - Vector<float>{})[0];               \
-  }                                                                    \
-  ODENET_HD double name(double x) {                                    \
-    return ODENET_MVEC_DOUBLE(name, v)(x - Vector<double>{})[0];       \
+#define ODENET_SCALAR_FUNCTION(name)                             \
+  ODENET_DECLARE(name)                                           \
+  ODENET_HD float name(float x) {                                \
+    return ODENET_MVEC(name, v)(x - Vector<float>{})[0];         \
+  }                                                              \
+  ODENET_HD double name(double x) {                              \
+    return ODENET_MVEC_DOUBLE(name, v)(x - Vector<double>{})[0]; \
   }
-#define ODENET_SCALAR_FUNCTION_2(name)                                                         \
-  ODENET_DECLARE_2(name)                                                                       \
-  ODENET_HD float name(float x, float y) {                                                     \
-    return ODENET_MVEC(name, vv)(x - Vector<float>{}, y - Vector<float>{})[0];                 \
-  }                                                                                            \
-  ODENET_HD double name(double x, double y) {                                                  \
-    return ODENET_MVEC_DOUBLE(name, vv)(x - Vector<double>{}, y - Vector<double>{})[0];        \
+#define ODENET_SCALAR_FUNCTION_2(name)                                                  \
+  ODENET_DECLARE_2(name)                                                                \
+  ODENET_HD float name(float x, float y) {                                              \
+    return ODENET_MVEC(name, vv)(x - Vector<float>{}, y - Vector<float>{})[0];          \
+  }                                                                                     \
+  ODENET_HD double name(double x, double y) {                                           \
+    return ODENET_MVEC_DOUBLE(name, vv)(x - Vector<double>{}, y - Vector<double>{})[0]; \
   }
 #else
 #define ODENET_SCALAR_FUNCTION ODENET_LIBRARY_FUNCTION
@@ -105,35 +105,35 @@ ODENET_HD double abs(double x) {
 #if !defined(__CUDACC__)
 
 #if defined(ODENET_LIBMVEC)
-#define ODENET_VECTOR_FUNCTION(name)                                     \
-  ODENET_DECLARE(name)                                                   \
-  template <class T, int W>                                              \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {                       \
-    Pack<T, W> r;                                                        \
-    ODENET_UNROLL                                                        \
-    for (int h = 0; h < r.vectors; ++h) {                                \
-      if constexpr (sizeof(T) == 4) {                                    \
-        r.v[h] = ODENET_MVEC(name, v)(x.v[h]);                           \
-      } else {                                                           \
-        r.v[h] = ODENET_MVEC_DOUBLE(name, v)(x.v[h]);                    \
-      }                                                                  \
-    }                                                                    \
-    return r;                                                            \
+#define ODENET_VECTOR_FUNCTION(name)                  \
+  ODENET_DECLARE(name)                                \
+  template <class T, int W>                           \
+  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {    \
+    Pack<T, W> r;                                     \
+    ODENET_UNROLL                                     \
+    for (int h = 0; h < r.vectors; ++h) {             \
+      if constexpr (sizeof(T) == 4) {                 \
+        r.v[h] = ODENET_MVEC(name, v)(x.v[h]);        \
+      } else {                                        \
+        r.v[h] = ODENET_MVEC_DOUBLE(name, v)(x.v[h]); \
+      }                                               \
+    }                                                 \
+    return r;                                         \
   }
-#define ODENET_VECTOR_FUNCTION_2(name)                                                    \
-  ODENET_DECLARE_2(name)                                                                  \
-  template <class T, int W>                                                               \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) {                   \
-    Pack<T, W> r;                                                                         \
-    ODENET_UNROLL                                                                         \
-    for (int h = 0; h < r.vectors; ++h) {                                                 \
-      if constexpr (sizeof(T) == 4) {                                                     \
-        r.v[h] = ODENET_MVEC(name, vv)(x.v[h], y.v[h]);                                   \
-      } else {                                                                            \
-        r.v[h] = ODENET_MVEC_DOUBLE(name, vv)(x.v[h], y.v[h]);                            \
-      }                                                                                   \
-    }                                                                                     \
-    return r;                                                                             \
+#define ODENET_VECTOR_FUNCTION_2(name)                                  \
+  ODENET_DECLARE_2(name)                                                \
+  template <class T, int W>                                             \
+  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) { \
+    Pack<T, W> r;                                                       \
+    ODENET_UNROLL                                                       \
+    for (int h = 0; h < r.vectors; ++h) {                               \
+      if constexpr (sizeof(T) == 4) {                                   \
+        r.v[h] = ODENET_MVEC(name, vv)(x.v[h], y.v[h]);                 \
+      } else {                                                          \
+        r.v[h] = ODENET_MVEC_DOUBLE(name, vv)(x.v[h], y.v[h]);          \
+      }                                                                 \
+    }                                                                   \
+    return r;                                                           \
   }
 #endif
 

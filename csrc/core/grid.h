@@ -1,8 +1,8 @@
 // The whole solve of a tile on a grid of steps; and what all solves do with the tile they end with.
 #pragma once
 
+#include "start.h"
 #include "team.h"
-#include "tile.h"
 
 namespace odenet {
 namespace ODENET_LEVEL {

@@ -11,9 +11,9 @@ template <class M, class P, class Team>
 struct JointStep {
   const Team& team;
   const SolveCall& in;
-  Row r;          // of the step to try
+  Row r;                  // of the step to try
   bool accepted = false;  // the step before
-  Row before;     // and its row
+  Row before;             // and its row
   double last = 0;        // its time of the stages at its end
   double first = 0;       // the time of its first slope, if that was
   double fresh = 1;       // evaluated for it

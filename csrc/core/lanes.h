@@ -14,19 +14,20 @@ struct Paces {
   using T = Number<P>;
   using D = With<P, double>;
   using Count = With<P, IntegerOf<T>>;
-  MaskOf<P> running;    // lanes whose sample has not ended; the others try steps of size 0
-  D time, dt, end;      // as kTime, kDt and kStepEnd
+  MaskOf<P> running;               // lanes whose sample has not ended; the others try steps of size 0
+  D time, dt, end;                 // as kTime, kDt and kStepEnd
   D last_time, last_dt, last_end;  // of the step tried last
-  D proposal;           // as kProposal, signed
-  D stop, event;        // the next stop, and what comes first, that or the next output
-  P ratio, log1, log2;  // log2 of 1 / error ratio: of the accepted step before, and of the one before that
-  Count accepted;       // steps of the sample
-  int64_t tries;        // steps that the pack has tried
-  int64_t limit;        // tries before which no lane can have come to max_num_steps
-  bool jumps;           // f is discontinuous at a stop
+  D proposal;                      // as kProposal, signed
+  D stop, event;                   // the next stop, and what comes first, that or the next output
+  P ratio, log1, log2;             // log2 of 1 / error ratio: of the accepted step before, and of the one before that
+  Count accepted;                  // steps of the sample
+  int64_t tries;                   // steps that the pack has tried
+  int64_t limit;                   // tries before which no lane can have come to max_num_steps
+  bool jumps;                      // f is discontinuous at a stop
 };
 
-// The sample in each lane; its solver state as it was when it was looked at last; tries at its start, at its last output.
+// The sample in each lane; its solver state as it was when it was looked at last; tries at its start, at its last
+// output.
 template <class P>
 struct Places {
   static constexpr int width = Lanes<P>::width;
@@ -98,8 +99,8 @@ ODENET_HD void set_pace(const StepSize& s, Paces<P>& c, int i, const Row& r) {
 // Accepts or rejects the step of every lane and plans the next. dt: of the step. Returns the lanes that come to an
 // output, a stop or an end: what is planned for those does not hold, see look_at.
 template <class P>
-ODENET_HD MaskOf<P> control_lanes(const StepSize& s, Paces<P>& c, const Places<P>& at, const P& dt,
-                                  MaskOf<P>& accept, MaskOf<P>& smallest) {
+ODENET_HD MaskOf<P> control_lanes(const StepSize& s, Paces<P>& c, const Places<P>& at, const P& dt, MaskOf<P>& accept,
+                                  MaskOf<P>& smallest) {
   using T = Number<P>;
   using D = With<P, double>;
   const Controller& q = s.controller;
@@ -132,7 +133,8 @@ ODENET_HD MaskOf<P> control_lanes(const StepSize& s, Paces<P>& c, const Places<P
 
 // What is rare, of one lane after its step. first_kept: its first slope is the last of the step before.
 template <class P>
-ODENET_HD void look_at(const StepSize& s, Paces<P>& c, Places<P>& at, int i, bool accept, bool smallest, bool first_kept) {
+ODENET_HD void look_at(const StepSize& s, Paces<P>& c, Places<P>& at, int i, bool accept, bool smallest,
+                       bool first_kept) {
   Row& r = at.rows[i];
   r[kOutputBegin] = r[kOutputEnd];
   r[kTime] = r[kLastTime] = lane(c.last_time, i);

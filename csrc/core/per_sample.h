@@ -1,5 +1,5 @@
-// The whole solve of a chunk of samples under per-sample control: each has its own step size, and no lane is idle as long
-// as samples wait.
+// The whole solve of a chunk of samples under per-sample control: each has its own step size, and no lane is idle as
+// long as samples wait.
 #pragma once
 
 #include "samples.h"
@@ -94,7 +94,8 @@ struct PerSample {
     Record<M, P>* record = next_record<M, P>(in, place);
     if (record == nullptr) return;
     const D dt = select(MaskOf<D>(accept), c.last_dt, D(0.0));
-    write_record<M, P>(*record, x, first, last, c.last_time, dt, c.last_end, fresh, [&](int i) { return at.sample[i]; });
+    write_record<M, P>(*record, x, first, last, c.last_time, dt, c.last_end, fresh,
+                       [&](int i) { return at.sample[i]; });
   }
 
   // To the sums of gradients. What was rejected may be infinite: it is not weighted with 0, it is none.
@@ -177,7 +178,7 @@ struct PerSample {
 // The samples [begin, end) of a chunk: up to max_steps steps. Returns how many of the lanes still run.
 template <class M, class P, class Team>
 ODENET_WHOLE int64_t solve_samples(const Team& team, const SolveCall& in, int64_t place, int64_t chunk, int64_t begin,
-                                int64_t end) {
+                                   int64_t end) {
   Samples<M, P>& kept = static_cast<Samples<M, P>*>(in.tiles)[place_of(place)];
   Tile<M, P> x;
   Paces<P> c;

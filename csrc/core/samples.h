@@ -1,5 +1,6 @@
 // The samples of a chunk on their way through the lanes of a pack: when one ends its lane takes the next. They are made
-// ready, with their first slopes and steps, as many at a time as there are lanes. On CUDA the lanes are those of a block.
+// ready, with their first slopes and steps, as many at a time as there are lanes. On CUDA the lanes are those of a
+// block.
 #pragma once
 
 #include "grid.h"

@@ -1,9 +1,10 @@
 // A tile: as many samples as a pack has lanes, which go through all steps together. What a step does to one.
 //
 // M: the tableau and the equation, written by the emitter (odenet_cuda/compiled/emit.py), with
-//   T, state, parts, arguments, stages, degree, leaves, fsal, timed, taps; a(i, j), b(j), c(i), e(j), p(j, d), leaf_end(i):
-//   constants, field(in, t, y, arguments, dy, taps): the slope of a pack of samples, product(in, t, y, arguments, g,
-//   dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants and arguments are made.
+//   T, state, parts, arguments, stages, degree, leaves, fsal, timed, taps; a(i, j), b(j), c(i), e(j), p(j, d),
+//   leaf_end(i): constants, field(in, t, y, arguments, dy, taps): the slope of a pack of samples, product(in, t, y,
+//   arguments, g, dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants and arguments
+//   are made.
 //
 // Where a sample has several threads, a team's groups, each has some rows of everything [state] and [taps]: see row_of.
 #pragma once
@@ -14,40 +15,10 @@
 #include "dense_output.h"
 #include "error.h"
 #include "lanes.h"
+#include "solve_call.h"
 #include "team.h"
 
 namespace odenet {
-
-// One solve, as the host hands it over. Numbers of the state's type come as void*.
-struct SolveCall {
-  const void* y0;                // [batch, state]
-  const void* arguments;         // [batch, arguments]
-  const void* const* constants;  // what the field depends on besides: weights, each an array
-  const double* rtol;            // [leaves]
-  const double* atol;
-  StepSize step;  // state: [kNumFields, rows], read at the start if resumed, written at the end
-  double first_step;
-  void* ys;             // [num_outputs, batch, state]; the first is y0
-  void* y_last;         // [batch, state]
-  const double* nodes;  // [num_nodes]: the grid of a method without step control
-  void* tiles;          // [places, groups] what is kept between calls, see tile_bytes
-  void* tape;           // [places, groups, capacity] records of accepted steps, or null
-  int64_t* tape_count;  // [places, groups] steps that the tape should hold
-  double* sums;         // of joint control: of each tile, or twice of each block, the sums [3, leaves]
-  // Gradients, of a solve backwards.
-  const void* grad_ys;   // [num_outputs, batch, state]
-  void* grad_y0;         // [batch, state]
-  void* grad_arguments;  // [batch, arguments]
-  void* grad_constants;  // [chunks, grad_size]: each chunk of tiles adds to its own
-  int64_t chunk;         // tiles of a chunk; on the way back, places
-  int64_t places;        // of tiles; under per-sample control, of packs through whose lanes the samples of a chunk go
-  int64_t grain;         // chunks below which a second thread costs more than it brings
-  int64_t grad_size;
-  int64_t batch, num_nodes, capacity;
-  int64_t max_steps;  // steps to try in this call
-  int64_t begun;      // steps tried before; 0: the solve begins
-};
-
 namespace ODENET_LEVEL {
 
 // A number known at compile time, as an argument.
@@ -262,8 +233,8 @@ ODENET_HD void interpolant(const P& theta, const P& dt, P* weights) {
   });
 }
 
-// An output of each lane in `which`, at time `output` in the step from `time` over dt that ended at `reached`. number(i),
-// sample(i): which output, of which sample.
+// An output of each lane in `which`, at time `output` in the step from `time` over dt that ended at `reached`.
+// number(i), sample(i): which output, of which sample.
 template <class M, class P, class D, class Which, class Sample>
 ODENET_HD void write_output(const SolveCall& in, const Tile<M, P>& x, const MaskOf<P>& which, const D& output,
                             const D& time, const D& dt, const D& reached, const Which& number, const Sample& sample) {
@@ -345,48 +316,6 @@ ODENET_HD double sum_lanes(const P& x, int64_t tile, int64_t batch) {
 template <class P>
 ODENET_HD double own_sum(const P& x, int64_t tile, int64_t batch) {
   return group() == 0 ? sum_lanes(x, tile, batch) : 0;
-}
-
-// Norms of the start, lane by lane, as squares of leaf `leaf`: of y0, f0, and of f1 - f0.
-template <class M, class P>
-ODENET_HD void start_squares(const SolveCall& in, const P* y, const P* f0, const P* f1, int leaf, P& d0, P& d1, P& d2) {
-  using T = Number<P>;
-  d0 = d1 = d2 = P(T(0));
-  for_leaf<M>(leaf, [&](int n) {
-    const P scale = fused(abs(y[n]), T(in.rtol[leaf]), P(T(in.atol[leaf])));
-    const P size = y[n] / scale, slope = f0[n] / scale, change = (f1[n] - f0[n]) / scale;
-    d0 = fused(size, size, d0);
-    d1 = fused(slope, slope, d1);
-    d2 = fused(change, change, d2);
-  });
-  d0 = add_groups(d0), d1 = add_groups(d1), d2 = add_groups(d2);
-}
-
-// The time of the first slope; a grid has no stops.
-template <class T>
-ODENET_HD T first_time(const SolveCall& in) {
-  const StepSize& s = in.step;
-  return s.num_stops > 0 ? stage_time<T>(s, first_row(s), 0.0) : T(s.t[0]);
-}
-
-template <class M, class P>
-ODENET_HD void begin_tile(const SolveCall& in, Tile<M, P>& x, int64_t tile) {
-  const auto sample = [&](int i) { return sample_of<P>(tile, i, in.batch); };
-  load_state<M>(x.y, in.y0, sample);
-  for (int n = 0; n <= M::arguments; ++n) x.arguments[n] = x.arguments_grad[n] = P(Number<P>(0));
-  if constexpr (M::arguments > 0) load_lanes(x.arguments, in.arguments, M::arguments, sample);
-  store_state<M>(in.ys, x.y, tile, in.batch);
-  M::field(in, P(first_time<Number<P>>(in)), x.y, x.arguments, x.k[0], x.taps[0]);
-  if constexpr (M::stages > 1) {
-    for (int n = 0; n < kOwn<M>; ++n) x.k[1][n] = x.k[0][n];
-  }
-}
-
-// The slope after an explicit Euler step, into k[1].
-template <class M, class P>
-ODENET_HD void euler(const SolveCall& in, Tile<M, P>& x, const P& time, const P& dt) {
-  for (int n = 0; n < kOwn<M>; ++n) x.y1[n] = fused(dt, x.k[0][n], x.y[n]);
-  M::field(in, time, x.y1, x.arguments, x.k[1], x.taps[M::taps > 0]);
 }
 
 }  // namespace ODENET_LEVEL

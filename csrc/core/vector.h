@@ -65,7 +65,8 @@ ODENET_HD Vector<float> fused(Vector<float> x, Vector<float> y, Vector<float> z)
 #if !defined(__FMA__)
   return x * y + z;
 #elif defined(__AVX512F__) && !defined(__clang__)
-  return __builtin_ia32_vfmaddps512_mask(x, y, z, static_cast<unsigned short>(-1), 4);  // 4: round as the machine is set
+  return __builtin_ia32_vfmaddps512_mask(x, y, z, static_cast<unsigned short>(-1),
+                                         4);  // 4: round as the machine is set
 #elif defined(__AVX2__) && !defined(__clang__)
   return __builtin_ia32_vfmaddps256(x, y, z);
 #else

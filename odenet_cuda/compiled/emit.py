@@ -202,7 +202,8 @@ def _kernel(target: Target, memory: Memory, program: Program) -> str:
         f"{_sizes(target)}"
         'extern "C" ODENET_EXPORT const char* odenet_launch(const SolveCall* in, unsigned long long* left,\n'
         "                                                   void* stream) {\n"
-        f"  return cuda::run{'_together' * together}<{sizes}>(odenet_kernel, blocks_of(*in, in->{tiles}), stream, *in, left);\n}}\n"
+        f"  const unsigned blocks = blocks_of(*in, in->{tiles});\n"
+        f"  return cuda::run{'_together' * together}<{sizes}>(odenet_kernel, blocks, stream, *in, left);\n}}\n"
         'extern "C" ODENET_EXPORT const char* odenet_resident(int64_t* blocks) {\n'
         f"  return cuda::resident<{sizes}>(odenet_kernel, blocks);\n}}\n"
     )

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from .fused import PRODUCT, fused_text, is_added
 from .program import Linear, Pointwise, Program, Reduce, Refs, Statement, split
 
 UNROLLED = 8  # loops of at most so many turns are written out
@@ -16,27 +17,6 @@ def number(x: float) -> str:
     if x in (float("inf"), float("-inf")):
         return f"T({'-' if x < 0 else ''}INFINITY)"
     return f"T({x!r})"
-
-
-_PRODUCT, _SUM, _DIFFERENCE = "{0} * {1}", "{0} + {1}", "{0} - {1}"
-
-
-def _is_added(readers: list["Statement"], out: int) -> bool:
-    """Whether all that reads it is one sum, once."""
-    if len(readers) != 1 or not isinstance(readers[0], Pointwise) or readers[0].text not in (_SUM, _DIFFERENCE):
-        return False
-    return sum(int(refs[0]) >> 32 == out for refs in readers[0].operands) == 1
-
-
-def _fused(text: str, operands: list[str], factors: dict[str, list[str]]) -> str:
-    """A sum of a product in one operation: nothing is contracted by the compiler, see core/vector.h. Empty where it is none."""
-    if text not in (_SUM, _DIFFERENCE):
-        return ""
-    (x, y), minus = operands, "-" if text == _DIFFERENCE else ""
-    if x in factors:
-        rest = y if y not in factors else "{} * {}".format(*factors[y])
-        return f"fused({factors[x][0]}, {factors[x][1]}, {minus}({rest}))" if minus else f"fused({', '.join(factors[x])}, {rest})"
-    return f"fused({minus}{factors[y][0]}, {factors[y][1]}, {x})" if y in factors else ""
 
 
 def operands_of(statement: Statement) -> list[Refs]:
@@ -230,7 +210,8 @@ class FunctionText:
         stored = {out for out in inside if out in results or any(id(r) not in members for r in readers.get(out, []))}
         for out in sorted(stored):
             self._declare(out)
-        fused = {x.out for x in group if x.text == _PRODUCT and x.out not in stored and _is_added(readers.get(x.out, []), x.out)}
+        inner = [x.out for x in group if x.text == PRODUCT and x.out not in stored]
+        fused = {out for out in inner if is_added(readers.get(out, []), out)}
         factors: dict[str, list[str]] = {}  # of products that are a part of the sum that reads them
 
         def assign(statement: Pointwise, texts: list[str], index: str) -> list[str]:
@@ -238,7 +219,7 @@ class FunctionText:
             if statement.out in fused:
                 factors[f"{b.name}_"] = texts
                 return []
-            text = _fused(statement.text, texts, factors) or self._fill(statement.text, texts)
+            text = fused_text(statement.text, texts, factors) or self._fill(statement.text, texts)
             lines = [f"const {'MaskOf<P>' if b.mask else 'P'} {b.name}_ = {text};"]
             return [*lines, f"{b.name}[{index}] = {b.name}_;"] if statement.out in stored else lines
 

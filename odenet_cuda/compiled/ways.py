@@ -57,7 +57,7 @@ class Kind:
         self.options, self.batch, self.per_sample = options, batch, per_sample
         self.card, self.matmul, self.backward = card, matmul, backward
         # A sample alone has a step of its own whatever the control.
-        self._apart = like._apart if like is not None else per_sample or (batch == 1 and card is None)
+        self._apart: bool = like._apart if like is not None else per_sample or (batch == 1 and card is None)
         self.control = _control(options, self._apart)
         self.tableau: ButcherTableau = options.tableau
         self.taped = gradient not in ("", "adjoint")
