@@ -195,7 +195,7 @@ ODENET_HD P end_times(const StepSize& s, const Paces<P>& c, const Places<P>& at)
   P end = convert<T>(c.end);
   if (c.jumps) {
     for_lanes(c.running & MaskOf<P>(c.end == c.stop), [&](int i) {
-      const double kind = at.rows[i].stop_kind;
+      const int kind = at.rows[i].stop_kind;
       if (kind == kStopJump || kind == kStopEndJump) {
         set_lane(end, i, next_after(lane(end, i), -s.controller.direction));
       }

@@ -31,7 +31,7 @@ struct PerSample {
     c.tries = c.limit = 0;
     c.jumps = false;
     for (int64_t i = 0; i < s.num_stops; ++i) {
-      const double kind = s.stops[s.num_stops + i];
+      const int kind = static_cast<int>(s.stops[s.num_stops + i]);
       c.jumps = c.jumps || kind == kStopJump || kind == kStopEndJump;
     }
     Row r = first_row(s);

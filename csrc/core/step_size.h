@@ -66,18 +66,19 @@ namespace ODENET_LEVEL {
 // The solver state of a row. Not in memory: what its place among stops and outputs means.
 struct Row {
   double field[kNumFields];
-  double stop, stop_kind;  // the next stop
-  double next_output;      // time of output `output_end`; infinite after the last
+  double stop;         // the next stop,
+  int stop_kind;       // and what it is: see Stop
+  double next_output;  // time of output `output_end`; infinite after the last
 
   ODENET_HD double& operator[](int name) { return field[name]; }
   ODENET_HD const double& operator[](int name) const { return field[name]; }
-  ODENET_HD bool running() const { return field[kStatus] == kRunning; }
+  ODENET_HD bool running() const { return static_cast<int>(field[kStatus]) == kRunning; }
 };
 
 ODENET_HD void find_stop(const StepSize& s, Row& r) {
   const int64_t place = static_cast<int64_t>(r[kNextStop]);
   r.stop = s.stops[place];
-  r.stop_kind = s.stops[s.num_stops + place];
+  r.stop_kind = static_cast<int>(s.stops[s.num_stops + place]);
 }
 
 ODENET_HD void find_output(const StepSize& s, Row& r) {
