@@ -206,7 +206,7 @@ class Way:
         stops = (self.options.step_t, self.options.jump_t) if grid is None else ((), ())
         times, kinds = stop_table(problem, *stops)
         parts: list[Sequence[float]] = [problem.t, times, kinds, problem.rtol, problem.atol, nodes]
-        table = self.tensor([x for part in parts for x in part], torch.float64)
+        table = self.tensor([x + 0.0 for part in parts for x in part], torch.float64)  # the stepper's zeros have no sign
         places = [table.data_ptr() + 8 * place for place in accumulate(map(len, parts), initial=0)]
         order, control = self._controller
         call = _C.SolveCall(
