@@ -147,7 +147,7 @@ void add_library(py::module_& m) {
   py::class_<SolveCall>(m, "SolveCall")
       .def(py::init([](Address rtol, Address atol, Address stops, int64_t num_stops, Address t, int64_t num_outputs,
                        Address nodes, int64_t num_nodes, int64_t rows, const std::vector<double>& controller,
-                       double first_step, int64_t batch, int64_t chunk, int64_t grain) {
+                       double first_step, int64_t batch, int64_t chunk, int64_t places, int64_t grain) {
              SolveCall in{};
              in.rtol = reinterpret_cast<const double*>(rtol);
              in.atol = reinterpret_cast<const double*>(atol);
@@ -163,12 +163,13 @@ void add_library(py::module_& m) {
              in.first_step = first_step;
              in.batch = batch;
              in.chunk = chunk;
+             in.places = places;
              in.grain = grain;
              return in;
            }),
            py::kw_only(), py::arg("rtol"), py::arg("atol"), py::arg("stops"), py::arg("num_stops"), py::arg("t"),
            py::arg("num_outputs"), py::arg("nodes"), py::arg("num_nodes"), py::arg("rows"), py::arg("controller"),
-           py::arg("first_step"), py::arg("batch"), py::arg("chunk"), py::arg("grain"))
+           py::arg("first_step"), py::arg("batch"), py::arg("chunk"), py::arg("places"), py::arg("grain"))
       .def(
           "on",
           [](const SolveCall& kind, Address y0, Address ys, Address y_last, Address state, Address arguments,

@@ -101,6 +101,7 @@ class SolveCall:
         first_step: float,
         batch: int,
         chunk: int,
+        places: int,
         grain: int,
     ) -> None: ...
     def on(

@@ -144,6 +144,25 @@ def test_joint_control_of_many_blocks(emulated):
     compare_gradients(func, y0, TIMES[[0, 2]], 1e-5, gradient="adjoint", rtol=1e-9, atol=1e-9)
 
 
+def lanes_take_samples(func, adjoint: bool) -> None:
+    """Three blocks of eight lanes have twelve samples each or more, one of which has no start: lanes take the next."""
+    y0 = rows(37, 2)
+    y0[17] = torch.nan
+    options = {"step_control": "per_sample", "rtol": 1e-4, "atol": 1e-4, "on_failure": "return"}
+    compare(odenet_cuda.compile(func), y0, TIMES, jump_t=[0.5], **options)
+    y0 = rows(37, 2)
+    options = {"step_control": "per_sample", "rtol": 1e-4, "atol": 1e-4}
+    compare_gradients(func, y0, TIMES[[0, 2, 4]], 1e-9, **options)
+    if adjoint:
+        compare_gradients(func, y0, TIMES[[0, 2]], 1e-3, gradient="adjoint", **options | {"rtol": 1e-6, "atol": 1e-6})
+
+
+def test_lanes_take_the_next_sample(emulated, monkeypatch):
+    lanes_take_samples(Stretched(), True)
+    monkeypatch.setattr(ways, "_SLICE", 1e-9)
+    compare(odenet_cuda.compile(Stretched()), rows(37, 2), TIMES, step_control="per_sample", rtol=1e-3, atol=1e-3)
+
+
 # Teams whose samples have several threads
 
 
@@ -172,6 +191,10 @@ def test_groups_solve(grouped, batch, control):
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 def test_gradients_of_groups(grouped, control, gradient):
     check_gradients(Net(hidden=19), control, gradient)
+
+
+def test_lanes_of_groups_take_the_next_sample(grouped):
+    lanes_take_samples(Net(hidden=19), False)
 
 
 def test_groups_deal_all_kinds_of_statements(grouped):

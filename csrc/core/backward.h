@@ -1,6 +1,7 @@
 // Gradients of a solve.
 //
-// reverse_tile: of the discrete solve, from the record of its steps. With Y_i the stages, k_i their slopes, L the loss:
+// reverse_place: of the discrete solve, from the record of its steps. With Y_i the stages, k_i their slopes, L the
+// loss:
 //
 //   dL/dk_i = dt (b_i dL/dy1 + sum_{j>i} a_ji m_j) + that of outputs inside the step,   m_i = (df/dy)^T dL/dk_i at Y_i
 //   dL/dy0  = dL/dy1 + sum_i m_i + that of outputs
@@ -8,7 +9,7 @@
 // The last slope serves the next step as its first, so its gradient is handed on from there.
 //
 // Adjoint: the adjoint equation da/dt = -a^T df/dy beside the state (Chen et al. 2018, arXiv:1806.07366), to be solved
-// backwards by solve.h; its error norm leaves the parameters out (Kidger et al. 2021, arXiv:2009.09457).
+// backwards as any other; its error norm leaves the parameters out (Kidger et al. 2021, arXiv:2009.09457).
 #pragma once
 
 #include "driver.h"
@@ -31,13 +32,14 @@ struct Adjoint : M {
   }
 };
 
-// What a tile keeps on the way back.
+// What a place keeps on the way back.
 template <class M, class P>
 struct Reverse {
   P y[kOwn<M>];      // dL/dy1
   P slope[kOwn<M>];  // dL/dk of the last slope, from the step after
   P arguments[M::arguments + 1], arguments_grad[M::arguments + 1];
-  With<P, double> output;  // the last output not yet taken in
+  With<P, int64_t> sample;          // -1: none yet
+  int64_t output[Lanes<P>::width];  // the last output not yet taken in
 };
 
 // What is needed of a step on the way back: its stages, their slopes and gradients, and what those of constants and
@@ -50,16 +52,53 @@ struct StepBack {
   P start[kOwn<M>];                                  // dL/dy0 so far
 };
 
+// Adds the gradients of the outputs in the step of a record, in lanes that accepted it.
+template <class M, class P>
+ODENET_HD void add_outputs(const SolveCall& in, Reverse<M, P>& g, const Record<M, P>& record,
+                           const MaskOf<With<P, double>>& accept, StepBack<M, P>& x) {
+  using T = Number<P>;
+  using D = With<P, double>;
+  constexpr int N = kOwn<M>, S = M::stages;
+  const double forwards = in.step.controller.direction;
+  const T* grad_ys = static_cast<const T*>(in.grad_ys);
+  const P none(T(0)), dt = convert<T>(record.dt);
+  MaskOf<P> left = accept;
+  for (;;) {
+    D time = record.time;
+    for_lanes(left, [&](int i) {
+      const double output = g.output[i] > 0 ? in.step.t[g.output[i]] : lane(record.time, i);
+      set_lane(time, i, output);
+      set_lane(left, i, forwards * (output - lane(record.time, i)) > 0);
+    });
+    if (!any(left)) return;
+    const MaskOf<P> landed = left & MaskOf<P>(time == record.end);
+    const P theta = convert<T>((time - record.time) / select(accept, record.dt, D(1.0)));
+    P b[S];
+    interpolant<M>(theta, dt, b);
+    for (int n = 0; n < N; ++n) {
+      P grad = none;
+      const int row = row_of<M>(n);
+      for_lanes(left, [&](int i) {
+        const int64_t sample = lane(record.sample, i);
+        if (sample < in.batch && row >= 0)
+          set_lane(grad, i, grad_ys[(g.output[i] * in.batch + sample) * M::state + row]);
+      });
+      g.y[n] = g.y[n] + select(landed, grad, none);
+      x.start[n] = x.start[n] + select(landed, none, grad);
+      for (int j = 0; j < S; ++j) x.dk[j][n] = fused(select(landed, none, b[j]), grad, x.dk[j][n]);
+    }
+    for_lanes(left, [&](int i) { --g.output[i]; });
+  }
+}
+
 // Undoes the step of a record but for the evaluation that was made for it alone. Where it is not present nothing
 // changes.
 template <class M, class P>
-ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, const Record<M, P>& record, bool present,
+ODENET_HD void undo_step(const SolveCall& in, Reverse<M, P>& g, const Record<M, P>& record, bool present,
                          StepBack<M, P>& x) {
   using T = Number<P>;
   using D = With<P, double>;
   constexpr int N = kOwn<M>, S = M::stages;
-  const StepSize& s = in.step;
-  const T* grad_ys = static_cast<const T*>(in.grad_ys);
   const P none(T(0));
   const MaskOf<D> accept = MaskOf<D>(present) & (record.dt != D(0.0));
   const MaskOf<P> counts = accept;
@@ -77,7 +116,7 @@ ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, co
   unrolled<S - 1>([&](auto before) {
     constexpr int i = before + 1;
     for (int n = 0; n < N; ++n) {
-      x.y[i][n] = x.y[0][n] + dt * weigh<i>(x.k, n, [](auto j) { return M::a(i, j); });
+      x.y[i][n] = fused(dt, weigh<i>(x.k, n, [](int j) { return M::a(i, j); }), x.y[0][n]);
     }
     if constexpr (i < S - 1 && M::kept > 0) {
       M::field_and_keep(in, time_of(M::c(i)), x.y[i], g.arguments, x.k[i], x.kept[i]);
@@ -86,32 +125,7 @@ ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, co
     }
   });
   for (int n = 0; n < N; ++n) x.start[n] = none;
-  // Outputs of this step.
-  const auto output_time = [&] { return gather(s.t, select(g.output > D(0.0), g.output, D(0.0))); };
-  const auto inside = [&](const D& time) {
-    return accept & (g.output > D(0.0)) & (D(s.controller.direction) * (time - record.time) > D(0.0));
-  };
-  D time = output_time();
-  for (MaskOf<D> here = inside(time); any(here); here = inside(time)) {
-    const MaskOf<P> landed = here & (time == record.end);
-    const P theta = convert<T>((time - record.time) / select(accept, record.dt, D(1.0)));
-    P b[S];
-    interpolant<M>(theta, dt, b);
-    for (int n = 0; n < N; ++n) {
-      P grad = none;
-      for (int i = 0; i < Lanes<P>::width; ++i) {
-        if (!lane(here, i)) continue;
-        const int64_t row = static_cast<int64_t>(lane(g.output, i)) * in.batch + sample_of<P>(tile, i, in.batch);
-        const bool valid = tile * Lanes<P>::width + i < in.batch && row_of<M>(n) >= 0;
-        set_lane(grad, i, valid ? grad_ys[row * M::state + row_of<M>(n)] : T(0));
-      }
-      g.y[n] = g.y[n] + select(landed, grad, none);
-      x.start[n] = x.start[n] + select(landed, none, grad);
-      for (int j = 0; j < S; ++j) x.dk[j][n] = x.dk[j][n] + select(landed, none, b[j]) * grad;
-    }
-    g.output = g.output - select(here, D(1.0), D(0.0));
-    time = output_time();
-  }
+  add_outputs(in, g, record, accept, x);
   // The stages backwards.
   P product[N];
   const auto stage = [&](auto i) {
@@ -128,7 +142,7 @@ ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, co
   for (int n = 0; n < N; ++n) {
     const P scaled = dt * g.y[n];
     unrolled<S>([&](auto j) {
-      if constexpr (M::b(j) != 0) x.dk[j][n] = x.dk[j][n] + scaled * T(M::b(j));
+      if constexpr (M::b(j) != 0) x.dk[j][n] = fused(scaled, T(M::b(j)), x.dk[j][n]);
     });
   }
   constexpr int last = M::fsal ? S - 2 : S - 1;
@@ -139,37 +153,82 @@ ODENET_HD void undo_step(const SolveCall& in, int64_t tile, Reverse<M, P>& g, co
       x.start[n] = x.start[n] + product[n];
       const P scaled = dt * product[n];
       unrolled<i>([&](auto j) {
-        if constexpr (M::a(i, j) != 0) x.dk[j][n] = x.dk[j][n] + scaled * T(M::a(i, j));
+        if constexpr (M::a(i, j) != 0) x.dk[j][n] = fused(scaled, T(M::a(i, j)), x.dk[j][n]);
       });
     }
   });
 }
 
-// The next max_steps records of a tile, backwards. Returns how many are left.
+// The results of the samples in these lanes.
+template <class M, class P>
+ODENET_HD void store_gradients(const SolveCall& in, const Reverse<M, P>& g, const MaskOf<P>& lanes) {
+  using T = Number<P>;
+  P sums[M::arguments + 1];
+  for (int n = 0; n < M::arguments; ++n) sums[n] = add_groups(g.arguments_grad[n]);
+  const T* grad_ys = static_cast<const T*>(in.grad_ys);
+  for_lanes(lanes, [&](int i) {
+    const int64_t sample = lane(g.sample, i);
+    if (sample < 0 || sample >= in.batch) return;
+    for (int n = 0; n < kOwn<M>; ++n) {
+      const int64_t place = sample * M::state + row_of<M>(n);
+      if (row_of<M>(n) >= 0) static_cast<T*>(in.grad_y0)[place] = grad_ys[place] + lane(g.y[n], i);
+    }
+    for (int n = 0; n < M::arguments && group() == 0; ++n) {
+      static_cast<T*>(in.grad_arguments)[sample * M::arguments + n] = lane(sums[n], i);
+    }
+  });
+}
+
+// Lanes whose record is of another sample than the one before: that has come to its start, and this begins at its end.
 template <class M, class P, class Team>
-ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t tile) {
+ODENET_HD void change_samples(const Team& team, const SolveCall& in, Reverse<M, P>& g, const Record<M, P>& record,
+                              bool present) {
+  using T = Number<P>;
+  const auto other = With<P, int64_t>(record.sample) != g.sample;
+  const MaskOf<P> change = MaskOf<P>(present) & MaskOf<P>(record.dt != With<P, double>(0.0)) & MaskOf<P>(other);
+  if (!team.any(any(change))) return;
+  store_gradients(in, g, change);
+  for (int n = 0; n < kOwn<M>; ++n) {
+    g.y[n] = select(change, P(T(0)), g.y[n]);
+    g.slope[n] = select(change, P(T(0)), g.slope[n]);
+  }
+  for_lanes(change, [&](int i) {
+    const int64_t sample = lane(record.sample, i), row = sample < in.batch ? sample : in.batch - 1;
+    set_lane(g.sample, i, sample);
+    g.output[i] = in.step.num_outputs - 1;
+    for (int n = 0; n < M::arguments; ++n) {
+      set_lane(g.arguments[n], i, static_cast<const T*>(in.arguments)[row * M::arguments + n]);
+      set_lane(g.arguments_grad[n], i, T(0));
+    }
+  });
+}
+
+// The next max_steps records of a place, backwards. Returns how many are left.
+template <class M, class P, class Team>
+ODENET_WHOLE int64_t reverse_place(const Team& team, const SolveCall& in, int64_t at) {
   using T = Number<P>;
   using D = With<P, double>;
   constexpr int N = kOwn<M>, S = M::stages;
-  Reverse<M, P>& g = static_cast<Reverse<M, P>*>(in.tiles)[place_of(tile)];
-  T* sums = constant_sums<T>(in, tile);
+  Reverse<M, P>& g = static_cast<Reverse<M, P>*>(in.tiles)[place_of(at)];
+  T* sums = constant_sums<T>(in, at / in.chunk);
   const P none(T(0));
   if (in.begun == 0) {
     for (int n = 0; n < N; ++n) g.y[n] = g.slope[n] = none;
-    for (int n = 0; n <= M::arguments; ++n) g.arguments_grad[n] = none;
-    g.output = D(double(in.step.num_outputs - 1));
-    if constexpr (M::arguments > 0) load_lanes(g.arguments, in.arguments, M::arguments, tile, in.batch);
+    for (int n = 0; n < M::arguments; ++n) g.arguments[n] = g.arguments_grad[n] = none;
+    for (int i = 0; i < Lanes<P>::width; ++i) g.output[i] = 0;
+    g.sample = With<P, int64_t>(int64_t{-1});
   }
-  const int64_t count = in.tape_count[place_of(tile)] - in.begun;
+  const int64_t count = in.tape_count[place_of(at)] - in.begun;
   const int64_t stop = count > in.max_steps ? count - in.max_steps : 0;
   StepBack<M, P> x;
   for (int64_t place = count - 1; team.any(place >= stop); --place) {
     const bool here = place >= stop;  // else another member of the team has a step left
     const Record<M, P>& record =
-        static_cast<const Record<M, P>*>(in.tape)[place_of(tile) * in.capacity + (here ? place : 0)];
+        static_cast<const Record<M, P>*>(in.tape)[place_of(at) * in.capacity + (here ? place : 0)];
+    change_samples(team, in, g, record, here);
     P weights[S];
     for (int i = 0; i < S; ++i) weights[i] = P(T(here));
-    if (here || kGroups > 1) undo_step(in, tile, g, record, here, x);
+    if (here || kGroups > 1) undo_step(in, g, record, here, x);
     if (!here) {
       for (int i = 0; i < S; ++i) {
         for (int n = 0; n < own(M::taps_of_product); ++n) x.taps[i][n] = none;
@@ -177,7 +236,7 @@ ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t ti
     }
     M::template accumulate<S - 1>(team, x.taps + 1, weights, sums, g.arguments_grad);
     const MaskOf<P> counts = MaskOf<P>(here) & MaskOf<P>(record.dt != D(0.0));
-    const MaskOf<P> fresh = counts & MaskOf<P>(record.fresh != D(0.0));
+    const MaskOf<P> fresh = counts & (record.fresh != none);
     if (team.any(any(fresh))) {
       P product[N];
       for (int n = 0; n < N; ++n) x.k[0][n] = select(fresh, x.dk[0][n], none);
@@ -195,13 +254,7 @@ ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t ti
       g.y[n] = g.y[n] + select(counts, x.start[n], none);
     }
   }
-  if (stop == 0) {
-    P grad[N];
-    load_state<M>(grad, in.grad_ys, tile, in.batch);
-    for (int n = 0; n < N; ++n) grad[n] = grad[n] + g.y[n];
-    store_state<M>(in.grad_y0, grad, tile, in.batch);
-  }
-  store_arguments_grad<M>(in, g.arguments_grad, tile);
+  if (team.any(stop == 0)) store_gradients(in, g, MaskOf<P>(stop == 0));
   return stop;
 }
 
@@ -209,12 +262,7 @@ ODENET_HD int64_t reverse_tile(const Team& team, const SolveCall& in, int64_t ti
 
 template <class M, class P>
 int64_t reverse(const SolveCall& in, ParallelFor parallel_for) {
-  int64_t left = 0;
-  for_chunks<P>(in, parallel_for, [&](int64_t tile) {
-    const int64_t steps = reverse_tile<M, P>(Alone{}, in, tile);
-    if (steps > 0) __atomic_fetch_add(&left, steps, __ATOMIC_RELAXED);
-  });
-  return left;
+  return for_chunks(in, parallel_for, [&](int64_t place) { return reverse_place<M, P>(Alone{}, in, place); });
 }
 
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "joint.h"
+#include "per_sample.h"
 
 namespace odenet {
 
@@ -11,8 +12,8 @@ namespace ODENET_LEVEL {
 
 #if defined(ODENET_BLOCKS)
 
-inline unsigned blocks_of(const SolveCall& in) {
-  return static_cast<unsigned>((in.batch + in.chunk - 1) / in.chunk);
+inline unsigned blocks_of(const SolveCall& in, int64_t tiles) {
+  return static_cast<unsigned>((tiles + in.chunk - 1) / in.chunk);
 }
 
 // body(tile) for the tiles of a block, which are those of one chunk, a lane a tile. The sum of what it gives.
@@ -21,7 +22,7 @@ ODENET_HD int64_t for_block(const SolveCall& in, const Body& body) {
   int64_t left = 0;
   const int64_t begin = blockIdx.x * in.chunk;
   const int lane = Block{}.lane();
-  for (int64_t tile = begin; tile < begin + in.chunk && tile < in.batch; tile += kTeam) left += body(tile + lane);
+  for (int64_t tile = begin; tile < begin + in.chunk && tile < in.places; tile += kTeam) left += body(tile + lane);
   return left;
 }
 
@@ -86,10 +87,12 @@ ODENET_HD int64_t solve_block(const SolveCall& in, unsigned* met) {
     BlockTiles<M, P> tiles{in, met};
     const int64_t left = solve_joint<M, P>(team, in, tiles);
     return tiles.leads() ? left : 0;
+  } else if constexpr (control == kGrid) {
+    return for_block(in, [&](int64_t tile) { return solve_grid<M, P>(team, in, tile); });
   } else {
-    return for_block(in, [&](int64_t tile) {
-      return control == kGrid ? solve_grid<M, P>(team, in, tile) : solve_tile<M, P>(team, in, tile);
-    });
+    const int64_t chunk = blockIdx.x, begin = chunk * in.chunk;
+    const int64_t end = begin + in.chunk < in.batch ? begin + in.chunk : in.batch;
+    return solve_samples<M, P>(team, in, chunk * kTeam + team.lane(), chunk, begin, end);
   }
 }
 
@@ -97,18 +100,29 @@ ODENET_HD int64_t solve_block(const SolveCall& in, unsigned* met) {
 
 #if !defined(__CUDACC__)
 
-// body(tile) for all tiles, in the threads that parallel_for has; a chunk of tiles is one thread's.
-template <class P, class Body>
-void for_chunks(const SolveCall& in, ParallelFor parallel_for, const Body& body) {
-  constexpr int width = Lanes<P>::width;
-  const int64_t tiles = (in.batch + width - 1) / width;
-  if (tiles == 1) return body(int64_t{0});
-  auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin * in.chunk; tile < end * in.chunk && tile < tiles; ++tile) body(tile);
+// body(i) for 0 <= i < count, in the threads that parallel_for has: each takes the next from one counter. The sum of
+// what it gives.
+template <class Body>
+int64_t for_counted(int64_t count, ParallelFor parallel_for, const Body& body) {
+  if (count == 1) return body(int64_t{0});
+  int64_t next = 0, left = 0;
+  auto take = [&] {
+    int64_t own = 0;
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) own += body(i);
+    if (own > 0) __atomic_fetch_add(&left, own, __ATOMIC_RELAXED);
   };
-  parallel_for(
-      0, (tiles + in.chunk - 1) / in.chunk, in.grain,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(range)*>(context))(begin, end); }, &range);
+  parallel_for(0, count, 1, [](int64_t, int64_t, void* context) { (*static_cast<decltype(take)*>(context))(); }, &take);
+  return left;
+}
+
+// body(tile) for all tiles; a chunk of them is one thread's. The sum of what it gives.
+template <class Body>
+int64_t for_chunks(const SolveCall& in, ParallelFor parallel_for, const Body& body) {
+  return for_counted((in.places + in.chunk - 1) / in.chunk, parallel_for, [&](int64_t chunk) {
+    int64_t left = 0;
+    for (int64_t tile = chunk * in.chunk; tile < (chunk + 1) * in.chunk && tile < in.places; ++tile) left += body(tile);
+    return left;
+  });
 }
 
 // The tiles of joint control on the CPU, in the threads that parallel_for has.
@@ -123,10 +137,16 @@ struct ThreadTiles {
   template <class Body>
   void each(const Body& body) const {
     Kept<M, P>* kept = static_cast<Kept<M, P>*>(in.tiles);
-    for_chunks<P>(in, parallel_for, [&](int64_t tile) {
-      for (int i = 0; i < 3 * M::leaves; ++i) sums(tile)[i] = 0;
-      body(kept[tile].tile, tile, sums(tile));
-    });
+    auto range = [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin * in.chunk; tile < end * in.chunk && tile < count; ++tile) {
+        for (int i = 0; i < 3 * M::leaves; ++i) sums(tile)[i] = 0;
+        body(kept[tile].tile, tile, sums(tile));
+      }
+    };
+    parallel_for(
+        0, (count + in.chunk - 1) / in.chunk, in.grain,
+        [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(range)*>(context))(begin, end); },
+        &range);
   }
   double sum(int i) const {
     double sum = 0;
@@ -164,13 +184,14 @@ int64_t solve(const SolveCall& in, ParallelFor parallel_for) {
     const int64_t left = solve_joint<M, P>(Alone{}, in, tile);
     kept.tile = tile.x;
     return left;
+  } else if constexpr (control == kGrid) {
+    return for_chunks(in, parallel_for, [&](int64_t tile) { return solve_grid<M, P>(Alone{}, in, tile); });
   } else {
-    int64_t left = 0;
-    for_chunks<P>(in, parallel_for, [&](int64_t tile) {
-      const int64_t rows = control == kGrid ? solve_grid<M, P>(Alone{}, in, tile) : solve_tile<M, P>(Alone{}, in, tile);
-      if (rows > 0) __atomic_fetch_add(&left, rows, __ATOMIC_RELAXED);
+    return for_counted(in.places, parallel_for, [&](int64_t chunk) {
+      const int64_t samples = in.chunk * width, begin = chunk * samples;
+      const int64_t end = begin + samples < in.batch ? begin + samples : in.batch;
+      return solve_samples<M, P>(Alone{}, in, chunk, chunk, begin, end);
     });
-    return left;
   }
 }
 

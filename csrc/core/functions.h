@@ -12,12 +12,59 @@
 namespace odenet {
 namespace ODENET_LEVEL {
 
-#define ODENET_SCALAR_FUNCTION(name) \
-  ODENET_HD float name(float x) {    \
-    return ::name##f(x);             \
-  }                                  \
-  ODENET_HD double name(double x) {  \
-    return ::name(x);                \
+#if !defined(__CUDACC__) && defined(ODENET_LIBMVEC)
+#if defined(__AVX512F__)
+#define ODENET_MVEC(name, arguments) _ZGVeN16##arguments##_##name##f
+#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVeN8##arguments##_##name
+#elif defined(__AVX2__)
+#define ODENET_MVEC(name, arguments) _ZGVdN8##arguments##_##name##f
+#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVdN4##arguments##_##name
+#else
+#define ODENET_MVEC(name, arguments) _ZGVbN4##arguments##_##name##f
+#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVbN2##arguments##_##name
+#endif
+#define ODENET_DECLARE(name)                                    \
+  extern "C" Vector<float> ODENET_MVEC(name, v)(Vector<float>); \
+  extern "C" Vector<double> ODENET_MVEC_DOUBLE(name, v)(Vector<double>);
+#define ODENET_DECLARE_2(name)                                                  \
+  extern "C" Vector<float> ODENET_MVEC(name, vv)(Vector<float>, Vector<float>); \
+  extern "C" Vector<double> ODENET_MVEC_DOUBLE(name, vv)(Vector<double>, Vector<double>);
+#endif
+
+// ODENET_ONE_LANE: a number is a pack of one lane, and has the bits that it would have in a wider one.
+#if defined(ODENET_ONE_LANE) && defined(ODENET_LIBMVEC)
+#define ODENET_SCALAR_FUNCTION(name)                             \
+  ODENET_DECLARE(name)                                           \
+  ODENET_HD float name(float x) {                                \
+    return ODENET_MVEC(name, v)(x - Vector<float>{})[0];         \
+  }                                                              \
+  ODENET_HD double name(double x) {                              \
+    return ODENET_MVEC_DOUBLE(name, v)(x - Vector<double>{})[0]; \
+  }
+#define ODENET_SCALAR_FUNCTION_2(name)                                                  \
+  ODENET_DECLARE_2(name)                                                                \
+  ODENET_HD float name(float x, float y) {                                              \
+    return ODENET_MVEC(name, vv)(x - Vector<float>{}, y - Vector<float>{})[0];          \
+  }                                                                                     \
+  ODENET_HD double name(double x, double y) {                                           \
+    return ODENET_MVEC_DOUBLE(name, vv)(x - Vector<double>{}, y - Vector<double>{})[0]; \
+  }
+#else
+#define ODENET_SCALAR_FUNCTION ODENET_LIBRARY_FUNCTION
+#define ODENET_SCALAR_FUNCTION_2(name)        \
+  ODENET_HD float name(float x, float y) {    \
+    return ::name##f(x, y);                   \
+  }                                           \
+  ODENET_HD double name(double x, double y) { \
+    return ::name(x, y);                      \
+  }
+#endif
+#define ODENET_LIBRARY_FUNCTION(name) \
+  ODENET_HD float name(float x) {     \
+    return ::name##f(x);              \
+  }                                   \
+  ODENET_HD double name(double x) {   \
+    return ::name(x);                 \
   }
 ODENET_SCALAR_FUNCTION(exp)
 ODENET_SCALAR_FUNCTION(exp2)
@@ -32,30 +79,28 @@ ODENET_SCALAR_FUNCTION(tan)
 ODENET_SCALAR_FUNCTION(asin)
 ODENET_SCALAR_FUNCTION(acos)
 ODENET_SCALAR_FUNCTION(atan)
-ODENET_SCALAR_FUNCTION(sinh)
-ODENET_SCALAR_FUNCTION(cosh)
 ODENET_SCALAR_FUNCTION(tanh)
 ODENET_SCALAR_FUNCTION(asinh)
 ODENET_SCALAR_FUNCTION(acosh)
 ODENET_SCALAR_FUNCTION(atanh)
 ODENET_SCALAR_FUNCTION(erf)
 ODENET_SCALAR_FUNCTION(erfc)
-ODENET_SCALAR_FUNCTION(floor)
-ODENET_SCALAR_FUNCTION(ceil)
-ODENET_SCALAR_FUNCTION(rint)
-ODENET_SCALAR_FUNCTION(sqrt)
+ODENET_SCALAR_FUNCTION_2(pow)
+ODENET_SCALAR_FUNCTION_2(atan2)
+ODENET_LIBRARY_FUNCTION(sinh)
+ODENET_LIBRARY_FUNCTION(cosh)
+ODENET_LIBRARY_FUNCTION(floor)
+ODENET_LIBRARY_FUNCTION(ceil)
+ODENET_LIBRARY_FUNCTION(rint)
+ODENET_LIBRARY_FUNCTION(sqrt)
 #undef ODENET_SCALAR_FUNCTION
+#undef ODENET_SCALAR_FUNCTION_2
+#undef ODENET_LIBRARY_FUNCTION
 ODENET_HD float abs(float x) {
   return ::fabsf(x);
 }
 ODENET_HD double abs(double x) {
   return ::fabs(x);
-}
-ODENET_HD float pow(float x, float y) {
-  return ::powf(x, y);
-}
-ODENET_HD double pow(double x, double y) {
-  return ::pow(x, y);
 }
 ODENET_HD float fmod(float x, float y) {
   return ::fmodf(x, y);
@@ -63,57 +108,39 @@ ODENET_HD float fmod(float x, float y) {
 ODENET_HD double fmod(double x, double y) {
   return ::fmod(x, y);
 }
-ODENET_HD float atan2(float y, float x) {
-  return ::atan2f(y, x);
-}
-ODENET_HD double atan2(double y, double x) {
-  return ::atan2(y, x);
-}
 
 #if !defined(__CUDACC__)
 
 #if defined(ODENET_LIBMVEC)
-#if defined(__AVX512F__)
-#define ODENET_MVEC(name, arguments) _ZGVeN16##arguments##_##name##f
-#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVeN8##arguments##_##name
-#elif defined(__AVX2__)
-#define ODENET_MVEC(name, arguments) _ZGVdN8##arguments##_##name##f
-#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVdN4##arguments##_##name
-#else
-#define ODENET_MVEC(name, arguments) _ZGVbN4##arguments##_##name##f
-#define ODENET_MVEC_DOUBLE(name, arguments) _ZGVbN2##arguments##_##name
-#endif
-#define ODENET_VECTOR_FUNCTION(name)                                     \
-  extern "C" Vector<float> ODENET_MVEC(name, v)(Vector<float>);          \
-  extern "C" Vector<double> ODENET_MVEC_DOUBLE(name, v)(Vector<double>); \
-  template <class T, int W>                                              \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {                       \
-    Pack<T, W> r;                                                        \
-    ODENET_UNROLL                                                        \
-    for (int h = 0; h < r.vectors; ++h) {                                \
-      if constexpr (sizeof(T) == 4) {                                    \
-        r.v[h] = ODENET_MVEC(name, v)(x.v[h]);                           \
-      } else {                                                           \
-        r.v[h] = ODENET_MVEC_DOUBLE(name, v)(x.v[h]);                    \
-      }                                                                  \
-    }                                                                    \
-    return r;                                                            \
+#define ODENET_VECTOR_FUNCTION(name)                  \
+  ODENET_DECLARE(name)                                \
+  template <class T, int W>                           \
+  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {    \
+    Pack<T, W> r;                                     \
+    ODENET_UNROLL                                     \
+    for (int h = 0; h < r.vectors; ++h) {             \
+      if constexpr (sizeof(T) == 4) {                 \
+        r.v[h] = ODENET_MVEC(name, v)(x.v[h]);        \
+      } else {                                        \
+        r.v[h] = ODENET_MVEC_DOUBLE(name, v)(x.v[h]); \
+      }                                               \
+    }                                                 \
+    return r;                                         \
   }
-#define ODENET_VECTOR_FUNCTION_2(name)                                                    \
-  extern "C" Vector<float> ODENET_MVEC(name, vv)(Vector<float>, Vector<float>);           \
-  extern "C" Vector<double> ODENET_MVEC_DOUBLE(name, vv)(Vector<double>, Vector<double>); \
-  template <class T, int W>                                                               \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) {                   \
-    Pack<T, W> r;                                                                         \
-    ODENET_UNROLL                                                                         \
-    for (int h = 0; h < r.vectors; ++h) {                                                 \
-      if constexpr (sizeof(T) == 4) {                                                     \
-        r.v[h] = ODENET_MVEC(name, vv)(x.v[h], y.v[h]);                                   \
-      } else {                                                                            \
-        r.v[h] = ODENET_MVEC_DOUBLE(name, vv)(x.v[h], y.v[h]);                            \
-      }                                                                                   \
-    }                                                                                     \
-    return r;                                                                             \
+#define ODENET_VECTOR_FUNCTION_2(name)                                  \
+  ODENET_DECLARE_2(name)                                                \
+  template <class T, int W>                                             \
+  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) { \
+    Pack<T, W> r;                                                       \
+    ODENET_UNROLL                                                       \
+    for (int h = 0; h < r.vectors; ++h) {                               \
+      if constexpr (sizeof(T) == 4) {                                   \
+        r.v[h] = ODENET_MVEC(name, vv)(x.v[h], y.v[h]);                 \
+      } else {                                                          \
+        r.v[h] = ODENET_MVEC_DOUBLE(name, vv)(x.v[h], y.v[h]);          \
+      }                                                                 \
+    }                                                                   \
+    return r;                                                           \
   }
 #endif
 

@@ -5,17 +5,21 @@
 #include <cstdint>
 #include <cstring>
 
-// ODENET_HD: a function for both machines, inlined. ODENET_CALLED: one that is not, for it is large. ODENET_BLOCKS:
+// ODENET_HD: a function for both machines, inlined. ODENET_CALLED: one that is not, for it is large. ODENET_WHOLE: one
+// into which all that it calls is inlined, lambdas too, so that what they share stays in registers. ODENET_BLOCKS:
 // what is compiled runs in blocks of threads only, as compiled fields do on CUDA.
 #if defined(__CUDACC__) && defined(ODENET_BLOCKS)
 #define ODENET_HD __device__ __forceinline__
 #define ODENET_CALLED __device__ __noinline__
+#define ODENET_WHOLE ODENET_HD
 #elif defined(__CUDACC__)
 #define ODENET_HD __host__ __device__ __forceinline__
 #define ODENET_CALLED __host__ __device__ __noinline__
+#define ODENET_WHOLE ODENET_HD
 #else
 #define ODENET_HD inline __attribute__((always_inline))
 #define ODENET_CALLED __attribute__((noinline))
+#define ODENET_WHOLE inline __attribute__((noinline, flatten))
 #endif
 
 #define ODENET_EXPORT __attribute__((visibility("default")))

@@ -1,7 +1,7 @@
 // The whole solve of all tiles under joint control: they have one step size.
 #pragma once
 
-#include "solve.h"
+#include "grid.h"
 
 namespace odenet {
 namespace ODENET_LEVEL {
@@ -11,28 +11,29 @@ template <class M, class P, class Team>
 struct JointStep {
   const Team& team;
   const SolveCall& in;
-  Row<double> r;          // of the step to try
+  Row r;                  // of the step to try
   bool accepted = false;  // the step before
-  Row<double> before;     // and its row
+  Row before;             // and its row
   double last = 0;        // its time of the stages at its end
   double first = 0;       // the time of its first slope, if that was
   double fresh = 1;       // evaluated for it
 
   ODENET_HD void finish(Tile<M, P>& x, int64_t tile) const {
     using T = Number<P>;
-    using D = With<P, double>;
     if (!accepted) return;
-    const Row<double>& b = before;
+    const Row& b = before;
     if (b[kOutputBegin] < b[kOutputEnd]) {
-      write_outputs<M, P, D>(in, x, tile, b[kOutputBegin], b[kOutputEnd], b[kLastTime], b[kLastDt], b[kTime]);
+      write_outputs(in, x, tile, static_cast<int64_t>(b[kOutputBegin]), static_cast<int64_t>(b[kOutputEnd]),
+                    b[kLastTime], b[kLastDt], b[kTime]);
     }
     if (in.tape_count != nullptr) {
       Record<M, P>* record = next_record<M, P>(in, tile);
       if (record != nullptr) {
-        write_record<M, P, D>(*record, x, T(first), T(last), b[kLastTime], b[kLastDt], b[kTime], fresh);
+        write_record<M, P>(*record, x, P(T(first)), P(T(last)), b[kLastTime], b[kLastDt], b[kTime], P(T(fresh)),
+                           [&](int i) { return tile * Lanes<P>::width + i; });
       }
     }
-    if constexpr (M::taps > 0) add_taps(team, in, x, tile, P(T(b[kLastDt])));
+    if constexpr (M::taps > 0) add_taps_of_tile(team, in, x, tile, P(T(b[kLastDt])));
     accept_step(x, MaskOf<P>(true));
     if (b[kJumped] != 0) {
       M::field(in, P(stage_time<T>(in.step, b, 0.0)), x.y, x.arguments, x.k[0], x.taps[0]);
@@ -70,11 +71,11 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
   const StepSize& s = in.step;
   JointStep<M, P, Team> step{team, in};
   if (in.begun == 0) {
-    step.r = first_row<double>(s);
+    step.r = first_row(s);
     const auto norms = [&](Tile<M, P>& x, int64_t tile, double* sums) {
       for (int leaf = 0; leaf < M::leaves; ++leaf) {
         P d[3];
-        start_squares<M>(in, x, leaf, d[0], d[1], d[2]);
+        start_squares<M>(in, x.y, x.k[0], x.k[1], leaf, d[0], d[1], d[2]);
         for (int i = 0; i < 3; ++i) sums[i * M::leaves + leaf] += own_sum(d[i], tile, in.batch);
       }
     };
@@ -96,7 +97,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
   } else {
     const Kept<M, P>& kept = *static_cast<const Kept<M, P>*>(in.tiles);
     step.r = load_row(s, 0);
-    step.fresh = lane(kept.fresh, 0);
+    step.fresh = kept.fresh;
     step.first = lane(kept.first, 0);
   }
   const auto next = [&] {
@@ -112,7 +113,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
     next();
     step.last = stage_time<T>(s, step.r, 1.0);
     step.r[kErrorRatio] = joint_norm<M>(in, tiles, 0);
-    control_step<double>(s, step.r);
+    control_step(s, step.r);
     step.accepted = step.r[kAccept] != 0;
     step.before = step.r;
   }
@@ -123,7 +124,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
   next();
   if (tiles.leads()) {
     Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
-    kept.fresh = With<P, double>(step.fresh);
+    kept.fresh = step.fresh;
     kept.first = P(T(step.first));
     store_row(s, 0, step.r);
   }

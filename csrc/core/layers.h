@@ -10,7 +10,9 @@ namespace ODENET_LEVEL {
 
 // Rows of one pass: as many accumulators as the machine has registers for, so that an activation is loaded once for
 // all.
-#if defined(__AVX512F__)
+#if defined(ODENET_BLOCKS)
+constexpr int kRowsOfPass = 1;
+#elif defined(__AVX512F__)
 constexpr int kRowsOfPass = 8;
 #else
 constexpr int kRowsOfPass = 4;
@@ -25,7 +27,7 @@ ODENET_HD void linear_rows(const Number<P>* w, const P* x, P* y) {
   for (int c = 0; c < columns; ++c) {
     const P value = x[c];
     ODENET_UNROLL
-    for (int r = 0; r < rows; ++r) sum[r] = sum[r] + value * w[r * row + c * column];
+    for (int r = 0; r < rows; ++r) sum[r] = fused(value, w[r * row + c * column], sum[r]);
   }
   ODENET_UNROLL
   for (int r = 0; r < rows; ++r) y[r] = sum[r];
@@ -33,9 +35,8 @@ ODENET_HD void linear_rows(const Number<P>* w, const P* x, P* y) {
 
 template <int rows, int columns, int row, int column, class P>
 ODENET_HD void linear(const Number<P>* w, const P* x, P* y) {
-  constexpr int of_pass = Lanes<P>::width == 1 ? 1 : kRowsOfPass;
-  constexpr int whole = rows / of_pass * of_pass;
-  for (int r = 0; r < whole; r += of_pass) linear_rows<of_pass, columns, row, column>(w + r * row, x, y + r);
+  constexpr int whole = rows / kRowsOfPass * kRowsOfPass;
+  for (int r = 0; r < whole; r += kRowsOfPass) linear_rows<kRowsOfPass, columns, row, column>(w + r * row, x, y + r);
   if constexpr (whole < rows) linear_rows<rows - whole, columns, row, column>(w + whole * row, x, y + whole);
 }
 
@@ -110,7 +111,7 @@ ODENET_HD void outer_sums(const Team& team, const P (*taps)[N], const P* weight,
     for (int r = 0; r < rows; ++r) {
       for (int s = 0; s < steps; ++s) {
         const P value = weight[s] * taps[s][a + r];
-        for (int c = 0; c < columns; ++c) sums[r * columns + c] += value * taps[s][b + c];
+        for (int c = 0; c < columns; ++c) sums[r * columns + c] = fused(value, taps[s][b + c], sums[r * columns + c]);
       }
     }
   } else {
@@ -137,7 +138,7 @@ ODENET_HD void outer_sums(const Team& team, const P (*taps)[N], const P* weight,
             for (int j = 0; j < wide; ++j) {
               const Vector<T> right = taps[s][place[j]].v[h];
               ODENET_UNROLL
-              for (int i = 0; i < high; ++i) sum[i * wide + j] += left[s][i].v[h] * right;
+              for (int i = 0; i < high; ++i) sum[i * wide + j] = fused(left[s][i].v[h], right, sum[i * wide + j]);
             }
           }
         }
@@ -156,7 +157,7 @@ template <int rows, int steps, int a, class Team, class P, int N>
 ODENET_HD void column_sums(const Team& team, const P (*taps)[N], const P* weight, Number<P>* sums) {
   const auto of_tap = [&](int place) {
     P sum(Number<P>(0));
-    for (int s = 0; s < steps; ++s) sum = sum + weight[s] * taps[s][place];
+    for (int s = 0; s < steps; ++s) sum = fused(weight[s], taps[s][place], sum);
     return sum;
   };
   if constexpr (Team::size > 1) {
@@ -184,7 +185,7 @@ ODENET_HD void column_sums(const Team& team, const P (*taps)[N], const P* weight
 template <int rows, int steps, int a, class P, int N>
 ODENET_HD void lane_sums(const P (*taps)[N], const P* weight, P* sums) {
   for (int r = own_from(a) - a; r < rows; r += kGroups) {
-    for (int s = 0; s < steps; ++s) sums[r] = sums[r] + weight[s] * taps[s][(a + r) / kGroups];
+    for (int s = 0; s < steps; ++s) sums[r] = fused(weight[s], taps[s][(a + r) / kGroups], sums[r]);
   }
 }
 

@@ -4,13 +4,7 @@
 // Code over packs has no branch on a number: it selects, and asks `any` where work can be left out.
 #pragma once
 
-#include "host_device.h"
-
-#if defined(__CUDACC__)
-#define ODENET_UNROLL _Pragma("unroll")
-#else
-#define ODENET_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "vector.h"
 
 namespace odenet {
 namespace ODENET_LEVEL {
@@ -53,7 +47,11 @@ ODENET_HD T lane(const T& x, int) {
   return x;
 }
 template <class T>
-ODENET_HD void set_lane(T& x, int, T value) {
+ODENET_HD T lane_in_memory(const T& x, int) {
+  return x;
+}
+template <class T>
+ODENET_HD void set_lane(T& x, int, std::type_identity_t<T> value) {
   x = value;
 }
 template <class To, class T>
@@ -61,38 +59,23 @@ ODENET_HD To convert(const T& x) {
   return static_cast<To>(x);
 }
 
+template <class I>
+ODENET_HD void add_ones(I& count, bool mask) {
+  count += mask;
+}
+
+// body(i) for the lanes that are set.
+template <class Body>
+ODENET_HD void for_lanes(bool mask, const Body& body) {
+  if (mask) body(0);
+}
+
 #if !defined(__CUDACC__)
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-// Lanes of a pack: two vectors of floats.
-constexpr int kWidth = 2 * kVectorBytes / 4;
-
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-struct IntegerOf {
-  using type = int64_t;
-};
-template <>
-struct IntegerOf<float> {
-  using type = int32_t;
-};
 
 // Integers, all bits set where true; as wide as the numbers compared.
 template <class T, int W>
 struct Mask {
-  using Integer = typename IntegerOf<T>::type;
+  using Integer = IntegerOf<T>;
   using V = Vector<Integer>;
   static constexpr int vectors = W * int(sizeof(T)) / kVectorBytes;
   V v[vectors];
@@ -104,11 +87,7 @@ struct Mask {
   }
   template <class U>
   ODENET_HD Mask(const Mask<U, W>& other) {
-    typename IntegerOf<U>::type from[W];
-    Integer to[W];
-    memcpy(from, other.v, sizeof(from));
-    for (int i = 0; i < W; ++i) to[i] = static_cast<Integer>(from[i]);
-    memcpy(v, to, sizeof(to));
+    resize<Integer, IntegerOf<U>, W>(v, other.v);
   }
 };
 
@@ -122,7 +101,7 @@ struct Pack {
   Pack() = default;
   ODENET_HD Pack(T value) {
     ODENET_UNROLL
-    for (int h = 0; h < vectors; ++h) v[h] = V{} + value;
+    for (int h = 0; h < vectors; ++h) v[h] = value - V{};  // a zero keeps its sign
   }
 };
 
@@ -255,47 +234,90 @@ ODENET_HD Mask<T, W> select(const Mask<T, W>& which, const Mask<T, W>& x, const 
   return (which & x) | (!which & y);
 }
 
+// A bit for each lane.
+template <class T, int W>
+ODENET_HD uint32_t bits_of(const Mask<T, W>& x) {
+  constexpr int of_vector = kVectorBytes / int(sizeof(T));
+  uint32_t bits = 0;
+  ODENET_UNROLL
+  for (int h = 0; h < x.vectors; ++h) bits |= signs<T>(x.v[h]) << (h * of_vector);
+  return bits;
+}
+
+// The number of a lane: of a copy, for a variable place in x would keep it, and all that it is a part of, in memory.
 template <class T, int W>
 ODENET_HD T lane(const Pack<T, W>& x, int i) {
-  return x.v[i / x.of_vector][i % x.of_vector];
+  const Pack<T, W> copy = x;
+  return copy.v[i / x.of_vector][i % x.of_vector];
 }
 template <class T, int W>
 ODENET_HD bool lane(const Mask<T, W>& x, int i) {
-  constexpr int of_vector = kVectorBytes / int(sizeof(T));
-  return x.v[i / of_vector][i % of_vector] != 0;
+  return (bits_of(x) >> i & 1) != 0;
+}
+// The same of one that is in memory.
+template <class T, int W>
+ODENET_HD T lane_in_memory(const Pack<T, W>& x, int i) {
+  T number;
+  memcpy(&number, reinterpret_cast<const char*>(&x) + i * sizeof(T), sizeof(T));
+  return number;
+}
+// By a comparison: a number written into memory would have to come back from there as a part of a vector.
+template <class T, int W>
+ODENET_HD Mask<T, W> only(int i) {
+  using V = typename Mask<T, W>::V;
+  Mask<T, W> r;
+  ODENET_UNROLL
+  for (int h = 0; h < r.vectors; ++h) {
+    r.v[h] = places<T>() == V{} + static_cast<IntegerOf<T>>(i - h * (kVectorBytes / int(sizeof(T))));
+  }
+  return r;
 }
 template <class T, int W>
-ODENET_HD void set_lane(Pack<T, W>& x, int i, T value) {
-  x.v[i / x.of_vector][i % x.of_vector] = value;
+ODENET_HD void set_lane(Pack<T, W>& x, int i, std::type_identity_t<T> value) {
+  x = select(only<T, W>(i), Pack<T, W>(value), x);
+}
+template <class T, int W>
+ODENET_HD void set_lane(Mask<T, W>& x, int i, bool value) {
+  const Mask<T, W> lane = only<T, W>(i);
+  x = value ? x | lane : x & !lane;
 }
 template <class To, class T, int W>
 ODENET_HD Pack<To, W> convert(const Pack<T, W>& x) {
-  if constexpr (sizeof(To) == sizeof(T)) {
+  if constexpr (std::is_same_v<To, T>) {
     return x;
   } else {
-    T from[W];
-    To to[W];
-    memcpy(from, x.v, sizeof(from));
-    for (int i = 0; i < W; ++i) to[i] = static_cast<To>(from[i]);
     Pack<To, W> r;
-    memcpy(r.v, to, sizeof(to));
+    resize<To, T, W>(r.v, x.v);
     return r;
   }
+}
+
+template <class T, int W>
+ODENET_HD Pack<T, W> fused(const Pack<T, W>& x, const Pack<T, W>& y, const Pack<T, W>& z) {
+  Pack<T, W> r;
+  ODENET_UNROLL
+  for (int h = 0; h < r.vectors; ++h) r.v[h] = fused(x.v[h], y.v[h], z.v[h]);
+  return r;
+}
+template <class T, int W>
+ODENET_HD Pack<T, W> fused(const Pack<T, W>& x, T y, const Pack<T, W>& z) {
+  return fused(x, Pack<T, W>(y), z);
+}
+
+// Counts the lanes that are set.
+template <class T, int W>
+ODENET_HD void add_ones(Pack<IntegerOf<T>, W>& count, const Mask<T, W>& mask) {
+  ODENET_UNROLL
+  for (int h = 0; h < mask.vectors; ++h) count.v[h] -= mask.v[h];
+}
+
+// body(i) for the lanes that are set, in their order.
+template <class T, int W, class Body>
+ODENET_HD void for_lanes(const Mask<T, W>& mask, const Body& body) {
+  for (uint32_t bits = bits_of(mask); bits != 0; bits &= bits - 1) body(__builtin_ctz(bits));
 }
 
 #endif  // !defined(__CUDACC__)
-
-// p[index], lane by lane; index: whole numbers.
-template <class D>
-ODENET_HD D gather(const double* p, const D& index) {
-  if constexpr (Lanes<D>::width == 1) {
-    return p[static_cast<int64_t>(index)];
-  } else {
-    D r;
-    for (int i = 0; i < Lanes<D>::width; ++i) set_lane(r, i, p[static_cast<int64_t>(lane(index, i))]);
-    return r;
-  }
-}
 
 }  // namespace ODENET_LEVEL
 }  // namespace odenet

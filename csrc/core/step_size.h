@@ -1,11 +1,11 @@
 // Error ratio -> accept the step? the next dt? where does it end? and the first step of a solve.
-// Pure functions on the solver state of one row, or of a pack of rows: D is double or a pack of doubles.
+// Pure functions on the solver state of one row; lanes.h has those of a pack of rows.
 //
 // Controller: dt_next = dt * clamp(safety * r0^b0 * r1^b1 * r2^b2), r = 1 / error_ratio of the last three
 // accepted steps (Soderlind 2003, doi 10.1145/641876.641877); b1 = b2 = 0 is the classical I controller.
 #pragma once
 
-#include "functions.h"
+#include "pack.h"
 #include "types.h"
 
 namespace odenet {
@@ -63,192 +63,176 @@ struct StepSize {
 
 namespace ODENET_LEVEL {
 
-ODENET_HD bool finite(double x) {
-  return is_finite(x);
-}
-template <class D>
-ODENET_HD MaskOf<D> finite(const D& x) {
-  return x - x == D(0);
-}
-
-// The solver state of a row, or of several, side by side. Not in memory: what its place among stops and outputs means.
-template <class D>
+// The solver state of a row. Not in memory: what its place among stops and outputs means.
 struct Row {
-  D field[kNumFields];
-  D stop, stop_kind;  // the next stop
-  D next_output;      // time of output `output_end`; infinite after the last
+  double field[kNumFields];
+  double stop;         // the next stop,
+  int stop_kind;       // and what it is: see Stop
+  double next_output;  // time of output `output_end`; infinite after the last
 
-  ODENET_HD D& operator[](int name) { return field[name]; }
-  ODENET_HD const D& operator[](int name) const { return field[name]; }
-  ODENET_HD MaskOf<D> running() const { return field[kStatus] == D(kRunning); }
+  ODENET_HD double& operator[](int name) { return field[name]; }
+  ODENET_HD const double& operator[](int name) const { return field[name]; }
+  ODENET_HD bool running() const { return static_cast<int>(field[kStatus]) == kRunning; }
 };
 
-template <class D>
-ODENET_HD void set(const MaskOf<D>& which, D& place, const D& value) {
-  place = select(which, value, place);
+ODENET_HD void find_stop(const StepSize& s, Row& r) {
+  const int64_t place = static_cast<int64_t>(r[kNextStop]);
+  r.stop = s.stops[place];
+  r.stop_kind = static_cast<int>(s.stops[s.num_stops + place]);
 }
 
-template <class D>
-ODENET_HD void find_stop(const StepSize& s, Row<D>& r) {
-  r.stop = gather(s.stops, r[kNextStop]);
-  r.stop_kind = gather(s.stops + s.num_stops, r[kNextStop]);
+ODENET_HD void find_output(const StepSize& s, Row& r) {
+  const int64_t output = static_cast<int64_t>(r[kOutputEnd]);
+  r.next_output = output < s.num_outputs ? s.t[output] : s.controller.direction * HUGE_VAL;
 }
 
-template <class D>
-ODENET_HD void find_output(const StepSize& s, Row<D>& r) {
-  const D count = D(static_cast<double>(s.num_outputs));
-  const MaskOf<D> left = r[kOutputEnd] < count;
-  const D time = gather(s.t, select(left, r[kOutputEnd], count - D(1.0)));
-  r.next_output = select(left, time, D(s.controller.direction * HUGE_VAL));
-}
-
-ODENET_HD Row<double> load_row(const StepSize& s, int64_t row) {
-  Row<double> r;
+ODENET_HD Row load_row(const StepSize& s, int64_t row) {
+  Row r;
   for (int name = 0; name < kNumFields; ++name) r[name] = s.field(name, row);
   find_stop(s, r);
   find_output(s, r);
   return r;
 }
-ODENET_HD void store_row(const StepSize& s, int64_t row, const Row<double>& r) {
+ODENET_HD void store_row(const StepSize& s, int64_t row, const Row& r) {
   for (int name = 0; name < kNumFields; ++name) s.field(name, row) = r[name];
 }
 
+ODENET_HD Row first_row(const StepSize& s) {
+  Row r;
+  for (int name = 0; name < kNumFields; ++name) r[name] = 0;
+  r[kTime] = r[kStepEnd] = r[kLastTime] = s.t[0];
+  r[kInverse1] = r[kInverse2] = r[kOutputBegin] = r[kOutputEnd] = 1;
+  if (s.stops[0] == s.t[0]) r[kJumped] = r[kNextStop] = 1;
+  find_stop(s, r);
+  find_output(s, r);
+  return r;
+}
+
+// Of a number, or of each lane of a pack.
 template <class D>
 ODENET_HD D clamp_step(const Controller& q, const D& size) {
   const D lower = select(size > D(q.min_step), size, D(q.min_step));
   return select(lower < D(q.max_step), lower, D(q.max_step));
 }
 
-// Ends rows: they are held where they are, with steps of size 0.
-template <class D>
-ODENET_HD void end_rows(Row<D>& r, const MaskOf<D>& which, Status status) {
-  set(which, r[kStatus], D(status));
-  set(which, r[kDt], D(0));
-  set(which, r[kStepEnd], r[kTime]);
+// Ends a row: it is held where it is, with steps of size 0.
+ODENET_HD void end_row(Row& r, Status status) {
+  r[kStatus] = status;
+  r[kDt] = 0;
+  r[kStepEnd] = r[kTime];
 }
 
-// Chooses the step to try: `size`, or what is left to the next stop if that is not more. A remainder smaller than
-// a billionth of the step is taken along, so that rounding never leaves a sliver.
-template <class D>
-ODENET_HD void plan_step(const Controller& q, Row<D>& r, const MaskOf<D>& which, const D& size) {
-  const D left = D(q.direction) * (r.stop - r[kTime]);
-  const D end = r[kTime] + D(q.direction) * size;
-  const MaskOf<D> lands = size * D(1 + 1e-9) >= left;
-  const MaskOf<D> stuck = which & !lands & !(D(q.direction) * (end - r[kTime]) > D(0));
-  set(which, r[kProposal], size);
-  set(which, r[kDt], select(lands, r.stop - r[kTime], D(q.direction) * size));
-  set(which, r[kStepEnd], select(lands, r.stop, end));
-  if (any(stuck)) {
-    const MaskOf<D> small = finite(r[kErrorRatio]);
-    end_rows(r, stuck & small, kUnderflow);
-    end_rows(r, stuck & !small, kNonFinite);
+// Within a billionth: a remainder smaller than that is taken along, so that rounding never leaves a sliver.
+constexpr double kStretch = 1 + 1e-9;
+
+// Chooses the step to try: `size`, or what is left to the next stop if that is not more.
+ODENET_HD void plan_step(const Controller& q, Row& r, double size) {
+  const double left = r.stop - r[kTime], end = r[kTime] + q.direction * size;
+  const bool lands = size * kStretch >= q.direction * left;
+  r[kProposal] = size;
+  r[kDt] = lands ? left : q.direction * size;
+  r[kStepEnd] = lands ? r.stop : end;
+  if (!lands && !(q.direction * (end - r[kTime]) > 0)) end_row(r, is_finite(r[kErrorRatio]) ? kUnderflow : kNonFinite);
+}
+
+ODENET_HD double step_factor(const Controller& q, const Row& r, double ratio, bool accept) {
+  if (!is_finite(ratio)) return q.dfactor;
+  if (ratio == 0) return q.ifactor;
+  double factor = q.safety * pow(1 / ratio, accept ? q.b0 : 1 / q.order);
+  if (accept && q.b1 != 0) factor *= pow(r[kInverse1], q.b1);
+  if (accept && q.b2 != 0) factor *= pow(r[kInverse2], q.b2);
+  const double floor = accept && ratio < 1 ? q.accept_floor : q.dfactor;
+  factor = factor > floor ? factor : floor;
+  return factor < q.ifactor ? factor : q.ifactor;
+}
+
+// After a running row's step was accepted or rejected: the outputs and stops that it has come to, its end, or the next
+// step, of that size. smallest: the step was of the least size allowed.
+ODENET_HD void go_on(const StepSize& s, Row& r, bool accept, bool smallest, double next) {
+  const double direction = s.controller.direction;
+  if (accept) {
+    r[kTime] = r[kStepEnd];
+    r[kJumped] = 0;
+    while (direction * (r[kTime] - r.next_output) >= 0) {
+      r[kStepsSinceOutput] = 0;
+      r[kOutputEnd] += 1;
+      find_output(s, r);
+    }
+    if (r[kTime] == r.stop) {
+      if (r.stop_kind >= kStopEnd) {
+        end_row(r, kSuccess);
+      } else {
+        r[kJumped] = r.stop_kind == kStopJump;
+        r[kNextStop] += 1;
+        find_stop(s, r);
+      }
+    }
+  } else if (smallest) {
+    end_row(r, kNonFinite);  // and no smaller step is allowed
   }
+  if (r.running() && r[kStepsSinceOutput] >= s.controller.max_num_steps) end_row(r, kMaxSteps);
+  if (r.running()) plan_step(s.controller, r, next);
 }
 
-// F: the type in which powers are taken.
-template <class F, class D>
-ODENET_HD D step_factor(const Controller& q, const Row<D>& r, const D& ratio, const MaskOf<D>& accept) {
-  using P = With<D, F>;
-  const P inverse = convert<F>(D(1) / ratio);
-  P factor = P(F(q.safety)) * pow(inverse, P(F(q.b0)));
-  if (q.b1 != 0) factor = factor * pow(convert<F>(r[kInverse1]), P(F(q.b1)));
-  if (q.b2 != 0) factor = factor * pow(convert<F>(r[kInverse2]), P(F(q.b2)));
-  D result = convert<double>(factor);
-  const double least = 1 / q.order;
-  if ((q.b0 != least || q.b1 != 0 || q.b2 != 0) && any(r.running() & !accept)) {
-    const P after_rejection = P(F(q.safety)) * pow(inverse, P(F(least)));
-    result = select(accept, result, convert<double>(after_rejection));
-  }
-  const D floor = select(accept & (ratio < D(1)), D(q.accept_floor), D(q.dfactor));
-  result = select(result > floor, result, floor);
-  result = select(result < D(q.ifactor), result, D(q.ifactor));
-  result = select(ratio == D(0), D(q.ifactor), result);
-  return select(finite(ratio), result, D(q.dfactor));
-}
-
-// After `error`: accepts or rejects steps and plans the next.
-template <class F, class D>
-ODENET_HD void control_step(const StepSize& s, Row<D>& r) {
+// After `error`: accepts or rejects the step and plans the next.
+ODENET_HD void control_step(const StepSize& s, Row& r) {
   const Controller& q = s.controller;
   r[kOutputBegin] = r[kOutputEnd];
-  const MaskOf<D> running = r.running();
-  const D dt = r[kDt], size = D(q.direction) * dt, ratio = r[kErrorRatio];
+  r[kAccept] = r[kAcceptedDt] = 0;
+  if (!r.running()) return;
+  const double dt = r[kDt], size = q.direction * dt, ratio = r[kErrorRatio];
   // Landing may have stretched a step of min_step by a sliver: what was asked for counts too.
-  MaskOf<D> smallest = size <= D(q.min_step);
-  if (q.min_step > 0) smallest = smallest | (r[kProposal] <= D(q.min_step));
-  const MaskOf<D> accept = running & ((ratio <= D(1)) | (smallest & finite(ratio)));
-  const MaskOf<D> reject = running & !accept;
-  r[kAccept] = select(accept, D(1), D(0));
-  set(running, r[kLastTime], r[kTime]);
-  set(running, r[kLastDt], dt);
-  r[kAcceptedDt] = select(accept, dt, D(0));
-  const D next = clamp_step(q, size * step_factor<F>(q, r, ratio, accept));
-  r[kStepsSinceOutput] = r[kStepsSinceOutput] + select(running, D(1), D(0));
-  r[kNumAccepted] = r[kNumAccepted] + r[kAccept];
-  r[kNumRejected] = r[kNumRejected] + select(reject, D(1), D(0));
-  set(accept, r[kInverse2], r[kInverse1]);
-  set(accept, r[kInverse1], select(ratio > D(1e-10), D(1) / ratio, D(1e10)));
-  set(accept, r[kTime], r[kStepEnd]);
-  set(accept, r[kJumped], D(0));
-  MaskOf<D> output = accept & (D(q.direction) * (r[kTime] - r.next_output) >= D(0));
-  if (any(output)) {
-    set(output, r[kStepsSinceOutput], D(0));
-    do {
-      r[kOutputEnd] = r[kOutputEnd] + select(output, D(1), D(0));
-      find_output(s, r);
-      output = accept & (D(q.direction) * (r[kTime] - r.next_output) >= D(0));
-    } while (any(output));
+  const bool smallest = size <= q.min_step || (q.min_step > 0 && r[kProposal] <= q.min_step);
+  const bool accept = ratio <= 1 || (smallest && is_finite(ratio));
+  const double next = clamp_step(q, size * step_factor(q, r, ratio, accept));
+  r[kLastTime] = r[kTime];
+  r[kLastDt] = dt;
+  r[kStepsSinceOutput] += 1;
+  r[accept ? kNumAccepted : kNumRejected] += 1;
+  if (accept) {
+    r[kAccept] = 1;
+    r[kAcceptedDt] = dt;
+    r[kInverse2] = r[kInverse1];
+    r[kInverse1] = ratio > 1e-10 ? 1 / ratio : 1e10;
   }
-  const MaskOf<D> lands = accept & (r[kTime] == r.stop);
-  if (any(lands)) {
-    const MaskOf<D> ends = lands & (r.stop_kind >= D(kStopEnd));
-    set(lands & (r.stop_kind == D(kStopJump)), r[kJumped], D(1));
-    end_rows(r, ends, kSuccess);
-    r[kNextStop] = r[kNextStop] + select(lands & !ends, D(1), D(0));
-    find_stop(s, r);
-  }
-  if (any(reject & smallest)) end_rows(r, reject & smallest, kNonFinite);  // and no smaller step is allowed
-  const MaskOf<D> many = r.running() & (r[kStepsSinceOutput] >= D(q.max_num_steps));
-  if (any(many)) end_rows(r, many, kMaxSteps);
-  plan_step(q, r, r.running(), next);
+  go_on(s, r, accept, smallest, next);
 }
 
-// The first step (Hairer, Norsett and Wanner I, II.4). Phase 0 turns d0 = |y0|, d1 = |f0| (norms scaled by the
-// tolerance) into a small explicit Euler step, whose end the caller evaluates; phase 1 turns d2 = |f1 - f0| into the
-// step to try. A given first step, size > 0, replaces both.
+// The first step (Hairer, Norsett and Wanner I, II.4), of a number or of each lane. From d0 = |y0| and d1 = |f0|, norms
+// scaled by the tolerance, the size of a small explicit Euler step; left: to the next stop.
 template <class D>
-ODENET_HD void plan_first_step(const StepSize& s, Row<D>& r, const D& d0, const D& d1, const D& d2, double given,
-                               int phase) {
-  const Controller& q = s.controller;
-  const MaskOf<D> undefined = r.running() & ((d0 != d0) | (d1 != d1));
-  if (any(undefined)) end_rows(r, undefined, kNonFinite);
-  const MaskOf<D> running = r.running();
-  if (given > 0) {
-    plan_step(q, r, running, clamp_step(q, D(given)));
-    return;
-  }
+ODENET_HD D size_of_euler(const D& d0, const D& d1, const D& left) {
   D h0 = select((d0 < D(1e-5)) | (d1 < D(1e-5)), D(1e-6), D(0.01) * d0 / d1);
-  const D left = D(q.direction) * (r.stop - r[kTime]);
-  set(!(h0 > D(0)), h0, D(1e-6));  // |f0| overflows
-  set(h0 > left, h0, left);
-  if (phase == 0) {
-    set(running, r[kDt], D(q.direction) * h0);
-    set(running, r[kStepEnd], r[kTime] + D(q.direction) * h0);
-    return;
-  }
+  h0 = select(h0 > D(0.0), h0, D(1e-6));  // |f0| overflows
+  return select(h0 > left, left, h0);
+}
+
+// And from d2 = |f1 - f0|, where f1 is the slope at its end, that of the step to try. root(x): x^(1 / order).
+template <class D, class Root>
+ODENET_HD D first_size(const D& h0, const D& d1, const D& d2, const Root& root) {
   const D change = d2 / h0;
   const D largest = select(d1 > change, d1, change);
   const D least = select(h0 * D(1e-3) > D(1e-6), h0 * D(1e-3), D(1e-6));
-  const D h1 = select(largest <= D(1e-15), least, pow(D(0.01) / largest, D(1 / q.order)));
-  D size = select(D(100) * h0 < h1, D(100) * h0, h1);
-  set(!(size > D(0)), size, h0);  // d2 is not finite: start from the small step
-  plan_step(q, r, running, clamp_step(q, size));
+  const D h1 = select(largest <= D(1e-15), least, root(D(0.01) / largest));
+  const D size = select(D(100.0) * h0 < h1, D(100.0) * h0, h1);
+  return select(size > D(0.0), size, h0);  // d2 is not finite: start from the small step
 }
 
-template <class P>
-ODENET_HD P next_after_lanes(P x, double towards) {
-  for (int i = 0; i < Lanes<P>::width; ++i) set_lane(x, i, next_after(Number<P>(lane(x, i)), towards));
-  return x;
+// Phase 0 plans the Euler step, whose end the caller evaluates; phase 1 the step to try. A given first step, size > 0,
+// replaces both.
+ODENET_HD void plan_first_step(const StepSize& s, Row& r, double d0, double d1, double d2, double given, int phase) {
+  const Controller& q = s.controller;
+  if (r.running() && (d0 != d0 || d1 != d1)) end_row(r, kNonFinite);
+  if (!r.running()) return;
+  if (given > 0) return plan_step(q, r, clamp_step(q, given));
+  const double h0 = size_of_euler(d0, d1, q.direction * (r.stop - r[kTime]));
+  if (phase == 0) {
+    r[kDt] = q.direction * h0;
+    r[kStepEnd] = r[kTime] + q.direction * h0;
+    return;
+  }
+  const double size = first_size(h0, d1, d2, [&](double x) { return pow(x, 1 / q.order); });
+  plan_step(q, r, clamp_step(q, size));
 }
 
 // time + c dt, rounded twice, as on the CPU: nvcc would make one operation of it.
@@ -263,38 +247,36 @@ ODENET_HD D time_within(const D& time, double c, const D& dt) {
 
 // The time at which the stage with node c of the planned step is evaluated, in the state's real type. Beside a
 // discontinuity of f the stage on it is moved to the side on which the step lies.
-template <class R, class D>
-ODENET_HD With<D, R> stage_time(const StepSize& s, const Row<D>& r, double c) {
-  using P = With<D, R>;
+template <class R>
+ODENET_HD R stage_time(const StepSize& s, const Row& r, double c) {
+  const double direction = s.controller.direction;
   if (c == 0) {
-    const P time = convert<R>(r[kTime]);
-    const MaskOf<P> moved = r[kJumped] != D(0);
-    return any(moved) ? select(moved, next_after_lanes(time, s.controller.direction), time) : time;
+    const R time = round_to<R>(r[kTime]);
+    return r[kJumped] != 0 ? next_after(time, direction) : time;
   }
-  if (c != 1) return convert<R>(time_within(r[kTime], c, r[kDt]));
-  const P end = convert<R>(r[kStepEnd]);
-  const MaskOf<D> on_jump = (r.stop_kind == D(kStopJump)) | (r.stop_kind == D(kStopEndJump));
-  const MaskOf<P> jump = r.running() & (r[kStepEnd] == r.stop) & on_jump;
-  return any(jump) ? select(jump, next_after_lanes(end, -s.controller.direction), end) : end;
+  if (c != 1) return round_to<R>(time_within(r[kTime], c, r[kDt]));
+  const R end = round_to<R>(r[kStepEnd]);
+  const bool on_jump = r.stop_kind == kStopJump || r.stop_kind == kStopEndJump;
+  return r.running() && r[kStepEnd] == r.stop && on_jump ? next_after(end, -direction) : end;
 }
 
 // Rows of the stepper, whose state is in memory. times [stages, rows]: of the step that is to be tried.
 template <class R>
-ODENET_HD void store_row_and_times(const StepSize& s, int64_t row, const Row<double>& r, R* times) {
+ODENET_HD void store_row_and_times(const StepSize& s, int64_t row, const Row& r, R* times) {
   store_row(s, row, r);
   for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, r, s.c[i]);
 }
 
 template <class R>
 ODENET_HD void step_size_row(const StepSize& s, int64_t row, R* times) {
-  Row<double> r = load_row(s, row);
-  control_step<double>(s, r);
+  Row r = load_row(s, row);
+  control_step(s, r);
   store_row_and_times(s, row, r, times);
 }
 
 template <class R>
 ODENET_HD void first_step_row(const StepSize& s, int64_t row, const double* norms, double size, int phase, R* times) {
-  Row<double> r = load_row(s, row);
+  Row r = load_row(s, row);
   plan_first_step(s, r, norms[row], norms[s.rows + row], norms[2 * s.rows + row], size, phase);
   store_row_and_times(s, row, r, times);
 }

@@ -1,9 +1,10 @@
 // A tile: as many samples as a pack has lanes, which go through all steps together. What a step does to one.
 //
 // M: the tableau and the equation, written by the emitter (odenet_cuda/compiled/emit.py), with
-//   T, state, parts, arguments, stages, degree, leaves, fsal, taps; a(i, j), b(j), c(i), e(j), p(j, d), leaf_end(i):
-//   constants, field(in, t, y, arguments, dy, taps): the slope of a pack of samples, product(in, t, y, arguments, g,
-//   dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants and arguments are made.
+//   T, state, parts, arguments, stages, degree, leaves, fsal, timed, taps; a(i, j), b(j), c(i), e(j), p(j, d),
+//   leaf_end(i): constants, field(in, t, y, arguments, dy, taps): the slope of a pack of samples, product(in, t, y,
+//   arguments, g, dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants and arguments
+//   are made.
 //
 // Where a sample has several threads, a team's groups, each has some rows of everything [state] and [taps]: see row_of.
 #pragma once
@@ -13,40 +14,11 @@
 
 #include "dense_output.h"
 #include "error.h"
-#include "step_size.h"
+#include "lanes.h"
+#include "solve_call.h"
 #include "team.h"
 
 namespace odenet {
-
-// One solve, as the host hands it over. Numbers of the state's type come as void*.
-struct SolveCall {
-  const void* y0;                // [batch, state]
-  const void* arguments;         // [batch, arguments]
-  const void* const* constants;  // what the field depends on besides: weights, each an array
-  const double* rtol;            // [leaves]
-  const double* atol;
-  StepSize step;  // state: [kNumFields, rows], read at the start if resumed, written at the end
-  double first_step;
-  void* ys;             // [num_outputs, batch, state]; the first is y0
-  void* y_last;         // [batch, state]
-  const double* nodes;  // [num_nodes]: the grid of a method without step control
-  void* tiles;          // [tiles, groups] what a tile keeps between calls, see tile_bytes
-  void* tape;           // [tiles, groups, capacity] records of accepted steps, or null
-  int64_t* tape_count;  // [tiles, groups] steps that the tape should hold
-  double* sums;         // of joint control: of each tile, or twice of each block, the sums [3, leaves]
-  // Gradients, of a solve backwards.
-  const void* grad_ys;   // [num_outputs, batch, state]
-  void* grad_y0;         // [batch, state]
-  void* grad_arguments;  // [batch, arguments]
-  void* grad_constants;  // [chunks, grad_size]: each chunk of tiles adds to its own
-  int64_t chunk;         // tiles of a chunk
-  int64_t grain;         // chunks below which a second thread costs more than it brings
-  int64_t grad_size;
-  int64_t batch, num_nodes, capacity;
-  int64_t max_steps;  // steps to try in this call
-  int64_t begun;      // steps tried before; 0: the solve begins
-};
-
 namespace ODENET_LEVEL {
 
 // A number known at compile time, as an argument.
@@ -101,18 +73,17 @@ struct Tile {
   P taps[M::taps > 0 ? M::stages : 1][own(M::taps) + 1];  // beside each slope, where the solve integrates those too
 };
 
-// Where a member of the team keeps what a tile has between calls, and its records.
-ODENET_HD int64_t place_of(int64_t tile) {
-  return tile * kGroups + group();
+// Where a member of the team keeps what a place has between calls, and its records.
+ODENET_HD int64_t place_of(int64_t place) {
+  return place * kGroups + group();
 }
 
 // What a tile keeps between calls.
 template <class M, class P>
 struct Kept {
   Tile<M, P> tile;
-  Row<With<P, double>> row;  // under per-sample control
-  With<P, double> fresh;     // 1: the first slope of the next step was evaluated, not taken over from the last step
-  P first;                   // at this time
+  P first;       // under joint control: time of the first slope of the next step,
+  double fresh;  // and 1 where that was evaluated, not taken over from the last step
 };
 
 // One accepted step, lane by lane.
@@ -123,7 +94,8 @@ struct Record {
   P first, last;             // times of its first stage, and of those at its end
   With<P, double> time, dt;  // dt: 0 where the lane did not accept
   With<P, double> end;
-  With<P, double> fresh;  // as in Kept
+  P fresh;  // 1: the first slope was evaluated, not taken over from the last step
+  With<P, int64_t> sample;
 };
 
 // A lane beyond the batch repeats the last sample.
@@ -132,12 +104,12 @@ ODENET_HD int64_t sample_of(int64_t tile, int i, int64_t batch) {
   const int64_t sample = tile * Lanes<P>::width + i;
   return sample < batch ? sample : batch - 1;
 }
-template <class P>
-ODENET_HD void load_lanes(P* to, const void* from, int columns, int64_t tile, int64_t batch) {
+template <class P, class Sample>
+ODENET_HD void load_lanes(P* to, const void* from, int columns, const Sample& sample) {
   const Number<P>* p = static_cast<const Number<P>*>(from);
   for (int i = 0; i < Lanes<P>::width; ++i) {
-    const int64_t sample = sample_of<P>(tile, i, batch);
-    for (int n = 0; n < columns; ++n) set_lane(to[n], i, p[sample * columns + n]);
+    const int64_t row = sample(i);
+    for (int n = 0; n < columns; ++n) set_lane(to[n], i, p[row * columns + n]);
   }
 }
 template <class P>
@@ -151,10 +123,10 @@ ODENET_HD void store_lanes(void* to, const P* from, int columns, int64_t tile, i
 }
 
 // The rows of a state [batch, state], from and to memory.
-template <class M, class P>
-ODENET_HD void load_state(P* to, const void* from, int64_t tile, int64_t batch) {
-  if constexpr (kGroups == 1) return load_lanes(to, from, M::state, tile, batch);
-  const P* p = static_cast<const P*>(from) + sample_of<P>(tile, 0, batch) * M::state;
+template <class M, class P, class Sample>
+ODENET_HD void load_state(P* to, const void* from, const Sample& sample) {
+  if constexpr (kGroups == 1) return load_lanes(to, from, M::state, sample);
+  const P* p = static_cast<const P*>(from) + sample(0) * M::state;
   for (int i = 0; i < kOwn<M>; ++i) to[i] = row_of<M>(i) < 0 ? P(0) : p[row_of<M>(i)];
 }
 template <class M, class P>
@@ -167,13 +139,33 @@ ODENET_HD void store_state(void* to, const P* from, int64_t tile, int64_t batch)
   }
 }
 
+// The first of `count` weights that is not 0.
+template <int count, class Weight>
+constexpr int first_weight() {
+  int j = 0;
+  while (j < count - 1 && Weight{}(j) == 0) ++j;
+  return j;
+}
+
+// The numbers of one lane, which are those of a sample.
+template <class M, class P>
+ODENET_HD void store_lane(void* to, const P* from, int i, int64_t sample) {
+  Number<P>* p = static_cast<Number<P>*>(to) + sample * M::state;
+  for (int n = 0; n < kOwn<M>; ++n) {
+    if (row_of<M>(n) >= 0) p[row_of<M>(n)] = lane(from[n], i);
+  }
+}
+
 // sum_j weight(j) k[j][n] of the first `count` slopes; constants that are 0 cost nothing.
 template <int count, class P, int N, class Weight>
 ODENET_HD P weigh(const P (*k)[N], int n, Weight) {
-  P sum(Number<P>(0));
-  unrolled<count>([&](auto j) {
+  constexpr int first = first_weight<count, Weight>();
+  constexpr double w0 = Weight{}(first);
+  P sum = k[first][n] * Number<P>(w0);
+  unrolled<count - 1 - first>([&](auto after) {
+    constexpr int j = first + 1 + after;
     constexpr double w = Weight{}(j);
-    if constexpr (w != 0) sum = sum + k[j][n] * Number<P>(w);
+    if constexpr (w != 0) sum = fused(k[j][n], Number<P>(w), sum);
   });
   return sum;
 }
@@ -187,13 +179,14 @@ ODENET_HD void try_step(const SolveCall& in, Tile<M, P>& x, const P& dt, const T
     P between[end ? 1 : kOwn<M>];
     P* y = end ? x.y1 : between;
     for (int n = 0; n < kOwn<M>; ++n) {
-      y[n] = x.y[n] + dt * weigh<i>(x.k, n, [](auto j) { return M::a(i, j); });
+      y[n] = fused(dt, weigh<i>(x.k, n, [](int j) { return M::a(i, j); }), x.y[n]);
     }
-    M::field(in, time_of(M::c(i)), y, x.arguments, x.k[i], x.taps[M::taps > 0 ? i : 0]);
+    const P time = M::timed ? time_of(M::c(i)) : P(Number<P>(0));
+    M::field(in, time, y, x.arguments, x.k[i], x.taps[M::taps > 0 ? i : 0]);
   });
   if constexpr (!M::fsal) {
     for (int n = 0; n < kOwn<M>; ++n) {
-      x.y1[n] = x.y[n] + dt * weigh<M::stages>(x.k, n, [](auto j) { return M::b(j); });
+      x.y1[n] = fused(dt, weigh<M::stages>(x.k, n, [](int j) { return M::b(j); }), x.y[n]);
     }
   }
 }
@@ -205,10 +198,10 @@ ODENET_HD P error_squares(const SolveCall& in, const Tile<M, P>& x, const P& dt,
   const T rtol = T(in.rtol[leaf]), atol = T(in.atol[leaf]);
   P sum(T(0));
   for_leaf<M>(leaf, [&](int n) {
-    const P error = dt * weigh<M::stages>(x.k, n, [](auto j) { return M::e(j); });
+    const P error = dt * weigh<M::stages>(x.k, n, [](int j) { return M::e(j); });
     const P size = maximum(abs(x.y[n]), abs(x.y1[n]));
-    const P scaled = error / (P(atol) + size * rtol);
-    sum = sum + scaled * scaled + (size - size);
+    const P scaled = error / fused(size, rtol, P(atol));
+    sum = fused(scaled, scaled, sum) + (size - size);
   });
   return add_groups(sum);
 }
@@ -240,33 +233,39 @@ ODENET_HD void interpolant(const P& theta, const P& dt, P* weights) {
   });
 }
 
-// The outputs [begin, end) of each lane, which fall into the step from `time` over dt that ended at `reached`.
-template <class M, class P, class D = With<P, double>>
-ODENET_HD void write_outputs(const SolveCall& in, const Tile<M, P>& x, int64_t tile, D begin, const D& end,
-                             const D& time, const D& dt, const D& reached) {
+// An output of each lane in `which`, at time `output` in the step from `time` over dt that ended at `reached`.
+// number(i), sample(i): which output, of which sample.
+template <class M, class P, class D, class Which, class Sample>
+ODENET_HD void write_output(const SolveCall& in, const Tile<M, P>& x, const MaskOf<P>& which, const D& output,
+                            const D& time, const D& dt, const D& reached, const Which& number, const Sample& sample) {
   using T = Number<P>;
   T* ys = static_cast<T*>(in.ys);
-  MaskOf<D> left = begin < end;
-  while (any(left)) {
-    const D output = gather(in.step.t, select(left, begin, D(0.0)));
-    const P theta = convert<T>((output - time) / dt);
-    const MaskOf<P> landed = output == reached;
-    P weights[M::stages];
-    interpolant<M>(theta, convert<T>(dt), weights);
-    for (int n = 0; n < kOwn<M>; ++n) {
-      P sum = x.y[n];
-      for (int j = 0; j < M::stages; ++j) sum = sum + weights[j] * x.k[j][n];
-      sum = select(landed, x.y1[n], sum);
-      const int row = row_of<M>(n);
-      for (int i = 0; i < Lanes<P>::width; ++i) {
-        const int64_t sample = tile * Lanes<P>::width + i;
-        if (sample < in.batch && row >= 0 && lane(left, i)) {
-          ys[(static_cast<int64_t>(lane(begin, i)) * in.batch + sample) * M::state + row] = lane(sum, i);
-        }
-      }
-    }
-    begin = begin + select(left, D(1.0), D(0.0));
-    left = begin < end;
+  const P theta = convert<T>((output - time) / dt);
+  const MaskOf<P> landed = output == reached;
+  P weights[M::stages];
+  interpolant<M>(theta, convert<T>(dt), weights);
+  for (int n = 0; n < kOwn<M>; ++n) {
+    P sum = x.y[n];
+    for (int j = 0; j < M::stages; ++j) sum = fused(weights[j], x.k[j][n], sum);
+    sum = select(landed, x.y1[n], sum);
+    const int row = row_of<M>(n);
+    for_lanes(which, [&](int i) {
+      if (row >= 0) ys[(number(i) * in.batch + sample(i)) * M::state + row] = lane(sum, i);
+    });
+  }
+}
+
+// The outputs [begin, end) of all samples of a tile, in the same step.
+template <class M, class P>
+ODENET_HD void write_outputs(const SolveCall& in, const Tile<M, P>& x, int64_t tile, int64_t begin, int64_t end,
+                             double time, double dt, double reached) {
+  using D = With<P, double>;
+  MaskOf<P> valid(true);
+  for (int i = Lanes<P>::width - 1; i >= 0 && tile * Lanes<P>::width + i >= in.batch; --i) set_lane(valid, i, false);
+  for (int64_t output = begin; output < end; ++output) {
+    write_output<M, P>(
+        in, x, valid, D(in.step.t[output]), D(time), D(dt), D(reached), [&](int) { return output; },
+        [&](int i) { return tile * Lanes<P>::width + i; });
   }
 }
 
@@ -278,9 +277,11 @@ ODENET_HD Record<M, P>* next_record(const SolveCall& in, int64_t tile) {
   return static_cast<Record<M, P>*>(in.tape) + place_of(tile) * in.capacity + place;
 }
 
-template <class M, class P, class D = With<P, double>>
-ODENET_HD void write_record(Record<M, P>& record, const Tile<M, P>& x, const P& first, const P& last, const D& time,
-                            const D& dt, const D& end, const D& fresh) {
+// sample(i): of a lane.
+template <class M, class P, class Sample>
+ODENET_HD void write_record(Record<M, P>& record, const Tile<M, P>& x, const P& first, const P& last,
+                            const With<P, double>& time, const With<P, double>& dt, const With<P, double>& end,
+                            const P& fresh, const Sample& sample) {
   for (int n = 0; n < kOwn<M>; ++n) {
     record.y[n] = x.y[n];
     record.slope[n] = x.k[0][n];
@@ -291,6 +292,7 @@ ODENET_HD void write_record(Record<M, P>& record, const Tile<M, P>& x, const P& 
   record.dt = dt;
   record.end = end;
   record.fresh = fresh;
+  for (int i = 0; i < Lanes<P>::width; ++i) set_lane(record.sample, i, sample(i));
 }
 
 template <class M, class P>
@@ -300,18 +302,6 @@ ODENET_HD void accept_step(Tile<M, P>& x, const MaskOf<P>& accept) {
     x.k[0][n] = select(accept, x.k[M::stages - 1][n], x.k[0][n]);
   }
   for (int n = 0; n < own(M::taps); ++n) x.taps[0][n] = select(accept, x.taps[M::stages - 1][n], x.taps[0][n]);
-}
-
-template <class D>
-ODENET_HD Row<D> first_row(const StepSize& s) {
-  Row<D> r;
-  for (int name = 0; name < kNumFields; ++name) r[name] = D(0.0);
-  r[kTime] = r[kStepEnd] = r[kLastTime] = D(s.t[0]);
-  r[kInverse1] = r[kInverse2] = r[kOutputBegin] = r[kOutputEnd] = D(1.0);
-  if (s.stops[0] == s.t[0]) r[kJumped] = r[kNextStop] = D(1.0);
-  find_stop(s, r);
-  find_output(s, r);
-  return r;
 }
 
 // The sum over the valid lanes of a tile.
@@ -326,47 +316,6 @@ ODENET_HD double sum_lanes(const P& x, int64_t tile, int64_t batch) {
 template <class P>
 ODENET_HD double own_sum(const P& x, int64_t tile, int64_t batch) {
   return group() == 0 ? sum_lanes(x, tile, batch) : 0;
-}
-
-// Norms of the start, lane by lane, as squares of leaf `leaf`: of y0, f0, and of f1 - f0, where f1 lies in k[1].
-template <class M, class P>
-ODENET_HD void start_squares(const SolveCall& in, const Tile<M, P>& x, int leaf, P& d0, P& d1, P& d2) {
-  using T = Number<P>;
-  d0 = d1 = d2 = P(T(0));
-  for_leaf<M>(leaf, [&](int n) {
-    const P scale = P(T(in.atol[leaf])) + abs(x.y[n]) * T(in.rtol[leaf]);
-    const P y = x.y[n] / scale, f = x.k[0][n] / scale, change = (x.k[1][n] - x.k[0][n]) / scale;
-    d0 = d0 + y * y;
-    d1 = d1 + f * f;
-    d2 = d2 + change * change;
-  });
-  d0 = add_groups(d0), d1 = add_groups(d1), d2 = add_groups(d2);
-}
-
-// The time of the first slope; a grid has no stops.
-template <class P>
-ODENET_HD P first_time(const SolveCall& in) {
-  const StepSize& s = in.step;
-  return s.num_stops > 0 ? P(stage_time<Number<P>>(s, first_row<double>(s), 0.0)) : P(Number<P>(s.t[0]));
-}
-
-template <class M, class P>
-ODENET_HD void begin_tile(const SolveCall& in, Tile<M, P>& x, int64_t tile) {
-  load_state<M>(x.y, in.y0, tile, in.batch);
-  for (int n = 0; n <= M::arguments; ++n) x.arguments[n] = x.arguments_grad[n] = P(Number<P>(0));
-  if constexpr (M::arguments > 0) load_lanes(x.arguments, in.arguments, M::arguments, tile, in.batch);
-  store_state<M>(in.ys, x.y, tile, in.batch);
-  M::field(in, first_time<P>(in), x.y, x.arguments, x.k[0], x.taps[0]);
-  if constexpr (M::stages > 1) {
-    for (int n = 0; n < kOwn<M>; ++n) x.k[1][n] = x.k[0][n];
-  }
-}
-
-// The slope after an explicit Euler step, into k[1].
-template <class M, class P>
-ODENET_HD void euler(const SolveCall& in, Tile<M, P>& x, const P& time, const P& dt) {
-  for (int n = 0; n < kOwn<M>; ++n) x.y1[n] = x.y[n] + dt * x.k[0][n];
-  M::field(in, time, x.y1, x.arguments, x.k[1], x.taps[M::taps > 0]);
 }
 
 }  // namespace ODENET_LEVEL

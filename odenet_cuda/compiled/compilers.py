@@ -16,7 +16,7 @@ FLAGS = (
     "-shared",
     "-fvisibility=hidden",
     "-fno-math-errno",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",  # see core/vector.h
     "-DNDEBUG",
     "-w",
 )
@@ -62,9 +62,9 @@ def include_folder() -> Path:
     """What lies in it is `core/`: beside the package where it is installed, in csrc/ in a source tree."""
     here = Path(__file__).resolve().parent.parent
     for folder in (here, here.parent / "csrc"):
-        if (folder / "core" / "solve.h").exists():
+        if (folder / "core" / "driver.h").exists():
             return folder
-    raise NoCompiler("the headers of the package are missing: core/solve.h")
+    raise NoCompiler("the headers of the package are missing: core/driver.h")
 
 
 @functools.cache

@@ -114,6 +114,7 @@ def emit(
     ends = [(f"i == {i}", float(end)) for i, end in enumerate(np.cumsum(leaf_sizes).tolist())]
     leaf_end = "".join(f"    if ({condition}) return {int(value)};\n" for condition, value in ends)
     functions, memory = functions_for(program, taps, target.solve, kept[0], target.team)
+    timed = any(re.search(r"\bt\b", function.text.text) for function in functions)
     bodies = "".join([_body(function, target.team is not None and target.team.groups > 1) for function in functions])
     if backward:
         bodies += (
@@ -124,13 +125,14 @@ def emit(
         )
     return (
         f"// {title}\n"
-        + ("" if memory is None else memory.defines())
+        + (memory.defines() if memory is not None else "#define ODENET_ONE_LANE\n" if target.lanes == "one" else "")
         + f'#include "core/{"backward" if backward else "driver"}.h"\n#include "core/layers.h"\n'
         + ('#include "core/run.h"\n\n' if target.team else "\n")
         + "namespace odenet {\nnamespace ODENET_LEVEL {\n\n"
         "struct Equation {\n"
         f"  static constexpr int state = {state}, parts = 1, arguments = {arguments}, leaves = {len(leaf_sizes)}, taps = 0;\n"
         f"  static constexpr int taps_of_product = {len(taps)}, kept = {kept[1]};\n"
+        f"  static constexpr bool timed = {'true' if timed else 'false'};\n"
         f"  ODENET_HD static constexpr int leaf_end(int i) {{\n{leaf_end}    return 0;\n  }}\n"
         f"{_method(tableau)}{bodies}}};\n\n"
         "}  // namespace ODENET_LEVEL\n\n"
@@ -161,11 +163,11 @@ def _types(target: Target) -> tuple[str, str, str]:
 
 
 def _sizes(target: Target) -> str:
-    pack, equation, _ = _types(target)
-    kept = f"Reverse<Equation, {pack}>" if target.solve == "reverse" else f"Kept<{equation}, {pack}>"
+    pack, equation, control = _types(target)
+    name = "Reverse" if target.solve == "reverse" else "Samples" if control == "kPerSample" else "Kept"
     return (
         'extern "C" ODENET_EXPORT void odenet_sizes(int64_t* sizes) {\n'
-        f"  sizes[0] = Lanes<{pack}>::width;\n  sizes[1] = sizeof({kept});\n"
+        f"  sizes[0] = Lanes<{pack}>::width;\n  sizes[1] = sizeof({name}<{equation}, {pack}>);\n"
         f"  sizes[2] = sizeof(Record<{equation}, {pack}>);\n"
         f"  sizes[3] = {'kTeam' if target.team else '1'};\n  sizes[4] = kGroups;\n}}\n"
     )
@@ -184,11 +186,12 @@ def _entry(target: Target) -> str:
 def _kernel(target: Target, memory: Memory, program: Program) -> str:
     pack, equation, control = _types(target)
     if target.solve == "reverse":
-        call = f"for_block(in, [&](int64_t tile) {{ return reverse_tile<Equation, {pack}>(Block{{}}, in, tile); }})"
+        call = f"for_block(in, [&](int64_t place) {{ return reverse_place<Equation, {pack}>(Block{{}}, in, place); }})"
     else:
         call = f"solve_block<{equation}, {pack}, {control}>(in, reinterpret_cast<unsigned*>(left + 1))"
     sizes = f"Block::size, {memory.bytes}"
     together = control == "kJoint"  # blocks wait for each other
+    tiles = "places" if target.solve == "reverse" else "batch"
     return (
         "// A lane a sample, a block a chunk of them. left: rows, or steps, that are not done, and behind it meetings.\n"
         f"__global__ void __launch_bounds__(Block::size{', 2' * memory.team.fits_twice(memory.bytes)})\n"
@@ -199,7 +202,8 @@ def _kernel(target: Target, memory: Memory, program: Program) -> str:
         f"{_sizes(target)}"
         'extern "C" ODENET_EXPORT const char* odenet_launch(const SolveCall* in, unsigned long long* left,\n'
         "                                                   void* stream) {\n"
-        f"  return cuda::run{'_together' * together}<{sizes}>(odenet_kernel, blocks_of(*in), stream, *in, left);\n}}\n"
+        f"  const unsigned blocks = blocks_of(*in, in->{tiles});\n"
+        f"  return cuda::run{'_together' * together}<{sizes}>(odenet_kernel, blocks, stream, *in, left);\n}}\n"
         'extern "C" ODENET_EXPORT const char* odenet_resident(int64_t* blocks) {\n'
         f"  return cuda::resident<{sizes}>(odenet_kernel, blocks);\n}}\n"
     )

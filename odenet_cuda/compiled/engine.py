@@ -169,6 +169,8 @@ class Engine:
             call.bind_gradients(0, 0, arguments.data_ptr(), constants.data_ptr(), constants.shape[1])
         if keep:
             self._run_and_keep(way, call, grid)
+            if way.solve == "per_sample":  # a record has steps of several samples
+                self.steps = int(state[FIELDS["num_accepted"]].max())
         else:
             way.run(call)
         way.end(memory)

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from .fused import PRODUCT, fused_text, is_added
 from .program import Linear, Pointwise, Program, Reduce, Refs, Statement, split
 
 UNROLLED = 8  # loops of at most so many turns are written out
@@ -213,10 +214,17 @@ class FunctionText:
         stored = {out for out in inside if out in results or any(id(r) not in members for r in readers.get(out, []))}
         for out in sorted(stored):
             self._declare(out)
+        inner = [x.out for x in group if x.text == PRODUCT and x.out not in stored]
+        fused = {out for out in inner if is_added(readers.get(out, []), out)}
+        factors: dict[str, list[str]] = {}  # of products that are a part of the sum that reads them
 
         def assign(statement: Pointwise, texts: list[str], index: str) -> list[str]:
             b = self.program.buffers[statement.out]
-            lines = [f"const {'MaskOf<P>' if b.mask else 'P'} {b.name}_ = {self._fill(statement.text, texts)};"]
+            if statement.out in fused:
+                factors[f"{b.name}_"] = texts
+                return []
+            text = fused_text(statement.text, texts, factors) or self._fill(statement.text, texts)
+            lines = [f"const {'MaskOf<P>' if b.mask else 'P'} {b.name}_ = {text};"]
             return [*lines, f"{b.name}[{index}] = {b.name}_;"] if statement.out in stored else lines
 
         def local(refs: Refs) -> str | None:

@@ -31,6 +31,7 @@ def functions_for(
     if team is None:
         return _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args)), None
     scratch = max(0 if solve in ("per_sample", "joint", "grid") else team.slabs, team.sums if solve.endswith("joint") else 0)
+    scratch = max(scratch, team.lanes)  # bytes in which they are dealt samples
     if team.groups == 1:
         memory = Memory(team, bytes=scratch)
         return _functions(program, taps, solve, kept, lambda *args: AloneText(memory, program, *args)), memory

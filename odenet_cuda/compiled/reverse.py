@@ -35,7 +35,7 @@ def reverse(engine: Engine, grad_ys: list[Tensor]) -> Gradients:
     problem, y0 = engine.problem, engine.y0
     way = engine.kind.way(engine.plan, "reverse")
     grads = as_rows(grad_ys, engine.batch, y0, len(problem.t))
-    grad_y0 = torch.empty_like(y0)
+    grad_y0 = grads[0].clone()  # of samples that took no step
     constants, arguments = _sums(engine, way)
     place = y0.data_ptr()  # the first alone is read, and nothing written
     call, memory = way.begin(problem, None, engine.constants, engine.arguments, place, place, place, place)

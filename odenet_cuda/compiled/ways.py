@@ -24,6 +24,7 @@ from .plan import Plan
 from .teams import Card
 
 _MOST_CHUNKS = 64  # partial sums of gradients, whatever the number of threads, so that a sum has one order
+_FEW_CHUNKS, _LONG = 16, 8  # and no fewer than so many, unless each has so many tiles
 _MOST_BLOCKS = 1024  # the same on CUDA, as long as they fit in
 _SUM_BYTES = 256 << 20
 _MEETING = 1e-4  # seconds of work that a second thread is worth, where threads meet after every step
@@ -55,7 +56,9 @@ class Kind:
     ):
         self.options, self.batch, self.per_sample = options, batch, per_sample
         self.card, self.matmul, self.backward = card, matmul, backward
-        self.control = _control(options, per_sample)
+        # A sample alone has a step of its own whatever the control.
+        self._apart: bool = like._apart if like is not None else per_sample or (batch == 1 and card is None)
+        self.control = _control(options, self._apart)
         self.tableau: ButcherTableau = options.tableau
         self.taped = gradient not in ("", "adjoint")
         self.wanted: list[tuple[ButcherTableau, Target]] = []
@@ -76,12 +79,12 @@ class Kind:
         self._ways: dict[str, Way] = {}
 
     def adjoint_control(self, options: Options) -> str:
-        return "adjoint_" + _control(options, self.per_sample)
+        return "adjoint_" + _control(options, self._apart)
 
     def _target(self, plan: Plan, solve: str) -> Target:
         dtype = "float" if plan.dtype == torch.float32 else "double"
         if self.card is None:
-            return Target(dtype, "one" if self.batch == 1 and not self.per_sample else "pack", solve)
+            return Target(dtype, "one" if self.batch == 1 else "pack", solve)
         taped = self.taped and solve in (self.control, "reverse")  # the tape is written and read by the same threads
         solves = (self.control, "reverse") if taped else (solve,)
         return Target(dtype, "one", solve, plan.team(solves, self.batch, self.card, self.matmul))
@@ -92,7 +95,9 @@ class Kind:
         if found is None:
             options = self.options if self.backward is None or not solve.startswith("adjoint") else self.backward
             library = plan.load(options.tableau, self._targets[solve])
-            found = self._ways[solve] = Way(plan, solve, library, options, self.batch, self.per_sample, self.card)
+            before = self.way(plan, self.control) if solve == "reverse" else None
+            found = Way(plan, solve, library, options, self.batch, self.per_sample, self.card, self.taped, before)
+            self._ways[solve] = found
         return found
 
 
@@ -104,14 +109,25 @@ class Way:
     """One of a kind's solves: by a method, forwards or backwards, of so many samples.
 
     columns: numbers of a sample in its state. chunk: how many tiles add to one sum of gradients; chunks: how many sums there
-    are. On CUDA each is the work of one block, and those of joint control all run at once.
+    are. On CUDA each is the work of one block, and those of joint control all run at once. places: where tiles are kept; under
+    per-sample control a chunk of samples goes through one of them, or on CUDA through a team of them.
+    taped: a tape is kept. before: of "reverse", the solve whose tape it reads.
     """
 
     def __init__(
-        self, plan: Plan, solve: str, library: _C.Library, options: Options, batch: int, per_sample: bool, card: Card | None
+        self,
+        plan: Plan,
+        solve: str,
+        library: _C.Library,
+        options: Options,
+        batch: int,
+        per_sample: bool,
+        card: Card | None,
+        taped: bool = False,
+        before: "Way | None" = None,
     ):
         self.solve, self.library, self.options, self.batch, self.card = solve, library, options, batch, card
-        self.rows, self._per_sample = batch if per_sample else 1, per_sample
+        self.rows, self._per_sample = batch if solve.endswith("per_sample") else 1, per_sample
         self.longest = 32  # how many steps the last solve took, and some more
         self.device, self.on_card = plan.device, card is not None
         state = plan.state
@@ -120,19 +136,26 @@ class Way:
         joint = solve.endswith("joint")
         # Those of a last team that is not full included.
         tiles = -(-batch // (library.lanes * library.team)) * library.team
-        self.records = tiles * library.groups
         backwards = solve not in ("grid", "per_sample", "joint")
-        if backwards or (joint and self.on_card):
+        self.places = tiles
+        if solve.endswith("per_sample"):
+            self.chunks, self.chunk = self._shared(tiles, plan.sums_at[2], backwards or taped)
+            self.places = self.chunks * library.team
+        elif before is not None and before.solve == "per_sample":
+            self.chunks, self.chunk, self.places = before.chunks, library.team, before.places
+        elif backwards or (joint and self.on_card):
             self.chunks, self.chunk = self._divided(tiles, plan.sums_at[2], joint)
         else:
             self.chunks, self.chunk = 0, library.team
+        self.records = self.places * library.groups
         seconds = 1e-10 * (plan.operations + 20 * self.columns) * options.tableau.stages  # of a step of one sample, about
         self.grain = 1
         if joint:  # tiles meet after every step, which is short
             self.grain = max(1, int(_MEETING / (seconds * library.lanes * self.chunk)))
         seconds = 1e-10 * (plan.operations + 20 * (4 * state if solve == "reverse" else self.columns)) * options.tableau.stages
         # How many samples are solved one after the other, as it were; of a card, whose lanes are slower, about.
-        turns = batch + library.lanes if card is None else _SLOWER * -(-batch // (_LANES * card.multiprocessors))
+        samples = min(self.places * library.lanes, batch)
+        turns = samples + library.lanes if card is None else _SLOWER * -(-batch // (_LANES * card.multiprocessors))
         self._steps = max(1, int(_SLICE / (seconds * turns)))
         leaves = len(plan.leaf_sizes) * (self.columns // state)
         self._sums_at = -(-self.records * library.tile_bytes // 64) * 64
@@ -152,6 +175,20 @@ class Way:
         chunk = -(-tiles // (team * most)) * team
         return -(-tiles // chunk), chunk
 
+    def _shared(self, tiles: int, size: int, summed: bool) -> tuple[int, int]:
+        """Chunks of samples whose lanes take the next when one ends. summed: they add to sums, or their steps are recorded for
+        that, so that the number of threads decides nothing."""
+        if self.on_card:  # as many blocks as run at once
+            most = min(_MOST_BLOCKS, _SUM_BYTES // (8 * size + 1)) if summed else self.batch
+            chunk = max(self.library.team, -(-self.batch // max(1, min(most, self.library.resident(self._index)))))
+            return -(-self.batch // chunk), chunk
+        if summed:
+            chunk = max(-(-tiles // _MOST_CHUNKS), min(_LONG, tiles // _FEW_CHUNKS), 1)
+        else:
+            threads = torch.get_num_threads()
+            chunk = max(1, tiles // (4 * threads) if threads > 1 else tiles)
+        return -(-tiles // chunk), chunk
+
     def of(self, plan: Plan, batch: int) -> "Way":
         """The same for so many samples."""
         return Way(plan, self.solve, self.library, self.options, batch, self._per_sample, self.card)
@@ -169,7 +206,7 @@ class Way:
         stops = (self.options.step_t, self.options.jump_t) if grid is None else ((), ())
         times, kinds = stop_table(problem, *stops)
         parts: list[Sequence[float]] = [problem.t, times, kinds, problem.rtol, problem.atol, nodes]
-        table = self.tensor([x for part in parts for x in part], torch.float64)
+        table = self.tensor([x + 0.0 for part in parts for x in part], torch.float64)  # the stepper's zeros have no sign
         places = [table.data_ptr() + 8 * place for place in accumulate(map(len, parts), initial=0)]
         order, control = self._controller
         call = _C.SolveCall(
@@ -186,6 +223,7 @@ class Way:
             first_step=self.options.first_step or 0.0,
             batch=self.batch,
             chunk=self.chunk,
+            places=self.places,
             grain=self.grain,
         )
         self._numbers = numbers, table, call
