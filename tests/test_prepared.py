@@ -312,6 +312,49 @@ def test_callbacks_that_come_later():
         assert calls and "callbacks" in field.explain()
 
 
+def test_times_that_change_before_a_second_derivative():
+    """The solve that is made again for it is the one that was."""
+    field, y0, t = prepared(), rows(5, 2), torch.tensor(T, dtype=D)
+    seconds = []
+    for func in (field, field, field.func):
+        start = y0.clone().requires_grad_()
+        ys = solve(func, start, t, **OPTIONS).ys
+        t.mul_(2)
+        (first,) = torch.autograd.grad(ys.square().sum(), start, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), start)[0])
+        t.mul_(0.5)
+    for found in seconds[:2]:
+        torch.testing.assert_close(found, seconds[2], rtol=1e-9, atol=1e-9)
+
+
+def test_a_solve_that_fails_again():
+    """Rows that do not get to the end are told of, and lose their gradient, at every solve of a kind."""
+    require_compiler()
+    field = odenet_cuda.compile(lambda t, y: y * y)
+    y0 = torch.tensor([[0.1], [5.0], [0.2]], dtype=D)
+    options = {"step_control": "per_sample", "on_failure": "return", "max_num_steps": 60, "rtol": 1e-6, "atol": 1e-6}
+    for grad in (False, True, True):
+        start = y0.clone().requires_grad_(grad)
+        solution = solve(field, start, [0.0, 0.1, 1.0], **options)
+        assert field.explain() == "compiled" and [x == "success" for x in solution.status] == [True, False, True]
+        assert solution.ys[2].isnan().reshape(-1).tolist() == [False, True, False]
+        if grad:
+            (found,) = torch.autograd.grad(solution.ys[2, ::2].sum(), start)
+            assert found.isfinite().all() and found[1] == 0
+
+
+def test_a_module_without_length():
+    """That it is false is no reason to look for another."""
+
+    class Empty(Net):
+        def __len__(self):
+            return 0
+
+    assert not Empty()
+    field = prepared(Empty())
+    assert field.explain() == "compiled"
+
+
 # Memory that is used again
 
 

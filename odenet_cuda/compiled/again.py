@@ -43,8 +43,10 @@ def key_of(request: Any) -> tuple | None:
         if type(times) not in _PLAIN or times.requires_grad or times.numel() > _MOST_TIMES:
             return None
         kind, times = times.dtype, times.tolist()
-    else:
+    elif type(times) in (list, tuple):
         kind = None
+    else:
+        return None
     try:
         t = array("d", times).tobytes()  # there are two zeros
     except TypeError:

@@ -64,8 +64,8 @@ class CompiledField(nn.Module):
 
     @property
     def compilation(self) -> Compilation:
-        own = self.__dict__
-        func = own["_modules"].get("func") or own["func"]
+        own, modules = self.__dict__, self.__dict__["_modules"]
+        func = modules["func"] if "func" in modules else own["func"]
         return Compilation(func, self._plans, own["_cuda"], own["_matmul"])
 
     def source(self, method: str = "dopri5", solve: str = "per_sample", *, cuda: bool = False, lanes: str = "pack") -> str:

@@ -26,6 +26,8 @@ def refusal(request: Request) -> str:
     chosen = None if request.settings.gradient == "direct" else request.params
     engine = again(field, kind, request.structure, request.args, chosen)
     if engine is not None:
+        # What is asked for later, as on the way back, is asked of the times as they are now.
+        request.given = engine.problem.t, *request.given[1:]
         request.prepared[NAME] = engine
         return ""
     problem, settings, options, backward = request.problem, request.settings, request.options, request.backward
