@@ -49,9 +49,10 @@ def assert_agree(found, expected):
             torch.testing.assert_close(x, torch.zeros_like(x) if y is None else y, **AGREE)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"adjoint_options": {"norm": "seminorm"}}, {"method": "rk4"}], ids=["all", "semi", "grid"]
-)
+OPTIONS = {"all": {}, "seminorm": {"adjoint_options": {"norm": "seminorm"}}, "grid": {"method": "rk4"}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_odeint_adjoint_is_compiled(options):
     """As by the stepper; an unused parameter has zeros, a frozen one nothing. Three times: the last finds what is kept."""
     net = Net()
@@ -100,3 +101,33 @@ def test_a_parameter_that_is_not_chosen_may_not_change_before_the_way_back():
         net.second.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ys.sum().backward()
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"step_control": "per_sample"}, {"jump_t": [0.3]}], ids=str)
+def test_gradients_for_the_times(options):
+    """And for all else beside them; func is called for them, and counts."""
+    net = Net()
+    field = odenet_cuda.compile(net)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    found = []
+    for func in (field, field, net):
+        t, y0 = T.clone().requires_grad_(), rows(5, 2).requires_grad_()
+        adjoint = {"gradient": "adjoint", "adjoint_params": trained}
+        ys = solve(func, y0, t, **{**SOLVED, **adjoint, **options}).ys
+        found.append(torch.autograd.grad(ys.square().sum(), [t, y0, *trained]))
+        assert func is net or field.explain() == "compiled"
+    assert_agree(found[0], found[2])
+    assert_agree(found[1], found[2])
+
+
+def test_gradients_for_the_times_of_rows_that_failed():
+    """An output that was not reached has no part in them."""
+    field = odenet_cuda.compile(lambda t, y: y * y)
+    options = {"step_control": "per_sample", "on_failure": "return", "max_num_steps": 60, "gradient": "adjoint", "rtol": 1e-6}
+    found = []
+    for func in (field, field.func):
+        t = torch.tensor([0.0, 0.1, 1.0], dtype=D, requires_grad=True)
+        ys = solve(func, torch.tensor([[0.1], [5.0], [0.2]], dtype=D), t, **options, atol=1e-6).ys
+        found.append(torch.autograd.grad(ys.nan_to_num().sum(), t)[0])
+    assert field.explain() == "compiled" and found[0].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

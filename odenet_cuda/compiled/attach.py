@@ -21,10 +21,18 @@ from .reverse import adjoint, reverse
 class Sources:
     """The tensors that get gradients: the leaves of y0, the arguments with one entry a sample, and constants of func.
 
-    chosen: those that may besides y0, None: all. idle: how many of these func does not depend on; they come last and get zeros.
+    chosen: those that may besides y0 and the times, None: all. idle: how many of these func does not depend on; they come after
+    the others and get zeros. t: whether the times come last.
     """
 
-    def __init__(self, plan: Plan, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        structure: Structure,
+        args: Sequence[Any],
+        chosen: Sequence[Tensor] | None = None,
+        t: Tensor | None = None,
+    ):
         self.all: list[Tensor] = []
         self.trained: list[Tensor] = []
         self.idle = 0
@@ -37,6 +45,9 @@ class Sources:
                 found = [*(x if id(x) in wanted else x.detach() for x in found), *idle.values()]
                 self.idle = len(idle)
             self.all = [*structure.leaves, *found]
+        self.t = t is not None and t.requires_grad and torch.is_grad_enabled()
+        if t is not None and self.t:
+            self.all.append(t)
         self.wanted = any([x.requires_grad for x in self.all])
 
 
@@ -86,11 +97,12 @@ class _Compiled(torch.autograd.Function):
         with torch.no_grad():
             gys: list[Any] = list(grad_ys)
             parts = adjoint(engine, backward, ys, gys, stats) if gradient == "adjoint" else reverse(engine, gys)
-            y0, _, others = with_nan(spoilt, engine.problem, parts[0], None, [*parts[1], *parts[2]])
+            y0, t, others = with_nan(spoilt, engine.problem, parts[0], parts[3], [*parts[1], *parts[2]])
         stats.nfe_backward = engine.nfe_backward
         if gradient != "direct":  # there torch goes back along func's own graph
             engine.plan.count(engine.nfe_backward, engine.args)
         engine.plan.watch.add(time.perf_counter() - start, solves=0)
-        flat = [*y0, *others, *map(torch.zeros_like, tensors[ctx.count - engine.sources.idle :])]
+        idle = tensors[len(y0) + len(others) :][: engine.sources.idle]
+        flat = [*y0, *others, *map(torch.zeros_like, idle), *([t.to(tensors[-1])] if t is not None else [])]
         shaped = [g if g is None or g.shape == x.shape else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
         return None, None, None, *shaped

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradients.adjoint import slope_product
 from ..gradients.drift import add_drift, warn_of_drift
-from ..integrate import backward_grid
+from ..gradients.failed import stand_ins
+from ..integrate import Options, backward_grid
 from ..problem import Problem
 from .engine import Engine, as_rows, evaluations
 from .ways import Way
 
-Gradients = tuple[list[Tensor], list[Tensor], list[Any]]  # for the leaves of y0, arguments and wanted constants
+Gradients = tuple[list[Tensor], list[Tensor], list[Any], Tensor | None]  # for y0's leaves, arguments, wanted constants and t
 
 
 def _sums(engine: Engine, way: Way) -> tuple[Tensor, Tensor]:
@@ -24,10 +26,10 @@ def _sums(engine: Engine, way: Way) -> tuple[Tensor, Tensor]:
     return constants, torch.zeros_like(arguments) if plan.batched else arguments
 
 
-def _gradients(engine: Engine, y: Tensor, constants: Tensor, arguments: Tensor) -> Gradients:
+def _gradients(engine: Engine, y: Tensor, constants: Tensor, arguments: Tensor, t: Tensor | None = None) -> Gradients:
     plan = engine.plan
     parts = arguments.split(plan.argument_sizes, -1) if plan.batched else ()
-    return engine.leaves(y), list(parts), plan.gradients(constants, engine.constants)
+    return engine.leaves(y), list(parts), plan.gradients(constants, engine.constants), t
 
 
 def reverse(engine: Engine, grad_ys: list[Tensor]) -> Gradients:
@@ -84,7 +86,24 @@ def adjoint(engine: Engine, backward: Any, ys: Sequence[Tensor], grad_ys: Sequen
         a = ends[-1][:, n:] + grads[i - 1]
         engine.nfe_backward += evaluations(options, host, grid, piece)
     warn_of_drift(stats, options.adaptive)
-    return _gradients(engine, a, constants, total)
+    return _gradients(engine, a, constants, total, _of_times(engine, options, ys, grad_ys, a - grads[0]))
+
+
+def _of_times(engine: Engine, options: Options, ys: Sequence[Tensor], grad_ys: Sequence[Tensor], a: Tensor) -> Tensor | None:
+    """dL/dt_i = dL/dy_i . f(t_i, y_i), and at t_0, where the solve begins, -a . f. f is func itself. None if none is wanted."""
+    if not engine.sources.t:
+        return None
+    problem, found = engine.problem, torch.zeros(len(engine.problem.t), dtype=torch.float64, device=engine.y0.device)
+    field: Any = problem.field.again()  # type: ignore[attr-defined]
+    for i in range(len(problem.t) - 1, -1, -1):
+        failed, others = stand_ins(problem, i)
+        if failed is not None and others is None:
+            continue
+        y = [out[i] if others is None else out[i][others] for out in ys]
+        g = [grad[i] for grad in grad_ys] if i else [-leaf for leaf in engine.leaves(a)]
+        found[i] = slope_product(field, problem, options, i, y, g)
+    engine.nfe_backward += field.nfe
+    return found
 
 
 def _solve_some(

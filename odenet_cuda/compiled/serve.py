@@ -51,13 +51,18 @@ def prepare(
         kind = plans.kind(structure, args, problem.per_sample, field.cuda)
         if len(problem.t) == 1 or kind.empty:
             return _NOTHING
-        why = [f"{name} needs it" for name in needs] + kind.refusals + _of_options(problem, options, backward) + _of_torch(t)
+        why = (
+            [f"{name} needs it" for name in needs]
+            + kind.refusals
+            + _of_options(problem, options, backward)
+            + _of_torch(t, gradient)
+        )
         if may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
             why.append("callbacks of func need it")
         if why:
             return "; ".join(why)
         plan = plans.find(func, kind, structure, args, problem.per_sample)
-        sources = Sources(plan, structure, args, chosen)
+        sources = Sources(plan, structure, args, chosen, t)
         how = gradient if sources.wanted else ""
         adjoint = backward.options if how == "adjoint" else None
         if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
@@ -96,7 +101,7 @@ def _of_options(problem: Problem, options: Options, backward: Any) -> list[str]:
     return why
 
 
-def _of_torch(t: Tensor) -> list[str]:
+def _of_torch(t: Tensor, gradient: str) -> list[str]:
     """What is on now."""
     why = []
     if torch._C._is_any_autocast_enabled():
@@ -105,7 +110,7 @@ def _of_torch(t: Tensor) -> list[str]:
         why.append("anomaly detection is on")
     if _modes():
         why.append("a mode that sees torch's operations is on")
-    if t.requires_grad and torch.is_grad_enabled():
+    if t.requires_grad and torch.is_grad_enabled() and gradient != "adjoint":
         why.append("a gradient for t needs it")
     return why
 
