@@ -170,3 +170,12 @@ def test_a_count_of_a_failed_solve():
         solution = solve(field, rows(5, 2), [0.0, 1.0], max_num_steps=2, on_failure="return", first_step=1e-3)
     assert field.explain() == "compiled" and solution.status != "success"
     assert func.counts()[0] == solution.stats.nfe > 0
+
+
+def test_memory_of_weights_can_be_resized_still():
+    """As FSDP does; NumPy, once it has seen some, forbids it."""
+    func = Counting()
+    field = odenet_cuda.compile(func)
+    solve(field, rows(5, 2).requires_grad_(), T, **STEPS).ys.sum().backward()
+    assert field.explain() == "compiled"
+    assert all(x.untyped_storage().resizable() for x in (*func.parameters(), *func.buffers()))

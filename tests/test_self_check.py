@@ -89,7 +89,7 @@ def assert_found_out(monkeypatch, fault: str, control: str, gradient: str, y0: T
 @pytest.mark.parametrize("batch", [5, 1])
 def test_values(faulty, monkeypatch, control, batch):
     """In all, in one lane, in the last, in one of the two ways that tiles are visited, and late."""
-    one = batch == 1 and control != "per_sample"
+    one = batch == 1
     for fault in ["all", "not a number", "at the end"] if one else OF_VALUES:
         assert_found_out(monkeypatch, f"field: {fault}", control, "", rows(batch, 2))
 
@@ -242,7 +242,7 @@ def test_objects_in_args_are_put_back():
         log.kept = torch.tanh(y)
         return -log.kept
 
-    field, log = odenet_cuda.compile(func), Log()
+    field, log = odenet_cuda.compile(func, pure=True), Log()
     solve(field, rows(3, 2), TIMES, args=(log,))
     assert field.explain() == "compiled" and (log.count, log.times, log.kept) == (0, [], None)
 

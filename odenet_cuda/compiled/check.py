@@ -196,7 +196,8 @@ def _check_at(
     inputs = {"t": times, "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
     nodes = [node for node in plan.recording.graphs[0].nodes if node.op == "get_attr"]
     seen = {node: others.of(plan.recording.constant(node)) for node in nodes}
-    arrays = [plan.array(node, seen).cpu().numpy() for node in plan.program.constants]
+    # Copies: memory that NumPy has seen cannot be resized any more, as FSDP does with that of parameters.
+    arrays = [plan.array(node, seen).cpu().clone().numpy() for node in plan.program.constants]
     with np.errstate(all="ignore"):
         results = run_program(plan.program, inputs, [a if a.dtype == bool else a.astype(float) for a in arrays])
     wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) :])]

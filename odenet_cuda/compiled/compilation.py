@@ -112,9 +112,14 @@ def mode_of_blocks(given: str | bool | None) -> str | bool:
     return "auto" if _asked is None else _asked
 
 
+def _together() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def automatic(func: Any, mode: str | bool | None) -> Compilation | None:
-    """mode: what this solve was asked for, None: what all are. Not while torch compiles, which could not see through it."""
-    if torch.compiler.is_compiling() or (_asked if mode is None else mode) != "auto" or not callable(func):
+    """mode: what this solve was asked for, None: what all are. Not while torch compiles, which could not see through it, nor
+    where processes train together, whose parameters may be elsewhere by the way back."""
+    if torch.compiler.is_compiling() or _together() or (_asked if mode is None else mode) != "auto" or not callable(func):
         return None
     found = _KEPT.of(func)
     return None if found is None else Compilation(func, found[0], named=False, why=found[1])

@@ -33,7 +33,8 @@ def counted(
         return []
     found = added(slots, tensors, call, restore)
     if found is None:
-        raise Unreadable(f"func changes a number or a tensor at every call, and not by adding the same, {_UNDONE}")
+        what = f"writes a tensor {list(tensors[0].shape)}" if tensors else "changes a number"
+        raise Unreadable(f"func {what} at every call, and not by adding the same, {_UNDONE}")
     return found
 
 

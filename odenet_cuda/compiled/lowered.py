@@ -123,7 +123,7 @@ class Lowered:
             raise Unreadable(f"{where(node)} is computed from the state")
         self.known.append(node)
         known = {n: self.recording.constant(n) for n in self.recording.graphs[0].nodes if n.op == "get_attr"}
-        return value_of(node, known).detach().cpu().numpy()
+        return value_of(node, known).detach().cpu().clone().numpy()
 
     def _is_literal(self, value: Sample) -> bool:
         """Whether these are numbers that are known now. Masks, some of which are, are not read."""
