@@ -205,7 +205,7 @@ def unary(name: str, of: str) -> Case:
 
     def case(func: Cases, values: dict) -> Tensor:
         x = operand(of)(values)
-        x = x.detach() if name == "sgn" else x  # its derivative is in NOT_READ
+        x = x.detach() if name == "sgn" else x  # not every derivative of it can be recorded
         return getattr(torch, name)(x if x.dtype == torch.bool else x.abs() * 0.5 + shift if shift else x * 0.5)
 
     return case
@@ -480,7 +480,6 @@ NOT_READ: dict[str, Case] = {
     "lgamma": lambda f, v: torch.lgamma(v["x"] + 2),
     "erfinv": lambda f, v: torch.erfinv(v["x"] * 0.5),
     "copysign": lambda f, v: torch.copysign(v["weight"], v["x"]),
-    "_efficientzerotensor": lambda f, v: torch.sgn(v["x"]),  # which torch makes in its derivative
     "median": lambda f, v: v["x"].median(1, keepdim=True).values,
 }
 
