@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -43,3 +44,8 @@ def no_sharded_calls() -> Iterator[None]:
 def is_plain(x: Tensor) -> bool:
     """Whether x has memory of its own, unlike a DTensor and its kin, which are made of other tensors."""
     return not is_traceable_wrapper_subclass(x)
+
+
+def train_together() -> bool:
+    """Whether this is one of several processes that share gradients."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

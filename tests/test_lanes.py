@@ -3,6 +3,7 @@ knows how many lanes there were."""
 
 import pytest
 import torch
+from compile_native import require_compiler
 from compiled_fields import Stretched, assert_compiled, compare, gradients, rows
 from torch import nn
 
@@ -16,12 +17,7 @@ TIMES = [0.0, 0.013, 0.3, 0.31, 1.0]
 @pytest.fixture(scope="module", autouse=True)
 def needs_compiler():
     """Skips all where there is no C++ compiler."""
-    from odenet_cuda.compiled.compilers import NoCompiler, find_compiler
-
-    try:
-        find_compiler()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
+    require_compiler()
 
 
 class Zoo(nn.Module):

@@ -63,9 +63,7 @@ class Again:
         self._engine = engine.without_numbers()
         # Of the adjoint's norm, which nobody asks for here, hangs the state.
         self._engine.backward = None if backward is None else replace(backward, user_options={})
-        problem = Problem.__new__(Problem)
-        problem.__dict__.update({**engine.problem.__dict__, "leaves": [], "field": None})
-        self._problem = problem.__dict__
+        self._problem = {**vars(engine.problem), "leaves": [], "field": None}
 
     def engine(
         self, field: Compilation, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..sharding import train_together
 from .plans import Plans
 from .refusals import MOST_AHEAD, WORTH
 
@@ -73,7 +74,6 @@ def _code_of(func: Any) -> Any:
 
 _KEPT = _Kept()
 _OFF = frozenset({"0", "false", "off"})
-_asked: str | bool | None = None
 
 
 def check_compile(mode: Any, name: str = "compile") -> Any:
@@ -87,7 +87,7 @@ def _from_environment() -> str | bool | None:
     return None if not value else False if value in _OFF else check_compile(value, "ODENET_COMPILE")
 
 
-_asked = _from_environment()
+_asked: str | bool | None = _from_environment()
 
 
 def set_compile(mode: str | bool) -> None:
@@ -112,14 +112,10 @@ def mode_of_blocks(given: str | bool | None) -> str | bool:
     return "auto" if _asked is None else _asked
 
 
-def _together() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def automatic(func: Any, mode: str | bool | None) -> Compilation | None:
     """mode: what this solve was asked for, None: what all are. Not while torch compiles, which could not see through it, nor
     where processes train together, whose parameters may be elsewhere by the way back."""
-    if torch.compiler.is_compiling() or _together() or (_asked if mode is None else mode) != "auto" or not callable(func):
+    if torch.compiler.is_compiling() or train_together() or (_asked if mode is None else mode) != "auto" or not callable(func):
         return None
     found = _KEPT.of(func)
     return None if found is None else Compilation(func, found[0], named=False, why=found[1])

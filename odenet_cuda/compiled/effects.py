@@ -40,14 +40,16 @@ def counted(
 
 def refuse_results(call: Any, given: Callable, items: Sequence[tuple[dict, Any]], restore: Callable[[], None]) -> None:
     """Raises Unreadable where func keeps something that depends on the time or the state. call, given: of trace.py."""
+    if not items:
+        return
     found: list[list[Any]] = []
-    for index in range(2) if items else ():
+    for index in range(2):
         with given() as args:
             field, inputs = call.field(index, args, list)
             field(*inputs)
         found.append([owner.get(key) for owner, key in items])
         restore()
-    for (_, key), x, y in zip(items, *found, strict=True) if items else ():
+    for (_, key), x, y in zip(items, *found, strict=True):
         tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
         if not (x is y or (tensors and x.shape == y.shape and same_bits(x.detach(), y.detach()))):
             raise Unreadable(f"func keeps results in {str(key)!r}, {_UNDONE}")

@@ -17,6 +17,7 @@ from ..outcome import solution_of, stats_of
 from ..problem import Field
 from ..ranges import marked
 from ..request import Request
+from ..sharding import train_together
 from ..solution import Solution
 from ..solvers.trajectory import Trajectory
 
@@ -52,7 +53,7 @@ def refusal(request: Request) -> str:
     if any([leaf.dtype in SHORT for leaf in problem.leaves]) or torch._C._is_any_autocast_enabled():
         return _ROUNDED
     # a parameter that func happens not to use has a gradient of zeros there, which DDP waits for
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if train_together():
         return "processes train together"
     return ""
 
