@@ -65,12 +65,13 @@ class Options:
         """Those of the adjoint's solve where nothing else is asked for."""
         return replace(self, interp="method")
 
-    def on_side(self, problem: Problem, index: int) -> float:
+    def on_side(self, problem: Problem, index: int) -> Any:
         """On which side of t[index] func is evaluated for a step that ends there, or for index 0 begins: 0, that is on it, but
         for times of jump_t and those of a grid with `perturb`. As in `Problem.time_beside`."""
-        jumps = self.jump_t if self.adaptive else ()
-        beside = self.perturb or any(problem.same_time(problem.t[index], jump) for jump in jumps)
-        return 0.0 if not beside else 1.0 if index == 0 else -1.0
+        beside: Any = self.perturb
+        for jump in self.jump_t if self.adaptive else ():
+            beside = beside | problem.same_time(problem.t[index], jump)
+        return beside * (1.0 if index == 0 else -1.0)
 
     @property
     def tableau(self) -> Any:
@@ -132,7 +133,7 @@ def adaptive_kind(problem: Problem, options: Options, refusal: str = "") -> Kind
     """The first step is tried before any that is captured."""
     refusal = refusal or family_of(options.tableau).no_graph
     refusal = refusal or ("" if problem.fused_error else "a norm of the user, or tolerances that are tensors")
-    stops = len(stop_table(problem, options.step_t, options.jump_t)[0])
+    stops = stop_table(problem, options.step_t, options.jump_t).shape
     key = replace(options, first_step=None), stops
     return Kind(key, (problem, options.first_step), False, options.cuda_graph, refusal)
 

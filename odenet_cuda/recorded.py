@@ -136,13 +136,13 @@ class _Solve:
         request, problem = self.request, self.problem
         stats, n = stats_of(request, trajectory), len(trajectory.ys)
         outputs = [*trajectory.ys, *trajectory.last[n:], *([] if step_costs is None else step_costs.sums(problem))]
-        has_failed = failed(request, trajectory, outputs[:n], stats)
+        has_failed = failed(request, problem, trajectory, outputs[:n], stats)
         if self.wanted:
             outputs = self._attached(recorder, outputs, trajectory, has_failed, stats)
         elif torch.is_grad_enabled() and (len(problem.t) == 1 or problem.empty):
             outputs[:n] = self._without_steps()
             stats.nfe = counter_of(problem.field).nfe
-        solution = solution_of(request, outputs[:n], trajectory, recorder, stats)
+        solution = solution_of(request, problem, outputs[:n], trajectory, recorder, stats)
         names = [name for kind in (RUNNING, OF_STEPS) for name in request.settings.regularizers if name in kind]
         costs = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: costs[name] for name in request.settings.regularizers}
@@ -183,6 +183,6 @@ class _Solve:
         leaves = [leaf.view_as(leaf) for leaf in structure.leaves]
         slopes = problem.field(t, leaves)
         return [
-            (leaf + slope + t.reshape(-1)[:1].sum()).expand(len(times), *leaf.shape).clone()
+            (leaf + slope + t.reshape(-1)[:1].sum()).expand(len(problem.t), *leaf.shape).clone()
             for leaf, slope in zip(leaves, slopes, strict=True)
         ]

@@ -20,6 +20,7 @@ from .graphed.capture import MODES
 from .integrate import Grid, Options, fixed_grid, stop_times
 from .problem import (
     Field,
+    OwnTimes,
     Problem,
     Structure,
     check_samples,
@@ -167,9 +168,11 @@ class Request:
         t, rtol, atol, norm, adjoint = self.given
         settings, structure, func = self.settings, self.structure, self.func
         options, per_sample = settings.options, settings.per_sample
-        self.t, values = check_times(t)
         if per_sample:
             check_samples(structure)
+        self.t, values = check_times(t, batch=structure.leaves[0].shape[0] if per_sample else None)
+        if isinstance(values, OwnTimes) and settings.dense:
+            raise NotImplementedError("dense=True is not served with times of each sample")
         running = [name for name in settings.regularizers if name in RUNNING]
         of = CostField(func, structure, running, per_sample) if running else Field(func, structure)
         of.with_gradients = settings.gradient == "direct" and torch.is_grad_enabled()
@@ -177,7 +180,6 @@ class Request:
             field=of,
             leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
             t=values,
-            direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,
             per_sample=per_sample,
             rtol=check_tolerance("rtol", rtol, structure),
             atol=check_tolerance("atol", atol, structure),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import formulas
 from .ops import FIELDS
-from .problem import to_device
+from .problem import times_as_tensor, to_device
 from .step_control import MAX_NUM_STEPS, NON_FINITE, SUCCESS, UNDERFLOW
 from .tableau import ButcherTableau
 
@@ -93,7 +93,8 @@ class Stats:
 class Solution:
     """The result of `solve`.
 
-    ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64.
+    ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64; [batch, T] where
+    each sample has its own, and ys [T, batch, ...] is NaN where t is.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
     with gradients, under per-sample control one a sample. engine: which one served, "transformed", "compiled", "graphed",
@@ -103,7 +104,7 @@ class Solution:
     def __init__(
         self,
         ys: Any,
-        times: list[float],
+        times: Any,
         stats: Stats,
         y_last: Any,
         *,
@@ -122,7 +123,7 @@ class Solution:
     @property
     def t(self) -> Tensor:
         if self._t is None:
-            self._t = to_device(torch.tensor(self._times, dtype=torch.float64, device="cpu"), self._device)
+            self._t = to_device(times_as_tensor(self._times), self._device)
         return self._t
 
     @property

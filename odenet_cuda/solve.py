@@ -60,7 +60,9 @@ def solve(
     args: what func is called with after (t, y); tensors among it get gradients.
     y0: a tensor, real or complex, or a tuple, list, dict or nest of them; float16 and bfloat16 are summed in float32, and their
         times have 11 and 8 bits.
-    t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers.
+    t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers. Under per-sample
+        control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
+        outputs there are NaN, and nothing is solved for it after its last time.
     method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; on a grid "euler", "midpoint",
         "heun2", "heun3", "rk4".
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast

@@ -59,7 +59,6 @@ class Step:
             field=lambda t, y: y,
             leaves=self.y0,
             t=self.t,
-            direction=direction,
             per_sample=per_sample,
             rtol=self.rtol,
             atol=self.atol,
@@ -69,14 +68,14 @@ class Step:
         self.n, self.rows = len(shapes) - quadratures, self.problem.rows
         self.counted = len(shapes) if norm_leaves is None else norm_leaves
         self.signs, self.zero_base = signs or [1.0] * len(shapes), zero_base
-        self.constants = StepControl().constants(tableau.order, direction)
+        self.constants = StepControl().constants(tableau.order)
         self.rows_a = tableau.a[1:]
         self.stepper = Stepper(self.problem, tableau, self.rows_a, self.constants, norm_leaves, zero_base)
         self.kernels = self.stepper.kernels
         stops = [[direction * 0.1, direction * 2.0], [float(STOPS["step"]), float(STOPS["end"])]]
         self.stops = torch.tensor(stops, dtype=torch.float64, device=device)
         self.outputs = torch.tensor(self.t, dtype=torch.float64, device=device)
-        state = torch.from_numpy(initial_state(0.0, self.rows)).to(device)
+        state = torch.from_numpy(initial_state(0.0, self.rows, direction)).to(device)
         sizes = torch.linspace(0.1, 0.06, self.rows, dtype=torch.float64) if per_sample else torch.tensor([0.1])
         state[FIELDS["dt"]] = state[FIELDS["step_end"]] = direction * sizes.to(state)
         self.stepper.bind_state(state, self.stops, self.outputs)

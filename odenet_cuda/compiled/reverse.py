@@ -69,7 +69,6 @@ def adjoint(engine: Engine, backward: Any, ys: Sequence[Tensor], grad_ys: Sequen
         piece = replace(
             problem,
             t=[problem.t[i], problem.t[i - 1]],
-            direction=-problem.direction,
             rtol=[*backward.rtol, *backward.rtol],
             atol=[*backward.atol, *backward.atol],
         )

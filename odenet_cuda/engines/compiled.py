@@ -58,8 +58,7 @@ def solve(request: Request) -> Solution:
     steps = 0 if grid is None else len(grid[0]) - 1
     stats = Stats(nfe, problem.per_sample, trajectory.state, steps, problem.rows)
     outputs = trajectory.ys
-    if failed(request, trajectory, outputs, stats):
-        problem.missing = request.problem.missing
+    failed(request, problem, trajectory, outputs, stats)
     if wanted:
         outputs = attach(engine, gradient, engine.backward, outputs, stats, lambda: _by_stepper(request))
     unflatten, state = request.structure.unflatten, trajectory.state

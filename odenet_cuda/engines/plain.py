@@ -65,7 +65,7 @@ def solve(request: Request) -> Solution | str:
         return found
     ys, last = found
     trajectory = Trajectory(ys, [leaf.detach() for leaf in last], None)
-    return solution_of(request, ys, trajectory, None, stats_of(request, trajectory))
+    return solution_of(request, request.problem, ys, trajectory, None, stats_of(request, trajectory))
 
 
 def _solve(request: Request, field: Any) -> tuple[list[Tensor], list[Tensor]]:

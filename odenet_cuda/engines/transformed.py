@@ -44,8 +44,8 @@ def solve(request: Request) -> Solution:
         trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
     problem.field.nfe = nfe  # type: ignore[attr-defined]
     stats = stats_of(request, trajectory)
-    failed(request, trajectory, ys, stats)
-    return solution_of(request, ys, trajectory, None, stats)
+    failed(request, problem, trajectory, ys, stats)
+    return solution_of(request, problem, ys, trajectory, None, stats)
 
 
 def _mapped(request: Request) -> Solution:

@@ -13,11 +13,12 @@ from .. import formulas
 from ..problem import Problem
 from ..products import Targets, gradients, real_product
 from ..ranges import marked
-from ..solvers.trajectory import Evaluation, Recorder, Step
+from ..solvers.trajectory import End, Evaluation, Index, Recorder, Step
 from ..solvers.whole import whole_of
 from ..stepper import Rows, Stepper
 from .accumulator import Accumulator
 from .failed import without_others
+from .of_times import TimeGradient
 from .whole import undo_whole
 
 
@@ -51,12 +52,13 @@ class BackwardWalk:
         tableau, a = recorder.tableau, recorder.tableau.rows
         self.keep_graphs = keep_graphs
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, captured, t_grad
-        self.careful = problem.per_sample and problem.missing is not None  # what is no number may belong to rows without a part
+        self.careful = problem.per_sample and problem.failed  # what is no number may belong to rows without a part
         self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
         self.step_costs = recorder.step_costs
+        self.all_rows = torch.arange(problem.rows, device=problem.device)
         self.begin(grad_outputs)
         self.sums = Accumulator(captured.tensors, max(len(a), 1), problem.device)
-        self.grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device)
+        self.grad_t = TimeGradient(problem)
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         # Two, by turns: what a step leaves in the buffers of one is read while the next step writes those of the other.
         flat, rows = replace(problem, quadratures=0), transposed(a)
@@ -71,7 +73,8 @@ class BackwardWalk:
             if grad is None or i >= self.n:
                 zeros = torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device)
                 if grad is not None:  # a running cost is an output at the end alone
-                    zeros[-1] = grad
+                    last = problem.last_output
+                    zeros[(torch.from_numpy(last).to(leaf.device), self.all_rows) if problem.own else last] = grad
                 grad = zeros
             self.grad_ys.append(grad)
         self.grad_costs = [
@@ -91,7 +94,7 @@ class BackwardWalk:
 
     def result(self) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         grad_y0 = [lam + grad[0] for lam, grad in zip(self.lam, self.grad_ys, strict=True)]
-        return grad_y0[: self.n], self.grad_t, self.sums.results()
+        return grad_y0[: self.n], self.grad_t.total, self.sums.results()
 
     # ---- one evaluation of func ---------------------------------------------------------------------------------------
 
@@ -238,10 +241,9 @@ class BackwardWalk:
         base: list[list[Tensor]] | None = None
         into_y0: list[Tensor] | None = None
         for index, theta, mask in step.outputs:
-            grads = [grad[index] for grad in self.grad_ys]
-            end = step.ends[1]
-            if end is not None and end[0] == index:  # the end of the step moves with this output: it is y1 itself
-                at_end = grads if end[1] is None else [self._rows(end[1], g) * g for g in grads]
+            grads = [grad[(index, self.all_rows) if isinstance(index, Tensor) else index] for grad in self.grad_ys]
+            if step.ends_on(index):  # the end of the step moves with this output: it is y1 itself
+                at_end = grads if mask is None else [self._rows(mask, g) * g for g in grads]
                 lam = [x + g for x, g in zip(lam, at_end, strict=True)]
                 continue
             inside = grads if mask is None else [self._rows(mask, g) * g for g in grads]
@@ -290,12 +292,12 @@ class BackwardWalk:
             combined.append(total)
         return combined
 
-    def _add_end(self, end: tuple[int, Tensor | None] | None, value: Tensor) -> None:
+    def _add_end(self, end: End | None, value: Tensor) -> None:
         if end is not None:
             index, mask = end
-            self.grad_t[index] += (value if mask is None else value * mask).sum()
+            self.grad_t.add(index, value if mask is None else value * mask)
 
-    def _output_time_gradient(self, step: Step, index: int, theta: float | Tensor, g: list[Tensor]) -> None:
+    def _output_time_gradient(self, step: Step, index: Index, theta: float | Tensor, g: list[Tensor]) -> None:
         """theta = (t - t0) / dt, so an output inside a step moves with its own time and with both ends."""
         rates = []  # b_j'(theta)
         for row in self.tableau.p:
@@ -305,7 +307,7 @@ class BackwardWalk:
             rates.append(rate)
         by_theta = self._dot(g, self._slopes(step, rates))
         by_dt = self._dot(g, self._slopes(step, formulas.interpolant_weights(self.tableau, theta)))
-        self.grad_t[index] += by_theta.sum()
+        self.grad_t.add(index, by_theta)
         self._add_end(step.ends[0], -(1 - theta) * by_theta - by_dt)
         self._add_end(step.ends[1], -theta * by_theta + by_dt)
 

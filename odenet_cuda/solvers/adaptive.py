@@ -21,7 +21,7 @@ from ..stepper import Stepper
 from . import ahead
 from .families import family_of
 from .norms import write_norm
-from .start import first_state, plan_first_step, stop_table
+from .start import first_state, plan_first_step, starts_on_jump, stop_table
 from .trajectory import Evaluation, Recorder, Trajectory
 
 
@@ -81,10 +81,10 @@ class AdaptiveSolver:
         self.after_step, self.callbacks = after_step, callbacks or {}
         device, family = problem.device, family_of(method)
         self.stop_times = step_t, jump_t
-        (times, kinds) = stops = stop_table(problem, step_t, jump_t)
-        self.starts_on_jump = times[0] == problem.t[0]
-        self.jumps = STOPS["jump"] in kinds[self.starts_on_jump :]
-        self.state, self.table, self.t = first_state(problem, stops, self.starts_on_jump)
+        stops = stop_table(problem, step_t, jump_t)
+        self.on_jump = starts_on_jump(problem, stops)
+        self.jumps = bool((stops[..., 1, :] == STOPS["jump"]).sum() > np.sum(self.on_jump))
+        self.state, self.table, self.t = first_state(problem, stops)
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         needed = self.jumps or bool(self.callbacks) or family.looks or (recorder is not None and not recorder.can_wait)
@@ -95,7 +95,7 @@ class AdaptiveSolver:
         self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
-        self.stepper = Stepper(problem, method, method.rows, control.constants(method.order, problem.direction), in_norm)
+        self.stepper = Stepper(problem, method, method.rows, control.constants(method.order), in_norm)
         if after_step is not None:  # what a stage was evaluated at is looked at after the step
             self.stepper.new_stages()
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
@@ -118,10 +118,8 @@ class AdaptiveSolver:
         self.problem, self.first_step = problem, first_step
         with torch.no_grad():
             stops = stop_table(problem, *self.stop_times)
-            self.starts_on_jump = stops[0][0] == problem.t[0]
-            for own, new in zip(
-                (self.state, self.table, self.t), first_state(problem, stops, self.starts_on_jump), strict=True
-            ):
+            self.on_jump = starts_on_jump(problem, stops)
+            for own, new in zip((self.state, self.table, self.t), first_state(problem, stops), strict=True):
                 own.copy_(new)
             for own, leaf in zip(self.stepper.y0, problem.leaves, strict=True):
                 own.copy_(leaf)
@@ -131,7 +129,7 @@ class AdaptiveSolver:
         if not self.looks:
             return ahead.run(self, start)
         self.start(start)
-        done = False
+        done = self.problem.own and not bool((self.state[FIELDS["status"]] == RUNNING).any())
         while not done:
             with marked("step"):
                 done = self._looked_at_step()
@@ -142,7 +140,7 @@ class AdaptiveSolver:
         problem, stepper = self.problem, self.stepper
         for out, leaf in zip(self.ys, stepper.y0, strict=False):
             out[0] = leaf
-        stepper.times.copy_(problem.start_time(self.starts_on_jump).reshape(-1))
+        stepper.times.copy_(problem.start_time(self.on_jump).reshape(-1))
         if start is None:
             start = self._evaluate_start()
         if self.recorder is not None:
