@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import formulas
-from ..problem import Problem
+from ..formulas import interpolant_weights, per_row
+from ..problem import Problem, to_device
 from ..products import Targets, gradients, real_product
 from ..ranges import marked
 from ..solvers.trajectory import End, Evaluation, Index, Recorder, Step
@@ -33,6 +33,12 @@ def transposed(a: Rows) -> Rows:
     return (*columns, (1.0,) * points)
 
 
+@lru_cache(maxsize=64)
+def powers_of(tableau: Any, device: torch.device) -> Tensor:
+    """Of the interpolant's weights, float64 [powers, stages, 1]."""
+    return to_device(torch.tensor(tableau.p, dtype=torch.float64, device="cpu").T.unsqueeze(-1), device)
+
+
 class BackwardWalk:
     """Undoes the entries of a tape, last first.
 
@@ -50,11 +56,10 @@ class BackwardWalk:
         keep_graphs: bool = True,
     ):
         tableau, a = recorder.tableau, recorder.tableau.rows
-        self.keep_graphs = keep_graphs
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, captured, t_grad
         self.careful = problem.per_sample and problem.failed  # what is no number may belong to rows without a part
         self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
-        self.step_costs = recorder.step_costs
+        self.keep_graphs, self.step_costs = keep_graphs, recorder.step_costs
         self.all_rows = torch.arange(problem.rows, device=problem.device)
         self.begin(grad_outputs)
         self.sums = Accumulator(captured.tensors, max(len(a), 1), problem.device)
@@ -124,25 +129,19 @@ class BackwardWalk:
         if self.kappa is None:
             return
         mask = evaluation.mask
-        kappa = self.kappa if mask is None else [self._rows(mask, k) * k for k in self.kappa]
+        kappa = self.kappa if mask is None else [per_row(mask, k) * k for k in self.kappa]
         mu, grad_t = self._vjp(evaluation, kappa)
         self.lam = [lam if m is None else lam + m for lam, m in zip(self.lam, mu, strict=True)]
-        self.kappa = None if mask is None else [self._rows(~mask, k) * k for k in self.kappa]
+        self.kappa = None if mask is None else [per_row(~mask, k) * k for k in self.kappa]
         if grad_t is not None:
             self._add_end(evaluation.end, grad_t.reshape(-1).double())
-
-    def _rows(self, per_row: Tensor, like: Tensor) -> Tensor:
-        """[rows] shaped to multiply a leaf, in its real type."""
-        real = per_row.to(like.dtype.to_real())
-        return real.reshape(-1, *[1] * (like.dim() - 1)) if like.dim() else real[0]
 
     # ---- one step -----------------------------------------------------------------------------------------------------
 
     def _undo_step(self, step: Step) -> None:
         dt = step.dt if isinstance(step.dt, Tensor) else torch.full_like(self.one, step.dt)
         base, lam, into_y0 = self.outputs(step, self.lam, dt) if step.outputs else (None, self.lam, None)
-        whole = whole_of(step)
-        if whole is None:
+        if (whole := whole_of(step)) is None:
             self.undo_points(step, lam, dt, base, into_y0)
         else:
             undo_whole(self, whole, step, lam, base, into_y0)
@@ -207,7 +206,7 @@ class BackwardWalk:
         """What belongs to the accepted rows, and to those that were rejected, which passed y0 and k0 on."""
         if step.accept is None:
             return x, None
-        return [self._rows(step.accept, part) * part for part in x], [self._rows(~step.accept, part) * part for part in x]
+        return [per_row(step.accept, part) * part for part in x], [per_row(~step.accept, part) * part for part in x]
 
     def _mu(
         self,
@@ -243,22 +242,32 @@ class BackwardWalk:
         for index, theta, mask in step.outputs:
             grads = [grad[(index, self.all_rows) if isinstance(index, Tensor) else index] for grad in self.grad_ys]
             if step.ends_on(index):  # the end of the step moves with this output: it is y1 itself
-                at_end = grads if mask is None else [self._rows(mask, g) * g for g in grads]
+                at_end = grads if mask is None else [per_row(mask, g) * g for g in grads]
                 lam = [x + g for x, g in zip(lam, at_end, strict=True)]
                 continue
-            inside = grads if mask is None else [self._rows(mask, g) * g for g in grads]
+            inside = grads if mask is None else [per_row(mask, g) * g for g in grads]
             if self.t_grad:
                 self._output_time_gradient(step, index, theta, inside)
-            weights = formulas.interpolant_weights(self.tableau, theta)
             if base is None or into_y0 is None:
-                base = [[torch.zeros_like(g) for g in inside] for _ in weights]
+                base = [[torch.zeros_like(g) for g in inside] for _ in self.tableau.p]
                 into_y0 = [torch.zeros_like(g) for g in inside]
-            for into, weight in zip(base, weights, strict=True):
-                factor = weight * dt
-                for total, g in zip(into, inside, strict=True):
-                    total += self._rows(factor, g) * g
+            self._add_output(base, theta, dt, inside)
             torch._foreach_add_(into_y0, inside)
         return base, lam, into_y0
+
+    def _add_output(self, base: list[list[Tensor]], theta: float | Tensor, dt: Tensor, g: list[Tensor]) -> None:
+        """b_j(theta) dt g to each of base, in few operations: a step may have many outputs. theta: of all rows, or [rows]."""
+        if isinstance(theta, Tensor):
+            factors = torch.zeros_like(theta)
+            for power in reversed(powers_of(self.tableau, theta.device)):
+                factors = (factors + power) * theta
+            for into, factor in zip(base, factors * dt, strict=True):
+                torch._foreach_add_(into, [per_row(factor, x) * x for x in g])
+            return
+        weights = [float(w) for w in interpolant_weights(self.tableau, theta)]
+        for of_leaf, x in zip(zip(*base, strict=True), g, strict=True):
+            size: Any = per_row(dt, x)
+            torch._foreach_addcmul_(of_leaf, [x] * len(base), [size.expand_as(x)] * len(base), weights)
 
     def _costs(self, step: Step, base: list[list[Tensor]] | None) -> tuple[list[list[Tensor]], dict[int, list[Tensor]], Tensor]:
         """(base with what the costs of the step add to each kappa_j, what they add to the mu of points, their part by dt)."""
@@ -287,15 +296,13 @@ class BackwardWalk:
             total = torch.zeros_like(y0)
             for weight, of_stage in zip(weights, step.k, strict=False):
                 if of_stage:
-                    factor = self._rows(weight, y0) if isinstance(weight, Tensor) else weight
-                    total += factor * of_stage[leaf].detach()
+                    total += per_row(weight, y0) * of_stage[leaf].detach()
             combined.append(total)
         return combined
 
     def _add_end(self, end: End | None, value: Tensor) -> None:
         if end is not None:
-            index, mask = end
-            self.grad_t.add(index, value if mask is None else value * mask)
+            self.grad_t.add(end[0], value if end[1] is None else value * end[1])
 
     def _output_time_gradient(self, step: Step, index: Index, theta: float | Tensor, g: list[Tensor]) -> None:
         """theta = (t - t0) / dt, so an output inside a step moves with its own time and with both ends."""
@@ -306,7 +313,7 @@ class BackwardWalk:
                 rate = rate * theta + (d + 1) * row[d]
             rates.append(rate)
         by_theta = self._dot(g, self._slopes(step, rates))
-        by_dt = self._dot(g, self._slopes(step, formulas.interpolant_weights(self.tableau, theta)))
+        by_dt = self._dot(g, self._slopes(step, interpolant_weights(self.tableau, theta)))
         self.grad_t.add(index, by_theta)
         self._add_end(step.ends[0], -(1 - theta) * by_theta - by_dt)
         self._add_end(step.ends[1], -theta * by_theta + by_dt)
