@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import noise
 from .gradients import adjoint, checkpoint, direct, quadrature
+from .gradients.dense import DenseGradient
 from .gradients.polynomials import Polynomials
 from .graphed.capture import no_cast_is_kept
 from .held import Captured
@@ -50,6 +51,7 @@ class _Solve:
         self.wanted = may and any([tensor.requires_grad for tensor in inputs])
         self.unsure = may and not self.wanted and request.params is None  # func may depend on more later
         self.gradient = request.settings.gradient if self.wanted else None
+        self.kept: Captured | None = None  # those tensors, once all are known
         counter = counter_of(self.problem.field)
         counter.with_gradients = counter.with_gradients or self.unsure
         if self.gradient == "adjoint" and not all(map(is_plain, self.captured)):
@@ -143,6 +145,9 @@ class _Solve:
             outputs[:n] = self._without_steps()
             stats.nfe = counter_of(problem.field).nfe
         solution = solution_of(request, problem, outputs[:n], trajectory, recorder, stats)
+        if solution.interpolant is not None and self.wanted and self.kept is not None:
+            common = problem, request.structure.leaves, request.t, self.kept, stats, request.params is not None
+            solution.interpolant.gradient = DenseGradient(self.gradient or "", recorder, *common)
         names = [name for kind in (RUNNING, OF_STEPS) for name in request.settings.regularizers if name in kind]
         costs = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: costs[name] for name in request.settings.regularizers}
@@ -162,8 +167,8 @@ class _Solve:
                 captured = probe.at_end(request, trajectory)
             problem.calls = probe.some_calls(request, None if has_failed else trajectory)
             stats.nfe = counter.nfe
-        kept = Captured(captured, request.func)
-        common = problem, outputs, request.structure.leaves, request.t, kept, stats
+        self.kept = Captured(captured, request.func)
+        common = problem, outputs, request.structure.leaves, request.t, self.kept, stats
         if self.gradient == "direct":
             return direct.attach(recorder, *common)
         if self.gradient == "checkpoint":
