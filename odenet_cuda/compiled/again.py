@@ -43,7 +43,7 @@ def key_of(request: Any) -> tuple | None:
         if type(times) not in _PLAIN or times.requires_grad or times.numel() > _MOST_TIMES:
             return None
         kind: Any = times.dtype, times.shape
-        times = times.reshape(-1).tolist()
+        times = (times if times.dim() == 1 else times.reshape(-1)).tolist()
     elif type(times) in (list, tuple):
         kind = None
     else:
