@@ -61,8 +61,9 @@ def solve(
     y0: a tensor, real or complex, or a tuple, list, dict or nest of them; float16 and bfloat16 are summed in float32, and their
         times have 11 and 8 bits.
     t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers.
-    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; on a grid "euler", "midpoint",
-        "heun2", "heun3", "rk4".
+    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
+        "rosenbrock23", which differentiate func (gradient="direct", or an explicit adjoint_method); on a grid "euler",
+        "midpoint", "heun2", "heun3", "rk4".
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
