@@ -63,8 +63,9 @@ def solve(
     t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers. Under per-sample
         control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
         outputs there are NaN, and nothing is solved for it after its last time.
-    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; on a grid "euler", "midpoint",
-        "heun2", "heun3", "rk4".
+    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
+        "rosenbrock23", which differentiate func (gradient="direct", or an explicit adjoint_method); on a grid "euler",
+        "midpoint", "heun2", "heun3", "rk4".
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
