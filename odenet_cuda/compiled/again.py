@@ -42,7 +42,10 @@ def key_of(request: Any) -> tuple | None:
     if isinstance(times, Tensor):
         if type(times) not in _PLAIN or times.requires_grad or times.numel() > _MOST_TIMES:
             return None
-        kind, times = times.dtype, times.tolist()
+        kind = times.dtype
+        if times.dim() == 2:
+            kind, times = (kind, times.shape), times.reshape(-1)
+        times = times.tolist()
     elif type(times) in (list, tuple):
         kind = None
     else:

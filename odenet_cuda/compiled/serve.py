@@ -96,8 +96,6 @@ def _of_options(problem: Problem, options: Options, backward: Any) -> list[str]:
         why.append("the method is no explicit Runge-Kutta method")
     if problem.norm is not None or not problem.fused_error:
         why.append("a norm of the user, or tolerances that are tensors")
-    if problem.own:
-        why.append("times of each sample need it")
     if options.perturb:
         why.append("perturb=True needs it")
     return why

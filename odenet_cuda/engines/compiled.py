@@ -11,6 +11,7 @@ from ..compiled.attach import attach
 from ..compiled.engine import evaluations
 from ..compiled.serve import prepare
 from ..outcome import failed
+from ..problem import times_as_tensor
 from ..request import Request
 from ..solution import Solution, Stats
 
@@ -27,7 +28,7 @@ def refusal(request: Request) -> str:
     engine = again(field, kind, request.structure, request.args, chosen)
     if engine is not None:
         # What is asked for later, as on the way back, is asked of the times as they are now.
-        request.given = engine.problem.t, *request.given[1:]
+        request.given = times_as_tensor(engine.problem.t) if engine.problem.own else engine.problem.t, *request.given[1:]
         request.prepared[NAME] = engine
         return ""
     problem, settings, options, backward = request.problem, request.settings, request.options, request.backward

@@ -171,7 +171,7 @@ def solve_backwards(
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], total, grad_params
 
 
-def interval_before(problem: Problem, i: int, others_at: Tensor | None) -> Any:
+def interval_before(problem: Problem, i: int, others_at: Tensor | None = None) -> Any:
     """The times of a solve from output i to the one before; others_at: of `stand_ins`."""
     if not problem.own:
         return [problem.t[i], problem.t[i - 1]]

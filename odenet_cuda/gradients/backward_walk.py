@@ -54,7 +54,6 @@ class BackwardWalk:
         self.careful = problem.per_sample and problem.failed  # what is no number may belong to rows without a part
         self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
         self.keep_graphs, self.step_costs = keep_graphs, recorder.step_costs
-        self.all_rows = torch.arange(problem.rows, device=problem.device)
         self.begin(grad_outputs)
         self.sums = Accumulator(captured.tensors, max(len(a), 1), problem.device)
         self.grad_t = TimeGradient(problem)
@@ -72,14 +71,11 @@ class BackwardWalk:
             if grad is None or i >= self.n:
                 zeros = torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device)
                 if grad is not None:  # a running cost is an output at the end alone
-                    last = problem.last_output
-                    zeros[(torch.from_numpy(last).to(leaf.device), self.all_rows) if problem.own else last] = grad
+                    zeros[problem.last_outputs] = grad
                 grad = zeros
             self.grad_ys.append(grad)
-        self.grad_costs = [
-            torch.zeros(problem.rows if problem.per_sample else (), device=problem.device) if grad is None else grad
-            for grad in grad_outputs[self.leaves :]
-        ]
+        none = torch.zeros(problem.rows if problem.per_sample else (), device=problem.device)
+        self.grad_costs = [none if grad is None else grad for grad in grad_outputs[self.leaves :]]
         self.lam = [torch.zeros_like(leaf) for leaf in problem.leaves]  # dL/dy where the walk has come to
         self.kappa: list[Tensor] | None = None  # dL/dk of the slope there; None: zero
 
@@ -234,19 +230,20 @@ class BackwardWalk:
         base: list[list[Tensor]] | None = None
         into_y0: list[Tensor] | None = None
         for index, theta, mask in step.outputs:
-            grads = [grad[(index, self.all_rows) if isinstance(index, Tensor) else index] for grad in self.grad_ys]
+            place = (index, torch.arange(len(index), device=index.device)) if isinstance(index, Tensor) else index
+            grads = [grad[place] for grad in self.grad_ys]
+            if mask is not None:
+                grads = [per_row(mask, g) * g for g in grads]
             if step.ends_on(index):  # the end of the step moves with this output: it is y1 itself
-                at_end = grads if mask is None else [per_row(mask, g) * g for g in grads]
-                lam = [x + g for x, g in zip(lam, at_end, strict=True)]
+                lam = [x + g for x, g in zip(lam, grads, strict=True)]
                 continue
-            inside = grads if mask is None else [per_row(mask, g) * g for g in grads]
             if self.t_grad:
-                self._output_time_gradient(step, index, theta, inside)
+                self._output_time_gradient(step, index, theta, grads)
             if base is None or into_y0 is None:
-                base = [[torch.zeros_like(g) for g in inside] for _ in self.tableau.p]
-                into_y0 = [torch.zeros_like(g) for g in inside]
-            self._add_output(base, theta, dt, inside)
-            torch._foreach_add_(into_y0, inside)
+                base = [[torch.zeros_like(g) for g in grads] for _ in self.tableau.p]
+                into_y0 = [torch.zeros_like(g) for g in grads]
+            self._add_output(base, theta, dt, grads)
+            torch._foreach_add_(into_y0, grads)
         return base, lam, into_y0
 
     def _add_output(self, base: list[list[Tensor]], theta: float | Tensor, dt: Tensor, g: list[Tensor]) -> None:

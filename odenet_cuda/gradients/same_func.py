@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +41,8 @@ def refuse_another(field: Any, problem: Problem, calls: Sequence[Evaluation], gr
     """
     device = problem.device
     calls = [*calls[:1], *(call for call in calls[1:] if device.type != "cpu" or not _same_arguments(call, calls[0]))]
-    span, cast = (
-        float(np.max(np.abs(np.subtract(problem.t[-1], problem.t[0])))) or math.inf,
-        torch.is_autocast_enabled(device.type),
-    )
+    t0, t1 = problem.interval
+    span, cast = abs(t1 - t0) or math.inf, torch.is_autocast_enabled(device.type)
     before = noise.states(device)
     again = [_slopes(field, call) for call in calls]
     if noise.differ(before, noise.states(device)):

@@ -69,9 +69,23 @@ class Problem:
         return -1.0 if len(self.t) > 1 and self.t[1] < self.t[0] else 1.0
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """The first and the last time: of the row with the longest way where each has its own."""
+        t0, t1 = np.ravel(self.t[0]), np.ravel(self.t[-1])
+        longest = int(np.abs(t1 - t0).argmax())
+        return float(t0[longest]), float(t1[longest])
+
+    @property
     def last_output(self) -> Any:
         """The index of the last output; [rows] where each has its own times."""
         return self.t.last if self.own else len(self.t) - 1
+
+    @property
+    def last_outputs(self) -> Any:
+        """Where outputs [T, rows, ...] hold the last of every row."""
+        if not self.own:
+            return -1
+        return torch.from_numpy(self.t.last).to(self.device), torch.arange(self.rows, device=self.device)
 
     @property
     def rows(self) -> int:

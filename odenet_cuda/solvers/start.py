@@ -29,7 +29,7 @@ def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float
     rows = [_stops(problem, t0, t1, direction, step_t, jump_t) for t0, t1, direction in intervals]
     most = max([len(times) for times, _ in rows], default=1)
     filled = [[part + part[-1:] * (most - len(part)) for part in row] for row in rows]
-    return np.array(filled, dtype=np.float64).reshape(problem.rows, 2, most)
+    return np.array(filled, dtype=np.float64).reshape(len(filled), 2, most)
 
 
 def _stops(
