@@ -97,7 +97,9 @@ class Solution:
     each sample has its own, and ys [T, batch, ...] is NaN where t is.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
-    with gradients, under per-sample control one a sample. engine: which one served, "transformed", "compiled", "graphed",
+    with gradients, under per-sample control one a sample. event_t, event_y, event_index: with ``events`` when the first of them
+    happened, the state there, and which it was, of each sample under per-sample control; NaN, NaN and -1 where none did, and
+    ``ys`` is NaN after it. engine: which one served, "transformed", "compiled", "graphed",
     "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
     """
 
@@ -116,6 +118,9 @@ class Solution:
         """times: on this device, once asked for. state: of the solver, None on a grid."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
+        self.event_t: Tensor | None = None
+        self.event_y: Any = None
+        self.event_index: Tensor | None = None
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None
@@ -191,6 +196,7 @@ class Interpolant:
     ):
         self.tableau, self.steps, self._y0, self._unflatten = tableau, steps, y0, unflatten
         self.t0, self.t1 = ends
+        self.row_ends: Tensor | None = None  # where events have ended the rows, [rows]
 
     def __call__(self, t: float | Tensor) -> Any:
         with torch.no_grad():
@@ -205,7 +211,17 @@ class Interpolant:
             leaves = [y0.expand(len(flat), *y0.shape).clone() for y0 in self._y0]
             for index in self._steps_with(flat):
                 self._fill(self.steps[index], flat, leaves)
+            if self.row_ends is not None:
+                self._end(self.row_ends, flat, leaves)
             return self._unflatten([leaf.reshape((*wanted.shape, *leaf.shape[1:])) for leaf in leaves])
+
+    def _end(self, ends: Tensor, t: Tensor, leaves: list[Tensor]) -> None:
+        """Nothing is known of rows after the events that ended them."""
+        beyond = (t[:, None] - ends) * math.copysign(1.0, self.t1 - self.t0) > 0  # [times, rows]
+        for leaf in leaves:
+            leaf.masked_fill_(
+                beyond.reshape(*beyond.shape, *[1] * (leaf.dim() - 2)) if leaf.dim() > 1 else beyond[:, 0], math.nan
+            )
 
     def _steps_with(self, t: Tensor) -> list[int]:
         """Those in which one of the times lies, for any row."""
