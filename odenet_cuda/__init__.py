@@ -3,6 +3,7 @@
 from .block import ODEBlock
 from .compiled.compilation import set_compile
 from .compiled.field import CompiledField, compile
+from .event import Event
 from .interpolant import Interpolant
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Solution, SolverError, Stats
@@ -12,6 +13,7 @@ from .version import VERSION
 __version__ = VERSION
 __all__ = [
     "CompiledField",
+    "Event",
     "Interpolant",
     "ODEBlock",
     "Solution",

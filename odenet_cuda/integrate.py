@@ -14,6 +14,7 @@ from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .ranges import marked
 from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
+from .solvers.events import EventWatch
 from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
@@ -88,8 +89,10 @@ def integrate(
     start: Evaluation | None = None,
     after_step: AfterStep | None = None,
     grid: Grid | None = None,
+    events: EventWatch | None = None,
 ) -> Trajectory:
-    """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`.
+    """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`. events:
+    hold rows where they happen.
 
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
@@ -98,8 +101,8 @@ def integrate(
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
-        common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder}
-        alone = not callbacks and recorder is None and not options.jump_t
+        common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
+        alone = not callbacks and recorder is None and events is None and not options.jump_t
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         if options.adaptive:
             refuse(options, family_of(options.tableau).refusal(problem, recorder))

@@ -57,6 +57,7 @@ class Interpolant:
         self.t0, self.t1 = ends
         self._start, end = (torch.as_tensor(x, dtype=torch.float64, device=y0[0].device).reshape(-1) for x in ends)
         self._low, self._high = torch.minimum(self._start, end), torch.maximum(self._start, end)
+        self._events: Tensor | None = None  # where events have ended the rows, [rows]
         self.gradient: Callable[[Tensor, list[Tensor]], list[Tensor]] | None = None  # attaches that of the solve to values
 
     def __call__(self, t: float | Tensor, per_sample: bool = False) -> Any:
@@ -68,7 +69,7 @@ class Interpolant:
                 raise ValueError(f"{rule}, got shape {list(wanted.shape)}")
         at = wanted.T if per_sample else wanted.reshape(-1)
         at = self._checked(at, t.dtype if isinstance(t, Tensor) else torch.float64, per_sample)
-        by_solve = torch.is_grad_enabled() and self.gradient is not None
+        by_solve = torch.is_grad_enabled() and self.gradient is not None and at.numel() > 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and not by_solve):
             leaves = self._at(at)
         if by_solve and self.gradient is not None:
@@ -76,6 +77,14 @@ class Interpolant:
         if not per_sample:
             leaves = [leaf.reshape((*wanted.shape, *leaf.shape[1:])) for leaf in leaves]
         return self._unflatten(leaves)
+
+    def end(self, t: Tensor) -> None:
+        """Events have ended the solve there, [rows]: beyond, samples are NaN, and under joint control times are refused."""
+        if self._per_sample:
+            self._events = t
+            return
+        self.t1 = float(t[0])
+        self._low, self._high = torch.minimum(self._start, t), torch.maximum(self._start, t)
 
     def _checked(self, t: Tensor, dtype: torch.dtype, per_sample: bool) -> Tensor:
         """t [times] or [times, rows] within the interval, whose ends may come as float32, or the type of t, writes them."""
@@ -99,6 +108,9 @@ class Interpolant:
         leaves = [torch.where(_rows(starts, y0), y0, math.nan).expand(len(t), *y0.shape).clone() for y0 in self._y0]
         for index in self._steps_with(t.detach().reshape(-1)):
             self._fill(self.steps[index], t, leaves)
+        if self._events is not None:
+            beyond = (t.detach() - self._start).abs() > (self._events - self._start).abs()
+            leaves = [leaf.masked_fill(_rows(beyond, y0), math.nan) for leaf, y0 in zip(leaves, self._y0, strict=True)]
         return leaves
 
     def _steps_with(self, t: Tensor) -> list[int]:

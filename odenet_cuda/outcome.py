@@ -18,7 +18,7 @@ def stats_of(request: Request, trajectory: Trajectory) -> Stats:
     problem = request.problem
     nfe: int = problem.field.nfe  # type: ignore[attr-defined]
     steps = len(request.grid[0]) - 1 if request.grid is not None and problem.leaves[0].numel() else 0
-    return Stats(nfe, problem.per_sample, trajectory.state, steps, problem.rows)
+    return Stats(nfe, problem.per_sample, trajectory.state, trajectory.steps or steps, problem.rows)
 
 
 def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[Tensor], stats: Stats) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import noise
+from . import ended, noise
 from .gradients import adjoint, checkpoint, direct, quadrature
 from .gradients.dense import DenseGradient
 from .gradients.polynomials import Polynomials
@@ -22,6 +22,7 @@ from .request import Request
 from .sharding import is_plain
 from .solution import Solution, Stats
 from .solvers.checkpoints import Checkpoints
+from .solvers.events import EventWatch
 from .solvers.trajectory import Recorder, Trajectory
 
 Solved = tuple[Trajectory, Any, StepCosts | None]
@@ -45,6 +46,7 @@ class _Solve:
 
     def __init__(self, request: Request, probe: Probe | None, late: Sequence[Tensor]):
         self.request, self.problem, self.probe, self.late = request, request.problem, probe, late
+        self.watch: EventWatch | None = None  # of the solve, if events may end it
         self.captured = [] if probe is None else [*probe.captured, *late]
         inputs = [*request.structure.leaves, request.t, *self.captured]
         may = probe is not None
@@ -95,6 +97,7 @@ class _Solve:
         count = len(self.problem.state_leaves)
         step_costs = StepCosts(names, request.options.tableau, self.problem.per_sample, count) if names else None
         recorder = self._recorder(checkpoints, step_costs)
+        self.watch = ended.watch_of(request)
         trajectory = integrate(
             self._noted(recorder, noisy) if noisy else self.problem,
             request.options,
@@ -102,6 +105,7 @@ class _Solve:
             recorder=recorder,
             start=None if self.probe is None else self.probe.start,
             grid=request.grid,
+            events=self.watch,
         )
         if checkpoints is not None:
             recorder.last = [leaf.clone() for leaf in trajectory.last[: len(trajectory.ys)]]
@@ -139,6 +143,9 @@ class _Solve:
         stats, n = stats_of(request, trajectory), len(trajectory.ys)
         outputs = [*trajectory.ys, *trajectory.last[n:], *([] if step_costs is None else step_costs.sums(problem))]
         has_failed = failed(request, problem, trajectory, outputs[:n], stats)
+        end = None if self.watch is None else ended.cut(request, self.watch, recorder, trajectory)
+        if end is not None:
+            self.request, self.problem, outputs = end.request, end.request.problem, trajectory.ys
         if self.wanted:
             outputs = self._attached(recorder, outputs, trajectory, has_failed, stats)
         elif torch.is_grad_enabled() and (len(problem.t) == 1 or problem.empty):
@@ -148,6 +155,10 @@ class _Solve:
         if solution.interpolant is not None and self.wanted and self.kept is not None:
             common = problem, request.structure.leaves, request.t, self.kept, stats, request.params is not None
             solution.interpolant.gradient = DenseGradient(self.gradient or "", recorder, *common)
+        if end is not None:
+            ended.give(solution, request, end, outputs)
+        elif request.events is not None:
+            ended.without(request, solution)
         names = [name for kind in (RUNNING, OF_STEPS) for name in request.settings.regularizers if name in kind]
         costs = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: costs[name] for name in request.settings.regularizers}

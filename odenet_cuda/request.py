@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .callbacks import find_callbacks
 from .compiled.field import compiled_field
+from .event import Events
 from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .graphed.capture import MODES
@@ -146,11 +147,12 @@ class Request:
         params: Sequence[Tensor] | None = None,
         adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
         compile: str | bool | None = None,
+        events: Events | None = None,
     ):
-        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`.
+        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
 
         Raises ValueError and TypeError for a wrong y0."""
-        self.settings, self.params = settings, params
+        self.settings, self.params, self.events = settings, params, events
         self.given = t, rtol, atol, norm, adjoint
         self.structure = check_state(y0)
         self.func = with_arguments(func, args)

@@ -92,7 +92,9 @@ class Solution:
     each sample has its own, and ys [T, batch, ...] is NaN where t is.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
-    with gradients, under per-sample control one a sample. engine: which one served, "transformed", "compiled", "graphed",
+    with gradients, under per-sample control one a sample. event_t, event_y, event_index: with ``events`` when the first of them
+    happened, the state there, and which it was, of each sample under per-sample control; NaN, NaN and -1 where none did, and
+    ``ys`` is NaN after it. engine: which one served, "transformed", "compiled", "graphed",
     "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
     """
 
@@ -111,6 +113,9 @@ class Solution:
         """times: on this device, once asked for. state: of the solver, None on a grid."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
+        self.event_t: Tensor | None = None
+        self.event_y: Any = None
+        self.event_index: Tensor | None = None
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None

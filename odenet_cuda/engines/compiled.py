@@ -23,6 +23,8 @@ def refusal(request: Request) -> str:
     field = request.compiled
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
+    if request.events is not None:
+        return "events are no part of what is compiled yet"
     kind = key_of(request)
     chosen = None if request.settings.gradient == "direct" else request.params
     engine = again(field, kind, request.structure, request.args, chosen)

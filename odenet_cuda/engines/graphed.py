@@ -35,6 +35,8 @@ def refusal(request: Request) -> str:
         return "cuda_graph is off"
     if not runs_ahead(request.problem.device):
         return "the state is not on CUDA"
+    if request.events is not None:
+        return "no graph holds events"
     if gradient not in ("direct", "checkpoint") or not request.records:
         return "the gradient needs nothing of the steps: their loops have graphs of their own"
     return ""

@@ -42,6 +42,7 @@ def refusal(request: Request) -> str:
     for name, needed in (
         ("cuda_graph", request.options.cuda_graph),
         ("dense=True", settings.dense),
+        ("events", request.events is not None),
         ("regularizers", settings.regularizers),
         ("adjoint_params", request.params is not None),
         ("callbacks of func", request.callbacks),

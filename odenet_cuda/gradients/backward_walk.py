@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formulas import interpolant_weights, per_row
-from ..problem import Problem, to_device
+from ..formulas import interpolant_powers, interpolant_weights, per_row
+from ..problem import Problem
 from ..products import Targets, gradients, real_product
 from ..ranges import marked
 from ..solvers.trajectory import End, Evaluation, Index, Recorder, Step
@@ -31,12 +31,6 @@ def transposed(a: Rows) -> Rows:
         for j in range(points - 1, -1, -1)
     ]
     return (*columns, (1.0,) * points)
-
-
-@lru_cache(maxsize=64)
-def powers_of(tableau: Any, device: torch.device) -> Tensor:
-    """Of the interpolant's weights, float64 [powers, stages, 1]."""
-    return to_device(torch.tensor(tableau.p, dtype=torch.float64, device="cpu").T.unsqueeze(-1), device)
 
 
 class BackwardWalk:
@@ -257,7 +251,7 @@ class BackwardWalk:
         """b_j(theta) dt g to each of base, in few operations: a step may have many outputs. theta: of all rows, or [rows]."""
         if isinstance(theta, Tensor):
             factors = torch.zeros_like(theta)
-            for power in reversed(powers_of(self.tableau, theta.device)):
+            for power in reversed(interpolant_powers(self.tableau, theta.device)):
                 factors = (factors + power) * theta
             for into, factor in zip(base, factors * dt, strict=True):
                 torch._foreach_add_(into, [per_row(factor, x) * x for x in g])

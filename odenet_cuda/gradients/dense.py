@@ -45,7 +45,8 @@ class DenseGradient:
         """values: leaves [times, *leaf.shape] at times [times] or [times, rows]."""
         if self.gradient not in ("direct", "checkpoint"):
             return list(_NoGradient.apply(self.gradient, len(values), *values, at, *self.y0, *self.captured.tensors))
-        first, (problem, recorder) = len(self.problem.t), self._asked(at.detach())
+        unknown = values[0].detach().isnan().reshape(len(at), self.problem.rows, -1).any(2)
+        first, (problem, recorder) = len(self.problem.t), self._asked(at.detach(), unknown)
         known = self.t.to(at.device, torch.float64)
         if problem.own:
             columns = at.T if at.dim() == 2 else at.expand(problem.rows, len(at))
@@ -67,8 +68,9 @@ class DenseGradient:
         still = torch.from_numpy(self.problem.t.last == 0).to(at.device) & ~at.isnan()
         return torch.where(still.reshape(*still.shape, *[1] * (y0.dim() - 1)), y0, value)
 
-    def _asked(self, at: Tensor) -> tuple[Problem, Recorder]:
-        """The problem with these times behind its own, and what was recorded of its steps with them as its outputs."""
+    def _asked(self, at: Tensor, unknown: Tensor) -> tuple[Problem, Recorder]:
+        """The problem with these times behind its own, and what was recorded of its steps with them as its outputs. unknown:
+        values that are not there, bool [times, rows]."""
         problem, first, own = self.problem, len(self.problem.t), self.problem.own or at.dim() == 2
         times = at if at.dim() == 2 else at[:, None]
         start = torch.as_tensor(problem.t[0], dtype=torch.float64, device=at.device).reshape(-1)
@@ -89,8 +91,9 @@ class DenseGradient:
         else:
             t = [*problem.t, *at.tolist()]
         missing = None
-        if not bool(covered.all()):
-            missing = torch.cat([covered.new_zeros(first, problem.rows), ~covered])
+        unknown = unknown | ~covered
+        if bool(unknown.any()):
+            missing = torch.cat([unknown.new_zeros(first, problem.rows), unknown])
         return replace(problem, t=t, missing=missing), recorder
 
 

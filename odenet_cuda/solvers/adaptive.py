@@ -19,6 +19,7 @@ from ..ranges import marked
 from ..step_control import RUNNING, StepControl
 from ..stepper import Stepper
 from . import ahead
+from .events import EventWatch
 from .families import family_of
 from .norms import write_norm
 from .start import first_state, plan_first_step, starts_on_jump, stop_table
@@ -74,11 +75,12 @@ class AdaptiveSolver:
         callbacks: dict[str, Callable] | None = None,
         recorder: Recorder | None = None,
         after_step: AfterStep | None = None,
+        events: EventWatch | None = None,
         graph: str = "",
     ):
         self.problem, self.method, self.first_step = problem, method, first_step
         self.recorder: Any = recorder  # None: nothing is recorded
-        self.after_step, self.callbacks = after_step, callbacks or {}
+        self.after_step, self.callbacks, self.events = after_step, callbacks or {}, events
         device, family = problem.device, family_of(method)
         self.stop_times = step_t, jump_t
         stops = stop_table(problem, step_t, jump_t)
@@ -164,6 +166,8 @@ class AdaptiveSolver:
             self._call("callback_step", "time", "dt")
         times, evaluations, addresses = self.attempt()
         self.decide(addresses)
+        if self.events is not None:
+            self.events.after_step(self.state, stepper)
         host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
         if self.recorder is not None:
             self.recorder.step(host, evaluations, stepper.k, stepper.y0, times)
@@ -186,6 +190,8 @@ class AdaptiveSolver:
         stepper = self.stepper
         times, evaluations, addresses = self.attempt()
         self.decide(addresses)
+        if self.events is not None:
+            self.events.after_step(self.state, stepper)
         if self.outputs:
             stepper.kernels.dense_output(self.outputs)
         if self.after_step is not None:

@@ -19,13 +19,14 @@ from .checkpoints import Checkpoints
 class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
-    the next solve may write. seen: the state as a NumPy array, once the host has waited for it."""
+    the next solve may write. steps: taken on a grid, 0 for all. seen: the state as a NumPy array, once the host has waited."""
 
     ys: list[Tensor]
     last: list[Tensor]
     state: Tensor | None
     sums: Sequence[Tensor] = ()
     call: "Evaluation | None" = None
+    steps: int = 0
     seen: Any = None
 
     def host_state(self) -> Any:
