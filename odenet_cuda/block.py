@@ -1,7 +1,6 @@
 """ODEBlock: a differential equation as a layer."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.utils import _pytree as pytree
 from .compiled.compilation import check_compile, mode_of_blocks
 from .compiled.field import in_words
 from .methods import ADAPTIVE
-from .solution import Stats
+from .solution import Solution, Stats
 from .solve import solve
 from .tracing import written_down
 from .transforms import between_graphs
@@ -103,7 +102,7 @@ class ODEBlock(nn.Module):
         if self.return_all:
             return solution.ys
         # A copy: what comes after may write into it, and hooks on it are kept, unlike on a view.
-        return pytree.tree_map(partial(_last, t), solution.ys)
+        return pytree.tree_map(lambda leaf: _last(solution, leaf), solution.ys)
 
     def _times(self) -> Any:
         """Those of the block: as numbers where operations are written down."""
@@ -135,9 +134,9 @@ class ODEBlock(nn.Module):
         )
 
 
-def _last(t: Any, leaf: Tensor) -> Tensor:
+def _last(solution: Solution, leaf: Tensor) -> Tensor:
     """The state at the last time, or at that of each sample."""
-    if not isinstance(t, Tensor) or t.dim() < 2:
+    if not solution.own_times:
         return leaf[-1].clone()
-    last = (~t.detach().isnan()).sum(1).to(leaf.device) - 1
+    last = (~solution.t.isnan()).sum(1) - 1
     return leaf[last, torch.arange(len(last), device=leaf.device)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .interpolant import Interpolant
 from .ops import FIELDS
-from .problem import times_as_tensor, to_device
+from .problem import OwnTimes, times_as_tensor, to_device
 from .step_control import MAX_NUM_STEPS, NON_FINITE, SUCCESS, UNDERFLOW
 
 STATUS_WORDS = {
@@ -119,6 +119,11 @@ class Solution:
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None
+
+    @property
+    def own_times(self) -> bool:
+        """Whether each sample has its own."""
+        return isinstance(self._times, OwnTimes)
 
     @property
     def t(self) -> Tensor:

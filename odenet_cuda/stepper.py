@@ -128,6 +128,7 @@ class Stepper:
         self._owned.clear()
         workspace = state.new_zeros(self.kernels.workspace_size())
         self._state = (state, stops, t, workspace)
+        assert stops.is_contiguous() and t.is_contiguous()
         own, places = stops.dim() == 3, (stops.data_ptr(), stops.shape[-1], t.data_ptr(), t.shape[-1])
         self.kernels.bind_state(state.data_ptr(), *places, own, workspace.data_ptr())
 

@@ -9,7 +9,7 @@ from torch import nn
 from odenet_cuda import odeint, odeint_dense, solve
 
 D = torch.float64
-TOLERANCES = {"rtol": 1e-8, "atol": 1e-8, "compile": False}
+TOLERANCES = {"rtol": 1e-7, "atol": 1e-7, "compile": False}
 ROUNDING = 1e-12
 START = torch.tensor([[1.0, 0.5], [2.0, -1.0], [0.3, 0.4]], dtype=D)
 SPANS = torch.tensor([[0.0, 1.0, 2.0], [2.0, -1.0, math.nan], [0.5, math.nan, math.nan]], dtype=D)
@@ -32,14 +32,14 @@ def grads(values, inputs):
     return torch.autograd.grad(torch.where(values.isnan(), 0, weights * values * values).sum(), inputs)
 
 
-@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "gradient"),
     [
-        pytest.param({}, id="joint"),
-        pytest.param({"step_control": "per_sample"}, id="per-sample"),
-        pytest.param({"method": "rk4", "step_size": 0.13}, id="grid"),
-        pytest.param({"jump_t": [0.4]}, id="jumps"),
+        pytest.param({}, "direct", id="joint"),
+        pytest.param({"step_control": "per_sample"}, "direct", id="per-sample"),
+        pytest.param({"jump_t": [0.4]}, "checkpoint", id="jumps"),
+        pytest.param({"method": "rk4", "step_size": 0.13}, "checkpoint", id="grid"),
+        pytest.param({"method": "rk4", "step_size": 0.13}, "direct", id="grid-direct"),
     ],
 )
 def test_values_and_gradients_are_those_of_outputs(options, gradient):

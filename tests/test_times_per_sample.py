@@ -31,7 +31,7 @@ START = torch.tensor(
 )
 GRADIENTS = ["direct", "adjoint", "checkpoint", "quadrature"]
 EXACT = 1e-12  # the same sums in another order
-SOLVED = 1e-6  # of backward solves at 1e-10
+SOLVED = 1e-5  # of backward solves at 1e-8
 DIFFERENCE = 1e-5  # of a symmetric difference of width 1e-4
 TOLERANCES = {"rtol": 1e-7, "atol": 1e-7, "compile": False}
 PER_SAMPLE = {"step_control": "per_sample"}
@@ -117,15 +117,17 @@ def loss_alone(func, y0, t, **options):
     return sum((weights[: len(ys)] * ys * ys).sum() for ys in parts)
 
 
-@pytest.mark.parametrize("jumps", [False, True], ids=["smooth", "jumps"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(
+    ("gradient", "jumps"), [("direct", True), ("checkpoint", True), ("adjoint", True), ("quadrature", False)]
+)
 def test_gradients_are_those_of_the_rows_alone(gradient, jumps):
     """For y0, the times of every row, and what the rows share."""
-    options = {"gradient": gradient, "rtol": 1e-10, "atol": 1e-10}
+    exact = gradient in ("direct", "checkpoint")
+    options = {"gradient": gradient, **dict.fromkeys(("rtol", "atol"), 1e-6 if exact else 1e-8)}
     if jumps:
         options |= {"jump_t": [0.6, 2.0, -1.0], "step_t": [0.75, 0.3]}
     found, expected = of_rows(loss_together, **options), of_rows(loss_alone, **options)
-    close = EXACT if gradient in ("direct", "checkpoint") else SOLVED
+    close = EXACT if exact else SOLVED
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=close, atol=close)
     assert not found[1][TIMES.isnan()].any()
@@ -133,25 +135,27 @@ def test_gradients_are_those_of_the_rows_alone(gradient, jumps):
 
 def test_gradients_of_times_by_differences():
     """Of the loss itself, at every time of every row."""
-    func, options = Pull(), {"rtol": 1e-11, "atol": 1e-11}
+    func, options = Pull(), {"rtol": 1e-10, "atol": 1e-10, "method": "dopri8"}
     _, grad, _ = of_rows(loss_together, **options)
+    weights = torch.linspace(0.5, 1.5, 10, dtype=torch.float64).reshape(5, 1, 2)
     with torch.no_grad():
-        for i, j in (~TIMES.isnan()).nonzero().tolist():
-            if i == 5 and j < 2:
-                continue  # the two times are nearer to each other than the difference is wide
+        for j in range(5):  # a row does not depend on the times of another: all rows at once
             change = torch.zeros_like(TIMES)
-            change[i, j] = 1e-4
-            after, before = (loss_together(func, START, TIMES + sign * change, **options) for sign in (1, -1))
-            assert abs(float(after - before) / 2e-4 - float(grad[i, j])) <= DIFFERENCE * (1 + abs(float(grad[i, j])))
+            change[:, j] = 1e-4
+            ys = [together(func, START, TIMES + sign * change, **options).ys for sign in (1, -1)]
+            after, before = ((weights * y * y).nan_to_num(0.0).sum((0, 2)) for y in ys)
+            rows = ~TIMES[:, j].isnan() & ((torch.arange(ROWS) != 5) | (j > 1))  # two times of 5 are nearer than the change
+            expected = ((after - before) / 2e-4)[rows]
+            torch.testing.assert_close(grad[rows, j], expected, rtol=DIFFERENCE, atol=DIFFERENCE)
 
 
-@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
-def test_second_derivatives(gradient):
+def test_second_derivatives():
     """The gradient of a gradient, which replays the steps in torch, is that of the rows alone."""
 
     def second(run):
         func, y0, t = Pull(), START.clone().requires_grad_(), TIMES.clone().requires_grad_()
-        grads = torch.autograd.grad(run(func, y0, t, gradient=gradient), [y0, t, func.weight], create_graph=True)
+        options = {"rtol": 1e-5, "atol": 1e-5, "gradient": "checkpoint"}
+        grads = torch.autograd.grad(run(func, y0, t, **options), [y0, t, func.weight], create_graph=True)
         return torch.autograd.grad(sum((g * g).sum() for g in grads), [y0, t, func.weight])
 
     for x, y in zip(second(loss_together), second(loss_alone), strict=True):
@@ -171,11 +175,11 @@ def test_forward_mode():
 @pytest.mark.parametrize("names", [("kinetic",), ("error", "stiffness")], ids=str)
 def test_regularizers(names):
     """Costs of each row over its own interval, with gradients."""
-    for gradient in ["direct", "checkpoint", *(["adjoint", "quadrature"] if names == ("kinetic",) else [])]:
+    for gradient in ["direct", "adjoint"] if names == ("kinetic",) else ["checkpoint"]:
 
         def costs(run, gradient=gradient):
             func, y0, t = Pull(), START.clone().requires_grad_(), TIMES.clone().requires_grad_()
-            values = run(func, y0, t, {"regularizers": names, "gradient": gradient, "rtol": 1e-9, "atol": 1e-9})
+            values = run(func, y0, t, {"regularizers": names, "gradient": gradient, "rtol": 1e-8, "atol": 1e-8})
             return values.detach(), *torch.autograd.grad((values * values).sum(), [y0, t, func.weight])
 
         def one_call(func, y0, t, options):
@@ -191,7 +195,7 @@ def test_regularizers(names):
             torch.testing.assert_close(x, y.to(x), rtol=SOLVED, atol=SOLVED)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
 def test_a_row_that_fails(gradient):
     """Others are as without it; its outputs are NaN from where it failed; a loss without it has the gradient of the others."""
     rates = RATES.clone()
@@ -248,7 +252,7 @@ def test_several_leaves():
             assert bool(whole.ys[name][count:, i].isnan().all())
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.data())
 def test_any_times(data):
     """Any number of rows and times, in any direction, with stops and discontinuities anywhere: each as alone, to the bit."""
@@ -287,7 +291,7 @@ def test_edges(gradient):
     assert none.ys.shape == (5, 0, 2)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 def test_padding_is_constant(gradient):
     """What a loss does with it has no part in the gradient, as in ``torch.where(mask, f(ys), 0)``, where it is 0 * NaN."""
     grads = []
@@ -327,7 +331,7 @@ def test_block_takes_times_at_the_call():
     ys = solve(block.func, START, TIMES, gradient="adjoint", rtol=1e-6, atol=1e-6, compile=False, **PER_SAMPLE).ys
     expected = torch.stack([ys[count - 1, i] for i, count in enumerate(COUNTS)])
     found = block(START, TIMES)
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected) and torch.equal(block(START, TIMES.tolist()), expected)
     found.sum().backward()
     assert bool(net.weight.grad.isfinite().all())
     assert torch.equal(

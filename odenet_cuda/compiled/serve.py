@@ -49,7 +49,7 @@ def prepare(
         if field.why:
             return field.why
         kind = plans.kind(structure, args, problem.per_sample, field.cuda)
-        if len(problem.t) == 1 or kind.empty:
+        if kind.empty or len(problem.t) == 1 or (problem.own and not problem.last_output.any()):
             return _NOTHING
         why = (
             [f"{name} needs it" for name in needs]

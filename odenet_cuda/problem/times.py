@@ -17,7 +17,7 @@ class OwnTimes(Sequence[np.ndarray]):
     """
 
     def __init__(self, table: np.ndarray, last: np.ndarray | None = None):
-        self.table = table
+        self.table = np.ascontiguousarray(table)  # kernels read it from its address
         self.last: np.ndarray = (~np.isnan(table)).sum(1) - 1 if last is None else last
 
     @cached_property
