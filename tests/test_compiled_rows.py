@@ -8,6 +8,7 @@ from torch import nn
 
 import odenet_cuda
 from odenet_cuda import solve
+from odenet_cuda.compiled.plans import Plans
 
 D = torch.float64
 T = torch.tensor([0.0, 0.3, 1.0], dtype=D)
@@ -21,6 +22,14 @@ BATCH = 70  # more numbers than a state has that may be read as one sample
 def quickly_compiled(monkeypatch):
     require_compiler()
     monkeypatch.setenv("ODENET_CXXFLAGS", "-O1")
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """How often a func has been read."""
+    found, read = [], Plans._read
+    monkeypatch.setattr(Plans, "_read", lambda *args: found.append(1) or read(*args))
+    return found
 
 
 class Field(nn.Module):
@@ -50,13 +59,14 @@ def compare(field, func, y0, sources, **options):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_a_constant_of_the_samples(gradient):
-    """Others take its place, for as many samples as there are."""
+def test_a_constant_of_the_samples(gradient, readings):
+    """Others take its place, for as many samples as there are, and nothing is read anew for that."""
     func = Field()
     field = odenet_cuda.compile(func)
     for seed, batch in enumerate((BATCH, BATCH, 9, BATCH)):
         func.z = rows(batch, 2, seed=seed)
         compare(field, func, rows(batch, 2), list(func.parameters()), gradient=gradient)
+    assert len(readings) == 1
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -166,7 +176,7 @@ class Hutchinson(nn.Module):
 
 
 @pytest.mark.parametrize(("rebinds", "gradient"), [(True, "direct"), (False, "adjoint")])
-def test_noise_made_at_the_first_call(rebinds, gradient):
+def test_noise_made_at_the_first_call(rebinds, gradient, readings):
     """The same noise as by the stepper, the same state of the generator afterwards, and the same count of calls."""
     func = Hutchinson(rebinds)
     field = odenet_cuda.compile(func)
@@ -184,6 +194,7 @@ def test_noise_made_at_the_first_call(rebinds, gradient):
             found.append([*(y.detach() for y in ys), *grads, calls, torch.rand(()), func.e])
         assert field.explain() == "compiled", field.explain()
         torch.testing.assert_close(*found, **AGREE)
+    assert len(readings) == 2  # before the first call, and after it
 
 
 def test_what_is_made_at_the_first_call_with_a_gradient():

@@ -122,7 +122,8 @@ class FieldProgram:
                 tensor = tensor.detach().clone()
                 setattr(self.recording.modules[0], str(node.target), tensor)
             self.places[node] = places[0] if places else _itself(tensor)
-        self._ties += [reading.places(x, args, ()) for x in self.rows.tensors(args)]
+        given = args[: len(args) - len(self.rows.places)]
+        self._ties += [reading.places(x, given, ()) for x in self.rows.tensors(args)]
         counting = self.recording.counting
         self.counting: list[Place] = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in counting]
         self.wanted = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in self.recording.wanted]
