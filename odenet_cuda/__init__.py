@@ -4,6 +4,7 @@ from .block import ODEBlock
 from .compiled.compilation import set_compile
 from .compiled.field import CompiledField, compile
 from .event import Event
+from .interpolated import Interpolated
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Interpolant, Solution, SolverError, Stats
 from .solve import solve
@@ -14,6 +15,7 @@ __all__ = [
     "CompiledField",
     "Event",
     "Interpolant",
+    "Interpolated",
     "ODEBlock",
     "Solution",
     "SolverError",
