@@ -162,10 +162,8 @@ def give(solution: Solution, request: Request, ended: Ended, outputs: Sequence[T
     solution.event_t, solution.event_index = (t, crossing.index) if asked.per_sample else (t[0], crossing.index[0])
     of_rows = [found.reshape(-1, *[1] * (leaf.dim() - 1)) if asked.per_sample else found[0] for leaf in y]
     solution.event_y = unflatten([torch.where(rows, leaf, math.nan) for rows, leaf in zip(of_rows, y, strict=True)])
-    if solution.interpolant is not None and asked.per_sample:
-        solution.interpolant.row_ends = crossing.t
-    elif solution.interpolant is not None:
-        solution.interpolant.t1 = float(crossing.t[0])
+    if solution.interpolant is not None:
+        solution.interpolant.end(crossing.t)
 
 
 def _as_asked(y: Tensor, beyond: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .interpolant import Interpolant
 from .methods import ADAPTIVE, find_method
 from .problem import Structure, parameters_of
-from .solution import Interpolant
 from .solve import solve
 from .until_event import until_event
 
@@ -135,15 +135,17 @@ def odeint_dense(
     method: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Interpolant:
-    """The solution from t0 to t1 as a callable of t, a number or a tensor of times of any shape; see `Interpolant`."""
+    """The solution from t0 to t1 as a callable of t, a number or a tensor of times of any shape; see `Interpolant`.
+
+    Its values have the gradient of the discrete solve where gradients are recorded; under torch.no_grad() it keeps less.
+    """
     chosen = method or "dopri5"
     t = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu").detach().reshape(()) for x in (t0, t1)])
     arguments = _options(chosen, options)
     if chosen not in ADAPTIVE and "interp" not in (options or {}):
         arguments["interp"] = "method"
-    with torch.no_grad():
-        state = Structure(y0, any_shape=True)
-        interpolant = solve(func, state, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
+    state = Structure(y0, any_shape=True)
+    interpolant = solve(func, state, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
     assert interpolant is not None  # dense=True
     return interpolant
 

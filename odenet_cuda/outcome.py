@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from .interpolant import Interpolant
 from .ops import FIELDS
 from .problem import Problem
 from .request import Request
-from .solution import Interpolant, Solution, Stats, raise_failure
+from .solution import Solution, Stats, raise_failure
 from .solvers.trajectory import Recorder, Trajectory
 from .step_control import SUCCESS
 
@@ -61,7 +62,9 @@ def solution_of(
         state=trajectory.state,
     )
     if request.settings.dense and recorder is not None:
-        start = [x.clone() for x in problem.state_leaves]
+        start = [y[0].clone() for y in ys]  # with a gradient, if there are no steps
         ends = problem.t[0], problem.t[-1]
-        solution.interpolant = Interpolant(request.options.tableau, recorder.dense_steps, start, ends, unflatten)
+        solution.interpolant = Interpolant(
+            request.options.tableau, recorder.dense_steps, start, ends, unflatten, problem.per_sample
+        )
     return solution

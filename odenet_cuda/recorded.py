@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ended, noise
 from .gradients import adjoint, checkpoint, direct, quadrature
+from .gradients.dense import DenseGradient
 from .gradients.polynomials import Polynomials
 from .graphed.capture import no_cast_is_kept
 from .held import Captured
@@ -52,6 +53,7 @@ class _Solve:
         self.wanted = may and any([tensor.requires_grad for tensor in inputs])
         self.unsure = may and not self.wanted and request.params is None  # func may depend on more later
         self.gradient = request.settings.gradient if self.wanted else None
+        self.kept: Captured | None = None  # those tensors, once all are known
         counter = counter_of(self.problem.field)
         counter.with_gradients = counter.with_gradients or self.unsure
         if self.gradient == "adjoint" and not all(map(is_plain, self.captured)):
@@ -150,6 +152,9 @@ class _Solve:
             outputs[:n] = self._without_steps()
             stats.nfe = counter_of(problem.field).nfe
         solution = solution_of(request, problem, outputs[:n], trajectory, recorder, stats)
+        if solution.interpolant is not None and self.wanted and self.kept is not None:
+            common = problem, request.structure.leaves, request.t, self.kept, stats, request.params is not None
+            solution.interpolant.gradient = DenseGradient(self.gradient or "", recorder, *common)
         if end is not None:
             ended.give(solution, request, end, outputs)
         elif request.events is not None:
@@ -173,8 +178,8 @@ class _Solve:
                 captured = probe.at_end(request, trajectory)
             problem.calls = probe.some_calls(request, None if has_failed else trajectory)
             stats.nfe = counter.nfe
-        kept = Captured(captured, request.func)
-        common = problem, outputs, request.structure.leaves, request.t, kept, stats
+        self.kept = Captured(captured, request.func)
+        common = problem, outputs, request.structure.leaves, request.t, self.kept, stats
         if self.gradient == "direct":
             return direct.attach(recorder, *common)
         if self.gradient == "checkpoint":

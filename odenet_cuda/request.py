@@ -22,7 +22,6 @@ from .integrate import Grid, Options, fixed_grid, stop_times
 from .interpolated import stops_of
 from .problem import (
     Field,
-    OwnTimes,
     Problem,
     Structure,
     check_samples,
@@ -188,8 +187,6 @@ class Request:
         if per_sample:
             check_samples(structure)
         self.t, values = check_times(t, batch=structure.leaves[0].shape[0] if per_sample else None)
-        if isinstance(values, OwnTimes) and settings.dense:
-            raise NotImplementedError("dense=True is not served with times of each sample")
         running = [name for name in settings.regularizers if name in RUNNING]
         of = CostField(func, structure, running, per_sample) if running else Field(func, structure)
         of.with_gradients = settings.gradient == "direct" and torch.is_grad_enabled()

@@ -105,14 +105,15 @@ class BackwardWalk:
                 return [None] * self.leaves, None
         # The first evaluation has no gradient for y0 where none is wanted, but func may differentiate by a part of it itself.
         wanted = [leaf.requires_grad for leaf in evaluation.y]
-        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if self.t_grad else [])]
+        t_grad = self.t_grad and evaluation.t.requires_grad  # not where times of an interpolant alone have one
+        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if t_grad else [])]
         grads = gradients(outputs, inputs, kappa, self.captured, self.keep_graphs)
         n = sum(wanted)
         by_y = iter(grads[:n])
         if self.captured.tensors:
-            self.sums.add(grads[n + self.t_grad :])
+            self.sums.add(grads[n + t_grad :])
         found = [next(by_y) if needed else None for needed in wanted]
-        return [*found, *[None] * (self.leaves - self.n)], grads[n] if self.t_grad else None
+        return [*found, *[None] * (self.leaves - self.n)], grads[n] if t_grad else None
 
     def _undo_evaluation(self, evaluation: Evaluation) -> None:
         """A slope evaluated for itself: at the start, or anew beyond a discontinuity for the rows of its mask."""

@@ -13,16 +13,12 @@ class OwnTimes(Sequence[np.ndarray]):
     """Times of each row: entry i is the i-th of every row, float64 [rows], NaN where a row has fewer; entry -1 is the last that
     each row has.
 
-    table: the same as [rows, most times], filled up with NaN at the end.
+    table: the same as [rows, most times], filled up with NaN at the end. last: the index of the last time of each row, [rows].
     """
 
-    def __init__(self, table: np.ndarray):
+    def __init__(self, table: np.ndarray, last: np.ndarray | None = None):
         self.table = table
-
-    @cached_property
-    def last(self) -> np.ndarray:
-        """The index of the last time of each row, [rows]."""
-        return np.asarray((~np.isnan(self.table)).sum(1) - 1)
+        self.last: np.ndarray = (~np.isnan(table)).sum(1) - 1 if last is None else last
 
     @cached_property
     def direction(self) -> np.ndarray:

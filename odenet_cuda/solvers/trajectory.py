@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..interpolant import DenseStep
 from ..ops import FIELDS
 from ..problem import OwnTimes, to_device
-from ..solution import DenseStep
 from ..tableau import ButcherTableau
 from .checkpoints import Checkpoints
 
