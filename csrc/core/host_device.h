@@ -49,9 +49,13 @@ namespace ODENET_LEVEL {
 
 template <class To, class From>
 ODENET_HD To bit_cast(From from) {
+#if defined(__CUDACC__)
   To to;
   memcpy(&to, &from, sizeof(To));
   return to;
+#else
+  return __builtin_bit_cast(To, from);  // memcpy takes vectors through memory
+#endif
 }
 
 ODENET_HD bool is_finite(double x) {
