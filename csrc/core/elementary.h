@@ -43,15 +43,15 @@ struct Parts<float> : Layout<float> {
   static constexpr int bias = 127;
   static constexpr uint32_t sign = 0x80000000, one = 0x3f800000, mantissa = 0x007fffff;
   static constexpr float ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f, smallest = 0x1p-126f;
-  // Where results are 0, infinite, -1, and 1 where that is half of the argument.
-  static constexpr float least_exp = -104, most_exp = 89, least_expm1 = -18, most_tanh = 20;
+  // Where results are 0, infinite, -1 and 1.
+  static constexpr float least_exp = -104, most_exp = 89, least_expm1 = -18, most_tanh = 10;
 };
 template <>
 struct Parts<double> : Layout<double> {
   static constexpr int bias = 1023;
   static constexpr uint64_t sign = 0x8000000000000000, one = 0x3ff0000000000000, mantissa = 0x000fffffffffffff;
   static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33, smallest = 0x1p-1022;
-  static constexpr double least_exp = -746, most_exp = 710, least_expm1 = -38, most_tanh = 40;
+  static constexpr double least_exp = -746, most_exp = 710, least_expm1 = -38, most_tanh = 20;
 };
 
 // c + x (c' + x (...))
@@ -155,29 +155,29 @@ ODENET_HD V exp_of(V x) {
   return power * bit_cast<V>(half << L::fraction) * bit_cast<V>((of.bits - half) << L::fraction);
 }
 
-// (e^x - 1) / 2 = 2^(n-1) (e^r - 1) + (2^(n-1) - 1/2). small: e^r - 1
-template <class V>
-ODENET_HD V half_of_expm1(const OfLn2<V>& of, V small) {
-  const V power = bit_cast<V>(of.bits << Parts<NumberOf<V>>::fraction);
-  return fused(power, small, power - NumberOf<V>(0.5));
-}
-
+// e^x - 1 = 2 (2^(n-1) (e^r - 1) + 2^(n-1) - 1/2). small: e^r - 1
 template <class V>
 ODENET_HD V expm1_of(V x) {
-  using L = Parts<NumberOf<V>>;
+  using T = NumberOf<V>;
+  using L = Parts<T>;
   const OfLn2<V> of(no_less(no_more(x, L::most_exp), L::least_expm1), L::bias - 1);
-  const V small = expm1_series(of.r) * of.r, half = half_of_expm1(of, small);
+  const V small = expm1_series(of.r) * of.r, power = bit_cast<V>(of.bits << L::fraction);
+  const V half = fused(power, small, power - T(0.5));
   return of.n == V{} ? small : half + half;
 }
 
-// y / (y + 1) of y = (e^2x - 1) / 2
+// y / (y + 1) of y = (e^2a - 1) / 2, where a = |x|. That ln 2 is rounded here counts for the less, the larger a is. In
+// an order that lets little wait: what comes before and after waits for all of it.
 template <class V>
 ODENET_HD V tanh_of(V x) {
-  using L = Parts<NumberOf<V>>;
-  const V a = magnitude(x);
-  const OfLn2<V> of(no_more(a + a, L::most_tanh), L::bias - 1);
-  const V y = half_of_expm1(of, expm1_series(of.r) * of.r);
-  return with_sign(y / (y + NumberOf<V>(1)), x);
+  using T = NumberOf<V>;
+  using L = Parts<T>;
+  constexpr T offset = L::magic + T(L::bias - 1);
+  const V a = no_more(magnitude(x), L::most_tanh), whole = fused(a, V{} + T(2.8853900817779268), V{} + offset);
+  const V r = fused(whole - offset, V{} - T(0.69314718055994531), a + a);
+  const V power = bit_cast<V>(bit_cast<BitsOf<V>>(whole) << L::fraction);
+  const V y = fused(power * r, expm1_series(r), power - T(0.5));
+  return with_sign(y / (y + T(1)), x);
 }
 
 // x = m 2^e,  sqrt(1/2) <= m < sqrt(2),  for numbers from the smallest normal one on.
