@@ -10,7 +10,8 @@ the same run, so that figures of two machines can be compared. Each row is verif
 
 Part matrix: torchdiffeq's time over ours, for an MLP 4-32-4 and 16 samples: every method for 2, 11 and 101 times, without a
 gradient, by the graph of the solve (direct) and by the adjoint, forward and backward. At tolerance 1e-4, where adaptive solves
-are shortest. Results and gradients are compared before anything is timed.
+are shortest. Results and gradients are compared before anything is timed. Beside the methods on a grid stands the limit: the
+bare loop, steps written out for this one equation, in the same operations of torch, with no solver around them.
 
 All times are those that the process had on the processor, which a busy machine disturbs least, and the medians of runs in turn.
 One thread of torch.
@@ -19,6 +20,7 @@ One thread of torch.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ APART = 2e-2  # of those of adaptive solves at TOL: each library has its own int
 METHODS = ("euler", "midpoint", "rk4", "bosh3", "adaptive_heun", "dopri5", "dopri8")
 GRIDS = METHODS[:3]
 MODES = ("none", "direct", "adjoint")
-OURS, THEIRS, JAX = "odenet_cuda", "torchdiffeq", "diffrax"
+OURS, THEIRS, JAX, BARE = "odenet_cuda", "torchdiffeq", "diffrax", "bare loop"
 Solve = Callable[[nn.Module, Tensor, int], Tensor]  # (field, y0, steps) -> y(1)
 
 
@@ -231,10 +233,29 @@ def matrix_case(library: Any, field: nn.Module, y0: Tensor, t: Tensor, method: s
     return lambda: way(lambda y: solve(field, y, t, method=method, rtol=TOL, atol=TOL), field, y0)
 
 
+def bare_step(method: str, field: nn.Module, t: Tensor, y: Tensor, dt: float) -> Tensor:
+    k1 = field(t, y)
+    if method == "euler":
+        return torch.add(y, k1, alpha=dt)
+    if method == "midpoint":
+        return torch.add(y, field(t, torch.add(y, k1, alpha=dt / 2)), alpha=dt)
+    k2 = field(t, torch.add(y, k1, alpha=dt / 3))  # the method of 3/8, as in torchdiffeq
+    k3 = field(t, torch.add(torch.add(y, k2, alpha=dt), k1, alpha=-dt / 3))
+    k4 = field(t, torch.add(torch.add(torch.add(y, k1, alpha=dt), k2, alpha=-dt), k3, alpha=dt))
+    return torch.add(y, k1 + 3 * (k2 + k3) + k4, alpha=dt / 8)
+
+
+def bare_loop(field: nn.Module, y0: Tensor, t: Tensor, method: str) -> Tensor:
+    ys, dts = [y0], t.diff().tolist()
+    for t0, dt in zip(t.unbind(), dts, strict=False):
+        ys.append(bare_step(method, field, t0, ys[-1], dt))
+    return torch.stack(ys)
+
+
 def bench_matrix(runs: int, quick: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     field, y0 = MLP(4, 32), torch.randn(16, 4)
-    rows, results = [], {}
+    rows, results, limits = [], {}, dict[str, dict[str, Any]]()
     for method in ("euler", "rk4", "dopri5") if quick else METHODS:
         row: dict[str, Any] = {"": method}
         for mode in MODES:
@@ -244,11 +265,18 @@ def bench_matrix(runs: int, quick: bool) -> dict[str, Any]:
                 cases = {side: matrix_case(library, field, y0, t, method, mode) for side, library in libraries.items()}
                 limit = CLOSE if method in GRIDS else APART
                 verify(f"{method}, {name}", cases[OURS](), cases[THEIRS](), limit)
+                if method in GRIDS and mode != "adjoint":
+                    way = undifferentiated if mode == "none" else differentiated
+                    cases[BARE] = partial(way, partial(bare_loop, field, t=t, method=method), field, y0)
+                    verify(f"{method}, {name}, bare loop", cases[BARE](), cases[THEIRS](), limit)
                 median = medians(cases, runs if times < 101 else max(3, runs // 4))
                 row[name] = median[THEIRS] / median[OURS]
                 results[f"{method}, {name}"] = {**median, "ratio": row[name]}
+                if BARE in median:
+                    limits.setdefault(method, {"": method})[name] = median[THEIRS] / median[BARE]
         rows.append(row)
     print_table("torchdiffeq's time over ours: gradient, times", rows)
+    print_table("and over the bare loop's, the limit", [*limits.values()])
     below = [name for name, result in results.items() if result["ratio"] < 1]
     print(f"\nslower than torchdiffeq: {'; '.join(below) if below else 'none'}")
     return results

@@ -247,6 +247,16 @@ void error(Tensor ratio, Tensors y0, Tensors y1, Tensors k, std::vector<double> 
   launch(device, leaves, out, static_cast<double*>(workspace.data_ptr()));
 }
 
+// Output times, of all rows or each row's own. Gives how many there are, and how far it is from a row's to the next's.
+const double* check_outputs(const Tensor& t, int64_t rows, const Tensor& like, int64_t& count, int64_t& stride) {
+  if (t.dim() > 2 || (t.dim() == 2 && t.size(0) != rows)) {
+    fail("t must have one dimension, or shape [", rows, ", times], got ", shape(t));
+  }
+  count = t.dim() == 2 ? t.size(1) : t.numel();
+  stride = t.dim() == 2 ? count : 0;
+  return check_state("t", t, t.numel(), &like);
+}
+
 StepSize step_size_args(const Tensor& state, const Tensor& times, const Tensor& stops, const Tensor& t,
                         const std::vector<double>& c, const std::vector<double>& controller) {
   StepSize s{};
@@ -260,13 +270,15 @@ StepSize step_size_args(const Tensor& state, const Tensor& times, const Tensor& 
     fail("times must have shape [", s.stages, ", ", s.rows, "], got ", shape(times));
   }
   check_written("times", 0, times);
-  if (stops.dim() != 2 || stops.size(0) != 2 || stops.size(1) < 1) {
-    fail("stops must have shape [2, at least 1], got ", shape(stops));
+  const bool own = stops.dim() == 3;
+  if ((stops.dim() != 2 && !own) || (own && stops.size(0) != s.rows) || stops.size(own) != 2 ||
+      stops.size(own + 1) < 1) {
+    fail("stops must have shape [2, at least 1], or that for each of the ", s.rows, " rows, got ", shape(stops));
   }
-  s.num_stops = stops.size(1);
-  s.stops = check_state("stops", stops, 2 * s.num_stops, &state);
-  s.num_outputs = t.numel();
-  s.t = check_state("t", t, s.num_outputs, &state);
+  s.num_stops = stops.size(own + 1);
+  s.stops_stride = own ? 2 * s.num_stops : 0;
+  s.stops = check_state("stops", stops, stops.numel(), &state);
+  s.t = check_outputs(t, s.rows, state, s.num_outputs, s.t_stride);
   check_count("controller", controller.size(), "the numbers of a Controller", kControllerSize);
   std::copy(c.begin(), c.end(), s.c);
   static_assert(std::is_trivially_copyable_v<Controller> && sizeof(Controller) == kControllerSize * sizeof(double));
@@ -309,9 +321,10 @@ void dense_output(Tensors ys, Tensors y0, Tensors y1, Tensors k, std::vector<dou
       s.rows = rows;
       s.columns = check_columns("y0", leaf, y0[leaf], rows) * parts;
       s.state = check_state("state", state, kNumFields * rows, &y0[leaf]);
-      s.t = check_state("t", t, t.numel(), &y0[leaf]);
-      if (ys[leaf].scalar_type() != y0[leaf].scalar_type() || ys[leaf].numel() != t.numel() * y0[leaf].numel()) {
-        fail("ys[", leaf, "] must hold ", t.numel(), " states of y0[", leaf, "], ", shape(y0[leaf]), ", got ",
+      int64_t outputs = 0;
+      s.t = check_outputs(t, rows, y0[leaf], outputs, s.t_stride);
+      if (ys[leaf].scalar_type() != y0[leaf].scalar_type() || ys[leaf].numel() != outputs * y0[leaf].numel()) {
+        fail("ys[", leaf, "] must hold ", outputs, " states of y0[", leaf, "], ", shape(y0[leaf]), ", got ",
              shape(ys[leaf]));
       }
       check_written("ys", leaf, ys[leaf]);

@@ -36,6 +36,7 @@ void add_layout(py::module_& m) {
   fields["next_stop"] = int{kNextStop};
   fields["steps_since_output"] = int{kStepsSinceOutput};
   fields["proposal"] = int{kProposal};
+  fields["direction"] = int{kDirection};
   m.attr("fields") = fields;
   m.attr("num_fields") = int{kNumFields};
   status["running"] = int{kRunning};
@@ -146,7 +147,7 @@ void add_library(py::module_& m) {
       .def("resident", &Library::resident);
   py::class_<SolveCall>(m, "SolveCall")
       .def(py::init([](Address rtol, Address atol, Address stops, int64_t num_stops, Address t, int64_t num_outputs,
-                       Address nodes, int64_t num_nodes, int64_t rows, const std::vector<double>& controller,
+                       bool own, Address nodes, int64_t num_nodes, int64_t rows, const std::vector<double>& controller,
                        double first_step, int64_t batch, int64_t chunk, int64_t places, int64_t grain) {
              SolveCall in{};
              in.rtol = reinterpret_cast<const double*>(rtol);
@@ -155,6 +156,8 @@ void add_library(py::module_& m) {
              in.step.num_stops = num_stops;
              in.step.t = reinterpret_cast<const double*>(t);
              in.step.num_outputs = num_outputs;
+             in.step.stops_stride = own ? 2 * num_stops : 0;
+             in.step.t_stride = own ? num_outputs : 0;
              in.step.rows = rows;
              if (controller.size() != kControllerSize) throw std::invalid_argument("controller has a wrong size");
              memcpy(&in.step.controller, controller.data(), sizeof(Controller));
@@ -168,8 +171,9 @@ void add_library(py::module_& m) {
              return in;
            }),
            py::kw_only(), py::arg("rtol"), py::arg("atol"), py::arg("stops"), py::arg("num_stops"), py::arg("t"),
-           py::arg("num_outputs"), py::arg("nodes"), py::arg("num_nodes"), py::arg("rows"), py::arg("controller"),
-           py::arg("first_step"), py::arg("batch"), py::arg("chunk"), py::arg("places"), py::arg("grain"))
+           py::arg("num_outputs"), py::arg("own"), py::arg("nodes"), py::arg("num_nodes"), py::arg("rows"),
+           py::arg("controller"), py::arg("first_step"), py::arg("batch"), py::arg("chunk"), py::arg("places"),
+           py::arg("grain"))
       .def(
           "on",
           [](const SolveCall& kind, Address y0, Address ys, Address y_last, Address state, Address arguments,

@@ -65,7 +65,7 @@ Stepper::Stepper(std::shared_ptr<const StepperTables> tables)
       e_(tables_->e),
       k_(size_t(leaves_) * stages_, 0) {}
 
-void Stepper::bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs,
+void Stepper::bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs, bool own,
                          Address workspace) {
   state_ = state;
   dt_ = reinterpret_cast<Address>(field(kDt));
@@ -73,6 +73,7 @@ void Stepper::bind_state(Address state, Address stops, int64_t num_stops, Addres
   num_stops_ = num_stops;
   t_ = t;
   num_outputs_ = num_outputs;
+  own_ = own;
   workspace_ = workspace;
 }
 
@@ -240,6 +241,8 @@ StepSize Stepper::step_size_args() const {
   s.rows = setup_.rows;
   s.num_stops = num_stops_;
   s.num_outputs = num_outputs_;
+  s.stops_stride = own_ ? 2 * num_stops_ : 0;
+  s.t_stride = own_ ? num_outputs_ : 0;
   s.stages = stages_;
   return s;
 }
@@ -266,6 +269,7 @@ void Stepper::dense_output(const Addresses& ys) {
       s.y1 = pointer<const T>(end_of(leaf));
       s.state = pointer<const double>(state_);
       s.t = pointer<const double>(t_);
+      s.t_stride = own_ ? num_outputs_ : 0;
       for (size_t j = 0; j < setup_.p.size(); ++j) s.p[j] = setup_.p[j] * setup_.signs[leaf];
       s.stages = stages_;
       s.degree = setup_.degree;

@@ -53,9 +53,10 @@ class Stepper {
  public:
   explicit Stepper(std::shared_ptr<const StepperTables> tables);
 
-  // Solver state [kNumFields, rows], stops [2, num_stops], output times [num_outputs].
-  // workspace: float64 [workspace_size()], zero.
-  void bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs, Address workspace);
+  // Solver state [kNumFields, rows], stops [2, num_stops], output times [num_outputs]; own: each row has its own stops
+  // and times, [rows, ...]. workspace: float64 [workspace_size()], zero.
+  void bind_state(Address state, Address stops, int64_t num_stops, Address t, int64_t num_outputs, bool own,
+                  Address workspace);
   int64_t workspace_size() const;
   void bind_dt(Address dt);  // [rows]; that of the solver state unless bound
   // y0: [leaves]; y: stage-major, [stages - 1, leaves without quadratures]; q1: [quadratures]; times: [stages, rows].
@@ -101,6 +102,7 @@ class Stepper {
   const Combination &b_, &e_;
   Address state_ = 0, dt_ = 0, stops_ = 0, t_ = 0, times_ = 0, workspace_ = 0;
   int64_t num_stops_ = 0, num_outputs_ = 0;
+  bool own_ = false;
   Addresses y0_, y_, q1_, k_;
 };
 

@@ -3,15 +3,20 @@
 from .block import ODEBlock
 from .compiled.compilation import set_compile
 from .compiled.field import CompiledField, compile
+from .event import Event
+from .interpolant import Interpolant
+from .interpolated import Interpolated
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
-from .solution import Interpolant, Solution, SolverError, Stats
+from .solution import Solution, SolverError, Stats
 from .solve import solve
 from .version import VERSION
 
 __version__ = VERSION
 __all__ = [
     "CompiledField",
+    "Event",
     "Interpolant",
+    "Interpolated",
     "ODEBlock",
     "Solution",
     "SolverError",

@@ -1,6 +1,7 @@
 """ODEBlock: a differential equation as a layer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +69,11 @@ class ODEBlock(nn.Module):
         if not isinstance(t, nn.Parameter):
             self.t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
         self._numbers = tuple(self.t.detach().tolist())  # torch.compile cannot read them out of a tensor
-        if len(self.t) < 2:
-            raise ValueError(f"t must hold at least two times, the first that of the input, got {self.t.tolist()}")
+        if self.t.dim() != 1 or len(self.t) < 2:
+            raise ValueError(
+                f"t must hold at least two times, the first that of the input, got {self.t.tolist()}; times of each sample are "
+                "given at the call, block(y0, t)"
+            )
         self.method, self.rtol, self.atol = method, rtol, atol
         self.gradient, self.step_control, self.return_all, self.options = gradient, step_control, return_all, options
         self._compile = None if compile is None else check_compile(compile)
@@ -77,13 +81,15 @@ class ODEBlock(nn.Module):
         self._explained = ""
         self.regularizers: dict[str, Tensor] = {}
 
-    @between_graphs(lambda self, y0: self.method in ADAPTIVE)
-    def forward(self, y0: Any) -> Any:
-        constant = (torch.compiler.is_compiling() or written_down()) and not isinstance(self.t, nn.Parameter)
+    @between_graphs(lambda self, y0, t=None: self.method in ADAPTIVE)
+    def forward(self, y0: Any, t: Any = None) -> Any:
+        """t: times of this call, in place of those of the block, as `solve` takes them: with ``step_control="per_sample"`` also
+        [batch, T], and then the state given is that at the last time of each sample."""
+        times = self._times() if t is None else t
         solution = solve(
             self.func,
             y0,
-            self._numbers if constant else self.t,
+            times,
             method=self.method,
             rtol=self.rtol,
             atol=self.atol,
@@ -97,7 +103,12 @@ class ODEBlock(nn.Module):
         if self.return_all:
             return solution.ys
         # A copy: what comes after may write into it, and hooks on it are kept, unlike on a view.
-        return pytree.tree_map(lambda leaf: leaf[-1].clone(), solution.ys)
+        return pytree.tree_map(partial(_last, t), solution.ys)
+
+    def _times(self) -> Any:
+        """Those of the block: as numbers where operations are written down."""
+        constant = (torch.compiler.is_compiling() or written_down()) and not isinstance(self.t, nn.Parameter)
+        return self._numbers if constant else self.t
 
     def explain(self) -> str:
         """How the last call was solved: "compiled", or by which engine else, and why not by the compiled one."""
@@ -122,3 +133,11 @@ class ODEBlock(nn.Module):
             f"t={t if len(t) <= 4 else f'{len(t)} times from {t[0]} to {t[-1]}'}, method={self.method!r}, rtol={self.rtol}, "
             f"atol={self.atol}, gradient={self.gradient!r}, step_control={self.step_control!r}"
         )
+
+
+def _last(t: Any, leaf: Tensor) -> Tensor:
+    """The state at the last time, or at that of each sample."""
+    if not isinstance(t, Tensor) or t.dim() < 2:
+        return leaf[-1].clone()
+    last = (~t.detach().isnan()).sum(1).to(leaf.device) - 1
+    return leaf[last, torch.arange(len(last), device=leaf.device)]

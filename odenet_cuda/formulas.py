@@ -4,6 +4,7 @@ States are single tensors here; ``dt`` is a number or a tensor that broadcasts a
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,6 +69,12 @@ def interpolant_weights(tableau: ButcherTableau, theta: Number) -> list[Number]:
             weight = (weight + coefficient) * theta
         weights.append(weight)
     return weights
+
+
+@lru_cache(maxsize=64)
+def interpolant_powers(tableau: ButcherTableau, device: torch.device) -> Tensor:
+    """p of the interpolant, float64 [powers, stages, 1]."""
+    return torch.tensor(tableau.p, dtype=torch.float64, device=device).T.unsqueeze(-1)
 
 
 def dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Number, dt: Number) -> Tensor:

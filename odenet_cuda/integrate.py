@@ -14,6 +14,7 @@ from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .ranges import marked
 from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
+from .solvers.events import EventWatch
 from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
@@ -65,12 +66,13 @@ class Options:
         """Those of the adjoint's solve where nothing else is asked for."""
         return replace(self, interp="method")
 
-    def on_side(self, problem: Problem, index: int) -> float:
+    def on_side(self, problem: Problem, index: int) -> Any:
         """On which side of t[index] func is evaluated for a step that ends there, or for index 0 begins: 0, that is on it, but
         for times of jump_t and those of a grid with `perturb`. As in `Problem.time_beside`."""
-        jumps = self.jump_t if self.adaptive else ()
-        beside = self.perturb or any(problem.same_time(problem.t[index], jump) for jump in jumps)
-        return 0.0 if not beside else 1.0 if index == 0 else -1.0
+        beside: Any = self.perturb
+        for jump in self.jump_t if self.adaptive else ():
+            beside = beside | problem.same_time(problem.t[index], jump)
+        return beside * (1.0 if index == 0 else -1.0)
 
     @property
     def tableau(self) -> Any:
@@ -87,8 +89,10 @@ def integrate(
     start: Evaluation | None = None,
     after_step: AfterStep | None = None,
     grid: Grid | None = None,
+    events: EventWatch | None = None,
 ) -> Trajectory:
-    """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`.
+    """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`. events:
+    hold rows where they happen.
 
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
@@ -97,8 +101,8 @@ def integrate(
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
-        common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder}
-        alone = not callbacks and recorder is None and not options.jump_t
+        common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
+        alone = not callbacks and recorder is None and events is None and not options.jump_t
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         if options.adaptive:
             refuse(options, family_of(options.tableau).refusal(problem, recorder))
@@ -132,7 +136,7 @@ def adaptive_kind(problem: Problem, options: Options, refusal: str = "") -> Kind
     """The first step is tried before any that is captured."""
     refusal = refusal or family_of(options.tableau).no_graph
     refusal = refusal or ("" if problem.fused_error else "a norm of the user, or tolerances that are tensors")
-    stops = len(stop_table(problem, options.step_t, options.jump_t)[0])
+    stops = stop_table(problem, options.step_t, options.jump_t).shape
     key = replace(options, first_step=None), stops
     return Kind(key, (problem, options.first_step), False, options.cuda_graph, refusal)
 

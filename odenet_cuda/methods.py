@@ -1,9 +1,12 @@
 """The methods by name."""
 
+from typing import Any
+
+from .rosenbrock import RODAS5P, ROSENBROCK23
 from .tableau import ButcherTableau
 from .tableaus import ADAPTIVE_HEUN, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG2, HEUN2, HEUN3, MIDPOINT, RK4, TSIT5
 
-ADAPTIVE: dict[str, ButcherTableau] = {
+EXPLICIT: dict[str, ButcherTableau] = {
     "dopri8": DOPRI8,
     "dopri5": DOPRI5,
     "tsit5": TSIT5,
@@ -11,10 +14,13 @@ ADAPTIVE: dict[str, ButcherTableau] = {
     "fehlberg2": FEHLBERG2,
     "adaptive_heun": ADAPTIVE_HEUN,
 }
+# For stiff systems. Each is the data of a family of `solvers.families`.
+STIFF: dict[str, Any] = {"rodas5p": RODAS5P, "rosenbrock23": ROSENBROCK23}
 FIXED: dict[str, ButcherTableau] = {"euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN2, "heun3": HEUN3, "rk4": RK4}
+ADAPTIVE: dict[str, Any] = {**EXPLICIT, **STIFF}
 
 # With each interpolant for outputs inside a step, made once: torch.compile does not follow the checks of a tableau.
-INTERPOLATIONS: dict[str, dict[str, ButcherTableau]] = {
+INTERPOLATIONS: dict[str, dict[str, Any]] = {
     "method": {**ADAPTIVE, **FIXED},
     "linear": {name: tableau.linear() for name, tableau in (ADAPTIVE | FIXED).items()},
     "cubic": {name: tableau.cubic() for name, tableau in (ADAPTIVE | FIXED).items()},
@@ -38,8 +44,8 @@ ABSENT = (
 )
 
 
-def find_method(name: str) -> ButcherTableau:
-    """The tableau called `name`. Raises NotImplementedError for a torchdiffeq method that is missing here, else ValueError."""
+def find_method(name: str) -> Any:
+    """The method called `name`. Raises NotImplementedError for a torchdiffeq method that is missing here, else ValueError."""
     tableau = ADAPTIVE.get(name) or FIXED.get(name)
     if tableau is not None:
         return tableau

@@ -3,15 +3,17 @@
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .interpolant import Interpolant
 from .methods import ADAPTIVE, find_method
 from .problem import Structure, parameters_of
-from .solution import Interpolant
 from .solve import solve
+from .until_event import until_event
 
 _COMMON = ("step_control", "on_failure", "gradient", "max_checkpoints")
 _ADAPTIVE_OPTIONS = (
@@ -50,12 +52,19 @@ def odeint(
     norm, min_step, max_step, dtype (of time; float64 always), and ours: step_control ("joint" or "per_sample"), controller.
     For fixed methods step_size or grid_constructor, perturb, interp ("linear" or "cubic"). A key that the method does not know
     is warned of.
+    event_fn: a function of (t, y), in any shape, whose first change of sign of any number ends the solve (`Event`). t then
+        holds two times, the start and one that tells the direction; a function that is zero at the start ends it there. A
+        method on a grid needs step_size.
 
-    Returns a tensor [len(t), *y0.shape], or the structure of y0 with such leaves. Raises as `solve` does.
+    Returns a tensor [len(t), *y0.shape], or the structure of y0 with such leaves; with event_fn (event_t, solution), where
+    solution holds the start and the event. Both have gradients with the event moving, for y0, t[0], and what func and event_fn
+    depend on. Raises as `solve` does, and SolverError where no event comes.
     """
     chosen = method or "dopri5"
     state = Structure(y0, any_shape=True)
-    return solve(func, state, t, method=chosen, rtol=rtol, atol=atol, **_options(chosen, options, event_fn)).ys
+    by_name = _options(chosen, options)
+    run = partial(solve, func, method=chosen, rtol=rtol, atol=atol, **by_name)
+    return run(state, t).ys if event_fn is None else until_event(run, event_fn, state, t, chosen, by_name)
 
 
 def odeint_adjoint(
@@ -97,10 +106,10 @@ def odeint_adjoint(
             f"adjoint_options must be given if adjoint_method, {backward!r}, differs from method, {chosen!r}, and options are"
         )
     adjoint_params = tuple(adjoint_params)
-    return solve(
+    state, by_name = Structure(y0, any_shape=True), _options(chosen, options)
+    run = partial(
+        solve,
         func,
-        Structure(y0, any_shape=True),
-        t,
         method=chosen,
         rtol=rtol,
         atol=atol,
@@ -110,8 +119,9 @@ def odeint_adjoint(
         adjoint_rtol=adjoint_rtol,
         adjoint_atol=adjoint_atol,
         adjoint_options=None if adjoint_options is None else _adjoint_options(backward, adjoint_options, adjoint_params),
-        **_options(chosen, options, event_fn),
-    ).ys
+        **by_name,
+    )
+    return run(state, t).ys if event_fn is None else until_event(run, event_fn, state, t, chosen, by_name)
 
 
 def odeint_dense(
@@ -125,30 +135,43 @@ def odeint_dense(
     method: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Interpolant:
-    """The solution from t0 to t1 as a callable of t, a number or a tensor of times of any shape; see `Interpolant`."""
+    """The solution from t0 to t1 as a callable of t, a number or a tensor of times of any shape; see `Interpolant`.
+
+    Its values have the gradient of the discrete solve where gradients are recorded; under torch.no_grad() it keeps less.
+    """
     chosen = method or "dopri5"
     t = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu").detach().reshape(()) for x in (t0, t1)])
-    arguments = _options(chosen, options, None)
+    arguments = _options(chosen, options)
     if chosen not in ADAPTIVE and "interp" not in (options or {}):
         arguments["interp"] = "method"
-    with torch.no_grad():
-        state = Structure(y0, any_shape=True)
-        interpolant = solve(func, state, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
+    state = Structure(y0, any_shape=True)
+    interpolant = solve(func, state, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
     assert interpolant is not None  # dense=True
     return interpolant
 
 
-def odeint_event(*args: Any, **kwargs: Any) -> Any:
-    """Not part of this version: raises NotImplementedError."""
-    raise NotImplementedError("odeint_event is not part of this version of odenet_cuda; events come with a later one")
+def odeint_event(
+    func: Callable,
+    y0: Any,
+    t0: Any,
+    *,
+    event_fn: Callable,
+    reverse_time: bool = False,
+    odeint_interface: Callable = odeint,
+    **kwargs: Any,
+) -> Any:
+    """(event_t, solution) of `odeint` with ``event_fn``, from t0 on until the event, or, with reverse_time, from t0 back.
+
+    t0: a time with one number; event_t has its type, and that of float64 where it is a number. odeint_interface: `odeint`,
+    `odeint_adjoint`, or a function like them. kwargs: for it.
+    """
+    start = t0.reshape(-1) if isinstance(t0, Tensor) else torch.tensor([float(t0)], dtype=torch.float64)
+    t = torch.cat([start, start.detach() + (-1.0 if reverse_time else 1.0)])
+    return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
 
 
-def _options(
-    method: str, options: dict[str, Any] | None, event_fn: Callable | None, fixed_interp: bool = True
-) -> dict[str, Any]:
+def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = True) -> dict[str, Any]:
     """What `solve` takes by name, from torchdiffeq's options; those that the method does not know are warned of."""
-    if event_fn is not None:
-        raise NotImplementedError("event_fn is not part of this version of odenet_cuda; events come with a later one")
     find_method(method)
     given = dict(options or {})
     known = _ADAPTIVE_OPTIONS if method in ADAPTIVE else _FIXED_OPTIONS
@@ -177,4 +200,4 @@ def _adjoint_options(method: str, given: dict[str, Any], params: Sequence[Tensor
     defaults = {name: parameter.default for name, parameter in inspect.signature(solve).parameters.items()}
     names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb")
     filled = {name: defaults[name] for name in names if name != "norm"}
-    return {**filled, **_options(method, given, None, fixed_interp=False), **({} if norm is None else {"norm": norm})}
+    return {**filled, **_options(method, given, fixed_interp=False), **({} if norm is None else {"norm": norm})}

@@ -107,13 +107,18 @@ class Shifts:
         self.zeros: Tensor | None = None
         if t.requires_grad or _has_tangent(t):
             t = t.to(problem.device, torch.float64)
+            if problem.own:
+                t = torch.nan_to_num(t)
             self.zeros = t - t.detach()
 
     def of(self, end: End | None) -> Tensor | None:
         if end is None or self.zeros is None:
             return None
         index, mask = end
-        shift = self.zeros[index]
+        if isinstance(index, Tensor):
+            shift = self.zeros.gather(1, index[:, None])[:, 0] if self.problem.own else self.zeros[index]
+        else:
+            shift = self.zeros[:, index] if self.problem.own else self.zeros[index]
         return shift.expand(self.problem.rows) if mask is None else shift * mask
 
     def moved(self, t: Tensor, shift: Tensor | None) -> Tensor:

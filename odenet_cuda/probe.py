@@ -88,11 +88,10 @@ class Probe:
     def at_end(self, request: Request, trajectory: Trajectory) -> list[Tensor]:
         """What func depends on at the start or at the end: it may branch on the time."""
         problem = request.problem
-        times = torch.full((1, problem.rows), problem.t[-1], dtype=problem.real, device=problem.device)
         recorder = new_recorder(request, graphs=True)
         y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
         with no_sharded_calls():
-            end = recorder.evaluate(problem.field, problem.time_views(times)[0], y)
+            end = recorder.evaluate(problem.field, problem.time_beside(-1, 0.0), y)
         return find_captured(problem.field, [self.first, end], self.known, self.since, False)
 
     def in_all(self, request: Request, calls: Sequence[Evaluation], closed: bool) -> list[Tensor]:
@@ -109,7 +108,7 @@ class Probe:
             return [start]
         if last is not None:
             return [start, last.copy()]
-        t1 = problem.time_beside(len(problem.t) - 1, request.options.on_side(problem, len(problem.t) - 1))
+        t1 = problem.time_beside(-1, request.options.on_side(problem, -1))
         y = [leaf.detach().clone() for leaf in trajectory.last[: len(problem.state_leaves)]]
         with torch.no_grad(), no_sharded_calls():
             return [start, Evaluation(t1, y, problem.field(t1, y))]

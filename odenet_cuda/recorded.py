@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import noise
+from . import ended, noise
 from .gradients import adjoint, checkpoint, direct, quadrature
+from .gradients.dense import DenseGradient
 from .gradients.polynomials import Polynomials
 from .graphed.capture import no_cast_is_kept
 from .held import Captured
@@ -21,6 +22,7 @@ from .request import Request
 from .sharding import is_plain
 from .solution import Solution, Stats
 from .solvers.checkpoints import Checkpoints
+from .solvers.events import EventWatch
 from .solvers.trajectory import Recorder, Trajectory
 
 Solved = tuple[Trajectory, Any, StepCosts | None]
@@ -44,12 +46,14 @@ class _Solve:
 
     def __init__(self, request: Request, probe: Probe | None, late: Sequence[Tensor]):
         self.request, self.problem, self.probe, self.late = request, request.problem, probe, late
+        self.watch: EventWatch | None = None  # of the solve, if events may end it
         self.captured = [] if probe is None else [*probe.captured, *late]
         inputs = [*request.structure.leaves, request.t, *self.captured]
         may = probe is not None
         self.wanted = may and any([tensor.requires_grad for tensor in inputs])
         self.unsure = may and not self.wanted and request.params is None  # func may depend on more later
         self.gradient = request.settings.gradient if self.wanted else None
+        self.kept: Captured | None = None  # those tensors, once all are known
         counter = counter_of(self.problem.field)
         counter.with_gradients = counter.with_gradients or self.unsure
         if self.gradient == "adjoint" and not all(map(is_plain, self.captured)):
@@ -93,6 +97,7 @@ class _Solve:
         count = len(self.problem.state_leaves)
         step_costs = StepCosts(names, request.options.tableau, self.problem.per_sample, count) if names else None
         recorder = self._recorder(checkpoints, step_costs)
+        self.watch = ended.watch_of(request)
         trajectory = integrate(
             self._noted(recorder, noisy) if noisy else self.problem,
             request.options,
@@ -100,6 +105,7 @@ class _Solve:
             recorder=recorder,
             start=None if self.probe is None else self.probe.start,
             grid=request.grid,
+            events=self.watch,
         )
         if checkpoints is not None:
             recorder.last = [leaf.clone() for leaf in trajectory.last[: len(trajectory.ys)]]
@@ -136,13 +142,23 @@ class _Solve:
         request, problem = self.request, self.problem
         stats, n = stats_of(request, trajectory), len(trajectory.ys)
         outputs = [*trajectory.ys, *trajectory.last[n:], *([] if step_costs is None else step_costs.sums(problem))]
-        has_failed = failed(request, trajectory, outputs[:n], stats)
+        has_failed = failed(request, problem, trajectory, outputs[:n], stats)
+        end = None if self.watch is None else ended.cut(request, self.watch, recorder, trajectory)
+        if end is not None:
+            self.request, self.problem, outputs = end.request, end.request.problem, trajectory.ys
         if self.wanted:
             outputs = self._attached(recorder, outputs, trajectory, has_failed, stats)
         elif torch.is_grad_enabled() and (len(problem.t) == 1 or problem.empty):
             outputs[:n] = self._without_steps()
             stats.nfe = counter_of(problem.field).nfe
-        solution = solution_of(request, outputs[:n], trajectory, recorder, stats)
+        solution = solution_of(request, problem, outputs[:n], trajectory, recorder, stats)
+        if solution.interpolant is not None and self.wanted and self.kept is not None:
+            common = problem, request.structure.leaves, request.t, self.kept, stats, request.params is not None
+            solution.interpolant.gradient = DenseGradient(self.gradient or "", recorder, *common)
+        if end is not None:
+            ended.give(solution, request, end, outputs)
+        elif request.events is not None:
+            ended.without(request, solution)
         names = [name for kind in (RUNNING, OF_STEPS) for name in request.settings.regularizers if name in kind]
         costs = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: costs[name] for name in request.settings.regularizers}
@@ -162,8 +178,8 @@ class _Solve:
                 captured = probe.at_end(request, trajectory)
             problem.calls = probe.some_calls(request, None if has_failed else trajectory)
             stats.nfe = counter.nfe
-        kept = Captured(captured, request.func)
-        common = problem, outputs, request.structure.leaves, request.t, kept, stats
+        self.kept = Captured(captured, request.func)
+        common = problem, outputs, request.structure.leaves, request.t, self.kept, stats
         if self.gradient == "direct":
             return direct.attach(recorder, *common)
         if self.gradient == "checkpoint":
@@ -183,6 +199,6 @@ class _Solve:
         leaves = [leaf.view_as(leaf) for leaf in structure.leaves]
         slopes = problem.field(t, leaves)
         return [
-            (leaf + slope + t.reshape(-1)[:1].sum()).expand(len(times), *leaf.shape).clone()
+            (leaf + slope + t.reshape(-1)[:1].sum()).expand(len(problem.t), *leaf.shape).clone()
             for leaf, slope in zip(leaves, slopes, strict=True)
         ]

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from .callbacks import find_callbacks
 from .compiled.field import compiled_field
+from .event import Events
 from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .graphed.capture import MODES
 from .integrate import Grid, Options, fixed_grid, stop_times
+from .interpolated import stops_of
 from .problem import (
     Field,
     Problem,
@@ -113,6 +115,20 @@ def _same_settings(*given: Any) -> Settings:
     return replace(_settings(*given), by_value=True)
 
 
+def _with_stops(settings: Settings, func: Any) -> Settings:
+    """Those with the times at which what func interpolates is not smooth."""
+    steps, jumps = stops_of(func) if settings.options.adaptive else ((), ())
+    return _stopping(settings, steps, jumps) if steps or jumps else settings
+
+
+@lru_cache(maxsize=256)
+def _stopping(settings: Settings, steps: tuple[float, ...], jumps: tuple[float, ...]) -> Settings:
+    options = settings.options
+    jumps = (*options.jump_t, *(time for time in jumps if time not in options.jump_t))
+    steps = tuple([time for time in dict.fromkeys((*options.step_t, *steps)) if time not in jumps])
+    return replace(settings, options=replace(options, step_t=steps, jump_t=jumps))
+
+
 _MADE = frozenset({"problem", "t", "grid", "backward"})
 
 
@@ -146,11 +162,12 @@ class Request:
         params: Sequence[Tensor] | None = None,
         adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
         compile: str | bool | None = None,
+        events: Events | None = None,
     ):
-        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`.
+        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
 
         Raises ValueError and TypeError for a wrong y0."""
-        self.settings, self.params = settings, params
+        self.settings, self.params, self.events = _with_stops(settings, func), params, events
         self.given = t, rtol, atol, norm, adjoint
         self.structure = check_state(y0)
         self.func = with_arguments(func, args)
@@ -167,9 +184,9 @@ class Request:
         t, rtol, atol, norm, adjoint = self.given
         settings, structure, func = self.settings, self.structure, self.func
         options, per_sample = settings.options, settings.per_sample
-        self.t, values = check_times(t)
         if per_sample:
             check_samples(structure)
+        self.t, values = check_times(t, batch=structure.leaves[0].shape[0] if per_sample else None)
         running = [name for name in settings.regularizers if name in RUNNING]
         of = CostField(func, structure, running, per_sample) if running else Field(func, structure)
         of.with_gradients = settings.gradient == "direct" and torch.is_grad_enabled()
@@ -177,7 +194,6 @@ class Request:
             field=of,
             leaves=[leaf.detach().contiguous() for leaf in structure.leaves],
             t=values,
-            direction=-1.0 if len(values) > 1 and values[1] < values[0] else 1.0,
             per_sample=per_sample,
             rtol=check_tolerance("rtol", rtol, structure),
             atol=check_tolerance("atol", atol, structure),

@@ -1,20 +1,15 @@
-"""What a solve gives back: Solution, its statistics and interpolant, and the exception of a failed solve."""
+"""What a solve gives back: Solution, its statistics, and the exception of a failed solve."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import formulas
+from .interpolant import Interpolant
 from .ops import FIELDS
-from .problem import to_device
+from .problem import times_as_tensor, to_device
 from .step_control import MAX_NUM_STEPS, NON_FINITE, SUCCESS, UNDERFLOW
-from .tableau import ButcherTableau
 
 STATUS_WORDS = {
     SUCCESS: "success",
@@ -93,28 +88,34 @@ class Stats:
 class Solution:
     """The result of `solve`.
 
-    ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64.
+    ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64; [batch, T] where
+    each sample has its own, and ys [T, batch, ...] is NaN where t is.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
-    with gradients, under per-sample control one a sample. engine: which one served, "transformed", "compiled", "graphed",
+    with gradients, under per-sample control one a sample. event_t, event_y, event_index: with ``events`` when the first of them
+    happened, the state there, and which it was, of each sample under per-sample control; NaN, NaN and -1 where none did, and
+    ``ys`` is NaN after it. engine: which one served, "transformed", "compiled", "graphed",
     "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
     """
 
     def __init__(
         self,
         ys: Any,
-        times: list[float],
+        times: Any,
         stats: Stats,
         y_last: Any,
         *,
         device: torch.device,
         per_sample: bool = False,
         state: Tensor | None = None,
-        interpolant: "Interpolant | None" = None,
+        interpolant: Interpolant | None = None,
     ):
         """times: on this device, once asked for. state: of the solver, None on a grid."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
+        self.event_t: Tensor | None = None
+        self.event_y: Any = None
+        self.event_index: Tensor | None = None
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None
@@ -122,7 +123,7 @@ class Solution:
     @property
     def t(self) -> Tensor:
         if self._t is None:
-            self._t = to_device(torch.tensor(self._times, dtype=torch.float64, device="cpu"), self._device)
+            self._t = to_device(times_as_tensor(self._times), self._device)
         return self._t
 
     @property
@@ -159,84 +160,3 @@ def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> 
         where = f"in sample {sample} of {len(status)} ({len(failed)} failed) {where}"
     message = f"{start}; {where}. Remedy: {_REMEDIES[code]}. The last accepted state is in `y` of this exception."
     raise SolverError(message, status=STATUS_WORDS[code], sample=sample, t=t, dt=dt, solution=solution)
-
-
-@dataclass
-class DenseStep:
-    """One accepted step as the interpolant needs it; t0, t1 [rows]; y0, k a leaf; accept [rows] or None for all."""
-
-    t0: Tensor
-    t1: Tensor
-    y0: list[Tensor]
-    k: list[list[Tensor]]
-    accept: Tensor | None
-
-
-class Interpolant:
-    """The solution at any time between the first and the last output: ``interpolant(t)``.
-
-    t: a number or a tensor of any shape, float. Returns the state in the structure of y0, each leaf
-    [*t.shape, *leaf.shape], detached, exact at the ends of steps and of the method's interpolation order between. The ends of
-    the interval may come as float32 writes them. Raises ValueError outside the interval.
-    """
-
-    def __init__(
-        self,
-        tableau: ButcherTableau,
-        steps: list[DenseStep],
-        y0: list[Tensor],
-        ends: tuple[float, float],
-        unflatten: Callable[[list[Tensor]], Any],
-    ):
-        self.tableau, self.steps, self._y0, self._unflatten = tableau, steps, y0, unflatten
-        self.t0, self.t1 = ends
-
-    def __call__(self, t: float | Tensor) -> Any:
-        with torch.no_grad():
-            wanted = torch.as_tensor(t, dtype=torch.float64, device=self._y0[0].device)
-            low, high = min(self.t0, self.t1), max(self.t0, self.t1)
-            # An end may come as float32, or the type of t, writes it.
-            kind = t.dtype if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) else torch.float32
-            written, ends = (x.to(kind) for x in (wanted, wanted.new_tensor([low, high])))
-            if not bool((((wanted >= low) | (written == ends[0])) & ((wanted <= high) | (written == ends[1]))).all()):
-                raise ValueError(f"t must lie in [{low}, {high}], where the solution is known, got {t}")
-            flat = wanted.reshape(-1).clamp(low, high)
-            leaves = [y0.expand(len(flat), *y0.shape).clone() for y0 in self._y0]
-            for index in self._steps_with(flat):
-                self._fill(self.steps[index], flat, leaves)
-            return self._unflatten([leaf.reshape((*wanted.shape, *leaf.shape[1:])) for leaf in leaves])
-
-    def _steps_with(self, t: Tensor) -> list[int]:
-        """Those in which one of the times lies, for any row."""
-        if not self.steps:
-            return []
-        t, (low, high) = t.sort().values, self._ends
-        return (torch.searchsorted(t, low) < torch.searchsorted(t, high, right=True)).nonzero()[:, 0].tolist()
-
-    @cached_property
-    def _ends(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest time of each step, over the rows in which it was accepted."""
-        ends = torch.stack([torch.stack([step.t0, step.t1]) for step in self.steps])  # [steps, 2, rows]
-        low, high = ends.amin(1), ends.amax(1)
-        if self.steps[0].accept is not None:
-            accept = torch.stack([step.accept for step in self.steps if step.accept is not None])
-            low, high = low.where(accept, math.inf), high.where(accept, -math.inf)
-        return low.amin(1), high.amax(1)
-
-    def _fill(self, step: DenseStep, t: Tensor, leaves: list[Tensor]) -> None:
-        dt = step.t1 - step.t0  # [rows]
-        theta = (t[:, None] - step.t0) / dt  # [times, rows]
-        inside = (theta > 0) & (theta <= 1)
-        if step.accept is not None:
-            inside &= step.accept
-        times = inside.any(1).nonzero()[:, 0]
-        if len(times) == 0:
-            return
-        for leaf, y0, k in zip(leaves, step.y0, step.k, strict=True):
-            columns = [theta.shape[1], *[1] * (y0.dim() - 1)] if y0.dim() else []
-            y0, k = formulas.widened(y0), [formulas.widened(slope) for slope in k]
-            real = y0.dtype.to_real()
-            value = formulas.dense_output(
-                self.tableau, y0, k, theta[times].reshape(-1, *columns).to(real), dt.reshape(columns).to(real)
-            )
-            leaf[times] = torch.where(inside[times].reshape(-1, *columns), value.to(leaf.dtype), leaf[times])

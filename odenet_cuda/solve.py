@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .compiled.compilation import check_compile
 from .engines import serve
+from .event import Event, check_events
 from .methods import ADAPTIVE
 from .request import Request, settings_of
 from .solution import Solution
@@ -52,6 +53,7 @@ def solve(
     adjoint_atol: Any = None,
     adjoint_options: dict[str, Any] | None = None,
     compile: str | bool | None = None,
+    events: Event | Sequence[Event] | None = None,
 ) -> Solution:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -60,9 +62,12 @@ def solve(
     args: what func is called with after (t, y); tensors among it get gradients.
     y0: a tensor, real or complex, or a tuple, list, dict or nest of them; float16 and bfloat16 are summed in float32, and their
         times have 11 and 8 bits.
-    t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers.
-    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; on a grid "euler", "midpoint",
-        "heun2", "heun3", "rk4".
+    t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers. Under per-sample
+        control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
+        outputs there are NaN, and nothing is solved for it after its last time.
+    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
+        "rosenbrock23", which differentiate func (gradient="direct", or an explicit adjoint_method); on a grid "euler",
+        "midpoint", "heun2", "heun3", "rk4".
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
@@ -101,6 +106,8 @@ def solve(
         above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
         arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
     compile: "auto", func is compiled where it can be read; False: not; default: what `set_compile` says.
+    events: zeros of functions of (t, y) that end the solve, under per-sample control each sample's own; see `Event`. The
+        Solution then has `event_t`, `event_y` and `event_index`, with first derivatives, and `ys` is NaN after the event.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
@@ -121,4 +128,5 @@ def solve(
     if compile is not None:
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
-    return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile))
+    ends = check_events(events, args)
+    return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,12 +55,11 @@ class StepControl:
         if self.min_step > self.max_step:
             raise ValueError(f"min_step must not exceed max_step, {self.max_step}, got {self.min_step}")
 
-    def constants(self, order: int, direction: float) -> list[float]:
+    def constants(self, order: int) -> list[float]:
         """The numbers of the kernels' ``Controller``, in its order."""
         p, i, d = CONTROLLERS[self.controller] if isinstance(self.controller, str) else self.controller
         plain = p == 0 and d == 0
         return [
-            direction,
             float(order),
             float(self.safety),
             float(self.ifactor),
@@ -74,14 +74,15 @@ class StepControl:
         ]
 
 
-def initial_state(t0: float, rows: int, on_jump: bool = False) -> np.ndarray:
+def initial_state(t0: Any, rows: int, direction: Any = 1.0, on_jump: Any = False) -> np.ndarray:
     """The solver state before the first step, float64, [NUM_FIELDS, rows]: the first output is y0 itself.
 
-    on_jump: t0 is a discontinuity of func, and the first of the stops.
+    direction: of time, +1 or -1. on_jump: t0 is a discontinuity of func, and the first of the stops. Each a number, or [rows].
     """
     state = np.zeros((NUM_FIELDS, rows))
     for name, value in (("time", t0), ("step_end", t0), ("last_time", t0), ("inverse1", 1.0), ("inverse2", 1.0)):
         state[FIELDS[name]] = value
     state[FIELDS["output_begin"]] = state[FIELDS["output_end"]] = 1
-    state[FIELDS["jumped"]] = state[FIELDS["next_stop"]] = float(on_jump)
+    state[FIELDS["jumped"]] = state[FIELDS["next_stop"]] = on_jump
+    state[FIELDS["direction"]] = direction
     return state

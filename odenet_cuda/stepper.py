@@ -128,7 +128,8 @@ class Stepper:
         self._owned.clear()
         workspace = state.new_zeros(self.kernels.workspace_size())
         self._state = (state, stops, t, workspace)
-        self.kernels.bind_state(state.data_ptr(), stops.data_ptr(), stops.shape[1], t.data_ptr(), len(t), workspace.data_ptr())
+        own, places = stops.dim() == 3, (stops.data_ptr(), stops.shape[-1], t.data_ptr(), t.shape[-1])
+        self.kernels.bind_state(state.data_ptr(), *places, own, workspace.data_ptr())
 
     def new_stages(self) -> None:
         """New buffers for the stages: those before are kept by whoever recorded them."""

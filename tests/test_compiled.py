@@ -862,8 +862,6 @@ def test_odeint():
         grads.append([p.grad.clone() for p in net.parameters()])
     for x, y in zip(*grads, strict=True):
         torch.testing.assert_close(x, y, rtol=ADJOINT, atol=ADJOINT)
-    with pytest.raises(NotImplementedError, match="events"):
-        odenet_cuda.odeint_event(field, rows(5, 2), 0.0, event_fn=lambda t, y: y.sum())
 
 
 def test_transforms():

@@ -112,6 +112,24 @@ def test_float32(emulated):
     compare(odenet_cuda.compile(Net(dtype=torch.float32)), rows(9, 2, dtype=torch.float32), [0.0, 1.0], 1e-5, counts=False)
 
 
+_NONE = torch.nan
+OWN_TIMES = torch.tensor([[0.0, 0.3, 0.31, 1.0], [1.0, 0.4, _NONE, _NONE], [0.5, _NONE, _NONE, _NONE]], dtype=D)
+
+
+def times_of_each_sample(func: torch.nn.Module, monkeypatch) -> None:
+    """Both directions, padding, and samples of one time, in lanes that take the next and in calls that end before they do."""
+    y0, times, options = rows(29, 2), OWN_TIMES[torch.arange(29) % 3], {"step_control": "per_sample", "jump_t": [0.6]}
+    compare(odenet_cuda.compile(func), y0, times, rtol=1e-4, atol=1e-4, **options)
+    compare_gradients(func, y0, times, 1e-9, rtol=1e-4, atol=1e-4, **options)
+    compare_gradients(func, y0, times, 1e-5, gradient="adjoint", rtol=1e-8, atol=1e-8, **options)
+    monkeypatch.setattr(ways, "_SLICE", 1e-9)
+    compare(odenet_cuda.compile(func), y0, times, rtol=1e-3, atol=1e-3, **options)
+
+
+def test_times_of_each_sample(emulated, monkeypatch):
+    times_of_each_sample(Stretched(), monkeypatch)
+
+
 def test_same_bits(emulated):
     func, y0 = odenet_cuda.compile(Net()), rows(21, 2)
     found = []
@@ -195,6 +213,10 @@ def test_gradients_of_groups(grouped, control, gradient):
 
 def test_lanes_of_groups_take_the_next_sample(grouped):
     lanes_take_samples(Net(hidden=19), False)
+
+
+def test_times_of_each_sample_in_groups(grouped, monkeypatch):
+    times_of_each_sample(Net(hidden=19), monkeypatch)
 
 
 def test_groups_deal_all_kinds_of_statements(grouped):

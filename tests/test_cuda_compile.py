@@ -114,7 +114,7 @@ def test_error_has_three_blocks_at_once(of, compiled):
 TIMES = """#include "core/step_size.h"
 __global__ void times(odenet::StepSize s, double* out) {
   const odenet::Row r = odenet::load_row(s, threadIdx.x);
-  out[2 * threadIdx.x] = odenet::stage_time<double>(s, r, s.c[2]);
+  out[2 * threadIdx.x] = odenet::stage_time<double>(r, s.c[2]);
   out[2 * threadIdx.x + 1] = r[odenet::kTime] + s.c[2] * r[odenet::kDt];
 }
 """

@@ -164,14 +164,12 @@ def test_weights_updated_in_place_are_seen(y0, ahead):
 
 
 def test_other_times(y0, ahead):
-    """Times are numbers in memory: another interval needs no other graph, another direction does."""
+    """Times are numbers in memory: another interval needs no other graph, nor does the other direction."""
     net = Net()
-    for times in (T, T * 2, T + 1):
+    for times in (T, T * 2, T + 1, -T):
         assert torch.equal(solve(net, y0, times, cuda_graph=True).ys, solve(net, y0, times).ys)
     assert ahead.captured == 1
-    solve(net, y0, -T, cuda_graph=True)
-    assert ahead.captured == 2
-    for count, times in ((3, T), (4, T * 0.4)):  # with a stop inside, and without
+    for count, times in ((2, T), (3, T * 0.4)):  # with a stop inside, and without
         found = solve(net, y0, times, step_t=[0.5], cuda_graph=True)
         assert ahead.captured == count and torch.equal(found.ys, solve(net, y0, times, step_t=[0.5]).ys)
 

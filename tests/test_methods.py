@@ -9,10 +9,10 @@ import torch
 from order_conditions import density, residual, rooted_trees
 
 from odenet_cuda import formulas, solve
-from odenet_cuda.methods import ABSENT, ADAPTIVE, DOPRI5, FIXED, HEUN2, RK4, find_method
+from odenet_cuda.methods import ABSENT, DOPRI5, EXPLICIT, FIXED, HEUN2, RK4, find_method
 from odenet_cuda.tableau import MAX_DEGREE, MAX_STAGES, ButcherTableau
 
-ALL = {**ADAPTIVE, **FIXED}
+ALL = {**EXPLICIT, **FIXED}
 # Conditions are sums of up to 14 products whose factors reach 100, in float64.
 HOLDS = 1e-13
 # At its end an interpolant is a sum of coefficients that reach 121.
@@ -26,7 +26,7 @@ ORDER_TOLERANCE = 0.25
 THETAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 every = pytest.mark.parametrize("name", ALL)
-every_adaptive = pytest.mark.parametrize("name", ADAPTIVE)
+every_adaptive = pytest.mark.parametrize("name", EXPLICIT)
 
 
 def at(tableau: ButcherTableau, theta: float) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_order_conditions(name):
 @every_adaptive
 def test_order_of_the_embedded_weights(name):
     """The embedded weights have one order less than b, and no more."""
-    tableau = ADAPTIVE[name]
+    tableau = EXPLICIT[name]
     embedded = np.array(tableau.b) - np.array(tableau.e)
     for order in range(1, tableau.order):
         assert residual(tableau, embedded, order) < HOLDS
@@ -93,10 +93,10 @@ def test_interpolant_ends(name):
 def test_first_same_as_last(name):
     """Every adaptive method of order 3 and more ends with the slope at (t1, y1), the others with one at t1 beside y1."""
     tableau = ALL[name]
-    assert tableau.fsal == (name in ADAPTIVE and tableau.order > 2)
+    assert tableau.fsal == (name in EXPLICIT and tableau.order > 2)
     assert tableau.c[-1] == 1 or name in FIXED
     assert tableau.rows[-1] == (tableau.b[:-1] if tableau.fsal else tableau.b)
-    assert bool(tableau.e) == (name in ADAPTIVE)
+    assert bool(tableau.e) == (name in EXPLICIT)
     assert tableau.stages == len(tableau.c) <= MAX_STAGES
     if tableau.fsal:
         assert tableau.a[-1] == tableau.b[:-1] and tableau.b[-1] == 0 and tableau.c[-1] == 1
@@ -105,7 +105,7 @@ def test_first_same_as_last(name):
 @pytest.mark.parametrize(("name", "scipy_name"), [("dopri5", "RK45"), ("bosh3", "RK23")], ids=["dopri5", "bosh3"])
 def test_coefficients_are_those_of_scipy(name, scipy_name):
     """Nodes, matrix and weights are those of scipy's class of the same method."""
-    other, tableau = getattr(pytest.importorskip("scipy.integrate"), scipy_name), ADAPTIVE[name]
+    other, tableau = getattr(pytest.importorskip("scipy.integrate"), scipy_name), EXPLICIT[name]
     stages = tableau.stages - 1
     np.testing.assert_allclose(tableau.c[:stages], other.C, rtol=HOLDS)
     np.testing.assert_allclose(tableau.b[:stages], other.B, rtol=HOLDS)
@@ -340,5 +340,5 @@ def test_every_method_of_torchdiffeq_is_known():
 
 def test_adaptive_and_fixed_are_apart():
     """No name is both, and a method with a straight line instead is still the method."""
-    assert not set(ADAPTIVE) & set(FIXED)
+    assert not set(EXPLICIT) & set(FIXED)
     assert HEUN2.linear().order == HEUN2.order

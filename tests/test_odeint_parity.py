@@ -9,7 +9,7 @@ from problems import FIXED_METHODS, ORDERS, PROBLEMS, Recording
 from torch import nn
 
 import odenet_cuda
-from odenet_cuda import odeint, odeint_adjoint, odeint_dense, odeint_event
+from odenet_cuda import odeint, odeint_adjoint, odeint_dense
 
 torchdiffeq = pytest.importorskip("torchdiffeq")
 
@@ -454,16 +454,6 @@ def test_methods_that_are_not_there_yet(function, method):
     """They are named, with those that there are, in a sentence."""
     with pytest.raises(NotImplementedError, match=rf"method '{method}' is not part of this version .*dopri5"):
         function(Net(), Y0, direction(1, 0.0, 1.0), method=method)
-
-
-def test_events_are_not_there_yet():
-    """Events are refused in a sentence, not ignored."""
-    event_fn = lambda t, y: y.sum()  # noqa: E731
-    for function in (odeint, odeint_adjoint):
-        with pytest.raises(NotImplementedError, match="event_fn is not part of this version"):
-            function(Net(), Y0, direction(1, 0.0, 1.0), event_fn=event_fn)
-    with pytest.raises(NotImplementedError, match="odeint_event is not part of this version"):
-        odeint_event(Net(), Y0, torch.tensor(0.0), event_fn=event_fn)
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])

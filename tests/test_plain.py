@@ -51,7 +51,7 @@ def both(method, given):
         options = Options(method=method, **given)
         structure = Structure(y0)
         field = Field(func, structure)
-        problem = Problem(field, [y0.detach()], TIMES, 1.0, False, [1e-7], [1e-9])
+        problem = Problem(field, [y0.detach()], TIMES, False, [1e-7], [1e-9])
         grid = fixed_grid(options, TIMES, func, y0, t)
         return plain.solve_on_grid(problem, options.tableau, *grid, options.perturb, field, [y0], t)[0][0]
 

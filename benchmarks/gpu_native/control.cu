@@ -20,7 +20,7 @@ struct Control {
     args.t = t.get();
     const double c[7] = {0, 0.2, 0.3, 0.8, 8.0 / 9, 1, 1};
     std::copy(c, c + 7, args.c);
-    args.controller = {1, 5, 0.9, 10, 0.2, 0.2, 0, 0, 1, 0, 1e-9, 1e15};  // max_step is the step
+    args.controller = {5, 0.9, 10, 0.2, 0.2, 0, 0, 1, 0, 1e-9, 1e15};  // max_step is the step
     args.rows = rows;
     args.num_stops = 1;
     args.num_outputs = 2;
@@ -30,7 +30,7 @@ struct Control {
     std::vector<double> x(kNumFields * rows, 0.0);
     for (int64_t row = 0; row < rows; ++row) {
       for (int field : {kDt, kProposal, kStepEnd}) x[field * rows + row] = 1e-9;
-      for (int field : {kInverse1, kInverse2, kOutputBegin, kOutputEnd}) x[field * rows + row] = 1;
+      for (int field : {kInverse1, kInverse2, kOutputBegin, kOutputEnd, kDirection}) x[field * rows + row] = 1;
     }
     return x;
   }

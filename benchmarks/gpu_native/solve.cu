@@ -53,7 +53,7 @@ struct Solve {
     control.stops = stops.get();
     control.t = t.get();
     std::copy(kC, kC + kStages, control.c);
-    control.controller = {1, 5, 0.9, 10, 0.2, 0.2, 0, 0, 1, 0, 1.0 / kSteps, 1e15};  // max_step: equal steps
+    control.controller = {5, 0.9, 10, 0.2, 0.2, 0, 0, 1, 0, 1.0 / kSteps, 1e15};  // max_step: equal steps
     control.rows = rows;
     control.num_stops = 1;
     control.num_outputs = 2;
@@ -134,7 +134,7 @@ struct Solve {
     std::vector<double> x(kNumFields * rows, 0.0);
     for (int64_t row = 0; row < rows; ++row) {
       for (int field : {kDt, kProposal, kStepEnd}) x[field * rows + row] = 1.0 / kSteps;
-      for (int field : {kInverse1, kInverse2, kOutputBegin, kOutputEnd}) x[field * rows + row] = 1;
+      for (int field : {kInverse1, kInverse2, kOutputBegin, kOutputEnd, kDirection}) x[field * rows + row] = 1;
     }
     return x;
   }

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "driver.h"
+#include "gradient_sums.h"
 
 namespace odenet {
 namespace ODENET_LEVEL {
@@ -59,16 +60,16 @@ ODENET_HD void add_outputs(const SolveCall& in, Reverse<M, P>& g, const Record<M
   using T = Number<P>;
   using D = With<P, double>;
   constexpr int N = kOwn<M>, S = M::stages;
-  const double forwards = in.step.controller.direction;
   const T* grad_ys = static_cast<const T*>(in.grad_ys);
   const P none(T(0)), dt = convert<T>(record.dt);
   MaskOf<P> left = accept;
   for (;;) {
     D time = record.time;
     for_lanes(left, [&](int i) {
-      const double output = g.output[i] > 0 ? in.step.t[g.output[i]] : lane(record.time, i);
+      const int64_t sample = lane(record.sample, i), row = sample < in.batch ? sample : in.batch - 1;
+      const double output = g.output[i] > 0 ? in.step.t_of(row)[g.output[i]] : lane(record.time, i);
       set_lane(time, i, output);
-      set_lane(left, i, forwards * (output - lane(record.time, i)) > 0);
+      set_lane(left, i, lane(record.dt, i) > 0 ? output > lane(record.time, i) : output < lane(record.time, i));
     });
     if (!any(left)) return;
     const MaskOf<P> landed = left & MaskOf<P>(time == record.end);
@@ -179,6 +180,14 @@ ODENET_HD void store_gradients(const SolveCall& in, const Reverse<M, P>& g, cons
   });
 }
 
+// The last output that a row has.
+ODENET_HD int64_t last_output(const StepSize& s, int64_t row) {
+  const double* t = s.t_of(row);
+  int64_t output = s.num_outputs - 1;
+  while (output > 0 && t[output] != t[output]) --output;
+  return output;
+}
+
 // Lanes whose record is of another sample than the one before: that has come to its start, and this begins at its end.
 template <class M, class P, class Team>
 ODENET_HD void change_samples(const Team& team, const SolveCall& in, Reverse<M, P>& g, const Record<M, P>& record,
@@ -195,7 +204,7 @@ ODENET_HD void change_samples(const Team& team, const SolveCall& in, Reverse<M, 
   for_lanes(change, [&](int i) {
     const int64_t sample = lane(record.sample, i), row = sample < in.batch ? sample : in.batch - 1;
     set_lane(g.sample, i, sample);
-    g.output[i] = in.step.num_outputs - 1;
+    g.output[i] = last_output(in.step, row);
     for (int n = 0; n < M::arguments; ++n) {
       set_lane(g.arguments[n], i, static_cast<const T*>(in.arguments)[row * M::arguments + n]);
       set_lane(g.arguments_grad[n], i, T(0));

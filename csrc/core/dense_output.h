@@ -18,10 +18,11 @@ struct DenseOutput {
   const T* y1;                        // [rows, columns]
   const T* k[kMaxStages];             // slopes, each [rows, columns]
   const double* state;                // [kNumFields, rows]
-  const double* t;                    // [num_outputs]
+  const double* t;                    // [rows or 1, num_outputs]
   double p[kMaxStages * kMaxDegree];  // [stages, degree]
   int stages, degree;
   int64_t rows, columns;
+  int64_t t_stride;  // of t, from a row to the next; 0: all rows have the same
 
   ODENET_HD double field(int name, int64_t row) const { return state[name * rows + row]; }
 };
@@ -39,9 +40,10 @@ ODENET_HD void dense_output_range(const DenseOutput<T>& s, int64_t row, int64_t&
 // which is y1 and needs no interpolant.
 template <class T>
 ODENET_HD bool dense_output_weights(const DenseOutput<T>& s, int64_t row, int64_t output, Weights<T, kAnyStages>& w) {
-  if (s.t[output] == s.field(kTime, row)) return false;
+  const double time = s.t[row * s.t_stride + output];
+  if (time == s.field(kTime, row)) return false;
   const double dt = s.field(kLastDt, row);
-  const double theta = (s.t[output] - s.field(kLastTime, row)) / dt;
+  const double theta = (time - s.field(kLastTime, row)) / dt;
   for (int j = 0; j < s.stages; ++j) {
     double b = 0;
     for (int d = s.degree - 1; d >= 0; --d) b = (b + s.p[j * s.degree + d]) * theta;

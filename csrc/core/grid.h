@@ -54,7 +54,7 @@ ODENET_WHOLE int64_t solve_grid(const Team& team, const SolveCall& in, int64_t t
   using T = Number<P>;
   using D = With<P, double>;
   const StepSize& s = in.step;
-  const double direction = s.controller.direction;
+  const double direction = direction_of(s, 0);
   Kept<M, P>& kept = static_cast<Kept<M, P>*>(in.tiles)[place_of(tile)];
   Tile<M, P> x;
   if (in.begun == 0) {

@@ -36,7 +36,7 @@ struct JointStep {
     if constexpr (M::taps > 0) add_taps_of_tile(team, in, x, tile, P(T(b[kLastDt])));
     accept_step(x, MaskOf<P>(true));
     if (b[kJumped] != 0) {
-      M::field(in, P(stage_time<T>(in.step, b, 0.0)), x.y, x.arguments, x.k[0], x.taps[0]);
+      M::field(in, P(stage_time<T>(b, 0.0)), x.y, x.arguments, x.k[0], x.taps[0]);
     }
   }
 
@@ -44,7 +44,7 @@ struct JointStep {
   ODENET_HD void attempt(Tile<M, P>& x, int64_t tile, double* sums) const {
     using T = Number<P>;
     const P dt = P(T(r[kDt]));
-    try_step(in, x, dt, [&](double c) { return P(stage_time<T>(in.step, r, c)); });
+    try_step(in, x, dt, [&](double c) { return P(stage_time<T>(r, c)); });
     for (int leaf = 0; leaf < M::leaves; ++leaf) {
       sums[leaf] += own_sum(error_squares<M>(in, x, dt, leaf), tile, in.batch);
     }
@@ -71,7 +71,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
   const StepSize& s = in.step;
   JointStep<M, P, Team> step{team, in};
   if (in.begun == 0) {
-    step.r = first_row(s);
+    step.r = first_row(s, 0);
     const auto norms = [&](Tile<M, P>& x, int64_t tile, double* sums) {
       for (int leaf = 0; leaf < M::leaves; ++leaf) {
         P d[3];
@@ -93,7 +93,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
       });
     }
     plan_first_step(s, step.r, d0, d1, joint_norm<M>(in, tiles, 2), in.first_step, 1);
-    step.first = stage_time<T>(s, step.r, 0.0);
+    step.first = stage_time<T>(step.r, 0.0);
   } else {
     const Kept<M, P>& kept = *static_cast<const Kept<M, P>*>(in.tiles);
     step.r = load_row(s, 0);
@@ -103,7 +103,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
   const auto next = [&] {
     if (!step.accepted) return;
     step.fresh = step.before[kJumped];
-    if (step.fresh != 0) step.first = stage_time<T>(s, step.before, 0.0);
+    if (step.fresh != 0) step.first = stage_time<T>(step.before, 0.0);
   };
   for (int64_t i = 0; i < in.max_steps && step.r.running(); ++i) {
     tiles.each([&](Tile<M, P>& x, int64_t tile, double* sums) {
@@ -111,7 +111,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
       step.attempt(x, tile, sums);
     });
     next();
-    step.last = stage_time<T>(s, step.r, 1.0);
+    step.last = stage_time<T>(step.r, 1.0);
     step.r[kErrorRatio] = joint_norm<M>(in, tiles, 0);
     control_step(s, step.r);
     step.accepted = step.r[kAccept] != 0;
@@ -126,7 +126,7 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
     Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
     kept.fresh = step.fresh;
     kept.first = P(T(step.first));
-    store_row(s, 0, step.r);
+    store_row(s, step.r);
   }
   return step.r.running();
 }

@@ -86,8 +86,8 @@ ODENET_HD MaskOf<P> lanes_of_many(const Controller& q, Paces<P>& c, const Places
 
 // A lane goes on as its row says.
 template <class P>
-ODENET_HD void set_pace(const StepSize& s, Paces<P>& c, int i, const Row& r) {
-  const bool output_first = s.controller.direction * (r.stop - r.next_output) > 0;
+ODENET_HD void set_pace(Paces<P>& c, int i, const Row& r) {
+  const bool output_first = r[kDirection] * (r.stop - r.next_output) > 0;
   set_lane(c.running, i, r.running());
   set_lane(c.time, i, r[kTime]);
   set_lane(c.dt, i, r[kDt]);
@@ -104,16 +104,18 @@ ODENET_HD MaskOf<P> control_lanes(const StepSize& s, Paces<P>& c, const Places<P
   using T = Number<P>;
   using D = With<P, double>;
   const Controller& q = s.controller;
-  const double forwards = q.direction;
   accept = c.running & (c.ratio <= P(T(1)));
   smallest = MaskOf<P>(false);
   if (q.min_step > 0) {
-    const MaskOf<D> small = (c.dt * forwards <= D(q.min_step)) | (c.proposal * forwards <= D(q.min_step));
+    const MaskOf<D> small = (abs(c.dt) <= D(q.min_step)) | (abs(c.proposal) <= D(q.min_step));
     smallest = MaskOf<P>(small) & c.running;
     accept = accept | (smallest & (c.ratio - c.ratio == P(T(0))));
   }
   D size = convert<double>(dt * lane_factor(q, c, accept));
-  if (q.min_step > 0 || q.max_step < HUGE_VAL) size = clamp_step(q, size * forwards) * forwards;
+  if (q.min_step > 0 || q.max_step < HUGE_VAL) {
+    size = clamp_step(q, abs(size));
+    size = select(c.dt < D(0.0), -size, size);
+  }
   c.last_time = c.time;
   c.last_dt = c.dt;
   c.last_end = c.end;
@@ -121,11 +123,12 @@ ODENET_HD MaskOf<P> control_lanes(const StepSize& s, Paces<P>& c, const Places<P
   c.proposal = size;
   set(MaskOf<D>(accept), c.time, c.end);
   const D left = c.stop - c.time, end = c.time + size;
-  const MaskOf<D> lands = size * (forwards * kStretch) >= left * forwards;
+  const MaskOf<D> lands = abs(size) * kStretch >= abs(left);  // they have one sign
   c.dt = select(lands, left, size);
   c.end = select(lands, c.stop, end);
   ++c.tries;
-  const MaskOf<P> come = MaskOf<P>((c.time - c.event) * forwards >= D(0.0)) & accept;
+  // By the sign of the step. A product that is too small for a number only has a lane looked at that is not there yet.
+  const MaskOf<P> come = MaskOf<P>((c.time - c.event) * c.last_dt >= D(0.0)) & accept;
   MaskOf<P> rare = come | (MaskOf<P>(c.end == c.time) & c.running) | (smallest & !accept);
   if (c.tries >= c.limit) rare = rare | lanes_of_many(q, c, at);
   return rare;
@@ -145,29 +148,26 @@ ODENET_HD void look_at(const StepSize& s, Paces<P>& c, Places<P>& at, int i, boo
   r[kAcceptedDt] = accept ? r[kDt] : 0;
   r[kStepsSinceOutput] = static_cast<double>(c.tries - at.since[i]);
   if (first_kept) r[kJumped] = 0;
-  go_on(s, r, accept, smallest, s.controller.direction * lane(c.proposal, i));
+  go_on(s, r, accept, smallest, r[kDirection] * lane(c.proposal, i));
   if (r[kStepsSinceOutput] == 0) at.since[i] = c.tries;
-  set_pace(s, c, i, r);
+  set_pace(c, i, r);
 }
 
 // A sample whose first step has that size begins in a lane; not a number: its start has no norm.
 template <class P>
 ODENET_HD void begin_lane(const StepSize& s, Paces<P>& c, Places<P>& at, int i, int64_t sample, double size) {
   using T = Number<P>;
-  Row& r = at.rows[i] = first_row(s);
-  if (size != size) {
-    end_row(r, kNonFinite);
-  } else {
-    plan_step(s.controller, r, size);
-  }
+  Row& r = at.rows[i] = first_row(s, sample);
+  if (r.running() && size != size) end_row(r, kNonFinite);
+  if (r.running()) plan_step(r, size);
   at.sample[i] = sample;
   at.began[i] = at.since[i] = c.tries;
   set_lane(c.ratio, i, T(0));
   set_lane(c.log1, i, T(0));
   set_lane(c.log2, i, T(0));
   set_lane(c.accepted, i, IntegerOf<T>(0));
-  set_lane(c.proposal, i, s.controller.direction * r[kProposal]);
-  set_pace(s, c, i, r);
+  set_lane(c.proposal, i, r[kDirection] * r[kProposal]);
+  set_pace(c, i, r);
 }
 
 // The solver state of the sample in a lane that has ended.
@@ -179,25 +179,19 @@ ODENET_HD void end_lane(const StepSize& s, Paces<P>& c, Places<P>& at, int i) {
   r[kNumRejected] = static_cast<double>(c.tries - at.began[i]) - accepted;
   r[kInverse1] = power_of_two(static_cast<double>(lane(c.log1, i)));
   r[kInverse2] = power_of_two(static_cast<double>(lane(c.log2, i)));
-  store_row(s, at.sample[i], r);
+  store_row(s, r);
 }
 
+// The time at the end of the step, as stage_time(r, 1).
 template <class P>
-ODENET_HD P next_after_lanes(P x, const MaskOf<P>& which, double towards) {
-  for_lanes(which, [&](int i) { set_lane(x, i, next_after(lane(x, i), towards)); });
-  return x;
-}
-
-// The time at the end of the step, as stage_time(s, r, 1).
-template <class P>
-ODENET_HD P end_times(const StepSize& s, const Paces<P>& c, const Places<P>& at) {
+ODENET_HD P end_times(const Paces<P>& c, const Places<P>& at) {
   using T = Number<P>;
   P end = convert<T>(c.end);
   if (c.jumps) {
     for_lanes(c.running & MaskOf<P>(c.end == c.stop), [&](int i) {
       const int kind = at.rows[i].stop_kind;
       if (kind == kStopJump || kind == kStopEndJump) {
-        set_lane(end, i, next_after(lane(end, i), -s.controller.direction));
+        set_lane(end, i, next_after(lane(end, i), -at.rows[i][kDirection]));
       }
     });
   }

@@ -30,18 +30,18 @@ struct PerSample {
     kept.count = kept.taken = 0;
     c.tries = c.limit = 0;
     c.jumps = false;
-    for (int64_t i = 0; i < s.num_stops; ++i) {
-      const int kind = static_cast<int>(s.stops[s.num_stops + i]);
-      c.jumps = c.jumps || kind == kStopJump || kind == kStopEndJump;
+    for (int64_t row = begin; row < end && (row == begin || s.stops_stride != 0); ++row) {
+      const double* kinds = s.stops_of(row) + s.num_stops;
+      for (int64_t i = 0; i < s.num_stops; ++i) c.jumps = c.jumps || kinds[i] == kStopJump || kinds[i] == kStopEndJump;
     }
-    Row r = first_row(s);
+    Row r = first_row(s, begin);
     end_row(r, kSuccess);
     c.ratio = c.log1 = c.log2 = first = fresh = P(T(0));
     c.accepted = typename Paces<P>::Count(0);
     c.proposal = D(0.0);
     for (int i = 0; i < Lanes<P>::width; ++i) {
       at.sample[i] = begin;
-      set_pace(s, c, i, r);
+      set_pace(c, i, r);
     }
     for (int n = 0; n < kOwn<M>; ++n) x.y[n] = x.k[0][n] = P(T(0));
     for (int n = 0; n < M::arguments; ++n) x.arguments[n] = P(T(0));
@@ -53,7 +53,7 @@ struct PerSample {
     const StepSize& s = in.step;
     const P dt = convert<T>(c.dt);
     const bool taped = in.tape_count != nullptr;
-    const P last = M::timed || taped ? end_times<P>(s, c, at) : P(T(0));
+    const P last = M::timed || taped ? end_times<P>(c, at) : P(T(0));
     try_step(in, x, dt, [&](double node) { return node == 1 ? last : convert<T>(time_within(c.time, node, c.dt)); });
     c.ratio = error_ratio(in, x, dt);
     MaskOf<P> accept, smallest, ended(false), jumped(false), output(false);
@@ -82,7 +82,7 @@ struct PerSample {
     for_lanes(left, [&](int i) { number[i] = static_cast<int64_t>(at.rows[i][kOutputBegin]); });
     while (any(left)) {
       D output(0.0);
-      for_lanes(left, [&](int i) { set_lane(output, i, in.step.t[number[i]]); });
+      for_lanes(left, [&](int i) { set_lane(output, i, in.step.t_of(at.sample[i])[number[i]]); });
       write_output<M, P>(
           in, x, left, output, c.last_time, c.last_dt, c.last_end, [&](int i) { return number[i]; },
           [&](int i) { return at.sample[i]; });
@@ -111,7 +111,7 @@ struct PerSample {
   // Lanes that have come to a discontinuity go on with the slope on its other side.
   ODENET_HD void jump(const MaskOf<P>& jumped) const {
     set(jumped, fresh, P(T(1)));
-    set(jumped, first, next_after_lanes(convert<T>(c.time), jumped, in.step.controller.direction));
+    for_lanes(jumped, [&](int i) { set_lane(first, i, stage_time<T>(at.rows[i], 0.0)); });
     M::field(in, first, x.y, x.arguments, x.k[1], x.taps[M::taps > 0]);
     for (int n = 0; n < kOwn<M>; ++n) x.k[0][n] = select(jumped, x.k[1][n], x.k[0][n]);
     for (int n = 0; n < own(M::taps); ++n) x.taps[0][n] = select(jumped, x.taps[1][n], x.taps[0][n]);
@@ -146,10 +146,10 @@ struct PerSample {
       const int64_t wanted = deal(team, free, [&](int i, int64_t turn) {
         if (turn >= left) return;
         take(in, kept, x, c, at, i, first_place, from + turn);
+        set_lane(first, i, stage_time<T>(at.rows[i], 0.0));
         set_lane(begun, i, true);
       });
       kept.taken += wanted < left ? wanted : left;
-      set(begun, first, P(first_time<T>(in)));
       set(begun, fresh, P(T(1)));
       const MaskOf<P> ended = begun & negate(c.running);
       if (team.any(any(ended))) store(ended);

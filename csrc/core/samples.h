@@ -70,7 +70,16 @@ ODENET_WHOLE void make_ready(const Team& team, const SolveCall& in, Samples<M, P
   load_state<M>(r.y, in.y0, sample);
   if constexpr (M::arguments > 0) load_lanes(r.arguments, in.arguments, M::arguments, sample);
   for (int i = 0; i < Lanes<P>::width && begin + i < end; ++i) store_lane<M>(in.ys, r.y, i, begin + i);
-  M::field(in, P(first_time<T>(in)), r.y, r.arguments, r.slope, r.taps);
+  D time, left, direction;
+  P first;
+  for (int i = 0; i < Lanes<P>::width; ++i) {
+    const Row row = first_row(s, sample(i));
+    set_lane(time, i, row[kTime]);
+    set_lane(left, i, row[kDirection] * (row.stop - row[kTime]));
+    set_lane(direction, i, row[kDirection]);
+    set_lane(first, i, stage_time<T>(row, 0.0));
+  }
+  M::field(in, first, r.y, r.arguments, r.slope, r.taps);
   P between[kOwn<M>], slope[kOwn<M>], taps[own(M::taps) + 1];
   const auto norms = [&](D& d0, D& d1, D& d2) {
     d0 = d1 = d2 = D(0.0);
@@ -89,11 +98,10 @@ ODENET_WHOLE void make_ready(const Team& team, const SolveCall& in, Samples<M, P
   const auto defined = (d0 == d0) & (d1 == d1);
   r.size = D(in.first_step);
   if (!(in.first_step > 0)) {
-    const Row row = first_row(s);
-    const D h0 = size_of_euler(d0, d1, D(q.direction * (row.stop - row[kTime])));
-    const P dt = convert<T>(h0 * q.direction);
+    const D h0 = size_of_euler(d0, d1, left);
+    const P dt = convert<T>(h0 * direction);
     for (int n = 0; n < kOwn<M>; ++n) between[n] = fused(dt, r.slope[n], r.y[n]);
-    M::field(in, convert<T>(D(row[kTime]) + h0 * q.direction), between, r.arguments, slope, taps);
+    M::field(in, convert<T>(time + h0 * direction), between, r.arguments, slope, taps);
     norms(d0, d1, d2);
     r.size = first_size(h0, d1, d2, [&](const D& x) {
       return select(x > D(0.0), power_of_log(binary_log(x) * (1 / q.order)), D(0.0));

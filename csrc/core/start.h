@@ -21,11 +21,10 @@ ODENET_HD void start_squares(const SolveCall& in, const P* y, const P* f0, const
   d0 = add_groups(d0), d1 = add_groups(d1), d2 = add_groups(d2);
 }
 
-// The time of the first slope; a grid has no stops.
+// The time of a row's first slope.
 template <class T>
-ODENET_HD T first_time(const SolveCall& in) {
-  const StepSize& s = in.step;
-  return s.num_stops > 0 ? stage_time<T>(s, first_row(s), 0.0) : T(s.t[0]);
+ODENET_HD T first_time(const SolveCall& in, int64_t row) {
+  return stage_time<T>(first_row(in.step, row), 0.0);
 }
 
 template <class M, class P>
@@ -35,7 +34,7 @@ ODENET_HD void begin_tile(const SolveCall& in, Tile<M, P>& x, int64_t tile) {
   for (int n = 0; n <= M::arguments; ++n) x.arguments[n] = x.arguments_grad[n] = P(Number<P>(0));
   if constexpr (M::arguments > 0) load_lanes(x.arguments, in.arguments, M::arguments, sample);
   store_state<M>(in.ys, x.y, tile, in.batch);
-  M::field(in, P(first_time<Number<P>>(in)), x.y, x.arguments, x.k[0], x.taps[0]);
+  M::field(in, P(first_time<Number<P>>(in, 0)), x.y, x.arguments, x.k[0], x.taps[0]);
   if constexpr (M::stages > 1) {
     for (int n = 0; n < kOwn<M>; ++n) x.k[1][n] = x.k[0][n];
   }

@@ -30,7 +30,8 @@ enum Field : int {
   kOutputEnd,
   kNextStop,  // index of the next stop
   kStepsSinceOutput,
-  kProposal,  // step size the controller asked for, before landing shortened it
+  kProposal,   // step size the controller asked for, before landing shortened it
+  kDirection,  // +1: time increases, -1: it decreases
   kNumFields
 };
 
@@ -38,7 +39,6 @@ enum Status : int { kRunning, kSuccess, kUnderflow, kNonFinite, kMaxSteps };
 enum Stop : int { kStopStep, kStopJump, kStopEnd, kStopEndJump };  // the last: the end lies on a discontinuity
 
 struct Controller {
-  double direction;  // +1: time increases, -1: it decreases
   double order, safety, ifactor, dfactor;
   double b0, b1, b2;    // exponents of r0, r1, r2
   double accept_floor;  // least factor after an accepted step
@@ -49,16 +49,19 @@ constexpr int kControllerSize = sizeof(Controller) / sizeof(double);
 
 struct StepSize {
   double* state;         // [kNumFields, rows]
-  const double* stops;   // [2, num_stops]: times in the direction of the solve, kinds (Stop); the last is the end, and
-                         // the first is t[0] where f is discontinuous there
-  const double* t;       // [num_outputs]
+  const double* stops;   // [rows or 1, 2, num_stops]: times in the direction of the row, kinds (Stop); the last is the
+                         // end, and the first is t[0] where f is discontinuous there
+  const double* t;       // [rows or 1, num_outputs]; not a number where a row has fewer
   double c[kMaxStages];  // nodes of the tableau
   Controller controller;
   int64_t rows, num_stops, num_outputs;
+  int64_t stops_stride, t_stride;  // from a row to the next; 0: all rows have the same
   int stages;
 
   ODENET_HD double& field(int name, int64_t row) const { return state[name * rows + row]; }
   ODENET_HD bool running(int64_t row) const { return static_cast<int>(field(kStatus, row)) == kRunning; }
+  ODENET_HD const double* stops_of(int64_t row) const { return stops + row * stops_stride; }
+  ODENET_HD const double* t_of(int64_t row) const { return t + row * t_stride; }
 };
 
 namespace ODENET_LEVEL {
@@ -66,6 +69,7 @@ namespace ODENET_LEVEL {
 // The solver state of a row. Not in memory: what its place among stops and outputs means.
 struct Row {
   double field[kNumFields];
+  int64_t number;
   double stop;         // the next stop,
   int stop_kind;       // and what it is: see Stop
   double next_output;  // time of output `output_end`; infinite after the last
@@ -76,33 +80,47 @@ struct Row {
 };
 
 ODENET_HD void find_stop(const StepSize& s, Row& r) {
-  const int64_t place = static_cast<int64_t>(r[kNextStop]);
-  r.stop = s.stops[place];
-  r.stop_kind = static_cast<int>(s.stops[s.num_stops + place]);
+  const double* at = s.stops_of(r.number) + static_cast<int64_t>(r[kNextStop]);
+  r.stop = at[0];
+  r.stop_kind = static_cast<int>(at[s.num_stops]);
 }
 
 ODENET_HD void find_output(const StepSize& s, Row& r) {
   const int64_t output = static_cast<int64_t>(r[kOutputEnd]);
-  r.next_output = output < s.num_outputs ? s.t[output] : s.controller.direction * HUGE_VAL;
+  r.next_output = output < s.num_outputs ? s.t_of(r.number)[output] : r[kDirection] * HUGE_VAL;
 }
 
 ODENET_HD Row load_row(const StepSize& s, int64_t row) {
   Row r;
+  r.number = row;
   for (int name = 0; name < kNumFields; ++name) r[name] = s.field(name, row);
   find_stop(s, r);
   find_output(s, r);
   return r;
 }
-ODENET_HD void store_row(const StepSize& s, int64_t row, const Row& r) {
-  for (int name = 0; name < kNumFields; ++name) s.field(name, row) = r[name];
+ODENET_HD void store_row(const StepSize& s, const Row& r) {
+  for (int name = 0; name < kNumFields; ++name) s.field(name, r.number) = r[name];
 }
 
-ODENET_HD Row first_row(const StepSize& s) {
+ODENET_HD double direction_of(const StepSize& s, int64_t row) {
+  return s.stops_of(row)[s.num_stops - 1] < s.t_of(row)[0] ? -1 : 1;
+}
+
+// A row that has no time but its first has ended.
+ODENET_HD Row first_row(const StepSize& s, int64_t row) {
   Row r;
+  r.number = row;
   for (int name = 0; name < kNumFields; ++name) r[name] = 0;
-  r[kTime] = r[kStepEnd] = r[kLastTime] = s.t[0];
+  const double* stops = s.stops_of(row);
+  const double time = s.t_of(row)[0];
+  r[kDirection] = direction_of(s, row);
+  r[kTime] = r[kStepEnd] = r[kLastTime] = time;
   r[kInverse1] = r[kInverse2] = r[kOutputBegin] = r[kOutputEnd] = 1;
-  if (s.stops[0] == s.t[0]) r[kJumped] = r[kNextStop] = 1;
+  if (stops[s.num_stops - 1] == time) {
+    r[kStatus] = kSuccess;
+  } else if (stops[0] == time) {
+    r[kJumped] = r[kNextStop] = 1;
+  }
   find_stop(s, r);
   find_output(s, r);
   return r;
@@ -126,13 +144,13 @@ ODENET_HD void end_row(Row& r, Status status) {
 constexpr double kStretch = 1 + 1e-9;
 
 // Chooses the step to try: `size`, or what is left to the next stop if that is not more.
-ODENET_HD void plan_step(const Controller& q, Row& r, double size) {
-  const double left = r.stop - r[kTime], end = r[kTime] + q.direction * size;
-  const bool lands = size * kStretch >= q.direction * left;
+ODENET_HD void plan_step(Row& r, double size) {
+  const double direction = r[kDirection], left = r.stop - r[kTime], end = r[kTime] + direction * size;
+  const bool lands = size * kStretch >= direction * left;
   r[kProposal] = size;
-  r[kDt] = lands ? left : q.direction * size;
+  r[kDt] = lands ? left : direction * size;
   r[kStepEnd] = lands ? r.stop : end;
-  if (!lands && !(q.direction * (end - r[kTime]) > 0)) end_row(r, is_finite(r[kErrorRatio]) ? kUnderflow : kNonFinite);
+  if (!lands && !(direction * (end - r[kTime]) > 0)) end_row(r, is_finite(r[kErrorRatio]) ? kUnderflow : kNonFinite);
 }
 
 ODENET_HD double step_factor(const Controller& q, const Row& r, double ratio, bool accept) {
@@ -149,11 +167,10 @@ ODENET_HD double step_factor(const Controller& q, const Row& r, double ratio, bo
 // After a running row's step was accepted or rejected: the outputs and stops that it has come to, its end, or the next
 // step, of that size. smallest: the step was of the least size allowed.
 ODENET_HD void go_on(const StepSize& s, Row& r, bool accept, bool smallest, double next) {
-  const double direction = s.controller.direction;
   if (accept) {
     r[kTime] = r[kStepEnd];
     r[kJumped] = 0;
-    while (direction * (r[kTime] - r.next_output) >= 0) {
+    while (r[kDirection] * (r[kTime] - r.next_output) >= 0) {
       r[kStepsSinceOutput] = 0;
       r[kOutputEnd] += 1;
       find_output(s, r);
@@ -171,7 +188,7 @@ ODENET_HD void go_on(const StepSize& s, Row& r, bool accept, bool smallest, doub
     end_row(r, kNonFinite);  // and no smaller step is allowed
   }
   if (r.running() && r[kStepsSinceOutput] >= s.controller.max_num_steps) end_row(r, kMaxSteps);
-  if (r.running()) plan_step(s.controller, r, next);
+  if (r.running()) plan_step(r, next);
 }
 
 // After `error`: accepts or rejects the step and plans the next.
@@ -180,7 +197,7 @@ ODENET_HD void control_step(const StepSize& s, Row& r) {
   r[kOutputBegin] = r[kOutputEnd];
   r[kAccept] = r[kAcceptedDt] = 0;
   if (!r.running()) return;
-  const double dt = r[kDt], size = q.direction * dt, ratio = r[kErrorRatio];
+  const double dt = r[kDt], size = r[kDirection] * dt, ratio = r[kErrorRatio];
   // Landing may have stretched a step of min_step by a sliver: what was asked for counts too.
   const bool smallest = size <= q.min_step || (q.min_step > 0 && r[kProposal] <= q.min_step);
   const bool accept = ratio <= 1 || (smallest && is_finite(ratio));
@@ -224,15 +241,15 @@ ODENET_HD void plan_first_step(const StepSize& s, Row& r, double d0, double d1, 
   const Controller& q = s.controller;
   if (r.running() && (d0 != d0 || d1 != d1)) end_row(r, kNonFinite);
   if (!r.running()) return;
-  if (given > 0) return plan_step(q, r, clamp_step(q, given));
-  const double h0 = size_of_euler(d0, d1, q.direction * (r.stop - r[kTime]));
+  if (given > 0) return plan_step(r, clamp_step(q, given));
+  const double h0 = size_of_euler(d0, d1, r[kDirection] * (r.stop - r[kTime]));
   if (phase == 0) {
-    r[kDt] = q.direction * h0;
-    r[kStepEnd] = r[kTime] + q.direction * h0;
+    r[kDt] = r[kDirection] * h0;
+    r[kStepEnd] = r[kTime] + r[kDirection] * h0;
     return;
   }
   const double size = first_size(h0, d1, d2, [&](double x) { return pow(x, 1 / q.order); });
-  plan_step(q, r, clamp_step(q, size));
+  plan_step(r, clamp_step(q, size));
 }
 
 // time + c dt, rounded twice, as on the CPU: nvcc would make one operation of it.
@@ -248,37 +265,36 @@ ODENET_HD D time_within(const D& time, double c, const D& dt) {
 // The time at which the stage with node c of the planned step is evaluated, in the state's real type. Beside a
 // discontinuity of f the stage on it is moved to the side on which the step lies.
 template <class R>
-ODENET_HD R stage_time(const StepSize& s, const Row& r, double c) {
-  const double direction = s.controller.direction;
+ODENET_HD R stage_time(const Row& r, double c) {
   if (c == 0) {
     const R time = round_to<R>(r[kTime]);
-    return r[kJumped] != 0 ? next_after(time, direction) : time;
+    return r[kJumped] != 0 ? next_after(time, r[kDirection]) : time;
   }
   if (c != 1) return round_to<R>(time_within(r[kTime], c, r[kDt]));
   const R end = round_to<R>(r[kStepEnd]);
   const bool on_jump = r.stop_kind == kStopJump || r.stop_kind == kStopEndJump;
-  return r.running() && r[kStepEnd] == r.stop && on_jump ? next_after(end, -direction) : end;
+  return r.running() && r[kStepEnd] == r.stop && on_jump ? next_after(end, -r[kDirection]) : end;
 }
 
 // Rows of the stepper, whose state is in memory. times [stages, rows]: of the step that is to be tried.
 template <class R>
-ODENET_HD void store_row_and_times(const StepSize& s, int64_t row, const Row& r, R* times) {
-  store_row(s, row, r);
-  for (int i = 0; i < s.stages; ++i) times[i * s.rows + row] = stage_time<R>(s, r, s.c[i]);
+ODENET_HD void store_row_and_times(const StepSize& s, const Row& r, R* times) {
+  store_row(s, r);
+  for (int i = 0; i < s.stages; ++i) times[i * s.rows + r.number] = stage_time<R>(r, s.c[i]);
 }
 
 template <class R>
 ODENET_HD void step_size_row(const StepSize& s, int64_t row, R* times) {
   Row r = load_row(s, row);
   control_step(s, r);
-  store_row_and_times(s, row, r, times);
+  store_row_and_times(s, r, times);
 }
 
 template <class R>
 ODENET_HD void first_step_row(const StepSize& s, int64_t row, const double* norms, double size, int phase, R* times) {
   Row r = load_row(s, row);
   plan_first_step(s, r, norms[row], norms[s.rows + row], norms[2 * s.rows + row], size, phase);
-  store_row_and_times(s, row, r, times);
+  store_row_and_times(s, r, times);
 }
 
 }  // namespace ODENET_LEVEL

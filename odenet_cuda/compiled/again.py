@@ -43,7 +43,8 @@ def key_of(request: Any) -> tuple | None:
     if isinstance(times, Tensor):
         if type(times) not in _PLAIN or times.requires_grad or times.numel() > _MOST_TIMES:
             return None
-        kind, times = times.dtype, times.tolist()
+        kind: Any = times.dtype, times.shape
+        times = (times if times.dim() == 1 else times.reshape(-1)).tolist()
     elif type(times) in (list, tuple):
         kind = None
     else:

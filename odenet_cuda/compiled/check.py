@@ -25,6 +25,7 @@ _NAMES: dict[str, Any] = {
     "minimum": np.minimum,
     "negate": np.logical_not,
     "hypotenuse": np.hypot,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "modulo": np.mod,
     "floor_divide": np.floor_divide,
     "rint": np.rint,

@@ -73,6 +73,7 @@ class Comparison:
         self.generator = torch.Generator().manual_seed(seed)
         self.whole = engine.plan.whole
         self.shrink = 0.3**seed
+        self.t0, self.t1 = engine.problem.interval
         eps = torch.finfo(self.dtype).eps
         if engine.cuda and engine.matmul != "float32" and self.dtype == torch.float32:
             eps = {"tf32": 2.0**-11, "bf16": 2.0**-8}[engine.matmul]
@@ -98,7 +99,7 @@ class Comparison:
         many = engine.batch * engine.state > _MANY
         count = 1 if self.whole else min(engine.batch, _ROWS) if many else engine.batch
         self.rows = torch.arange(count, device=engine.problem.device)
-        trial = self._trial(count, engine.problem.t[0], 1, 0.0)
+        trial = self._trial(count, self.t0, 1, 0.0)
         return self._compare(trial, self._step(trial, watched), "", None)[0]
 
     # Inputs
@@ -111,7 +112,7 @@ class Comparison:
         args = list(self.args)
         for i in self.engine.plan.batched:
             args[i] = args[i].detach()[:_ROWS]
-        slopes = self._slopes(self.engine.problem.t[0], leaves, args)
+        slopes = self._slopes(self.t0, leaves, args)
         finite = [x.isfinite().reshape(len(x), -1).all(1) for x in (*leaves, *slopes)]
         rows = torch.stack(finite).all(0).nonzero()[:, 0]
         if len(rows) == 0:
@@ -125,9 +126,9 @@ class Comparison:
         lanes = library.lanes * library.team
         one = engine.batch == 1 and not engine.problem.per_sample and not engine.cuda
         many, few = (1, 1) if one or self.whole else (lanes + 1, 2)
-        t = engine.problem.t
-        between = t[0] + (t[-1] - t[0]) * float(torch.rand((), generator=self.generator, dtype=torch.float64, device="cpu"))
-        return [self._trial(many, t[0], 2, 0.0), self._trial(few, t[-1], 1, 0.1), self._trial(many, between, 1, 0.1)]
+        share = float(torch.rand((), generator=self.generator, dtype=torch.float64, device="cpu"))
+        between = self.t0 + (self.t1 - self.t0) * share
+        return [self._trial(many, self.t0, 2, 0.0), self._trial(few, self.t1, 1, 0.1), self._trial(many, between, 1, 0.1)]
 
     def _trial(self, rows: int, t: float, steps: int, spread: float) -> Trial:
         def near(x: Tensor) -> Tensor:
@@ -153,8 +154,7 @@ class Comparison:
 
     def _step(self, trial: Trial, watched: AbstractContextManager | None = None) -> float:
         """The size of a step that changes the state by a tenth, without magnifying rounding where the field is stiff."""
-        t, engine = trial.t[0], self.engine
-        span = abs(engine.problem.t[-1] - engine.problem.t[0])
+        t, span = trial.t[0], abs(self.t1 - self.t0)
         moved = [leaf + 0.01 * (leaf.abs().amax() + 1e-3) * self._noise(leaf) for leaf in trial.leaves]
         with watched or nullcontext():
             slopes = self._slopes(t, trial.leaves, trial.args)
@@ -166,7 +166,7 @@ class Comparison:
         step = span / 4
         for limit in (_STEP * (size or 1.0) / rate if rate > 0 else step, _STIFF / change if change > 0 else step):
             step = min(step, limit) if limit == limit else step
-        least = 256 * torch.finfo(self.dtype).eps * max(map(abs, engine.problem.t))  # two times that differ
+        least = 256 * torch.finfo(self.dtype).eps * max(abs(self.t0), abs(self.t1))  # two times that differ
         return min(max(step * self.shrink, least), span / 4)
 
     def _noise(self, like: Tensor) -> Tensor:
@@ -198,11 +198,10 @@ class Comparison:
         return replace(options, control=control, first_step=first, step_t=(), jump_t=(), step_size=None, grid_constructor=None)
 
     def _compare(self, trial: Trial, step: float, gradient: str, backward: Any) -> tuple[Difference | None, bool]:
-        engine = self.engine
-        direction = engine.problem.direction
+        engine, direction = self.engine, -1.0 if self.t1 < self.t0 else 1.0
         begin, dt = trial.t[0], direction * step
-        if direction * (engine.problem.t[-1] - begin) < trial.steps * step:  # func is not called beyond the end
-            begin = engine.problem.t[-1] - trial.steps * dt
+        if direction * (self.t1 - begin) < trial.steps * step:  # func is not called beyond the end
+            begin = self.t1 - trial.steps * dt
         nodes = [begin + i * dt for i in range(trial.steps)] + [begin + trial.steps * dt]
         trial = replace(trial, t=[begin, begin + 0.4 * dt, nodes[-1]])
         options = self._options(engine.options, step)

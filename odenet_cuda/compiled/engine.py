@@ -215,8 +215,8 @@ def evaluations(options: Options, host: Any, grid: Grid | None, problem: Problem
             tries = int((host[accepted] + host[rejected]).max())
         jumps = 0
         if options.jump_t:
-            low, high = min(problem.t[0], problem.t[-1]), max(problem.t[0], problem.t[-1])
-            jumps = sum(low < jump < high for jump in options.jump_t)
+            low, high = np.minimum(problem.t[0], problem.t[-1]), np.maximum(problem.t[0], problem.t[-1])
+            jumps = sum(bool(np.any((low < jump) & (jump < high))) for jump in options.jump_t)
         return tries * (tableau.stages - 1) + (1 if options.first_step else 2) + jumps
     assert grid is not None
     return calls_on_grid(tableau, grid[0], problem.t, problem.direction, options.perturb)

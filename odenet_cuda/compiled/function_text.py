@@ -275,11 +275,14 @@ class FunctionText:
     def _write_linear(self, s: Linear) -> None:
         self._declare(s.out)
         weight, x, out = self._names(s)
-        if s.bias is None:
-            self.lines.append(f"for (int i = 0; i < {s.rows}; ++i) {out}[i] = P(T(0));")
-        else:
+        start = "P(T(0))"
+        if s.bias is not None and len(self._segments([s.bias])) == 1:
+            start = self._in_loop(s.bias, 0, s.rows, "i")
+        elif s.bias is not None:
             self._copy(out, s.bias)
-        self.lines.append(f"linear<{s.rows}, {s.columns}, {s.row}, {s.column}>({weight}, {x}, {out});")
+            start = f"{out}[i]"
+        sizes = f"{s.rows}, {s.columns}, {s.row}, {s.column}"
+        self.lines.append(f"linear<{sizes}>({weight}, {x}, {out}, [&](int i) {{ return {start}; }});")
 
     def _names(self, s: Linear) -> tuple[str, str, str]:
         """Of its weights, operand and result."""

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gradients.adjoint import slope_product
+from ..gradients.adjoint import interval_before, slope_product
 from ..gradients.drift import add_drift, warn_of_drift
 from ..gradients.failed import stand_ins
+from ..gradients.of_times import TimeGradient
 from ..integrate import Options, backward_grid
-from ..problem import Problem
+from ..problem import OwnTimes, Problem
 from .engine import Engine, as_rows, evaluations
 from .ways import Way
 
@@ -68,14 +69,15 @@ def adjoint(engine: Engine, backward: Any, ys: Sequence[Tensor], grad_ys: Sequen
             continue
         piece = replace(
             problem,
-            t=[problem.t[i], problem.t[i - 1]],
-            direction=-problem.direction,
+            t=interval_before(problem, i),
             rtol=[*backward.rtol, *backward.rtol],
             atol=[*backward.atol, *backward.atol],
         )
         grid = backward_grid(options, problem.field, engine.leaves(states[i]), piece.t)
         start = torch.cat([states[i], a], 1)
         if failed is not None and bool(failed.any()):
+            if piece.own:
+                piece.t = OwnTimes(piece.t.table[~failed.cpu().numpy()])
             ends, host = _solve_some(engine, ~failed, way, start, piece, (constants, total))
         else:
             ends, state, _ = engine.run(way, start, piece, grid, sums=(constants, of_interval))
@@ -93,7 +95,7 @@ def _of_times(engine: Engine, options: Options, ys: Sequence[Tensor], grad_ys: S
     """dL/dt_i = dL/dy_i . f(t_i, y_i), and at t_0, where the solve begins, -a . f. f is func itself. None if none is wanted."""
     if not engine.sources.t:
         return None
-    problem, found = engine.problem, torch.zeros(len(engine.problem.t), dtype=torch.float64, device=engine.y0.device)
+    problem, found = engine.problem, TimeGradient(engine.problem)
     field: Any = problem.field.again()  # type: ignore[attr-defined]
     for i in range(len(problem.t) - 1, -1, -1):
         failed, others = stand_ins(problem, i)
@@ -101,9 +103,9 @@ def _of_times(engine: Engine, options: Options, ys: Sequence[Tensor], grad_ys: S
             continue
         y = [out[i] if others is None else out[i][others] for out in ys]
         g = [grad[i] for grad in grad_ys] if i else [-leaf for leaf in engine.leaves(a)]
-        found[i] = slope_product(field, problem, options, i, y, g)
+        found.add(i, slope_product(field, problem, options, i, y, g, others))
     engine.nfe_backward += field.nfe
-    return found
+    return found.total
 
 
 def _solve_some(

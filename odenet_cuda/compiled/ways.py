@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,27 +200,30 @@ class Way:
         """A call for the times and tolerances of this problem, and what it points to, to be kept alive."""
         nodes: Sequence[float] = () if grid is None else grid[0]
         # As bytes: there are two zeros.
-        numbers = array("d", problem.t).tobytes(), array("d", nodes).tobytes(), [*problem.rtol, *problem.atol], stream
+        t: Any = problem.t.table if problem.own else array("d", problem.t)
+        numbers = problem.own, t.tobytes(), array("d", nodes).tobytes(), [*problem.rtol, *problem.atol], stream
         last = self._numbers
         if last is not None and last[0] == numbers:
             return last[2], last[1]
         stops = (self.options.step_t, self.options.jump_t) if grid is None else ((), ())
-        times, kinds = stop_table(problem, *stops)
-        parts: list[Sequence[float]] = [problem.t, times, kinds, problem.rtol, problem.atol, nodes]
-        table = self.tensor([x + 0.0 for part in parts for x in part], torch.float64)  # the stepper's zeros have no sign
+        ends = stop_table(problem, *stops)
+        parts = [np.ravel(x) for x in (t, ends, problem.rtol, problem.atol, nodes)]
+        filled = torch.from_numpy(np.concatenate(parts, dtype=np.float64) + 0.0)  # the stepper's zeros have no sign
+        table = to_device(filled, self.device)
         places = [table.data_ptr() + 8 * place for place in accumulate(map(len, parts), initial=0)]
         order, control = self._controller
         call = _C.SolveCall(
             t=places[0],
             num_outputs=len(problem.t),
             stops=places[1],
-            num_stops=len(times),
-            rtol=places[3],
-            atol=places[4],
-            nodes=places[5],
+            num_stops=ends.shape[-1],
+            own=problem.own,
+            rtol=places[2],
+            atol=places[3],
+            nodes=places[4],
             num_nodes=len(nodes),
             rows=self.rows,
-            controller=control.constants(order, problem.direction),
+            controller=control.constants(order),
             first_step=self.options.first_step or 0.0,
             batch=self.batch,
             chunk=self.chunk,

@@ -11,6 +11,7 @@ from ..compiled.attach import attach
 from ..compiled.engine import evaluations
 from ..compiled.serve import prepare
 from ..outcome import failed
+from ..problem import times_as_tensor
 from ..request import Request
 from ..solution import Solution, Stats
 
@@ -22,12 +23,14 @@ def refusal(request: Request) -> str:
     field = request.compiled
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
+    if request.events is not None:
+        return "events are no part of what is compiled yet"
     kind = key_of(request)
     chosen = None if request.settings.gradient == "direct" else request.params
     engine = again(field, kind, request.structure, request.args, chosen)
     if engine is not None:
         # What is asked for later, as on the way back, is asked of the times as they are now.
-        request.given = engine.problem.t, *request.given[1:]
+        request.given = times_as_tensor(engine.problem.t) if engine.problem.own else engine.problem.t, *request.given[1:]
         request.prepared[NAME] = engine
         return ""
     problem, settings, options, backward = request.problem, request.settings, request.options, request.backward
@@ -58,8 +61,7 @@ def solve(request: Request) -> Solution:
     steps = 0 if grid is None else len(grid[0]) - 1
     stats = Stats(nfe, problem.per_sample, trajectory.state, steps, problem.rows)
     outputs = trajectory.ys
-    if failed(request, trajectory, outputs, stats):
-        problem.missing = request.problem.missing
+    failed(request, problem, trajectory, outputs, stats)
     if wanted:
         outputs = attach(engine, gradient, engine.backward, outputs, stats, lambda: _by_stepper(request))
     unflatten, state = request.structure.unflatten, trajectory.state

@@ -35,6 +35,8 @@ def refusal(request: Request) -> str:
         return "cuda_graph is off"
     if not runs_ahead(request.problem.device):
         return "the state is not on CUDA"
+    if request.events is not None:
+        return "no graph holds events"
     if gradient not in ("direct", "checkpoint") or not request.records:
         return "the gradient needs nothing of the steps: their loops have graphs of their own"
     return ""
@@ -51,10 +53,10 @@ def solve(request: Request) -> Solution | str:
         return "it is met for the first time, or cannot be captured"
     trajectory, lease = found
     stats, outputs = stats_of(request, trajectory), trajectory.ys
-    failed(request, trajectory, outputs, stats)
+    failed(request, request.problem, trajectory, outputs, stats)
     kept = Captured(probe_of(request).captured, request.func)
     outputs = way_back.attach(lease, request.problem, outputs, request.structure.leaves, request.t, kept, stats)
-    return solution_of(request, outputs, trajectory, None, stats)
+    return solution_of(request, request.problem, outputs, trajectory, None, stats)
 
 
 def _reason(request: Request, calls: int) -> str:
@@ -66,6 +68,7 @@ def _reason(request: Request, calls: int) -> str:
         "regularizers": bool(settings.regularizers),
         "callbacks of func": bool(request.callbacks),
         "a gradient for t": request.t.requires_grad,
+        "times of each sample": problem.own,
         "adjoint_params": request.params is not None,
         "func is no module that depends on its parameters alone": not probe.closed,
         f"the grid takes {calls} calls of func, a graph at most {MOST_CAPTURED}": calls > MOST_CAPTURED,

@@ -42,6 +42,7 @@ def refusal(request: Request) -> str:
     for name, needed in (
         ("cuda_graph", request.options.cuda_graph),
         ("dense=True", settings.dense),
+        ("events", request.events is not None),
         ("regularizers", settings.regularizers),
         ("adjoint_params", request.params is not None),
         ("callbacks of func", request.callbacks),
@@ -65,7 +66,7 @@ def solve(request: Request) -> Solution | str:
         return found
     ys, last = found
     trajectory = Trajectory(ys, [leaf.detach() for leaf in last], None)
-    return solution_of(request, ys, trajectory, None, stats_of(request, trajectory))
+    return solution_of(request, request.problem, ys, trajectory, None, stats_of(request, trajectory))
 
 
 def _solve(request: Request, field: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -31,8 +31,14 @@ def solve(request: Request) -> Solution:
     if options.adaptive and _traced(request):
         raise NotImplementedError(ADAPTIVE)
     callbacks = find_callbacks(request.func, structure, options.adaptive)
-    if settings.dense or callbacks or settings.regularizers:
-        what = "dense=True is" if settings.dense else "callbacks of func are" if callbacks else "regularizers are"
+    needs = {
+        "dense=True is": settings.dense,
+        "callbacks of func are": callbacks,
+        "regularizers are": settings.regularizers,
+        "events are": request.events is not None,
+    }
+    what = next((name for name, needed in needs.items() if needed), "")
+    if what:
         raise NotImplementedError(f"{what} not served inside torch.func transforms, forward mode and torch.compile")
     if options.adaptive and transforms.under_vmap():
         return _mapped(request)
@@ -44,8 +50,8 @@ def solve(request: Request) -> Solution:
         trajectory = Trajectory(ys, [leaf[-1].detach().clone() for leaf in ys], None)
     problem.field.nfe = nfe  # type: ignore[attr-defined]
     stats = stats_of(request, trajectory)
-    failed(request, trajectory, ys, stats)
-    return solution_of(request, ys, trajectory, None, stats)
+    failed(request, problem, trajectory, ys, stats)
+    return solution_of(request, problem, ys, trajectory, None, stats)
 
 
 def _mapped(request: Request) -> Solution:

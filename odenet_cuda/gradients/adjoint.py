@@ -26,6 +26,7 @@ from .augmented import AugmentedField, PerSampleField, as_leaf
 from .autocast import autocast_state
 from .drift import add_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
+from .of_times import TimeGradient
 from .one_by_one import one_by_one
 from .release import kept, let_go
 from .same_func import refuse_another
@@ -133,7 +134,7 @@ def solve_backwards(
     augmented = augmented_field(adjoint, problem, field, params, costs)
     a = [torch.zeros_like(y[0]) for y in ys]
     integral = [as_leaf(torch.zeros_like(param)) for param in params]
-    grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
+    grad_t = TimeGradient(problem) if t_grad else None
     backward = backward_problem(adjoint, problem, augmented, 0 if per_sample else len(params))
     callbacks = {name: _with_all_parts(callback) for name, callback in adjoint.callbacks.items()}
     after_step = augmented if isinstance(augmented, PerSampleField) else None
@@ -144,10 +145,10 @@ def solve_backwards(
         y = [out[i] if others_at is None else out[i][others_at] for out in ys]
         a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
         if grad_t is not None:
-            g = [*(grad[i] for grad in grad_ys), *(costs if i == len(problem.t) - 1 else ())]
-            grad_t[i] = slope_product(field, problem, adjoint.options, i, y, g)
+            g = [*(grad[i] for grad in grad_ys), *costs_at(problem, costs, i)]
+            grad_t.add(i, slope_product(field, problem, adjoint.options, i, y, g, others_at))
         backward.leaves = [*y, *a, *([] if per_sample else integral)]
-        backward.t = [problem.t[i], problem.t[i - 1]]
+        backward.t = interval_before(problem, i, others_at)
         backward.held = at_rest(problem, [*a, *costs], failed) if per_sample else None
         grid = backward_grid(options, field, y, backward.t)
         trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid)
@@ -161,12 +162,29 @@ def solve_backwards(
         add_drift(stats, adjoint, problem, trajectory.last[:n], [out[i - 1] for out in ys], backward.held)
         integral = [x + y for x, y in zip(integral, trajectory.sums, strict=True)] if per_sample else trajectory.last[2 * n :]
     if grad_t is not None:
-        grad_t[0] = -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs])
+        grad_t.add(0, -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs]))
     stats.nfe_backward = field.nfe
     noise.warn_of_other_numbers(generators, problem.device, "adjoint")
     warn_of_drift(stats, options.adaptive)
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
-    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
+    total = None if grad_t is None else grad_t.total
+    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], total, grad_params
+
+
+def interval_before(problem: Problem, i: int, others_at: Tensor | None = None) -> Any:
+    """The times of a solve from output i to the one before; others_at: of `stand_ins`."""
+    if not problem.own:
+        return [problem.t[i], problem.t[i - 1]]
+    rows = torch.arange(problem.rows) if others_at is None else others_at.cpu()
+    return problem.t.between(i, i - 1, rows.numpy())
+
+
+def costs_at(problem: Problem, costs: Sequence[Tensor], i: int) -> list[Tensor]:
+    """The cotangents of running costs that go on to output i: all go on to the last."""
+    if not problem.own:
+        return list(costs) if i == problem.last_output else []
+    here = torch.from_numpy(problem.last_output == i).to(problem.device)
+    return [torch.where(here, cost, 0) for cost in costs]
 
 
 def augmented_field(
@@ -190,7 +208,6 @@ def backward_problem(adjoint: Adjoint, problem: Problem, augmented: AugmentedFie
         field=augmented,
         leaves=[],
         t=[],
-        direction=-problem.direction,
         per_sample=problem.per_sample,
         rtol=[*adjoint.rtol, *adjoint.rtol, *[min(adjoint.rtol)] * quadratures],
         atol=[*adjoint.atol, *adjoint.atol, *[min(adjoint.atol)] * quadratures],
@@ -202,18 +219,33 @@ def backward_problem(adjoint: Adjoint, problem: Problem, augmented: AugmentedFie
 
 
 def at_rest(problem: Problem, cotangents: Sequence[Tensor], failed: Tensor | None) -> Tensor:
-    """Rows that need no solve back from an output: those that did not reach it, and those that the loss has left out so far,
+    """Rows that need no solve back from an output: those that did not reach it or have none, and those that the loss has left
+    out so far,
     whose gradient is zero."""
     rows = torch.stack([(x == 0).reshape(problem.rows, -1).all(1) for x in cotangents]).all(0)
     return rows if failed is None else rows | failed
 
 
-def slope_product(field: Field, problem: Problem, options: Options, i: int, y: list[Tensor], g: list[Tensor]) -> Tensor:
+def slope_product(
+    field: Field,
+    problem: Problem,
+    options: Options,
+    i: int,
+    y: list[Tensor],
+    g: list[Tensor],
+    others_at: Tensor | None = None,
+) -> Tensor:
     """g . f(t_i, y), and the rates of running costs if g goes on to them; at a discontinuity of func with the slope that the
-    forward solve came to t_i with, or for i = 0 went from it with."""
-    k = field(problem.time_beside(i, options.on_side(problem, i)), [x.detach() for x in y])  # their graph is not here
+    forward solve came to t_i with, or for i = 0 went from it with. One number, or [rows] where each has its own times.
+    others_at: of `stand_ins`."""
+    k = field(
+        problem.time_beside(i, options.on_side(problem, i), others_at), [x.detach() for x in y]
+    )  # their graph is not here
     k = [torch.where(x == 0, 0, slope.detach()) for x, slope in zip(g, k, strict=False)]  # of a row that failed it may be NaN
-    return torch.stack([real_product(x, slope).sum() for x, slope in zip(g, k, strict=True)]).sum()
+    products = [real_product(x, slope) for x, slope in zip(g, k, strict=True)]
+    if problem.own:
+        return torch.stack([x.reshape(problem.rows, -1).sum(1).double() for x in products]).sum(0)
+    return torch.stack([x.sum() for x in products]).sum()
 
 
 def adjoint_norm(adjoint: Adjoint, problem: Problem, n: int) -> Callable[[list[Tensor]], Any] | None:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ..captured import Watch
+from ..combinations import combinations
 from ..formulas import SHORT
 from ..ops import readable
 from ..problem import Field
 from ..products import NOTHING, Targets, gradients
-from .accumulator import Accumulator, combinations
+from .accumulator import Accumulator
 
 
 class AugmentedField:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import formulas
+from ..formulas import interpolant_powers, interpolant_weights, per_row
 from ..problem import Problem
 from ..products import Targets, gradients, real_product
 from ..ranges import marked
-from ..solvers.trajectory import Evaluation, Recorder, Step
+from ..solvers.trajectory import End, Evaluation, Index, Recorder, Step
 from ..solvers.whole import whole_of
 from ..stepper import Rows, Stepper
 from .accumulator import Accumulator
 from .failed import without_others
+from .of_times import TimeGradient
 from .whole import undo_whole
 
 
@@ -49,14 +50,13 @@ class BackwardWalk:
         keep_graphs: bool = True,
     ):
         tableau, a = recorder.tableau, recorder.tableau.rows
-        self.keep_graphs = keep_graphs
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, captured, t_grad
-        self.careful = problem.per_sample and problem.missing is not None  # what is no number may belong to rows without a part
+        self.careful = problem.per_sample and problem.failed  # what is no number may belong to rows without a part
         self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
-        self.step_costs = recorder.step_costs
+        self.keep_graphs, self.step_costs = keep_graphs, recorder.step_costs
         self.begin(grad_outputs)
         self.sums = Accumulator(captured.tensors, max(len(a), 1), problem.device)
-        self.grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device)
+        self.grad_t = TimeGradient(problem)
         self.one = torch.ones(problem.rows, dtype=torch.float64, device=problem.device)
         # Two, by turns: what a step leaves in the buffers of one is read while the next step writes those of the other.
         flat, rows = replace(problem, quadratures=0), transposed(a)
@@ -71,13 +71,11 @@ class BackwardWalk:
             if grad is None or i >= self.n:
                 zeros = torch.zeros((len(problem.t), *leaf.shape), dtype=leaf.dtype, device=leaf.device)
                 if grad is not None:  # a running cost is an output at the end alone
-                    zeros[-1] = grad
+                    zeros[problem.last_outputs] = grad
                 grad = zeros
             self.grad_ys.append(grad)
-        self.grad_costs = [
-            torch.zeros(problem.rows if problem.per_sample else (), device=problem.device) if grad is None else grad
-            for grad in grad_outputs[self.leaves :]
-        ]
+        none = torch.zeros(problem.rows if problem.per_sample else (), device=problem.device)
+        self.grad_costs = [none if grad is None else grad for grad in grad_outputs[self.leaves :]]
         self.lam = [torch.zeros_like(leaf) for leaf in problem.leaves]  # dL/dy where the walk has come to
         self.kappa: list[Tensor] | None = None  # dL/dk of the slope there; None: zero
 
@@ -91,7 +89,7 @@ class BackwardWalk:
 
     def result(self) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         grad_y0 = [lam + grad[0] for lam, grad in zip(self.lam, self.grad_ys, strict=True)]
-        return grad_y0[: self.n], self.grad_t, self.sums.results()
+        return grad_y0[: self.n], self.grad_t.total, self.sums.results()
 
     # ---- one evaluation of func ---------------------------------------------------------------------------------------
 
@@ -107,39 +105,34 @@ class BackwardWalk:
                 return [None] * self.leaves, None
         # The first evaluation has no gradient for y0 where none is wanted, but func may differentiate by a part of it itself.
         wanted = [leaf.requires_grad for leaf in evaluation.y]
-        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if self.t_grad else [])]
+        t_grad = self.t_grad and evaluation.t.requires_grad  # not where times of an interpolant alone have one
+        inputs = [*compress(evaluation.y, wanted), *([evaluation.t] if t_grad else [])]
         grads = gradients(outputs, inputs, kappa, self.captured, self.keep_graphs)
         n = sum(wanted)
         by_y = iter(grads[:n])
         if self.captured.tensors:
-            self.sums.add(grads[n + self.t_grad :])
+            self.sums.add(grads[n + t_grad :])
         found = [next(by_y) if needed else None for needed in wanted]
-        return [*found, *[None] * (self.leaves - self.n)], grads[n] if self.t_grad else None
+        return [*found, *[None] * (self.leaves - self.n)], grads[n] if t_grad else None
 
     def _undo_evaluation(self, evaluation: Evaluation) -> None:
         """A slope evaluated for itself: at the start, or anew beyond a discontinuity for the rows of its mask."""
         if self.kappa is None:
             return
         mask = evaluation.mask
-        kappa = self.kappa if mask is None else [self._rows(mask, k) * k for k in self.kappa]
+        kappa = self.kappa if mask is None else [per_row(mask, k) * k for k in self.kappa]
         mu, grad_t = self._vjp(evaluation, kappa)
         self.lam = [lam if m is None else lam + m for lam, m in zip(self.lam, mu, strict=True)]
-        self.kappa = None if mask is None else [self._rows(~mask, k) * k for k in self.kappa]
+        self.kappa = None if mask is None else [per_row(~mask, k) * k for k in self.kappa]
         if grad_t is not None:
             self._add_end(evaluation.end, grad_t.reshape(-1).double())
-
-    def _rows(self, per_row: Tensor, like: Tensor) -> Tensor:
-        """[rows] shaped to multiply a leaf, in its real type."""
-        real = per_row.to(like.dtype.to_real())
-        return real.reshape(-1, *[1] * (like.dim() - 1)) if like.dim() else real[0]
 
     # ---- one step -----------------------------------------------------------------------------------------------------
 
     def _undo_step(self, step: Step) -> None:
         dt = step.dt if isinstance(step.dt, Tensor) else torch.full_like(self.one, step.dt)
         base, lam, into_y0 = self.outputs(step, self.lam, dt) if step.outputs else (None, self.lam, None)
-        whole = whole_of(step)
-        if whole is None:
+        if (whole := whole_of(step)) is None:
             self.undo_points(step, lam, dt, base, into_y0)
         else:
             undo_whole(self, whole, step, lam, base, into_y0)
@@ -204,7 +197,7 @@ class BackwardWalk:
         """What belongs to the accepted rows, and to those that were rejected, which passed y0 and k0 on."""
         if step.accept is None:
             return x, None
-        return [self._rows(step.accept, part) * part for part in x], [self._rows(~step.accept, part) * part for part in x]
+        return [per_row(step.accept, part) * part for part in x], [per_row(~step.accept, part) * part for part in x]
 
     def _mu(
         self,
@@ -238,25 +231,35 @@ class BackwardWalk:
         base: list[list[Tensor]] | None = None
         into_y0: list[Tensor] | None = None
         for index, theta, mask in step.outputs:
-            grads = [grad[index] for grad in self.grad_ys]
-            end = step.ends[1]
-            if end is not None and end[0] == index:  # the end of the step moves with this output: it is y1 itself
-                at_end = grads if end[1] is None else [self._rows(end[1], g) * g for g in grads]
-                lam = [x + g for x, g in zip(lam, at_end, strict=True)]
+            place = (index, torch.arange(len(index), device=index.device)) if isinstance(index, Tensor) else index
+            grads = [grad[place] for grad in self.grad_ys]
+            if mask is not None:
+                grads = [per_row(mask, g) * g for g in grads]
+            if step.ends_on(index):  # the end of the step moves with this output: it is y1 itself
+                lam = [x + g for x, g in zip(lam, grads, strict=True)]
                 continue
-            inside = grads if mask is None else [self._rows(mask, g) * g for g in grads]
             if self.t_grad:
-                self._output_time_gradient(step, index, theta, inside)
-            weights = formulas.interpolant_weights(self.tableau, theta)
+                self._output_time_gradient(step, index, theta, grads)
             if base is None or into_y0 is None:
-                base = [[torch.zeros_like(g) for g in inside] for _ in weights]
-                into_y0 = [torch.zeros_like(g) for g in inside]
-            for into, weight in zip(base, weights, strict=True):
-                factor = weight * dt
-                for total, g in zip(into, inside, strict=True):
-                    total += self._rows(factor, g) * g
-            torch._foreach_add_(into_y0, inside)
+                base = [[torch.zeros_like(g) for g in grads] for _ in self.tableau.p]
+                into_y0 = [torch.zeros_like(g) for g in grads]
+            self._add_output(base, theta, dt, grads)
+            torch._foreach_add_(into_y0, grads)
         return base, lam, into_y0
+
+    def _add_output(self, base: list[list[Tensor]], theta: float | Tensor, dt: Tensor, g: list[Tensor]) -> None:
+        """b_j(theta) dt g to each of base, in few operations: a step may have many outputs. theta: of all rows, or [rows]."""
+        if isinstance(theta, Tensor):
+            factors = torch.zeros_like(theta)
+            for power in reversed(interpolant_powers(self.tableau, theta.device)):
+                factors = (factors + power) * theta
+            for into, factor in zip(base, factors * dt, strict=True):
+                torch._foreach_add_(into, [per_row(factor, x) * x for x in g])
+            return
+        weights = [float(w) for w in interpolant_weights(self.tableau, theta)]
+        for of_leaf, x in zip(zip(*base, strict=True), g, strict=True):
+            size: Any = per_row(dt, x)
+            torch._foreach_addcmul_(of_leaf, [x] * len(base), [size.expand_as(x)] * len(base), weights)
 
     def _costs(self, step: Step, base: list[list[Tensor]] | None) -> tuple[list[list[Tensor]], dict[int, list[Tensor]], Tensor]:
         """(base with what the costs of the step add to each kappa_j, what they add to the mu of points, their part by dt)."""
@@ -285,17 +288,15 @@ class BackwardWalk:
             total = torch.zeros_like(y0)
             for weight, of_stage in zip(weights, step.k, strict=False):
                 if of_stage:
-                    factor = self._rows(weight, y0) if isinstance(weight, Tensor) else weight
-                    total += factor * of_stage[leaf].detach()
+                    total += per_row(weight, y0) * of_stage[leaf].detach()
             combined.append(total)
         return combined
 
-    def _add_end(self, end: tuple[int, Tensor | None] | None, value: Tensor) -> None:
+    def _add_end(self, end: End | None, value: Tensor) -> None:
         if end is not None:
-            index, mask = end
-            self.grad_t[index] += (value if mask is None else value * mask).sum()
+            self.grad_t.add(end[0], value if end[1] is None else value * end[1])
 
-    def _output_time_gradient(self, step: Step, index: int, theta: float | Tensor, g: list[Tensor]) -> None:
+    def _output_time_gradient(self, step: Step, index: Index, theta: float | Tensor, g: list[Tensor]) -> None:
         """theta = (t - t0) / dt, so an output inside a step moves with its own time and with both ends."""
         rates = []  # b_j'(theta)
         for row in self.tableau.p:
@@ -304,8 +305,8 @@ class BackwardWalk:
                 rate = rate * theta + (d + 1) * row[d]
             rates.append(rate)
         by_theta = self._dot(g, self._slopes(step, rates))
-        by_dt = self._dot(g, self._slopes(step, formulas.interpolant_weights(self.tableau, theta)))
-        self.grad_t[index] += by_theta.sum()
+        by_dt = self._dot(g, self._slopes(step, interpolant_weights(self.tableau, theta)))
+        self.grad_t.add(index, by_theta)
         self._add_end(step.ends[0], -(1 - theta) * by_theta - by_dt)
         self._add_end(step.ends[1], -theta * by_theta + by_dt)
 

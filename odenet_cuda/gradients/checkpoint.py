@@ -254,8 +254,7 @@ class Recomputation:
 
 def _inside(step: Step) -> bool:
     """Whether an output lies inside the step: then the slope at its end counts."""
-    end = step.ends[1]
-    return any(end is None or end[0] != index for index, _, _ in step.outputs)
+    return not all([step.ends_on(index) for index, _, _ in step.outputs])
 
 
 def _rows_of(dt: float | Tensor, problem: Problem) -> Tensor:

@@ -35,6 +35,8 @@ def add_drift(
     for x, y, rtol, atol in zip(found, stored, adjoint.rtol, adjoint.atol, strict=True):
         eps = _ROUNDING * torch.finfo(y.dtype).eps
         x, y = formulas.widened(x), formulas.widened(y)
+        if held is not None:
+            y = torch.where(held.reshape(-1, *[1] * (y.dim() - 1)), x, y)  # they may have no number there
         size = y.abs()
         scale = size * max(rtol, eps) + atol
         if eps > rtol and size.numel():

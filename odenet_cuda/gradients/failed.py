@@ -1,7 +1,8 @@
-"""Gradients of a solve in which rows failed (on_failure="return"): what the loss leaves out has none, what it uses is NaN.
+"""Gradients of a solve in which rows failed (on_failure="return") or have fewer times than others.
 
-Outputs that a row did not reach are NaN and depend on nothing. A loss that leaves them out has the gradient of the others; one
-that uses them is NaN itself, and so are the row's gradient and all that rows share.
+Outputs that a row did not reach are NaN. A loss that leaves them out has the gradient of the others; one that uses them is NaN
+itself, and so are the row's gradient and all that rows share. Where a row has no time its output is NaN too, a constant: what a
+loss does with it has no part in any gradient.
 """
 
 from collections.abc import Sequence
@@ -11,26 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Problem, times_as_tensor
 from ..solvers.trajectory import Evaluation
 
 
 def known_cotangents(problem: Problem, grad_ys: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """The cotangents with zeros where an output was not reached, and for each row NaN where the loss used such an output, else
-    0; None where no row failed."""
+    0; None where all were reached."""
     missing = problem.missing  # [T, rows]
     if missing is None:
         return tuple(grad_ys), None
     known: list[Tensor | None] = list(grad_ys)
+    lost = missing & ~times_as_tensor(problem.t).isnan().T.to(missing.device) if problem.own else missing
     used = torch.zeros(problem.rows, dtype=torch.bool, device=problem.device)
     for i in range(len(problem.state_leaves)):
         grad = grad_ys[i]
         if grad is None:
             continue
-        of_rows = missing.reshape(*missing.shape, *[1] * (grad.dim() - 2)) if grad.dim() > 1 else missing[:, 0]
-        lost = torch.where(of_rows, grad, 0)
-        known[i] = torch.where(of_rows, 0, grad)
-        used |= (lost != 0).reshape(len(missing), problem.rows, -1).any(2).any(0)
+        shape = (*missing.shape, *[1] * (grad.dim() - 2)) if grad.dim() > 1 else missing.shape[:1]
+        known[i] = torch.where(missing.reshape(shape), 0, grad)
+        if problem.failed:
+            used |= (torch.where(lost.reshape(shape), grad, 0) != 0).reshape(len(missing), problem.rows, -1).any(2).any(0)
+    if not problem.failed:
+        return tuple(known), None
     return tuple(known), torch.where(used, torch.nan, 0.0)
 
 
@@ -47,8 +51,10 @@ def with_nan(
             return None if grad is None else grad + total.to(grad.dtype)
         return grad + spoilt.reshape(-1, *[1] * (grad.dim() - 1)).to(grad.dtype)
 
-    shared = [None if x is None else x + total.to(x.device, x.dtype) for x in (grad_t, *others)]
-    return [of_rows(grad) for grad in grad_y0], shared[0], shared[1:]
+    shared = [None if x is None else x + total.to(x.device, x.dtype) for x in others]
+    if grad_t is not None:
+        grad_t = of_rows(grad_t) if problem.own else grad_t + total.to(grad_t.device, grad_t.dtype)
+    return [of_rows(grad) for grad in grad_y0], grad_t, shared
 
 
 def stand_ins(problem: Problem, i: int) -> tuple[Tensor | None, Tensor | None]:

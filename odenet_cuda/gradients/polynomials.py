@@ -63,12 +63,13 @@ class Polynomials(Recorder):
         return self._cuts_of_rows(start, dt)
 
     def _cuts_of_rows(self, start: Tensor, dt: Tensor) -> list[Any]:
-        begins, direction = self._stack().begins, self.problem.direction
+        stacked = self._stack()
+        begins, direction = stacked.begins, stacked.direction
         ends = torch.stack([direction * start, direction * (start + dt)])
         first = torch.searchsorted(begins, ends.amin(0)[:, None], right=True)
         last = torch.searchsorted(begins, ends.amax(0)[:, None])
         index = first + torch.arange(max(0, int((last - first).max())), device=start.device)
-        inside = direction * begins.gather(1, index.clamp(max=begins.shape[1] - 1))
+        inside = direction[..., None] * begins.gather(1, index.clamp(max=begins.shape[1] - 1))
         theta = (inside - start[:, None]) / torch.where(dt == 0, 1.0, dt)[:, None]
         theta = torch.where(index < last, theta, 1.0).sort(1).values
         return [torch.zeros_like(start), *theta.unbind(1), torch.ones_like(start)]
@@ -116,13 +117,14 @@ class Stacked:
     begins: for each row the starts of its own steps in the direction of the solve, ascending, then infinity, [rows, steps].
     """
 
-    def __init__(self, pieces: Sequence[Piece], direction: float):
+    def __init__(self, pieces: Sequence[Piece], direction: Any):
         leaves, degree = range(len(pieces[0].y0)), range(len(pieces[0].q))
         self.t0, self.dt = (torch.stack([getattr(piece, name) for piece in pieces]) for name in ("t0", "dt"))
         self.y0 = [torch.stack([piece.y0[leaf] for piece in pieces]) for leaf in leaves]
         self.q = [[torch.stack([piece.q[d][leaf] for piece in pieces]) for leaf in leaves] for d in degree]
         accept = torch.stack([torch.ones_like(p.t0, dtype=torch.bool) if p.accept is None else p.accept for p in pieces])
-        self.direction, self._steps = direction, (~accept).sort(dim=0, stable=True).indices.T.contiguous()  # its own come first
+        direction = self.direction = torch.as_tensor(direction, dtype=torch.float64, device=accept.device)
+        self._steps = (~accept).sort(dim=0, stable=True).indices.T.contiguous()  # its own come first
         self._counts = accept.sum(0)
         begins = (direction * self.t0).T.gather(1, self._steps)
         beyond = torch.arange(len(pieces), device=begins.device) >= self._counts[:, None]

@@ -28,9 +28,10 @@ from ..solution import Stats, raise_failure
 from ..solvers.trajectory import Recorder, Step
 from ..tableau import ButcherTableau
 from .accumulator import Accumulator
-from .adjoint import Adjoint, at_rest, last_state, slope_product
+from .adjoint import Adjoint, at_rest, costs_at, interval_before, last_state, slope_product
 from .autocast import autocast_state
 from .failed import known_cotangents, stand_ins, with_nan
+from .of_times import TimeGradient
 from .one_by_one import one_by_one
 from .polynomials import Polynomials
 from .release import kept, let_go
@@ -193,7 +194,6 @@ def solve_backwards(
         field=on_solution,
         leaves=(a := [torch.zeros_like(leaf) for leaf in problem.state_leaves]),
         t=[],
-        direction=-problem.direction,
         per_sample=problem.per_sample,
         rtol=adjoint.rtol,
         atol=adjoint.atol,
@@ -202,17 +202,17 @@ def solve_backwards(
     )
     recorder = ParameterQuadrature(options.tableau, backward, on_solution, params)
     recorder.slopes = not options.adaptive
-    grad_t = torch.zeros(len(problem.t), dtype=torch.float64, device=problem.device) if t_grad else None
+    grad_t = TimeGradient(problem) if t_grad else None
     for i in range(len(problem.t) - 1, 0, -1):
         failed, on_solution.others_at = stand_ins(problem, i)
         if failed is not None and on_solution.others_at is None:
             continue
         y = [out[i] if failed is None else out[i][on_solution.others_at] for out in ys]
         if grad_t is not None:
-            g = [*(grad[i] for grad in grad_ys), *(costs if i == len(problem.t) - 1 else ())]
-            grad_t[i] = slope_product(field, problem, adjoint.options, i, y, g)
+            g = [*(grad[i] for grad in grad_ys), *costs_at(problem, costs, i)]
+            grad_t.add(i, slope_product(field, problem, adjoint.options, i, y, g, on_solution.others_at))
         backward.leaves = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
-        backward.t = recorder.t = [problem.t[i], problem.t[i - 1]]
+        backward.t = recorder.t = interval_before(problem, i, on_solution.others_at)
         backward.held = at_rest(problem, [*backward.leaves, *costs], failed) if problem.per_sample else None
         grid = backward_grid(options, field, y, backward.t)
         trajectory = integrate(backward, options, callbacks=adjoint.callbacks, recorder=recorder, grid=grid)
@@ -224,9 +224,10 @@ def solve_backwards(
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last
     if grad_t is not None:
-        grad_t[0] = -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs])
+        grad_t.add(0, -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs]))
     stats.nfe_backward = field.nfe
     noise.warn_of_other_numbers(generators, problem.device, "quadrature")
     found = recorder.sums.results()
     grad_params = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(params, found, strict=True)]
-    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], grad_t, grad_params
+    total = None if grad_t is None else grad_t.total
+    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], total, grad_params

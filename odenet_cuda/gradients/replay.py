@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import noise
 from ..plain import Func, Shifts, dense_output, difference_of, stage, sum_of
-from ..problem import Problem
+from ..problem import Problem, times_as_tensor
 from ..products import Targets, gradients
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..solvers.whole import whole_of
@@ -30,7 +30,7 @@ def save_inputs(ctx: Any, t: Tensor, y0: Sequence[Tensor]) -> None:
 def saved_inputs(ctx: Any, problem: Problem, recorder: Recorder) -> list[Tensor]:
     """y0 and t."""
     first = next(entry.y0 for entry in recorder.tape if isinstance(entry, Step)) or ()
-    known = [torch.tensor(problem.t, dtype=torch.float64, device="cpu"), *(leaf.detach() for leaf in first)]
+    known = [times_as_tensor(problem.t), *(leaf.detach() for leaf in first)]
     saved = iter(ctx.saved_tensors)
     t, *y0 = [next(saved) if with_grad else x for x, with_grad in zip(known, ctx.saved, strict=False)]
     return [*y0, t]
@@ -103,13 +103,13 @@ def replay(
                     c = tableau.c[i]
                     shift = sum_of(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
                     slopes.append(func(shifts.moved(views[i], shift), point[:n]))
-        for index, theta, mask in entry.outputs:
-            lands = entry.ends[1] is not None and entry.ends[1][0] == index
+        for index, theta, mask, lands in entry.each_output():
             if lands:
                 values = point
             else:
                 inside = sum_of(theta * entry.dt, difference_of(shifts.of((index, None)), at_t0))
-                values = [dense_output(tableau, leaf, [of[j] for of in slopes], inside / dt, dt) for j, leaf in enumerate(y)]
+                share = inside / (torch.where(dt == 0, 1.0, dt) if isinstance(dt, Tensor) else dt)  # 0: a row that never moved
+                values = [dense_output(tableau, leaf, [of[j] for of in slopes], share, dt) for j, leaf in enumerate(y)]
             for of_leaf, value in zip(ys, values, strict=True):
                 held = of_leaf[index]
                 of_leaf[index] = value if mask is None or held is None else _where(mask, value, held)

@@ -4,6 +4,7 @@ Nobody can tell from outside what func reads: attributes, variables it closes ov
 way back that calls it anew calls it first where the solve did, and compares. What func only counts or keeps does not matter.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +41,8 @@ def refuse_another(field: Any, problem: Problem, calls: Sequence[Evaluation], gr
     """
     device = problem.device
     calls = [*calls[:1], *(call for call in calls[1:] if device.type != "cpu" or not _same_arguments(call, calls[0]))]
-    span, cast = abs(problem.t[-1] - problem.t[0]), torch.is_autocast_enabled(device.type)
+    t0, t1 = problem.interval
+    span, cast = abs(t1 - t0) or math.inf, torch.is_autocast_enabled(device.type)
     before = noise.states(device)
     again = [_slopes(field, call) for call in calls]
     if noise.differ(before, noise.states(device)):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formulas import per_row
 from ..solvers.trajectory import Step
 from ..solvers.whole import WholeStep
 
@@ -18,12 +19,12 @@ def undo_whole(
     into_y0: list[Tensor] | None,
 ) -> None:
     """As `BackwardWalk.undo_points`, whose arguments these are."""
-    n, stages, rows = walk.n, walk.tableau.stages, walk._rows
+    n, stages = walk.n, walk.tableau.stages
     kappa = walk.kappa or [torch.zeros_like(x) for x in lam]
     passed: list[Tensor] | None = None
     if step.accept is not None:  # rows that were rejected passed y0 and k0 on
-        passed = [rows(~step.accept, x) * x for x in (*lam, *kappa)]
-        lam, kappa = ([rows(step.accept, x) * x for x in state] for state in (lam, kappa))
+        passed = [per_row(~step.accept, x) * x for x in (*lam, *kappa)]
+        lam, kappa = ([per_row(step.accept, x) * x for x in state] for state in (lam, kappa))
     by_k = base or [[torch.zeros_like(x) for x in lam] for _ in range(stages)]
     by_k[-1] = [x + y for x, y in zip(by_k[-1], kappa, strict=True)]
     grads, by_times = walk._vjp(whole, [x for state in (lam, *by_k[1:]) for x in state])

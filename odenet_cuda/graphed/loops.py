@@ -53,7 +53,7 @@ def key_of(problem: Problem, kind: Hashable, calls: Calls) -> tuple[Hashable, ..
     # Not all that reads a tensor is an operation of torch, and the adjoint has gradients of some in order.
     field: Any = problem.field
     places = tuple([(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in field.tensors if is_plain(x)])
-    rest = problem.direction, problem.per_sample, tolerances, modes, calls.key, places
+    rest = problem.per_sample, tolerances, modes, calls.key, places
     return kind, problem.device, shapes, len(problem.t), *rest
 
 

@@ -4,9 +4,11 @@ from .field import Field, WithArguments, aliased, counter_of, own_tensors, param
 from .initial_value import Problem, to_device
 from .numbers import check_times, check_tolerance, check_zero_tolerance
 from .structure import Structure, check_samples, check_state
+from .times import OwnTimes, times_as_tensor
 
 __all__ = [
     "Field",
+    "OwnTimes",
     "Problem",
     "Structure",
     "WithArguments",
@@ -20,6 +22,7 @@ __all__ = [
     "own_tensors",
     "parameters_of",
     "parted",
+    "times_as_tensor",
     "to_device",
     "with_arguments",
 ]

@@ -4,16 +4,19 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..tracing import has_memory, refuse_traced_times, written_down
+from ..tracing import has_memory, refuse_traced_times, torch_is_plain, written_down
 from .initial_value import Problem
 from .structure import Structure
+from .times import OwnTimes
 
 
-def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
-    """t as a one-dimensional floating tensor and as numbers. Lists of numbers are taken too."""
+def check_times(t: Any, name: str = "t", batch: int | None = None) -> tuple[Tensor, Any]:
+    """t as a floating tensor, one-dimensional, and as numbers. Lists of numbers are taken too. batch: the number of samples
+    that may have times of their own, in a tensor [batch, T], which gives `OwnTimes`; None: they may not."""
     values: Any = None
     if isinstance(t, (tuple, list)) and all(isinstance(x, (int, float)) for x in t):
         values = [float(x) for x in t]  # torch.compile cannot read numbers out of a tensor
@@ -27,8 +30,10 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
             raise TypeError(f"{name} must be a one-dimensional tensor of times, got {type(t).__name__}") from None
     if not t.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating tensor, got {t.dtype}")
-    if t.dim() != 1 or t.numel() == 0:
-        raise ValueError(f"{name} must be one-dimensional with at least one time, got shape {list(t.shape)}")
+    own = t.dim() == 2 and batch is not None
+    if not own and (t.dim() != 1 or t.numel() == 0):
+        hint = "; times of each sample, [batch, T], need step_control='per_sample'" if t.dim() == 2 and name == "t" else ""
+        raise ValueError(f"{name} must be one-dimensional with at least one time, got shape {list(t.shape)}{hint}")
     if values is None:
         if not torch.compiler.is_compiling() and (t.is_meta or not has_memory(t)):
             what = "tensor on the meta device" if t.is_meta else type(t).__name__
@@ -37,6 +42,8 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
             refuse_traced_times(t, name)
         if torch._C._functorch.is_batchedtensor(t):
             raise NotImplementedError(f"{name} must not be mapped by torch.vmap: the steps of a solve follow from numbers")
+        if own:
+            return t, _own_times(t, name, batch)
         values = t.tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{name} must be finite, got {values}")
@@ -44,6 +51,28 @@ def check_times(t: Any, name: str = "t") -> tuple[Tensor, list[float]]:
     if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
         raise ValueError(f"{name} must be strictly increasing or decreasing, got {values}")
     return t, values
+
+
+def _own_times(t: Tensor, name: str, batch: int | None) -> OwnTimes:
+    """Those of a tensor [batch, T]."""
+    if t.shape[0] != batch or t.shape[1] == 0:
+        raise ValueError(f"{name} must have shape [{batch}, T], a row of times for each sample, got {list(t.shape)}")
+    t = t.detach().double().cpu()
+    table = t.contiguous().numpy() if torch_is_plain() else np.array(t.tolist())
+    missing = np.isnan(table)
+
+    def refuse(wrong: np.ndarray, rule: str) -> None:
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(f"{name} {rule}, got {table[row].tolist()} in row {row}")
+
+    refuse(missing[:, 0], "must not begin with NaN: the first time is that of y0")
+    refuse((missing[:, :-1] & ~missing[:, 1:]).any(1), "must hold NaN after the last time of a row alone")
+    refuse(np.isinf(table).any(1), "must be finite, or NaN after the last time of a row")
+    steps = np.diff(table)
+    up, down = ((sign * steps > 0) | missing[:, 1:] for sign in (1, -1))
+    refuse(~up.all(1) & ~down.all(1), "must be strictly increasing or decreasing in every row")
+    return OwnTimes(table)
 
 
 def check_tolerance(name: str, value: Any, structure: Structure) -> list[Any]:

@@ -19,9 +19,10 @@ from ..ranges import marked
 from ..step_control import RUNNING, StepControl
 from ..stepper import Stepper
 from . import ahead
+from .events import EventWatch
 from .families import family_of
 from .norms import write_norm
-from .start import first_state, plan_first_step, stop_table
+from .start import first_state, plan_first_step, starts_on_jump, stop_table
 from .trajectory import Evaluation, Recorder, Trajectory
 
 
@@ -74,17 +75,18 @@ class AdaptiveSolver:
         callbacks: dict[str, Callable] | None = None,
         recorder: Recorder | None = None,
         after_step: AfterStep | None = None,
+        events: EventWatch | None = None,
         graph: str = "",
     ):
         self.problem, self.method, self.first_step = problem, method, first_step
         self.recorder: Any = recorder  # None: nothing is recorded
-        self.after_step, self.callbacks = after_step, callbacks or {}
+        self.after_step, self.callbacks, self.events = after_step, callbacks or {}, events
         device, family = problem.device, family_of(method)
         self.stop_times = step_t, jump_t
-        (times, kinds) = stops = stop_table(problem, step_t, jump_t)
-        self.starts_on_jump = times[0] == problem.t[0]
-        self.jumps = STOPS["jump"] in kinds[self.starts_on_jump :]
-        self.state, self.table, self.t = first_state(problem, stops, self.starts_on_jump)
+        stops = stop_table(problem, step_t, jump_t)
+        self.on_jump = starts_on_jump(problem, stops)
+        self.jumps = bool((stops[..., 1, :] == STOPS["jump"]).sum() > np.sum(self.on_jump))
+        self.state, self.table, self.t = first_state(problem, stops)
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         needed = self.jumps or bool(self.callbacks) or family.looks or (recorder is not None and not recorder.can_wait)
@@ -95,7 +97,7 @@ class AdaptiveSolver:
         self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
-        self.stepper = Stepper(problem, method, method.rows, control.constants(method.order, problem.direction), in_norm)
+        self.stepper = Stepper(problem, method, method.rows, control.constants(method.order), in_norm)
         if after_step is not None:  # what a stage was evaluated at is looked at after the step
             self.stepper.new_stages()
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
@@ -118,10 +120,8 @@ class AdaptiveSolver:
         self.problem, self.first_step = problem, first_step
         with torch.no_grad():
             stops = stop_table(problem, *self.stop_times)
-            self.starts_on_jump = stops[0][0] == problem.t[0]
-            for own, new in zip(
-                (self.state, self.table, self.t), first_state(problem, stops, self.starts_on_jump), strict=True
-            ):
+            self.on_jump = starts_on_jump(problem, stops)
+            for own, new in zip((self.state, self.table, self.t), first_state(problem, stops), strict=True):
                 own.copy_(new)
             for own, leaf in zip(self.stepper.y0, problem.leaves, strict=True):
                 own.copy_(leaf)
@@ -131,7 +131,7 @@ class AdaptiveSolver:
         if not self.looks:
             return ahead.run(self, start)
         self.start(start)
-        done = False
+        done = self.problem.own and not bool((self.state[FIELDS["status"]] == RUNNING).any())
         while not done:
             with marked("step"):
                 done = self._looked_at_step()
@@ -142,7 +142,7 @@ class AdaptiveSolver:
         problem, stepper = self.problem, self.stepper
         for out, leaf in zip(self.ys, stepper.y0, strict=False):
             out[0] = leaf
-        stepper.times.copy_(problem.start_time(self.starts_on_jump).reshape(-1))
+        stepper.times.copy_(problem.start_time(self.on_jump).reshape(-1))
         if start is None:
             start = self._evaluate_start()
         if self.recorder is not None:
@@ -166,6 +166,8 @@ class AdaptiveSolver:
             self._call("callback_step", "time", "dt")
         times, evaluations, addresses = self.attempt()
         self.decide(addresses)
+        if self.events is not None:
+            self.events.after_step(self.state, stepper)
         host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
         if self.recorder is not None:
             self.recorder.step(host, evaluations, stepper.k, stepper.y0, times)
@@ -188,6 +190,8 @@ class AdaptiveSolver:
         stepper = self.stepper
         times, evaluations, addresses = self.attempt()
         self.decide(addresses)
+        if self.events is not None:
+            self.events.after_step(self.state, stepper)
         if self.outputs:
             stepper.kernels.dense_output(self.outputs)
         if self.after_step is not None:

@@ -18,6 +18,7 @@ from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
+from .events import EventWatch
 from .trajectory import Evaluation, Output, Recorder, Step, Trajectory
 
 
@@ -126,11 +127,13 @@ class FixedSolver:
         perturb: bool = False,
         callbacks: dict[str, Callable] | None = None,
         recorder: Recorder | None = None,
+        events: EventWatch | None = None,
         graph: str = "",
     ):
         self.problem, self.tableau, self.nodes, self.moves_with = problem, tableau, nodes, moves_with
         self.perturb = perturb
         self.recorder: Any = recorder  # None: nothing is recorded
+        self.events, self.steps = events, 0  # the steps until one
         self.callback = (callbacks or {}).get("callback_step")
         self.rows = tableau.rows
         self.plan, self.dts, self.times = self._numbers(problem, nodes)
@@ -170,7 +173,7 @@ class FixedSolver:
         return self._trajectory()
 
     def _trajectory(self) -> Trajectory:
-        return Trajectory(ys=self.ys, last=self.stepper.y0, state=None, call=self.call)
+        return Trajectory(ys=self.ys, last=self.stepper.y0, state=None, call=self.call, steps=self.steps)
 
     def reset(self, problem: Problem, nodes: list[float]) -> None:
         """Another problem of the same kind takes the place of the last: in the same memory, for a captured solve. Its outputs
@@ -190,7 +193,7 @@ class FixedSolver:
         problem, plan, recorder = self.problem, self.plan, self.recorder
         recording = recorder is not None and recorder.slopes
         stages, points, fsal = self.tableau.stages, len(self.rows), self.tableau.fsal and not self.perturb
-        every_slope = recorder is not None and recorder.every_slope
+        every_slope = self.events is not None or (recorder is not None and recorder.every_slope)
         addresses: list[int] = []
         last_step = len(plan.outputs) - 1
         places, times = self._places(), self._views()
@@ -228,7 +231,11 @@ class FixedSolver:
                     _copy(at[landed], stepper.y[-1])
                 if recorder is not None:
                     self._record(step, evaluations, outputs)
+                ended = self.events is not None and self.events.ended(self.nodes[step : step + 2], stepper)
                 self._go_on(recording)
+                if ended:
+                    self.steps = step + 1
+                    break
                 addresses = addresses if fsal else []
         if not recording:  # the outputs are the user's
             stepper.y0 = [leaf.clone() for leaf in stepper.y0]

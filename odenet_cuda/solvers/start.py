@@ -1,42 +1,66 @@
 """The start of an adaptive solve: the solver state, where steps must end, and the size of the first step."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops import FIELDS, STOPS
-from ..problem import Problem, to_device
+from ..problem import Problem, times_as_tensor, to_device
 from ..step_control import SUCCESS, initial_state
 from ..stepper import Stepper
 from .norms import write_norm
 
 
-def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float]) -> tuple[list[float], list[int]]:
-    """The times inside the interval at which steps must end, in the direction of the solve, and why; the end is the last.
+def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float]) -> np.ndarray:
+    """The times inside the interval at which steps must end, in the direction of the solve, and why, float64 [2, stops]; the
+    end is the last. Where rows have their own times [rows, 2, stops], those with fewer filled up with the end.
 
     Where func is discontinuous at t[0], that is the first: the first slope is that inside the interval. So is the last one.
     """
-    t0, t1, direction = problem.t[0], problem.t[-1], problem.direction
+    if not problem.own:
+        return np.array(_stops(problem, problem.t[0], problem.t[-1], problem.direction, step_t, jump_t), dtype=np.float64)
+    if not step_t and not jump_t:
+        ends = problem.t[-1]
+        return np.stack([ends, np.full_like(ends, STOPS["end"])], 1)[:, :, None]
+    intervals = zip(problem.t[0].tolist(), problem.t[-1].tolist(), problem.direction.tolist(), strict=True)
+    rows = [_stops(problem, t0, t1, direction, step_t, jump_t) for t0, t1, direction in intervals]
+    most = max([len(times) for times, _ in rows], default=1)
+    filled = [[part + part[-1:] * (most - len(part)) for part in row] for row in rows]
+    return np.array(filled, dtype=np.float64).reshape(len(filled), 2, most)
+
+
+def _stops(
+    problem: Problem, t0: float, t1: float, direction: float, step_t: Sequence[float], jump_t: Sequence[float]
+) -> tuple[list[float], list[int]]:
+    """Those from t0 to t1: times and kinds."""
     starts, ends = ([time for time in jump_t if problem.same_time(time, t)] for t in (t0, t1))
     kinds = {time: STOPS["step"] for time in step_t}
     kinds |= {time: STOPS["jump"] for time in jump_t if time not in starts and time not in ends}
     inside = [time for time in kinds if direction * (time - t0) > 0 and direction * (t1 - time) > 0]
     inside.sort(key=lambda time: direction * time)
     times, reasons = [*inside, t1], [*(kinds[time] for time in inside), STOPS["end on jump" if ends else "end"]]
-    return ([t0, *times], [STOPS["jump"], *reasons]) if starts else (times, reasons)
+    return ([t0, *times], [STOPS["jump"], *reasons]) if starts and t1 != t0 else (times, reasons)
 
 
-def first_state(problem: Problem, stops: tuple[list[float], list[int]], on_jump: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The solver state before the first step, the table of stops, and the output times. on_jump: func is discontinuous at
-    t[0]."""
-    table, t = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in (stops, problem.t))
-    state = torch.from_numpy(initial_state(problem.t[0], problem.rows, on_jump))
-    state = to_device(state, problem.device)
+def starts_on_jump(problem: Problem, stops: np.ndarray) -> Any:
+    """Whether func is discontinuous at t[0], by the table of stops; for each row where they have their own times."""
+    return (stops[..., 0, 0] == problem.t[0]) & (stops[..., 1, 0] == STOPS["jump"])
+
+
+def first_state(problem: Problem, stops: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """The solver state before the first step, the table of stops, and the output times."""
+    host = initial_state(problem.t[0], problem.rows, problem.direction, starts_on_jump(problem, stops))
+    if problem.own:
+        host[FIELDS["status"], problem.t.last == 0] = SUCCESS
+    state, table, t = (
+        to_device(x, problem.device) for x in (torch.from_numpy(host), torch.from_numpy(stops), times_as_tensor(problem.t))
+    )
     if problem.held is not None:
         state[FIELDS["status"]].masked_fill_(problem.held, SUCCESS)
-    return state, to_device(table, problem.device), to_device(t, problem.device)
+    return state, table, t
 
 
 def plan_first_step(

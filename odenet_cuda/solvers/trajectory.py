@@ -1,6 +1,6 @@
 """What a solver gives back, and what it records on the way for a gradient or an interpolant."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..interpolant import DenseStep
 from ..ops import FIELDS
-from ..problem import to_device
-from ..solution import DenseStep
+from ..problem import OwnTimes, to_device
 from ..tableau import ButcherTableau
 from .checkpoints import Checkpoints
 
@@ -19,13 +19,14 @@ from .checkpoints import Checkpoints
 class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
-    the next solve may write. seen: the state as a NumPy array, once the host has waited for it."""
+    the next solve may write. steps: taken on a grid, 0 for all. seen: the state as a NumPy array, once the host has waited."""
 
     ys: list[Tensor]
     last: list[Tensor]
     state: Tensor | None
     sums: Sequence[Tensor] = ()
     call: "Evaluation | None" = None
+    steps: int = 0
     seen: Any = None
 
     def host_state(self) -> Any:
@@ -60,8 +61,9 @@ class Evaluation:
         return Evaluation(t, leaves[: len(self.y)], leaves[len(self.y) :])
 
 
-Output = tuple[int, "float | Tensor", "Tensor | None"]
-End = tuple[int, "Tensor | None"]
+Index = int | Tensor  # of a time in the problem's t: a number, or of each row, int64 [rows]
+Output = tuple[Index, "float | Tensor", "Tensor | None"]
+End = tuple[Index, "Tensor | None"]
 
 
 @dataclass(slots=True)
@@ -91,6 +93,23 @@ class Step:
     evaluations: Sequence[Evaluation | None] = ()
     noise: Any = None
 
+    def ends_on(self, index: Index) -> bool:
+        """Whether an output is the end of the step itself, which moves with its time."""
+        end = self.ends[1]
+        if end is None:
+            return False
+        return end[0] is index if isinstance(index, Tensor) or isinstance(end[0], Tensor) else end[0] == index
+
+    def each_output(self) -> Iterator[tuple[int, "float | Tensor", "Tensor | None", bool]]:
+        """Its outputs, one number at a time, and whether they are the end of the step."""
+        for index, theta, mask in self.outputs:
+            if not isinstance(index, Tensor):
+                yield index, theta, mask, self.ends_on(index)
+                continue
+            assert mask is not None
+            for i in index[mask].unique().tolist():
+                yield i, theta, mask & (index == i), self.ends_on(index)
+
 
 class Recorder:
     """Keeps what a gradient or an interpolant needs, in the order in which it happened.
@@ -105,7 +124,7 @@ class Recorder:
     def __init__(
         self,
         tableau: ButcherTableau,
-        t: list[float],
+        t: Any,
         per_sample: bool,
         leaves: int,
         *,
@@ -202,20 +221,35 @@ class Recorder:
             return
         sent = lambda values: to_device(torch.from_numpy(np.array(values)), y0[0].device)  # noqa: E731
         t0, dt, time = host[_LAST_TIME], host[_LAST_DT], host[_TIME]
-        begin, end = host[_OUTPUT_BEGIN].astype(int), host[_OUTPUT_END].astype(int)
-        outputs: list[Output] = []
-        for index in range(int(begin.min()), int(end.max())):
-            inside = (begin <= index) & (index < end)
-            if inside.any():
-                theta = np.where(self.t[index] == time, 1.0, (self.t[index] - t0) / np.where(dt == 0, 1.0, dt))
-                outputs.append((index, sent(theta), sent(inside)))
-        ends = []
-        for index, rows in ((0, accept & (t0 == self.t[0])), (len(self.t) - 1, accept & (time == self.t[-1]))):
-            ends.append((index, sent(rows)) if rows.any() else None)
-        rows, ends_of = sent(accept), (ends[0], ends[1])
-        step = Step(times, self._first, sent(dt), rows, outputs, ends_of, y0, slopes, evaluations)
+        starts, lands = accept & (t0 == self.t[0]), accept & (time == self.t[-1])
+        outputs: list[Output] = [
+            (index if isinstance(index, int) else sent(index), sent(theta), sent(inside))
+            for index, theta, inside in self._outputs_inside(host, lands)
+        ]
+        begins: End | None = (0, sent(starts)) if starts.any() else None
+        ends: End | None = None
+        if lands.any():
+            ends = sent(self.t.last) if isinstance(self.t, OwnTimes) else len(self.t) - 1, sent(lands)
+            outputs.append((ends[0], 1.0, ends[1]))
+        rows = sent(accept)
+        step = Step(times, self._first, sent(dt), rows, outputs, (begins, ends), y0, slopes, evaluations)
         self._keep(sent(t0), sent(time), step)
         self._first = torch.where(rows, times[-1], self._first)
+
+    def _outputs_inside(self, host: np.ndarray, lands: np.ndarray) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        """The first output in the step of each row, the second, and so on: (index, theta, mask), without the last outputs of
+        rows that land on them."""
+        t0, dt, time = host[_LAST_TIME], host[_LAST_DT], host[_TIME]
+        begin, end = host[_OUTPUT_BEGIN].astype(np.int64), host[_OUTPUT_END].astype(np.int64) - lands
+        rows = np.arange(len(begin))
+        for place in range(int((end - begin).max())):
+            index = begin + place
+            inside = index < end
+            index = np.where(inside, index, 0)
+            t = self.t.table[rows, index] if isinstance(self.t, OwnTimes) else np.asarray(self.t)[index]
+            theta = np.where(inside & (t != time), (t - t0) / np.where(dt == 0, 1.0, dt), 1.0)
+            first = int(index[inside][0])
+            yield first if (index[inside] == first).all() else index, theta, inside
 
     def fixed_step(self, t0: float, t1: float, step: Step) -> None:
         """A step of a method on a grid."""

@@ -169,7 +169,7 @@ std::vector<double> solver_state(int64_t rows) {
     field(kDt, row) = row % 2 ? 0.125 : 0.75;  // the second lands on the end
     field(kStepEnd, row) = 0.25 + field(kDt, row);
     field(kProposal, row) = field(kDt, row);
-    field(kInverse1, row) = field(kInverse2, row) = 1;
+    field(kInverse1, row) = field(kInverse2, row) = field(kDirection, row) = 1;
     field(kOutputBegin, row) = field(kOutputEnd, row) = 1;
   }
   return state;
@@ -217,7 +217,7 @@ void test_error(const char* type, int64_t rows, int stages, int shift, double si
   control.t = t.data();
   control.c[1] = 0.5;
   control.c[2] = 1;
-  control.controller = {1, 5, 0.9, 10, 0.2, 0.2, 0, 0, 1, 0, 1e9, 1e9};
+  control.controller = {5, 0.9, 10, 0.2, 0.2, 0, 0, 1, 0, 1e9, 1e9};
   control.rows = rows;
   control.num_stops = 1;
   control.num_outputs = 3;
@@ -389,7 +389,7 @@ void test_first_step(int64_t rows) {
     StepSize control{};
     control.stops = stops.data();
     control.t = t.data();
-    control.controller = {1, 5, 0.9, 10, 0.2, 0.2, 0, 0, 1, 0, 1e9, 1e9};
+    control.controller = {5, 0.9, 10, 0.2, 0.2, 0, 0, 1, 0, 1e9, 1e9};
     control.rows = rows;
     control.num_stops = 1;
     control.num_outputs = 2;

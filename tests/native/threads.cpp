@@ -186,9 +186,10 @@ void test_step_size() {
     for (double& ratio : ratios) ratio = draw(0, 2);
     norms[rows / 2] = std::numeric_limits<double>::quiet_NaN();
     ratios[rows / 3] = std::numeric_limits<double>::infinity();
-    StepSize s{nullptr, stops.data(), t.data(), {0, 0.2, 0.8, 1}, {}, rows, 3, 6, kNodes};
-    s.controller = {1, 5, 0.9, 10, 0.2, 0.14, -0.08, 0, 0.2, 0, 0.3, 8};
+    StepSize s{nullptr, stops.data(), t.data(), {0, 0.2, 0.8, 1}, {}, rows, 3, 6, 0, 0, kNodes};
+    s.controller = {5, 0.9, 10, 0.2, 0.14, -0.08, 0, 0.2, 0, 0.3, 8};
     std::vector<double> state(kNumFields * rows);
+    for (int64_t row = 0; row < rows; ++row) state[kDirection * rows + row] = 1;
     for (const auto& [phase, size] : {std::pair{0, 0.0}, {1, 0.0}, {0, 0.25}}) {
       const FirstStep first{norms.data(), size, phase};
       const auto run = [&](std::vector<double>& begun, ParallelFor parallel_for) {
