@@ -5,6 +5,7 @@ from .compiled.compilation import set_compile
 from .compiled.field import CompiledField, compile
 from .event import Event
 from .interpolant import Interpolant
+from .interpolated import Interpolated
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Solution, SolverError, Stats
 from .solve import solve
@@ -15,6 +16,7 @@ __all__ = [
     "CompiledField",
     "Event",
     "Interpolant",
+    "Interpolated",
     "ODEBlock",
     "Solution",
     "SolverError",

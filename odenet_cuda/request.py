@@ -19,6 +19,7 @@ from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .graphed.capture import MODES
 from .integrate import Grid, Options, fixed_grid, stop_times
+from .interpolated import stops_of
 from .problem import (
     Field,
     Problem,
@@ -114,6 +115,20 @@ def _same_settings(*given: Any) -> Settings:
     return replace(_settings(*given), by_value=True)
 
 
+def _with_stops(settings: Settings, func: Any) -> Settings:
+    """Those with the times at which what func interpolates is not smooth."""
+    steps, jumps = stops_of(func) if settings.options.adaptive else ((), ())
+    return _stopping(settings, steps, jumps) if steps or jumps else settings
+
+
+@lru_cache(maxsize=256)
+def _stopping(settings: Settings, steps: tuple[float, ...], jumps: tuple[float, ...]) -> Settings:
+    options = settings.options
+    jumps = (*options.jump_t, *(time for time in jumps if time not in options.jump_t))
+    steps = tuple([time for time in dict.fromkeys((*options.step_t, *steps)) if time not in jumps])
+    return replace(settings, options=replace(options, step_t=steps, jump_t=jumps))
+
+
 _MADE = frozenset({"problem", "t", "grid", "backward"})
 
 
@@ -152,7 +167,7 @@ class Request:
         """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
 
         Raises ValueError and TypeError for a wrong y0."""
-        self.settings, self.params, self.events = settings, params, events
+        self.settings, self.params, self.events = _with_stops(settings, func), params, events
         self.given = t, rtol, atol, norm, adjoint
         self.structure = check_state(y0)
         self.func = with_arguments(func, args)

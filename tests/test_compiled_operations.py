@@ -38,6 +38,8 @@ class Cases(nn.Module):
         self.register_buffer("other", torch.rand(COLUMNS, generator=numbers, dtype=dtype) + 0.5)
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.register_buffer("whole", torch.tensor([0, 2, 1]))
+        self.register_buffer("knots", torch.tensor([-0.4, 0.1, 0.26, 0.6], dtype=dtype))
+        self.table = torch.sin(torch.arange(5, dtype=dtype)) * self.scalar.detach()
 
     def values(self, t: Tensor, x: Tensor, given: Tensor) -> dict[str, Tensor]:
         return {
@@ -392,6 +394,34 @@ COMPOSITE: dict[str, Case] = {
     "extremes": lambda f, v: v["x"].amax(1, keepdim=True) - 2 * v["x"].amin(1, keepdim=True),
     "moments": lambda f, v: v["x"].var(1, keepdim=True) + v["x"].std(1, keepdim=True) + v["x"].mean(1, keepdim=True),
     "products": lambda f, v: v["x"].prod(1, keepdim=True) + v["x"].cumsum(1),
+    "cumprod": lambda f, v: v["x"].cumprod(1) + (v["x"] * f.mask).cumprod(1),
+    "sorted": lambda f, v: v["x"].sort(1).values * f.constant + v["moved"].sort(1, descending=True)[0] * f.weight,
+    "places of sorted": lambda f, v: v["x"].argsort(1) * v["x"],
+    "topk": lambda f, v: v["x"].topk(2, 1).values.sum(1, keepdim=True) * v["x"] - v["x"].topk(2, 1, largest=False)[0][:, :1],
+    "gathered": lambda f, v: torch.cat([v["x"].gather(1, v["x"].argsort(1)[:, :2]), v["x"][:, :1]], 1),
+    "gathered by places": lambda f, v: v["x"].gather(1, f.whole.expand(len(v["x"]), COLUMNS)) * v["x"],
+    "scattered": lambda f, v: torch.zeros_like(v["x"]).scatter(1, v["x"].argsort(1), v["moved"]) * v["x"],
+    "scattered on": lambda f, v: v["moved"].scatter(1, v["x"].argsort(1)[:, 1:], 2 * v["x"][:, 1:]),
+    "scatter add": lambda f, v: v["x"].scatter_add(1, (v["x"] > 0).long(), v["moved"]),
+    "bucketize": lambda f, v: torch.bucketize(v["x"].detach(), f.knots) * v["x"] + torch.bucketize(v["t"], f.knots, right=True),
+    "searchsorted": lambda f, v: torch.searchsorted(f.knots, v["x"].detach(), right=True) * v["x"],
+    "looked up": lambda f, v: f.table[torch.bucketize(v["x"].detach(), f.knots)] * v["x"],
+    "looked up by the time": lambda f, v: f.table[torch.bucketize(v["t"].detach(), f.knots)] * v["x"],
+    "looked up from the end": lambda f, v: f.table[(v["x"] > 0.1).long() - 2] + v["x"],
+    "columns by the time": lambda f, v: v["x"][:, (3 * v["t"]).long().clamp(0, 2)][:, None] * v["moved"],
+    "columns by several": lambda f, v: (
+        v["x"][:, (3 * v["t"]).long().clamp(0, 1) + torch.arange(2)].sum(1, keepdim=True) * v["x"]
+    ),
+    "embedded": lambda f, v: F.embedding((v["x"] > 0.1).long()[:, 0] + 1, outer(f.weight, f.other)) * v["x"],
+    "whole and back": lambda f, v: (5 * v["x"]).long() * v["x"] + (3 * v["x"]).int().to(v["x"].dtype) % 2,
+    "batched weights of t": lambda f, v: torch.bmm(v["x"][None] * v["t"], (outer(f.weight, f.other) * v["t"])[None])[0],
+    "many matrices": lambda f, v: torch.einsum(
+        "bi,kij->bkj", v["x"], torch.sin(torch.arange(6 * 3 * 3).view(6, 3, 3) * v["t"]) * f.weight
+    ).sum(1),
+    "many weights": lambda f, v: (
+        torch.matmul(v["x"].expand(8, -1, -1), torch.sin(v["t"] * torch.arange(24)).view(8, 3, 1) * f.weight[:, None]).mean(0)
+        * v["x"]
+    ),
     "powers": lambda f, v: 2.0 ** v["x"] + f.weight ** v["x"] + f.constant ** v["t"] + v["x"] ** 3,
 }
 

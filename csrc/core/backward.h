@@ -13,6 +13,7 @@
 #pragma once
 
 #include "driver.h"
+#include "gradient_sums.h"
 
 namespace odenet {
 namespace ODENET_LEVEL {

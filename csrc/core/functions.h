@@ -1,7 +1,8 @@
-// Functions of a pack: by glibc's vector library where there is one, else lane by lane.
+// Functions of numbers and of packs: those of elementary.h where they are faster than glibc's vector library, else of
+// that, or of the C library where there is none.
 #pragma once
 
-#include "pack.h"
+#include "elementary.h"
 
 #if !defined(__CUDACC__) && defined(__x86_64__) && defined(__GLIBC_PREREQ)
 #if __GLIBC_PREREQ(2, 35)
@@ -12,7 +13,49 @@
 namespace odenet {
 namespace ODENET_LEVEL {
 
-#if !defined(__CUDACC__) && defined(ODENET_LIBMVEC)
+#define ODENET_LIBRARY_FUNCTION(name) \
+  ODENET_HD float name(float x) {     \
+    return ::name##f(x);              \
+  }                                   \
+  ODENET_HD double name(double x) {   \
+    return ::name(x);                 \
+  }
+#define ODENET_LIBRARY_FUNCTION_2(name)       \
+  ODENET_HD float name(float x, float y) {    \
+    return ::name##f(x, y);                   \
+  }                                           \
+  ODENET_HD double name(double x, double y) { \
+    return ::name(x, y);                      \
+  }
+
+#if defined(__CUDACC__)
+
+#define ODENET_OF(name, T, of_library, of_vectors)
+#define ODENET_FUNCTION ODENET_LIBRARY_FUNCTION
+#define ODENET_FUNCTION_2 ODENET_LIBRARY_FUNCTION_2
+#define ODENET_LANE_FUNCTION ODENET_LIBRARY_FUNCTION
+
+#else
+
+// name_of: of a vector, from the vector library or lane by lane, and of a number.
+#if !defined(ODENET_LIBMVEC)
+#define ODENET_OF(name, T, of_library, of_vectors)                                     \
+  ODENET_HD T name##_of(T x) {                                                         \
+    return ::of_library(x);                                                            \
+  }                                                                                    \
+  ODENET_HD Vector<T> name##_of(Vector<T> x) {                                         \
+    for (int i = 0; i < kVectorBytes / int(sizeof(T)); ++i) x[i] = ::of_library(x[i]); \
+    return x;                                                                          \
+  }
+#define ODENET_OF_2(name, T, of_library, of_vectors)                                         \
+  ODENET_HD T name##_of(T x, T y) {                                                          \
+    return ::of_library(x, y);                                                               \
+  }                                                                                          \
+  ODENET_HD Vector<T> name##_of(Vector<T> x, Vector<T> y) {                                  \
+    for (int i = 0; i < kVectorBytes / int(sizeof(T)); ++i) x[i] = ::of_library(x[i], y[i]); \
+    return x;                                                                                \
+  }
+#else
 #if defined(__AVX512F__)
 #define ODENET_MVEC(name, arguments) _ZGVeN16##arguments##_##name##f
 #define ODENET_MVEC_DOUBLE(name, arguments) _ZGVeN8##arguments##_##name
@@ -23,79 +66,107 @@ namespace ODENET_LEVEL {
 #define ODENET_MVEC(name, arguments) _ZGVbN4##arguments##_##name##f
 #define ODENET_MVEC_DOUBLE(name, arguments) _ZGVbN2##arguments##_##name
 #endif
-#define ODENET_DECLARE(name)                                    \
-  extern "C" Vector<float> ODENET_MVEC(name, v)(Vector<float>); \
-  extern "C" Vector<double> ODENET_MVEC_DOUBLE(name, v)(Vector<double>);
-#define ODENET_DECLARE_2(name)                                                  \
-  extern "C" Vector<float> ODENET_MVEC(name, vv)(Vector<float>, Vector<float>); \
-  extern "C" Vector<double> ODENET_MVEC_DOUBLE(name, vv)(Vector<double>, Vector<double>);
+// ODENET_ONE_LANE: a number is a pack of one lane, and has the bits that it would have in a wider one.
+#if defined(ODENET_ONE_LANE)
+#define ODENET_FIRST(number, of_vector) of_vector[0]
+#else
+#define ODENET_FIRST(number, of_vector) number
+#endif
+#define ODENET_OF(name, T, of_library, of_vectors)                    \
+  extern "C" Vector<T> of_vectors(Vector<T>);                         \
+  ODENET_HD Vector<T> name##_of(Vector<T> x) {                        \
+    return of_vectors(x);                                             \
+  }                                                                   \
+  ODENET_HD T name##_of(T x) {                                        \
+    return ODENET_FIRST(::of_library(x), name##_of(x - Vector<T>{})); \
+  }
+#define ODENET_OF_2(name, T, of_library, of_vectors)                                      \
+  extern "C" Vector<T> of_vectors(Vector<T>, Vector<T>);                                  \
+  ODENET_HD Vector<T> name##_of(Vector<T> x, Vector<T> y) {                               \
+    return of_vectors(x, y);                                                              \
+  }                                                                                       \
+  ODENET_HD T name##_of(T x, T y) {                                                       \
+    return ODENET_FIRST(::of_library(x, y), name##_of(x - Vector<T>{}, y - Vector<T>{})); \
+  }
 #endif
 
-// ODENET_ONE_LANE: a number is a pack of one lane, and has the bits that it would have in a wider one.
-#if defined(ODENET_ONE_LANE) && defined(ODENET_LIBMVEC)
-#define ODENET_SCALAR_FUNCTION(name)                             \
-  ODENET_DECLARE(name)                                           \
-  ODENET_HD float name(float x) {                                \
-    return ODENET_MVEC(name, v)(x - Vector<float>{})[0];         \
-  }                                                              \
-  ODENET_HD double name(double x) {                              \
-    return ODENET_MVEC_DOUBLE(name, v)(x - Vector<double>{})[0]; \
+#define ODENET_FUNCTION(name)                                       \
+  ODENET_HD float name(float x) {                                   \
+    return name##_of(x);                                            \
+  }                                                                 \
+  ODENET_HD double name(double x) {                                 \
+    return name##_of(x);                                            \
+  }                                                                 \
+  template <class T, int W>                                         \
+  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {                  \
+    Pack<T, W> r;                                                   \
+    ODENET_UNROLL                                                   \
+    for (int h = 0; h < r.vectors; ++h) r.v[h] = name##_of(x.v[h]); \
+    return r;                                                       \
   }
-#define ODENET_SCALAR_FUNCTION_2(name)                                                  \
-  ODENET_DECLARE_2(name)                                                                \
-  ODENET_HD float name(float x, float y) {                                              \
-    return ODENET_MVEC(name, vv)(x - Vector<float>{}, y - Vector<float>{})[0];          \
-  }                                                                                     \
-  ODENET_HD double name(double x, double y) {                                           \
-    return ODENET_MVEC_DOUBLE(name, vv)(x - Vector<double>{}, y - Vector<double>{})[0]; \
+#define ODENET_FUNCTION_2(name)                                             \
+  ODENET_OF_2(name, float, name##f, ODENET_MVEC(name, vv))                  \
+  ODENET_OF_2(name, double, name, ODENET_MVEC_DOUBLE(name, vv))             \
+  ODENET_HD float name(float x, float y) {                                  \
+    return name##_of(x, y);                                                 \
+  }                                                                         \
+  ODENET_HD double name(double x, double y) {                               \
+    return name##_of(x, y);                                                 \
+  }                                                                         \
+  template <class T, int W>                                                 \
+  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) {     \
+    Pack<T, W> r;                                                           \
+    ODENET_UNROLL                                                           \
+    for (int h = 0; h < r.vectors; ++h) r.v[h] = name##_of(x.v[h], y.v[h]); \
+    return r;                                                               \
   }
-#else
-#define ODENET_SCALAR_FUNCTION ODENET_LIBRARY_FUNCTION
-#define ODENET_SCALAR_FUNCTION_2(name)        \
-  ODENET_HD float name(float x, float y) {    \
-    return ::name##f(x, y);                   \
-  }                                           \
-  ODENET_HD double name(double x, double y) { \
-    return ::name(x, y);                      \
+#define ODENET_LANE_FUNCTION(name)                                      \
+  ODENET_LIBRARY_FUNCTION(name)                                         \
+  template <class T, int W>                                             \
+  ODENET_HD Pack<T, W> name(Pack<T, W> x) {                             \
+    for (int i = 0; i < W; ++i) set_lane(x, i, T(name(T(lane(x, i))))); \
+    return x;                                                           \
   }
+
 #endif
-#define ODENET_LIBRARY_FUNCTION(name) \
-  ODENET_HD float name(float x) {     \
-    return ::name##f(x);              \
-  }                                   \
-  ODENET_HD double name(double x) {   \
-    return ::name(x);                 \
-  }
-ODENET_SCALAR_FUNCTION(exp)
-ODENET_SCALAR_FUNCTION(exp2)
-ODENET_SCALAR_FUNCTION(expm1)
-ODENET_SCALAR_FUNCTION(log)
-ODENET_SCALAR_FUNCTION(log2)
-ODENET_SCALAR_FUNCTION(log10)
-ODENET_SCALAR_FUNCTION(log1p)
-ODENET_SCALAR_FUNCTION(sin)
-ODENET_SCALAR_FUNCTION(cos)
-ODENET_SCALAR_FUNCTION(tan)
-ODENET_SCALAR_FUNCTION(asin)
-ODENET_SCALAR_FUNCTION(acos)
-ODENET_SCALAR_FUNCTION(atan)
-ODENET_SCALAR_FUNCTION(tanh)
-ODENET_SCALAR_FUNCTION(asinh)
-ODENET_SCALAR_FUNCTION(acosh)
-ODENET_SCALAR_FUNCTION(atanh)
-ODENET_SCALAR_FUNCTION(erf)
-ODENET_SCALAR_FUNCTION(erfc)
-ODENET_SCALAR_FUNCTION_2(pow)
-ODENET_SCALAR_FUNCTION_2(atan2)
-ODENET_LIBRARY_FUNCTION(sinh)
-ODENET_LIBRARY_FUNCTION(cosh)
-ODENET_LIBRARY_FUNCTION(floor)
-ODENET_LIBRARY_FUNCTION(ceil)
-ODENET_LIBRARY_FUNCTION(rint)
+
+#define ODENET_OF_FLOATS(name) ODENET_OF(name, float, name##f, ODENET_MVEC(name, v))
+#define ODENET_OF_DOUBLES(name) ODENET_OF(name, double, name, ODENET_MVEC_DOUBLE(name, v))
+#define ODENET_OF_BOTH(name) \
+  ODENET_OF_FLOATS(name)     \
+  ODENET_OF_DOUBLES(name)    \
+  ODENET_FUNCTION(name)
+
+ODENET_FUNCTION(exp)
+ODENET_FUNCTION(expm1)
+ODENET_FUNCTION(sin)
+ODENET_FUNCTION(cos)
+ODENET_FUNCTION(tanh)
+ODENET_OF_FLOATS(log)
+ODENET_FUNCTION(log)
+ODENET_OF_FLOATS(log1p)
+ODENET_FUNCTION(log1p)
+ODENET_OF_BOTH(exp2)
+ODENET_OF_BOTH(log2)
+ODENET_OF_BOTH(log10)
+ODENET_OF_BOTH(tan)
+ODENET_OF_BOTH(asin)
+ODENET_OF_BOTH(acos)
+ODENET_OF_BOTH(atan)
+ODENET_OF_BOTH(asinh)
+ODENET_OF_BOTH(acosh)
+ODENET_OF_BOTH(atanh)
+ODENET_OF_BOTH(erf)
+ODENET_OF_BOTH(erfc)
+ODENET_FUNCTION_2(pow)
+ODENET_FUNCTION_2(atan2)
+ODENET_LANE_FUNCTION(sinh)  // those of the vector library overflow early
+ODENET_LANE_FUNCTION(cosh)
+ODENET_LANE_FUNCTION(floor)
+ODENET_LANE_FUNCTION(ceil)
+ODENET_LANE_FUNCTION(rint)
 ODENET_LIBRARY_FUNCTION(sqrt)
-#undef ODENET_SCALAR_FUNCTION
-#undef ODENET_SCALAR_FUNCTION_2
-#undef ODENET_LIBRARY_FUNCTION
+
 ODENET_HD float abs(float x) {
   return ::fabsf(x);
 }
@@ -111,83 +182,11 @@ ODENET_HD double fmod(double x, double y) {
 
 #if !defined(__CUDACC__)
 
-#if defined(ODENET_LIBMVEC)
-#define ODENET_VECTOR_FUNCTION(name)                  \
-  ODENET_DECLARE(name)                                \
-  template <class T, int W>                           \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {    \
-    Pack<T, W> r;                                     \
-    ODENET_UNROLL                                     \
-    for (int h = 0; h < r.vectors; ++h) {             \
-      if constexpr (sizeof(T) == 4) {                 \
-        r.v[h] = ODENET_MVEC(name, v)(x.v[h]);        \
-      } else {                                        \
-        r.v[h] = ODENET_MVEC_DOUBLE(name, v)(x.v[h]); \
-      }                                               \
-    }                                                 \
-    return r;                                         \
-  }
-#define ODENET_VECTOR_FUNCTION_2(name)                                  \
-  ODENET_DECLARE_2(name)                                                \
-  template <class T, int W>                                             \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) { \
-    Pack<T, W> r;                                                       \
-    ODENET_UNROLL                                                       \
-    for (int h = 0; h < r.vectors; ++h) {                               \
-      if constexpr (sizeof(T) == 4) {                                   \
-        r.v[h] = ODENET_MVEC(name, vv)(x.v[h], y.v[h]);                 \
-      } else {                                                          \
-        r.v[h] = ODENET_MVEC_DOUBLE(name, vv)(x.v[h], y.v[h]);          \
-      }                                                                 \
-    }                                                                   \
-    return r;                                                           \
-  }
-#endif
-
-#define ODENET_LANE_FUNCTION(name)                                      \
-  template <class T, int W>                                             \
-  ODENET_HD Pack<T, W> name(Pack<T, W> x) {                             \
-    for (int i = 0; i < W; ++i) set_lane(x, i, T(name(T(lane(x, i))))); \
-    return x;                                                           \
-  }
-#define ODENET_LANE_FUNCTION_2(name)                                                   \
-  template <class T, int W>                                                            \
-  ODENET_HD Pack<T, W> name(Pack<T, W> x, const Pack<T, W>& y) {                       \
-    for (int i = 0; i < W; ++i) set_lane(x, i, T(name(T(lane(x, i)), T(lane(y, i))))); \
-    return x;                                                                          \
-  }
-#if !defined(ODENET_LIBMVEC)
-#define ODENET_VECTOR_FUNCTION ODENET_LANE_FUNCTION
-#define ODENET_VECTOR_FUNCTION_2 ODENET_LANE_FUNCTION_2
-#endif
-ODENET_VECTOR_FUNCTION(exp)
-ODENET_VECTOR_FUNCTION(exp2)
-ODENET_VECTOR_FUNCTION(expm1)
-ODENET_VECTOR_FUNCTION(log)
-ODENET_VECTOR_FUNCTION(log2)
-ODENET_VECTOR_FUNCTION(log10)
-ODENET_VECTOR_FUNCTION(log1p)
-ODENET_VECTOR_FUNCTION(sin)
-ODENET_VECTOR_FUNCTION(cos)
-ODENET_VECTOR_FUNCTION(tan)
-ODENET_VECTOR_FUNCTION(asin)
-ODENET_VECTOR_FUNCTION(acos)
-ODENET_VECTOR_FUNCTION(atan)
-ODENET_VECTOR_FUNCTION(tanh)
-ODENET_VECTOR_FUNCTION(asinh)
-ODENET_VECTOR_FUNCTION(acosh)
-ODENET_VECTOR_FUNCTION(atanh)
-ODENET_VECTOR_FUNCTION(erf)
-ODENET_VECTOR_FUNCTION(erfc)
-ODENET_VECTOR_FUNCTION_2(pow)
-ODENET_VECTOR_FUNCTION_2(atan2)
-ODENET_LANE_FUNCTION(sinh)  // those of the vector library overflow early
-ODENET_LANE_FUNCTION(cosh)
-ODENET_LANE_FUNCTION(floor)
-ODENET_LANE_FUNCTION(ceil)
-ODENET_LANE_FUNCTION(rint)
-ODENET_LANE_FUNCTION_2(fmod)
-
+template <class T, int W>
+ODENET_HD Pack<T, W> fmod(Pack<T, W> x, const Pack<T, W>& y) {
+  for (int i = 0; i < W; ++i) set_lane(x, i, fmod(lane(x, i), lane(y, i)));
+  return x;
+}
 template <class T, int W>
 ODENET_HD Pack<T, W> sqrt(const Pack<T, W>& x) {
   T numbers[W];
@@ -208,6 +207,13 @@ ODENET_HD Pack<T, W> abs(const Pack<T, W>& x) {
 }
 
 #endif  // !defined(__CUDACC__)
+
+// 1 / (1 + e^-x); e^|x| may be larger than all numbers.
+template <class P>
+ODENET_HD P sigmoid(const P& x) {
+  const P none{Number<P>(0)}, one{Number<P>(1)}, power = exp(-abs(x));
+  return select(x < none, power, one) / (one + power);
+}
 
 // x where both compare, and not a number where either is: as torch's maximum and minimum.
 template <class P>

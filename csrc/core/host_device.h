@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // ODENET_HD: a function for both machines, inlined. ODENET_CALLED: one that is not, for it is large. ODENET_WHOLE: one
 // into which all that it calls is inlined, lambdas too, so that what they share stays in registers. ODENET_BLOCKS:
@@ -49,9 +50,13 @@ namespace ODENET_LEVEL {
 
 template <class To, class From>
 ODENET_HD To bit_cast(From from) {
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
+  if constexpr (std::is_arithmetic_v<To>) {
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+  } else {
+    return (To)from;  // of vectors, which memcpy would take through memory
+  }
 }
 
 ODENET_HD bool is_finite(double x) {

@@ -1,29 +1,48 @@
-// Matrix products of a tile: those of a linear layer, and those of its weights' gradient. [feature][lane] throughout.
+// The linear layers of a tile, [feature][lane].
 #pragma once
 
-#include <utility>
+#include <type_traits>
 
 #include "team_layers.h"
 
 namespace odenet {
 namespace ODENET_LEVEL {
 
-// Rows of one pass: as many accumulators as the machine has registers for, so that an activation is loaded once for
-// all.
-#if defined(ODENET_BLOCKS)
-constexpr int kRowsOfPass = 1;
-#elif defined(__AVX512F__)
-constexpr int kRowsOfPass = 8;
+// Vectors of results that are added up at once: as many as hide how long an addition takes. The machine has registers
+// for some more, but not for as many again.
+#if defined(__AVX512F__)
+constexpr int kSumsAtOnce = 16;
 #else
-constexpr int kRowsOfPass = 4;
+constexpr int kSumsAtOnce = 8;
 #endif
 
-// y[r] += sum_c w[r * row + c * column] x[c] for `rows` rows
-template <int rows, int columns, int row, int column, class P>
-ODENET_HD void linear_rows(const Number<P>* w, const P* x, P* y) {
+// How rows are dealt to passes: `most` at most in each, as evenly as can be; the first `whole` rows are in passes of
+// `tall`, the others in passes of one fewer.
+template <int rows, int most>
+struct Passes {
+  static constexpr int count = (rows + most - 1) / most, tall = (rows + count - 1) / count;
+  static constexpr int whole = rows - (count * tall - rows) * (tall - 1);
+};
+
+template <class P>
+constexpr int rows_of_pass() {
+#if defined(ODENET_BLOCKS)
+  return 1;
+#else
+  if constexpr (Lanes<P>::width == 1) {
+    return kSumsAtOnce;
+  } else {
+    return kSumsAtOnce / P::vectors;
+  }
+#endif
+}
+
+// y[r] = start(r) + sum_c w[r * row + c * column] x[c] for `rows` rows, so that an activation is loaded once for all.
+template <int rows, int columns, int row, int column, class P, class Start>
+ODENET_HD void linear_rows(const Number<P>* w, const P* x, P* y, const Start& start) {
   P sum[rows];
   ODENET_UNROLL
-  for (int r = 0; r < rows; ++r) sum[r] = y[r];
+  for (int r = 0; r < rows; ++r) sum[r] = start(r);
   for (int c = 0; c < columns; ++c) {
     const P value = x[c];
     ODENET_UNROLL
@@ -33,159 +52,15 @@ ODENET_HD void linear_rows(const Number<P>* w, const P* x, P* y) {
   for (int r = 0; r < rows; ++r) y[r] = sum[r];
 }
 
-template <int rows, int columns, int row, int column, class P>
-ODENET_HD void linear(const Number<P>* w, const P* x, P* y) {
-  constexpr int whole = rows / kRowsOfPass * kRowsOfPass;
-  for (int r = 0; r < whole; r += kRowsOfPass) linear_rows<kRowsOfPass, columns, row, column>(w + r * row, x, y + r);
-  if constexpr (whole < rows) linear_rows<rows - whole, columns, row, column>(w + whole * row, x, y + whole);
-}
-
-#if !defined(__CUDACC__)
-
-// pairs[i]: the sums of two neighbours each, those of x first.
-template <class V, int... I>
-ODENET_HD V add_neighbours(const V& x, const V& y, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, (2 * I)...) + __builtin_shufflevector(x, y, (2 * I + 1)...);
-#else
-  using Index = decltype(x < y);
-  return __builtin_shuffle(x, y, Index{2 * I...}) + __builtin_shuffle(x, y, Index{2 * I + 1 ...});
-#endif
-}
-
-// As many vectors as one has lanes -> the sum of each, in one vector.
-template <class T>
-ODENET_HD Vector<T> sum_each(Vector<T>* x) {
-  constexpr int lanes = kVectorBytes / int(sizeof(T));
-  ODENET_UNROLL
-  for (int count = lanes / 2; count > 0; count /= 2) {
-    ODENET_UNROLL
-    for (int i = 0; i < count; ++i) {
-      x[i] = add_neighbours(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, lanes>{});
-    }
-  }
-  return x[0];
-}
-
-#endif
-
-// The sum over the lanes, always in the same order.
-template <class P>
-ODENET_HD Number<P> sum_of_lanes(const P& x) {
-  Number<P> sum(0);
-  for (int i = 0; i < Lanes<P>::width; ++i) sum += lane(x, i);
-  return sum;
-}
-
-// sums[r * columns + c] += sum over steps s, lanes and the team of weight[s] a[s][r] b[s][c]; a and b begin at those
-// places of taps.
-template <int rows, int columns, int steps, int a, int b, class Team, class P, int N>
-ODENET_HD void outer_sums(const Team& team, const P (*taps)[N], const P* weight, Number<P>* sums) {
-  using T = Number<P>;
-  if constexpr (Team::size > 1) {
-#if defined(ODENET_BLOCKS)
-    // A slab of rows and one of columns at a time.
-    const Slab<T> left(0), right(1);
-    const int lane = team.lane();
-    for (int r = 0; r < rows; r += kSide) {
-      for (int c = 0; c < columns; c += kSide) {
-        ProductsOf<T> products;
-        for (int s = 0; s < steps; ++s) {
-          team.sync();
-          for (int i = own_from(a + r) - a - r; i < kSide; i += kGroups) {
-            left(i, lane) = r + i < rows ? weight[s] * taps[s][(a + r + i) / kGroups] : T(0);
-          }
-          for (int i = own_from(b + c) - b - c; i < kSide; i += kGroups) {
-            right(i, lane) = c + i < columns ? taps[s][(b + c + i) / kGroups] : T(0);
-          }
-          team.sync();
-          products.add(left, right);
-        }
-        products.each([&](int i, int j, T sum) {
-          if (r + i < rows && c + j < columns) sums[(r + i) * columns + c + j] += sum;
-        });
-      }
-    }
-#endif
-  } else if constexpr (Lanes<P>::width == 1) {
-    for (int r = 0; r < rows; ++r) {
-      for (int s = 0; s < steps; ++s) {
-        const P value = weight[s] * taps[s][a + r];
-        for (int c = 0; c < columns; ++c) sums[r * columns + c] = fused(value, taps[s][b + c], sums[r * columns + c]);
-      }
-    }
-  } else {
-#if !defined(__CUDACC__)
-    // Blocks of as many results as a vector has lanes, so that one reduction gives them all.
-    constexpr int lanes = P::of_vector, high = rows < 4 && lanes > 4 ? (rows < 2 ? 1 : 2) : lanes < 4 ? lanes : 4;
-    constexpr int wide = lanes / high;
-    P left[steps][high];
-    for (int r = 0; r < rows; r += high) {
-      for (int s = 0; s < steps; ++s) {
-        for (int i = 0; i < high; ++i) left[s][i] = weight[s] * taps[s][a + (r + i < rows ? r + i : rows - 1)];
-      }
-      for (int c = 0; c < columns; c += wide) {
-        Vector<T> sum[lanes];
-        int place[wide];
-        ODENET_UNROLL
-        for (int j = 0; j < wide; ++j) place[j] = b + (c + j < columns ? c + j : columns - 1);
-        ODENET_UNROLL
-        for (int i = 0; i < lanes; ++i) sum[i] = Vector<T>{};
-        for (int s = 0; s < steps; ++s) {
-          ODENET_UNROLL
-          for (int h = 0; h < P::vectors; ++h) {
-            ODENET_UNROLL
-            for (int j = 0; j < wide; ++j) {
-              const Vector<T> right = taps[s][place[j]].v[h];
-              ODENET_UNROLL
-              for (int i = 0; i < high; ++i) sum[i * wide + j] = fused(left[s][i].v[h], right, sum[i * wide + j]);
-            }
-          }
-        }
-        const Vector<T> total = sum_each<T>(sum);
-        for (int i = 0; i < high && r + i < rows; ++i) {
-          for (int j = 0; j < wide && c + j < columns; ++j) sums[(r + i) * columns + c + j] += total[i * wide + j];
-        }
-      }
-    }
-#endif
-  }
-}
-
-// sums[r] += sum over steps, lanes and the team of weight[s] a[s][r]
-template <int rows, int steps, int a, class Team, class P, int N>
-ODENET_HD void column_sums(const Team& team, const P (*taps)[N], const P* weight, Number<P>* sums) {
-  const auto of_tap = [&](int place) {
-    P sum(Number<P>(0));
-    for (int s = 0; s < steps; ++s) sum = fused(weight[s], taps[s][place], sum);
-    return sum;
-  };
-  if constexpr (Team::size > 1) {
-#if defined(ODENET_BLOCKS)
-    const Slab<Number<P>> numbers(0);
-    for (int begin = 0; begin < rows; begin += kSide) {
-      team.sync();
-      for (int r = own_from(a + begin) - a; r < begin + kSide && r < rows; r += kGroups) {
-        numbers(r - begin, team.lane()) = of_tap((a + r) / kGroups);
-      }
-      team.sync();
-      for (int r = begin + team.thread(); r < begin + kSide && r < rows; r += Team::size) {
-        Number<P> sum(0);
-        for (int i = 0; i < kTeam; ++i) sum += numbers(r - begin, i);
-        sums[r] += sum;
-      }
-    }
-#endif
-  } else {
-    for (int r = 0; r < rows; ++r) sums[r] += sum_of_lanes(of_tap(a + r));
-  }
-}
-
-// The same lane by lane: of numbers that each sample has for itself. A member of the team adds what it has.
-template <int rows, int steps, int a, class P, int N>
-ODENET_HD void lane_sums(const P (*taps)[N], const P* weight, P* sums) {
-  for (int r = own_from(a) - a; r < rows; r += kGroups) {
-    for (int s = 0; s < steps; ++s) sums[r] = fused(weight[s], taps[s][(a + r) / kGroups], sums[r]);
+template <int rows, int columns, int row, int column, class P, class Start>
+ODENET_HD void linear(const Number<P>* w, const P* x, P* y, const Start& start) {
+  using In = Passes<rows, rows_of_pass<P>()>;
+  const auto from = [&](int first) { return [&, first](int r) { return start(first + r); }; };
+  int r = 0;
+  for (; r < In::whole; r += In::tall) linear_rows<In::tall, columns, row, column>(w + r * row, x, y + r, from(r));
+  if constexpr (In::whole < rows) {
+    constexpr int low = In::tall - 1;
+    for (; r < rows; r += low) linear_rows<low, columns, row, column>(w + r * row, x, y + r, from(r));
   }
 }
 

@@ -103,6 +103,13 @@ struct Pack {
     ODENET_UNROLL
     for (int h = 0; h < vectors; ++h) v[h] = value - V{};  // a zero keeps its sign
   }
+  // As vectors: of its own g++ copies it in pieces of sixteen bytes.
+  ODENET_HD Pack(const Pack& other) { *this = other; }
+  ODENET_HD Pack& operator=(const Pack& other) {
+    ODENET_UNROLL
+    for (int h = 0; h < vectors; ++h) v[h] = other.v[h];
+    return *this;
+  }
 };
 
 template <class T, int W>

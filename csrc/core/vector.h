@@ -98,6 +98,17 @@ ODENET_HD Vector<T> joined(HalfVector<T> low, HalfVector<T> high, std::integer_s
 #endif
 }
 
+// Of the numbers of two vectors, one behind the other, those at these places.
+template <class V, int... I>
+ODENET_HD V shuffled(const V& x, const V& y, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, I...);
+#else
+  using Places = decltype(x < y);
+  return __builtin_shuffle(x, y, Places{I...});
+#endif
+}
+
 // The numbers of some vectors as another type: `width` of them.
 template <class To, class From, int width>
 ODENET_HD void resize(Vector<To>* to, const Vector<From>* from) {

@@ -19,6 +19,7 @@ from ..tracing import torch_is_plain
 from .attach import Sources
 from .compilation import Compilation
 from .engine import Engine
+from .marks import Unreadable
 from .plans import key_of_state, same_as
 from .serve import may_have_callbacks
 
@@ -73,8 +74,9 @@ class Again:
         like, func = self._engine, field.func
         plan, kind = like.plan, like.kind
         trusted = kind.trusted is plan.trusted and not plan.zeros and not plan.watch.due
-        if not trusted or not self._same(func) or may_have_callbacks(func) or not plan.guards.hold(args):
+        if not trusted or not self._same(func) or may_have_callbacks(func) or not plan.guards.hold(args, like.batch):
             return None
+        args = plan.rows.of(args)
         sources = Sources(plan, structure, args, chosen)
         if sources.wanted != self._wanted:
             return None
@@ -83,7 +85,10 @@ class Again:
         problem = Problem.__new__(Problem)
         problem.__dict__.update(self._problem)
         problem.leaves = [leaf.detach().contiguous() for leaf in structure.leaves]
-        return like.again(problem, args, sources)
+        try:
+            return like.again(problem, args, sources)
+        except Unreadable:  # whole numbers that are too large
+            return None
 
 
 def again(

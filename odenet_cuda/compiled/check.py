@@ -12,19 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..problem import Structure
 from .field_program import FieldProgram
 from .memory import has_memory
-from .program import Linear, Pointwise, Program, Reduce, Refs, split
+from .program import Contract, Linear, Lookup, Pointwise, Program, Reduce, Refs, split
 from .trace import Unreadable, sample_rows
 from .writes import written_by
 
 _NAMES: dict[str, Any] = {
     "P": lambda x: x,
-    "T": float,
+    "T": lambda x: x,
     "INFINITY": np.inf,
     "select": np.where,
     "maximum": np.maximum,
     "minimum": np.minimum,
     "negate": np.logical_not,
     "hypotenuse": np.hypot,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "modulo": np.mod,
     "floor_divide": np.floor_divide,
     "rint": np.rint,
@@ -87,9 +88,18 @@ def run_program(program: Program, inputs: dict[str, np.ndarray], constants: list
     for s in program.statements:
         if isinstance(s, Pointwise):
             operands = {f"x{i}": read(refs) for i, refs in enumerate(s.operands)}
-            memory[s.out][:] = eval(s.text.format(*operands), {**_NAMES, **operands})
+            names = {**_NAMES, **operands, "i": np.arange(program.buffers[s.out].size)}
+            text = s.text.replace("/", "//") if "{i}" in s.text else s.text  # of whole numbers, as in C++
+            memory[s.out][:] = eval(text.format(*operands, i="i"), names)
         elif isinstance(s, Reduce):
             memory[s.out][:] = read(s.operand).max(-1) if s.largest else read(s.operand).sum(-1)
+        elif isinstance(s, Contract):
+            memory[s.out][:] = (read(s.a) * read(s.b)).sum(-1)
+        elif isinstance(s, Lookup):
+            places, count = read(s.places), s.table.shape[1]
+            known = (places >= 0) & (places < count)
+            found = np.take_along_axis(read(s.table), np.where(known, places, 0).astype(int)[..., None], -1)[..., 0]
+            memory[s.out][:] = np.where(known, found, np.nan)
         elif isinstance(s, Linear):
             places = s.offset + s.row * np.arange(s.rows)[:, None] + s.column * np.arange(s.columns)
             memory[s.out][:] = read(s.x) @ memory[s.weight][0][places].T + (0 if s.bias is None else read(s.bias))
@@ -171,10 +181,12 @@ def _check_at(
 ) -> None:
     def near(x: Tensor) -> Tensor:
         rows = x.detach() if plan.whole else sample_rows(x, batch)
+        if not x.is_floating_point():
+            return rows
         return rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64, device="cpu").to(rows)
 
     leaves = [near(leaf).requires_grad_() for leaf in structure.leaves]
-    samples = [near(args[i]).requires_grad_() for i in plan.batched]
+    samples = [near(args[i]).requires_grad_(args[i].requires_grad) for i in plan.batched]
     g = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf) for leaf in leaves]
     given = list(args)
     for i, place in enumerate(plan.batched):
@@ -182,17 +194,19 @@ def _check_at(
     with torch.enable_grad(), others:
         slopes = structure.flatten(func(t, structure.unflatten(leaves), *given))
         used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
-        grads: Sequence[Any] = [None] * (len(leaves) + len(samples))
+        found = [torch.zeros_like(x) for x in (*leaves, *samples)]
+        sources = [x for x in (*leaves, *samples) if x.requires_grad]
         if used:
-            grads = torch.autograd.grad([x for x, _ in used], [*leaves, *samples], [p for _, p in used], allow_unused=True)
+            grads = torch.autograd.grad([x for x, _ in used], sources, [p for _, p in used], allow_unused=True)
+            known = {id(x): grad for x, grad in zip(sources, grads, strict=True) if grad is not None}
+            found = [known.get(id(x), zero) for x, zero in zip((*leaves, *samples), found, strict=True)]
     alone = _without_gradients(func, structure, t, leaves, given, others)
-    found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip([*leaves, *samples], grads, strict=True)]
 
     def flat(parts: Sequence[Tensor]) -> np.ndarray:
         rows = [part.detach().double().cpu().reshape(batch, -1) for part in parts]
         return torch.cat(rows, 1).numpy() if rows else np.zeros((batch, 0))
 
-    times = np.broadcast_to(t.double().cpu().numpy().reshape(-1, 1), (batch, 1))
+    times = np.broadcast_to(t.detach().double().cpu().numpy().reshape(-1, 1), (batch, 1))
     inputs = {"t": times, "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
     nodes = [node for node in plan.recording.graphs[0].nodes if node.op == "get_attr"]
     seen = {node: others.of(plan.recording.constant(node)) for node in nodes}

@@ -68,7 +68,7 @@ class Comparison:
     """Trials of one library, by the compiled field and by the stepper."""
 
     def __init__(self, engine: Engine, structure: Structure, args: Sequence[Any], func: Any, seed: int):
-        self.engine, self.structure, self.args, self.func = engine, structure, args, func
+        self.engine, self.structure, self.args, self.func = engine, structure, args, engine.plan.rows.over(func)
         self.dtype = engine.plan.dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.whole = engine.plan.whole
@@ -302,10 +302,10 @@ class Solves:
         engine = self.comparison.engine
         trial.leaves = [leaf.detach().requires_grad_() for leaf in trial.leaves]
         for i in engine.plan.batched:
-            if trial.args[i].is_floating_point():
+            if self.comparison.args[i].requires_grad:
                 trial.args[i] = trial.args[i].detach().requires_grad_()
         weights = [place(trial.args) for place in engine.plan.wanted]
-        given = [trial.args[i] for i in engine.plan.batched if trial.args[i].is_floating_point()]
+        given = [trial.args[i] for i in engine.plan.batched if trial.args[i].requires_grad]
         weights = [x for x in weights if x.requires_grad and not x._backward_hooks]
         self.names = [f"leaf {i}" for i in range(len(trial.leaves))]
         self.names += [f"the gradient for leaf {i}" for i in range(len(trial.leaves))]

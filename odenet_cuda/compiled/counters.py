@@ -91,8 +91,9 @@ class Tallies:
             for slot, value in zip(self.slots, before, strict=True):
                 slot.put(Tally(value))
             yield
-            for slot in self.slots:
-                if type(slot.get()) not in (Tally, *COUNTING):
+            for slot, value in zip(self.slots, before, strict=True):
+                kinds = (Tally,) if isinstance(value, Tensor) else (Tally, *COUNTING)
+                if type(slot.get()) not in kinds:
                     raise Leak(f"func keeps a {type(slot.get()).__name__} in {slot.path}, where a number was")
         finally:
             for slot, value in zip(self.slots, before, strict=True):
@@ -114,7 +115,8 @@ def added(
     found: list[list[Any]] = []
     for begin in (0, 64, 1000):
         for slot in slots:
-            slot.put(type(slot.get())(begin))
+            value = slot.get()
+            slot.put(torch.full_like(value, begin) if isinstance(value, Tensor) else type(value)(begin))
         for x in tensors:
             x.fill_(begin)
         call()

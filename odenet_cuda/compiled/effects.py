@@ -5,15 +5,34 @@ would stay as it was, so such a func is refused unless it was compiled as pure; 
 weight that a hook computes of others, is the same at every call.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from .counters import Counter, added
-from .marks import Unreadable, same_bits
+from .marks import Changes, Unreadable, same_bits
 
 _UNDONE = "which a compiled solve does not do: compile(func, pure=True) where nobody minds"
+
+
+class FirstCall(Unreadable):
+    """func makes something at its first call, such as noise, and keeps it: once it has been called, it may be read."""
+
+
+@contextmanager
+def made_at_first(changes: Changes, restore: Callable[[], None]) -> Iterator[None]:
+    """Raises FirstCall for Unreadable where there was nothing in the items that func has written. What has a gradient is none:
+    that comes from the call that made it."""
+    made = not any([owner[key].requires_grad for owner, key in changes.items])
+    try:
+        yield
+    except Unreadable as error:
+        restore()
+        if made and changes.items and all([owner.get(key) is None for owner, key in changes.items]):
+            raise FirstCall(str(error)) from error
+        raise
 
 
 _SAYS = frozenset({"print", "open", "input", "breakpoint"})

@@ -126,7 +126,7 @@ def emit(
     return (
         f"// {title}\n"
         + (memory.defines() if memory is not None else "#define ODENET_ONE_LANE\n" if target.lanes == "one" else "")
-        + f'#include "core/{"backward" if backward else "driver"}.h"\n#include "core/layers.h"\n'
+        + f'#include "core/{"backward" if backward else "driver"}.h"\n#include "core/layers.h"\n#include "core/lookup.h"\n'
         + ('#include "core/run.h"\n\n' if target.team else "\n")
         + "namespace odenet {\nnamespace ODENET_LEVEL {\n\n"
         "struct Equation {\n"

@@ -14,7 +14,7 @@ from ..problem import Problem
 from ..ranges import marked
 from ..solvers.fixed import calls_on_grid
 from ..solvers.trajectory import Trajectory
-from .marks import same_bits
+from .marks import Unreadable, same_bits
 from .plan import Plan
 from .teams import card_of
 from .ways import Kind, Way
@@ -51,6 +51,7 @@ class Engine:
     tape: Tensor | None = None
     kind: Kind
     nfe_backward = 0
+    called = 0  # of the calls of func that this solve takes the place of, those that were made
     begun = 0.0  # when the solve began, for recheck.py; 0: it is none of the user's
 
     def __init__(
@@ -81,7 +82,7 @@ class Engine:
         self.y0 = as_rows(problem.leaves, self.batch, first)
         self.arguments = self.kind.no_arguments
         if plan.batched:
-            self.arguments = as_rows([args[i].detach() for i in plan.batched], self.batch, first)
+            self.arguments = as_rows([_numbers(args[i].detach(), first.dtype) for i in plan.batched], self.batch, first)
 
     def without_numbers(self) -> "Engine":
         """What is the same in all solves of its kind."""
@@ -116,7 +117,7 @@ class Engine:
     def unchanged(self) -> bool:
         """Whether func reads now what it read in the solve, as far as that is not known from the versions of tensors."""
         plan, args = self.plan, self.args
-        if not plan.guards.hold(args):
+        if not plan.guards.hold(args) or not plan.rows.kept(args):
             return False
         if any([place(args) is not x for place, x in zip(plan.wanted, self.sources.trained, strict=True)]):
             return False
@@ -190,6 +191,17 @@ class Engine:
                 break
             capacity = needed
         self.counts, self.capacity, self.steps = counts, capacity, needed
+
+
+def _numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Those of an argument as the kernels have them. Raises Unreadable where they have them not."""
+    if x.dtype == dtype:
+        return x
+    if x.is_floating_point() and torch.promote_types(x.dtype, dtype) != dtype:
+        raise Unreadable(f"an argument has numbers of {x.dtype}")
+    if not x.is_floating_point() and bool((x.double().abs() > 2 / torch.finfo(dtype).eps).any()):
+        raise Unreadable(f"an argument of whole numbers has larger ones than {dtype} tells apart")
+    return x.to(dtype)
 
 
 def evaluations(options: Options, host: Any, grid: Grid | None, problem: Problem) -> int:

@@ -14,12 +14,14 @@ from .lower import Lowering
 from .marks import Marks, same_bits
 from .memory import has_memory
 from .numbers import Place
-from .program import Linear, Program
+from .program import Contract, Linear, Program
 from .reading import Reading
+from .rows import Rows, choices_of
 from .trace import Call, Recording, Unreadable, record, value_of
 from .values import where
 
 LARGEST = 1024  # numbers of a sample in one value
+_MOST_CHOICES = 16  # of arguments with one entry a sample
 _ASKED = "its code asks for them"
 _MOST_BYTES = 3 << 20  # of a tile's values on the stack of one thread
 _MOST_CUDA_BYTES = 32 << 10  # the same of a sample on CUDA, where a thread has one; all threads of the card need as much
@@ -47,7 +49,7 @@ class FieldProgram:
         if max(self.leaf_sizes) > LARGEST:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
         self.recording = self._record(Call(func, structure, t, [], whole), args, reading, marks, pure)
-        self.batched = self.recording.batched
+        self.batched, args = self.recording.batched, self.rows.of(args)
         self.argument_sizes = [args[i][:1].numel() for i in self.batched]
         self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
         self.program: Program = self.lowering.program
@@ -62,11 +64,17 @@ class FieldProgram:
         choices = [list(c) for n in range(len(able) + 1) for c in combinations(able, n)]
         choices.sort(key=lambda c: (len(c) not in (0, len(able)), len(c)))
         failure = Unreadable("")
-        for batched in choices[:16]:
-            try:
-                return record(replace(call, batched=batched), args, reading.reach, reading.numbers, marks, pure)
-            except Unreadable as error:
-                failure = error
+        for tensors in choices_of([] if self.whole else list(reading.reach.tensors.values()), rows):
+            self.rows = Rows([places[0] for x in tensors if (places := reading.places(x, args, ()))])
+            given, func = self.rows.of(args), self.rows.over(call.func)
+            more = list(range(len(args), len(given)))
+            for batched in choices[: _MOST_CHOICES // 4 if tensors else _MOST_CHOICES]:
+                try:
+                    chosen = [*batched, *more]
+                    found = replace(call, func=func, batched=chosen, trained=[given[i].requires_grad for i in chosen])
+                    return record(found, given, reading.reach, reading.numbers, marks, pure)
+                except Unreadable as error:
+                    failure = failure if tensors else error
         raise failure
 
     def _check_size(self) -> None:
@@ -79,7 +87,11 @@ class FieldProgram:
         if self.device.type == "cuda" and numbers * self.dtype.itemsize > _MOST_CUDA_BYTES:
             raise Unreadable(f"a sample has {numbers} numbers on the way, too many for a thread on CUDA")
         self.operations = sum(
-            s.rows * s.columns if isinstance(s, Linear) else self.program.buffers[s.out].size * 4
+            s.rows * s.columns
+            if isinstance(s, Linear)
+            else s.a.size
+            if isinstance(s, Contract)
+            else self.program.buffers[s.out].size * 4
             for s in self.program.statements
         )
 
@@ -110,6 +122,8 @@ class FieldProgram:
                 tensor = tensor.detach().clone()
                 setattr(self.recording.modules[0], str(node.target), tensor)
             self.places[node] = places[0] if places else _itself(tensor)
+        given = args[: len(args) - len(self.rows.places)]
+        self._ties += [reading.places(x, given, ()) for x in self.rows.tensors(args)]
         counting = self.recording.counting
         self.counting: list[Place] = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in counting]
         self.wanted = [(*reading.places(x, args, self.batched), _itself(x))[0] for x in self.recording.wanted]

@@ -1,11 +1,12 @@
 """One function of a program as C++ text: loops over packs, with what has the same length in one loop."""
 
-from itertools import pairwise
+import re
 
 import numpy as np
 
 from .fused import PRODUCT, fused_text, is_added
-from .program import Linear, Pointwise, Program, Reduce, Refs, Statement, split
+from .places import grid_text, place_in_loop, segments
+from .program import Contract, Linear, Lookup, Pointwise, Program, Reduce, Refs, Statement, split
 
 UNROLLED = 8  # loops of at most so many turns are written out
 INLINED = 48  # a function of fewer operations is inlined into the stages, where its numbers stay in registers
@@ -24,6 +25,10 @@ def operands_of(statement: Statement) -> list[Refs]:
         return statement.operands
     if isinstance(statement, Reduce):
         return [statement.operand]
+    if isinstance(statement, Contract):
+        return [statement.a, statement.b]
+    if isinstance(statement, Lookup):
+        return [statement.table, statement.places]
     return [statement.x] if statement.bias is None else [statement.x, statement.bias]
 
 
@@ -121,39 +126,12 @@ class FunctionText:
         buffer, place = int(ref) >> 32, int(ref) & 0xFFFFFFFF
         return self._at(buffer, str(place), place)
 
-    @staticmethod
-    def _index(base: int, stride: int, variable: str) -> str:
-        if stride == 0:
-            return str(base)
-        step = variable if stride == 1 else f"{stride} * {variable}"
-        return step if base == 0 else f"{base} + {step}"
-
     def _segments(self, operands: list[Refs]) -> list[tuple[int, int]]:
-        """Ranges in which every operand lies in one buffer at even distances."""
-        count = len(operands[0])
-        breaks = {0, count}
-        for refs in operands:
-            buffers, places = split(refs)
-            start = 0
-            while start < count:
-                end = start + 1
-                if end < count and buffers[end] == buffers[start]:
-                    stride = places[end] - places[start]
-                    same = (buffers[start + 1 :] == buffers[start]) & (np.diff(places[start:]) == stride)
-                    stops = np.flatnonzero(~same)
-                    end = start + 1 + (int(stops[0]) if len(stops) else count - start - 1)
-                    literal = self.program.buffers[int(buffers[start])].kind == "literal"
-                    if literal and stride != 0:
-                        end = start + 1
-                breaks.add(end)
-                start = end
-        edges = sorted(breaks)
-        return list(pairwise(edges))
+        return segments(self.program, operands)
 
     def _in_loop(self, refs: Refs, start: int, end: int, variable: str) -> str:
         buffer, place = int(refs[start]) >> 32, int(refs[start]) & 0xFFFFFFFF
-        stride = (int(refs[start + 1]) & 0xFFFFFFFF) - place if end - start > 1 else 0
-        return self._at(buffer, self._index(place - stride * start, stride, variable), place)
+        return self._at(buffer, place_in_loop(refs, start, end, variable), place)
 
     # Statements
 
@@ -174,10 +152,12 @@ class FunctionText:
                 group = [statement]
                 continue
             self._before(operands_of(statement))
-            if isinstance(statement, Reduce):
-                self._write_reduce(statement)
-            else:
+            if isinstance(statement, Linear):
                 self._write_linear(statement)
+            elif isinstance(statement, Lookup):
+                self._write_lookup(statement)
+            else:
+                self._write_sum(statement)
             self._after([statement])
         self._write_group(group, readers, results)
 
@@ -223,7 +203,7 @@ class FunctionText:
             if statement.out in fused:
                 factors[f"{b.name}_"] = texts
                 return []
-            text = fused_text(statement.text, texts, factors) or self._fill(statement.text, texts)
+            text = fused_text(statement.text, texts, factors) or self._fill(statement.text, texts, index)
             lines = [f"const {'MaskOf<P>' if b.mask else 'P'} {b.name}_ = {text};"]
             return [*lines, f"{b.name}[{index}] = {b.name}_;"] if statement.out in stored else lines
 
@@ -250,47 +230,59 @@ class FunctionText:
         self._after(list(group))
 
     @staticmethod
-    def _fill(text: str, operands: list[str]) -> str:
-        return text.format(*operands)
+    def _fill(text: str, operands: list[str], index: str) -> str:
+        return text.format(*operands, i=index)
 
-    def _write_reduce(self, statement: Reduce) -> None:
+    def _write_sum(self, statement: Reduce | Contract) -> None:
         self._declare(statement.out)
-        name = self.program.buffers[statement.out].name
-        join = "maximum({0}, {1})" if statement.largest else "{0} + {1}"
-        rows, columns = statement.operand.shape
-        buffers, places = split(statement.operand)
-        row = int(places[1, 0] - places[0, 0]) if rows > 1 else 0
-        column = int(places[0, 1] - places[0, 0])
-        grid = places[0, 0] + row * np.arange(rows)[:, None] + column * np.arange(columns)
-        if rows * columns > UNROLLED and (buffers == buffers[0, 0]).all() and (grid == places).all():
-            base = int(places[0, 0])
-            index = self._index(base, row, "i")
-            rest = f"{index} + {self._index(0, column, 'j')}" if column else index
-            first, other = self._at(int(buffers[0, 0]), index, base), self._at(int(buffers[0, 0]), rest, base)
+        name, operands = self.program.buffers[statement.out].name, operands_of(statement)
+        rows, columns = operands[0].shape
+        first, join = "{0}", "{sum} + {0}"
+        if isinstance(statement, Contract):
+            first, join = PRODUCT, "fused({0}, {1}, {sum})"
+        elif statement.largest:
+            join = "maximum({sum}, {0})"
+        grids = [grid_text(self.program, refs) for refs in operands] if rows * columns > UNROLLED else []
+        if grids and None not in grids:
+            texts = [self._at(*grid) for grid in grids if grid is not None]
+            begin = [re.sub(r"\bj\b", "0", text) for text in texts]
             self.lines += [
                 self._loop(0, rows, statement.out) + " {",
-                f"P sum = {first};",
-                f"for (int j = 1; j < {columns}; ++j) sum = {join.format('sum', other)};",
+                f"P sum = {first.format(*begin)};",
+                f"for (int j = 1; j < {columns}; ++j) sum = {join.format(*texts, sum='sum')};",
                 f"{name}[i] = sum;",
                 "}",
             ]
             return
         for i in range(rows):
-            text, guard = self._element(int(statement.operand[i, 0])), self._guard(statement.out, i)
-            self.lines.append(f"{guard}{name}[{i}] = {text};")
-            for start, end in self._segments([statement.operand[i, 1:]]):
-                other = self._in_loop(statement.operand[i, 1:], start, end, "j")
-                loop = f"for (int j = {start}; j < {end}; ++j)"
-                self.lines.append(f"{guard}{loop} {name}[{i}] = {join.format(f'{name}[{i}]', other)};")
+            guard, out = self._guard(statement.out, i), f"{name}[{i}]"
+            texts = [self._element(int(refs[i, 0])) for refs in operands]
+            self.lines.append(f"{guard}{out} = {first.format(*texts)};")
+            parts = [refs[i, 1:] for refs in operands]
+            for start, end in self._segments(parts):
+                texts = [self._in_loop(part, start, end, "j") for part in parts]
+                self.lines.append(f"{guard}for (int j = {start}; j < {end}; ++j) {out} = {join.format(*texts, sum=out)};")
+
+    def _write_lookup(self, s: Lookup) -> None:
+        self._declare(s.out)
+        name, grid = self.program.buffers[s.out].name, grid_text(self.program, s.table)
+        assert grid is not None
+        for start, end in self._segments([s.places]):
+            place, table = self._in_loop(s.places, start, end, "i"), f"[&](int j) {{ return {self._at(*grid)}; }}"
+            loop = self._loop(start, end, s.out)
+            self.lines.append(f"{loop} {name}[i] = lookup<{s.table.shape[1]}>(P({place}), {table});")
 
     def _write_linear(self, s: Linear) -> None:
         self._declare(s.out)
         weight, x, out = self._names(s)
-        if s.bias is None:
-            self.lines.append(f"for (int i = 0; i < {s.rows}; ++i) {out}[i] = P(T(0));")
-        else:
+        start = "P(T(0))"
+        if s.bias is not None and len(self._segments([s.bias])) == 1:
+            start = self._in_loop(s.bias, 0, s.rows, "i")
+        elif s.bias is not None:
             self._copy(out, s.bias)
-        self.lines.append(f"linear<{s.rows}, {s.columns}, {s.row}, {s.column}>({weight}, {x}, {out});")
+            start = f"{out}[i]"
+        sizes = f"{s.rows}, {s.columns}, {s.row}, {s.column}"
+        self.lines.append(f"linear<{sizes}>({weight}, {x}, {out}, [&](int i) {{ return {start}; }});")
 
     def _names(self, s: Linear) -> tuple[str, str, str]:
         """Of its weights, operand and result."""

@@ -39,14 +39,19 @@ class Guards:
         written: Sequence[tuple[Any, Any]] = (),
         counted: Sequence[Slot] = (),
         counting: Sequence[Tensor] = (),
+        rows: Sequence[Place] = (),
     ):
         """written: items that func writes before it reads them; it may ask what kind of thing they hold. counted: where it only
-        counts, with any number of this type; counting: tensors with which it does, whose memory nothing else may have."""
+        counts, with any number of this type; counting: tensors with which it does, whose memory nothing else may have.
+        rows: of tensors that may be replaced by others, with one row for each sample of a solve."""
         self.numbers, self._by_identity = numbers, reach.by_identity
         self._dead: list[Any] = []  # objects that are gone, which come back no more
         self._gone: list[Any] = []  # tensors
         given = {(id(root.slot.owner), root.slot.key) for root in numbers.roots if root.slot is not None}
         given |= {(id(owner), key) for owner, key in written}
+        of_samples = [place(args) for place in rows]
+        self._rows = [(place, _meta_of_rows(x)) for place, x in zip(rows, of_samples, strict=True)]
+        given |= {(id(slot.owner), slot.key) for slot in reach.slots if any([slot.value is x for x in of_samples])}
         # a global name may be in many functions
         once = {(id(slot.owner), slot.key, slot.attribute): slot for slot in reach.slots}
         slots = [slot for key, slot in once.items() if key[:2] not in given]
@@ -79,6 +84,14 @@ class Guards:
         numbers.opened(args, seen)
         self._args = self._frozen(args, seen)
         self._given = {i: tree for i in self._others if (tree := opened(args[i])) is not None}
+        self._keep_arrays(reach)
+        self._ties: list[tuple[Place, Place]] = []
+        self._contents: list[tuple[Place, Tensor]] = []
+        self._written = list(written)
+        self._kinds_before = self._kinds(args)
+        self._look()
+
+    def _keep_arrays(self, reach: Reach) -> None:
         self._arrays: list[tuple[Any, bytes, Any]] = []
         self.refusal = ""
         for array, path in reach.arrays.values():
@@ -86,11 +99,6 @@ class Guards:
                 self.refusal = f"{path} is an array of {array.nbytes} bytes, more than {LARGEST_ARRAY}: make it a tensor"
             else:
                 self._arrays.append((weakref.ref(array, self._dead.append), array.tobytes(), (array.shape, array.dtype)))
-        self._ties: list[tuple[Place, Place]] = []
-        self._contents: list[tuple[Place, Tensor]] = []
-        self._written = list(written)
-        self._kinds_before = self._kinds(args)
-        self._look()
 
     def _keep_containers(self, reach: Reach) -> None:
         """Their lengths, and the keys of dicts in order."""
@@ -140,8 +148,9 @@ class Guards:
 
     # At every call
 
-    def hold(self, args: Sequence[Any]) -> bool:
-        if self._dead:
+    def hold(self, args: Sequence[Any], batch: int | None = None) -> bool:
+        """batch: how many samples there are, where that is asked."""
+        if self._dead or (self._rows and not self._rows_hold(args, batch)):
             return False
         if not self._gone and not self._counting and _C.unchanged(self._lists):
             return torch.get_default_dtype() is self._dtype if not self._more else self._holds_besides(args)
@@ -164,6 +173,13 @@ class Guards:
                 return False
             return self._rest(args)
         except Exception:  # something is not where it was, or the user's objects cannot be asked
+            return False
+
+    def _rows_hold(self, args: Sequence[Any], batch: int | None) -> bool:
+        try:
+            found = [(place(args), meta) for place, meta in self._rows]
+            return all([_meta_of_rows(x) == meta and batch in (None, len(x)) for x, meta in found])
+        except Exception:
             return False
 
     def _values(self) -> Iterator[Any]:
@@ -280,6 +296,10 @@ class Guards:
         n = len(self._owners)
         owner = self._owners[i] if i < n else self._objects[i - n]()
         return Slot(owner, self._keys[i] if i < n else self._names[i - n], i >= n, None, self._paths[i])
+
+
+def _meta_of_rows(x: Tensor) -> tuple[Any, ...]:
+    return x.requires_grad, x.dtype, x.shape[1:], x.dim(), x.device, x.__class__, not vars(x)
 
 
 def _reference(x: Any) -> Callable[[], Any]:

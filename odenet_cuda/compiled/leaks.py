@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .memory import has_memory
+from .picked import Picked
 
 
 class Leak(Exception):
@@ -195,7 +196,7 @@ def observe(field: Any, inputs: Sequence[Tensor], observed: Observed) -> None:
     """Calls field(*inputs) and notes what it uses and reads. Raises Leak, in words, with the line."""
     Leak.raised.clear()
     try:
-        with observed, _Reads(observed):
+        with observed, _Reads(observed), Picked():
             field(*[Tracked(x) for x in inputs])
         for error in Leak.raised:
             raise error

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from . import indexing, matrices, reductions  # noqa: F401, which add to OPERATIONS
+from . import indexing, lookups, matrices, reductions  # noqa: F401, which add to OPERATIONS
 from .lowered import Lowered
 from .operations import OPERATIONS
 from .pointwise import MASKS, OF_MASKS, TEXTS, packet

@@ -2,7 +2,7 @@
 
 import pickle
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -114,6 +114,18 @@ class Changes:
     tensors: list[Tensor] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+
+    def count_rebound(self, restore: Callable[[], None]) -> bool:
+        """Takes items for numbers that held one in a tensor before, and hold another tensor now. Whether there are any."""
+        restore()
+        held = [(items, key) for items, key in self.items if _is_one(items.get(key))]
+        self.items = [(items, key) for items, key in self.items if not _is_one(items.get(key))]
+        self.numbers += [(items, key, str(key)) for items, key in held]
+        return bool(held)
+
+
+def _is_one(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.numel() == 1 and not x.requires_grad
 
 
 class Disturbed(Unreadable):

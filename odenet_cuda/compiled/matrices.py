@@ -22,11 +22,7 @@ def _mm(low: Lowered, node: Any, twin: Any) -> Value:
     if (a.batch, b.batch) not in ((0, None), (None, 1), (None, None)):
         raise Unreadable(f"{where(node)} mixes samples")
     bias = np.broadcast_to(source_of(low, node).refs, shape) if first else None
-    if b.batch is None and not (a.batch is None and low.program.is_constant(a.refs)):  # x [k, in], weight [in, out]
-        rows = [low.program.linear(x, b.refs.T, None if bias is None else bias[i]) for i, x in enumerate(a.refs)]
-        return Sample(np.stack(rows), batch)
-    columns = [low.program.linear(x, a.refs, None if bias is None else bias[:, i]) for i, x in enumerate(b.refs.T)]
-    return Sample(np.stack(columns, 1), batch)
+    return Sample(low.program.matmul(a.refs[None], b.refs[None], bias)[0], batch)
 
 
 @operation("bmm")
@@ -34,15 +30,12 @@ def _bmm(low: Lowered, node: Any, twin: Any) -> Value:
     a, b = source_of(low, node), source_of(low, node, 1)
     shape, batch = low.shapes(node)
     count = shape[0]
+    left, right = (np.broadcast_to(x.refs, (count, *x.refs.shape[1:])) for x in (a, b))
     if (a.batch, b.batch) == (2, 1) and count == 1:
         return low.sums.add(node, a.refs[0].T, b.refs[0])
+    if (a.batch, b.batch) == (2, 1):
+        products = low.program.contract(left[:, :, None], np.swapaxes(right, 1, 2)[:, None])
+        return low.sums.add(node, products.reshape(1, -1), None)
     if (a.batch, b.batch) not in ((0, 0), (0, None), (None, 0), (1, None), (None, 2), (None, None)):
         raise Unreadable(f"{where(node)} mixes samples")
-    left, right = (np.broadcast_to(x.refs, (count, *x.refs.shape[1:])) for x in (a, b))
-    out = [
-        np.stack([low.program.linear(right[i, :, column], left[i], None) for column in range(right.shape[2])], 1)
-        if b.batch is not None and a.batch is None
-        else np.stack([low.program.linear(left[i, row], right[i].T, None) for row in range(left.shape[1])])
-        for i in range(count)
-    ]
-    return Sample(np.stack(out), batch)
+    return Sample(low.program.matmul(left, right), batch)

@@ -13,6 +13,7 @@ from .values import Sample, Value, where
 
 Operation: TypeAlias = Callable[[Lowered, Any, Any], Value]  # the node, and that of the other recording
 OPERATIONS: dict[str, Operation] = {}
+WHOLE = ("torch.int64", "torch.int32")
 
 
 def operation(*names: str) -> Callable[[Operation], Operation]:
@@ -45,12 +46,19 @@ def rearranged(low: Lowered, node: Any, value: Sample, refs: Refs) -> Sample:
 @operation("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "_to_copy", "to")
 def _same(low: Lowered, node: Any, twin: Any) -> Value:
     value = source_of(low, node)
-    if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
-        of_mask = str(node.args[0].meta["val"].dtype) == "torch.bool"  # as a mask, or as 1 and 0
-        if of_mask and node.meta["val"].dtype.is_floating_point:
-            return low.number_of(value)
-        raise Unreadable(f"{where(node)} changes the type to {node.meta['val'].dtype}")
-    return value
+    before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    if before == after:
+        return value
+    whole, whole_before = str(after) in WHOLE, str(before) in WHOLE
+    if str(after) == "torch.bool":
+        return low.mask_of(value)
+    if whole and before.is_floating_point:
+        return low.pointwise(node, TEXTS["trunc"], [value])
+    if str(before) == "torch.bool" and (whole or after.is_floating_point):
+        return low.number_of(value)  # as 1 and 0
+    if whole_before and (whole or after.is_floating_point):
+        return value
+    raise Unreadable(f"{where(node)} changes the type to {after}")
 
 
 @operation("copy")

@@ -52,9 +52,9 @@ class Plan(FieldProgram):
         with reading.unmarked(t.device) as marks:
             super().__init__(func, structure, t, args, whole, reading, marks, pure)
             with reading.numbers.given(args) as given:
-                self._check(func, structure, t, given, per_sample)
+                self._check(self.rows.over(func), structure, t, self.rows.of(given), per_sample)
             self._check_marks(marks)
-        self.guards = reading.guards(args, self.recording)
+        self.guards = reading.guards(args, self.recording, self.rows.places)
         self._guard_tensors(args, marks)
         self._check_guards(marks)
         self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}

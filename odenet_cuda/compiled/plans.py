@@ -85,6 +85,7 @@ class Plans:
         self._readings: dict[Any, Readings] = {}  # of each kind
         self.again: dict[tuple, Any] = {}  # what solves have left for others of their kind, see again.py
         self.latest: Plan | None = None
+        self.called_first = True  # whether func is called where it is to be read after that
         self._distrust = ""  # why it is read no more, see recheck.py
         self.served: tuple[str, dict[str, str]] | None = None  # by which engine the last solve was, and who refused
 
@@ -116,10 +117,11 @@ class Plans:
             raise Unreadable(self._distrust)
         key, whole = kind.kinds
         readings = self._readings.get(key) or self._readings.setdefault(key, Readings())
-        found = self._held(kind.kinds, args, readings)
+        batch = structure.leaves[0].shape[0] if structure.leaves[0].dim() else None
+        found = self._held(kind.kinds, args, readings, batch)
         if found is None:
             with LOCK, _turn():
-                found = self._held(kind.kinds, args, readings)  # while another thread reads, Numbers stand for numbers
+                found = self._held(kind.kinds, args, readings, batch)  # while another thread reads, Numbers stand for numbers
                 if found is None:
                     stale = [*self.kept.get(key, ()), *self.kept.get(whole, ())]
                     readings.begin(stale, args)
@@ -132,11 +134,13 @@ class Plans:
         self.latest, found.readings = found, readings
         return found
 
-    def _held(self, kinds: Sequence[Any], args: Sequence[Any], readings: Readings) -> "Plan | Refused | None":
+    def _held(
+        self, kinds: Sequence[Any], args: Sequence[Any], readings: Readings, batch: int | None
+    ) -> "Plan | Refused | None":
         """What has been read and is so still."""
         for kind in kinds:
             for found in self.kept.get(kind, ()):
-                if found.guards.hold(args):
+                if found.guards.hold(args, batch):
                     readings.served += 1
                     return found
         return None

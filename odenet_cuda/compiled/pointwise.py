@@ -38,7 +38,7 @@ TEXTS: dict[str, str] = {
     "floor": "floor({0})",
     "ceil": "ceil({0})",
     "trunc": "select({0} < P(T(0)), ceil({0}), floor({0}))",
-    "sigmoid": "P(T(1)) / (P(T(1)) + exp(-{0}))",
+    "sigmoid": "sigmoid({0})",
     "relu": "select(({0} > P(T(0))) | ({0} != {0}), {0}, P(T(0)))",
     "abs": "abs({0})",
     "sign": "select({0} > P(T(0)), P(T(1)), select({0} < P(T(0)), P(T(-1)), P(T(0))))",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 SHIFT = 32
+_FEW, _WIDE = 4, 256  # layers that are written one by one: no more, or such as have so many weights
 Refs = np.ndarray  # addresses, int64: buffer << SHIFT | place
 
 
@@ -27,7 +28,7 @@ class Buffer:
 
 @dataclass
 class Pointwise:
-    """out[i] = text of operands[.][i]"""
+    """out[i] = text of operands[.][i]; {i} stands for i in it"""
 
     out: int
     text: str
@@ -58,7 +59,25 @@ class Linear:
     bias: Refs | None
 
 
-Statement = Pointwise | Reduce | Linear
+@dataclass
+class Lookup:
+    """out[i] = table[i, places[i]]; not a number where that is none of them"""
+
+    out: int
+    table: Refs
+    places: Refs
+
+
+@dataclass
+class Contract:
+    """out[i] = sum_j a[i, j] b[i, j]"""
+
+    out: int
+    a: Refs
+    b: Refs
+
+
+Statement = Pointwise | Reduce | Contract | Lookup | Linear
 
 
 @dataclass
@@ -138,28 +157,81 @@ class Program:
             return refs
         return self.statement("{0}", [refs])
 
+    def is_matrix(self, refs: Refs) -> bool:
+        """Whether these [rows, columns] lie evenly in one constant."""
+        buffers, places = split(refs)
+        if (buffers != buffers.flat[0]).any() or self.buffers[int(buffers.flat[0])].kind != "constant":
+            return False
+        row, column = self._steps(places)
+        grid = places[0, 0] + row * np.arange(len(refs))[:, None] + column * np.arange(refs.shape[1])
+        return bool((grid == places).all())
+
+    @staticmethod
+    def _steps(places: Refs) -> tuple[int, int]:
+        rows, columns = places.shape
+        row = int(places[1, 0] - places[0, 0]) if rows > 1 else 1
+        return row, int(places[0, 1] - places[0, 0]) if columns > 1 else 1
+
+    def matmul(self, a: Refs, b: Refs, bias: Refs | None = None) -> Refs:
+        """a [n, rows, k], b [n, k, columns], bias [rows, columns]: the products, [n, rows, columns]."""
+        columns = np.swapaxes(b, 1, 2)
+        by_row = self.is_matrix(columns[0])
+        if by_row or self.is_matrix(a[0]):
+            left, right = (a, columns) if by_row else (columns, a)
+            if left.shape[0] * left.shape[1] <= _FEW or right.shape[1] * right.shape[2] >= _WIDE:
+                added = None if bias is None else bias if by_row else bias.T
+                out = np.array([self._layers(x, w, added) for x, w in zip(left, right, strict=True)])
+                return out if by_row else np.swapaxes(out, 1, 2)
+        product = self.contract(a[:, :, None], columns[:, None])
+        if bias is None:
+            return product
+        return self.statement("{0} + {1}", [product.reshape(-1), bias.reshape(-1)]).reshape(product.shape)
+
+    def _layers(self, rows: Refs, weight: Refs, bias: Refs | None) -> Refs:
+        return np.array([self.linear(x, weight, None if bias is None else bias[i]) for i, x in enumerate(rows)])
+
     def linear(self, x: Refs, weight: Refs, bias: Refs | None) -> Refs:
         """out[r] = bias[r] + sum_c weight[r, c] x[c]"""
         rows, columns = weight.shape
-        buffers, places = split(weight)
-        kind = self.buffers[int(buffers.flat[0])].kind
-        row = int(places[1, 0] - places[0, 0]) if rows > 1 else 1
-        column = int(places[0, 1] - places[0, 0]) if columns > 1 else 1
-        regular = (buffers == buffers.flat[0]).all() and kind == "constant"
-        grid = places[0, 0] + row * np.arange(rows)[:, None] + column * np.arange(columns)
-        if not (regular and (grid == places).all()):
-            products = self.statement("{0} * {1}", [weight.reshape(-1), np.tile(x, rows)]).reshape(rows, columns)
-            out = self.reduce(products, False)
+        if not self.is_matrix(weight):
+            out = self.contract(weight, x)
             return out if bias is None else self.statement("{0} + {1}", [out, bias])
-        if not (x == x[0]).all() or columns == 1:
-            x = self.packed(x)
-        else:
-            x = self.statement("{0}", [x])
+        buffers, places = split(weight)
+        row, column = self._steps(places)
+        x = self.packed(x) if not (x == x[0]).all() or columns == 1 else self.statement("{0}", [x])
         result = self.new("local", rows)
         linear = Linear(result, rows, columns, int(buffers.flat[0]), int(places[0, 0]), row, column, x, bias)
         self.statements.append(linear)
         self._taint(result, [x] if bias is None else [x, bias])
         return self.addresses(result)
+
+    def contract(self, a: Refs, b: Refs) -> Refs:
+        """The products of a and b, broadcast, summed over the last axis."""
+        a, b = np.broadcast_arrays(self._together(a), self._together(b))
+        shape, columns = a.shape[:-1], a.shape[-1]
+        a, b = a.reshape(-1, columns), b.reshape(-1, columns)
+        if columns == 1:
+            return self.statement("{0} * {1}", [a[:, 0], b[:, 0]]).reshape(shape)
+        out = self.new("local", len(a))
+        self.statements.append(Contract(out, a, b))
+        self._taint(out, [a, b])
+        return self.addresses(out).reshape(shape)
+
+    def _together(self, refs: Refs) -> Refs:
+        """The same numbers in one buffer, in the order in which they are met."""
+        if len(np.unique(split(refs)[0])) == 1:
+            return refs
+        found, first, places = np.unique(refs, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        turns = np.empty_like(order)
+        turns[order] = np.arange(len(order))
+        return self.packed(found[order])[turns[places.reshape(refs.shape)]]
+
+    def lookup(self, table: Refs, places: Refs) -> Refs:
+        out = self.new("local", len(table))
+        self.statements.append(Lookup(out, table, places))
+        self._taint(out, [table, places])
+        return self.addresses(out)
 
     def reduce(self, operand: Refs, largest: bool) -> Refs:
         """[n, m] -> [n]"""

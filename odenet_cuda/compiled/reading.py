@@ -73,11 +73,14 @@ class Reading:
         slots = [_of(slot) for slot in self.reach.slots if slot.value is tensor]
         return slots + [_argument(i) for i, x in shared if x is tensor]
 
-    def guards(self, args: Sequence[Any], recording: "Recording | None" = None) -> Guards:
-        """Ends the reading. Raises Unreadable where something cannot be compared at every call."""
-        left = () if recording is None else (recording.written, recording.counted, recording.counting)
+    def guards(self, args: Sequence[Any], recording: "Recording | None" = None, rows: Sequence[Place] = ()) -> Guards:
+        """Ends the reading. rows: of tensors with one row a sample. Raises Unreadable where something cannot be compared at
+        every call."""
+        left: dict[str, Any] = {}
+        if recording is not None:
+            left = {name: getattr(recording, name) for name in ("written", "counted", "counting")}
         try:
-            guards = Guards(self.reach, args, self.numbers, *left)
+            guards = Guards(self.reach, args, self.numbers, rows=rows, **left)
         except Unguarded as error:
             raise Unreadable(str(error)) from None
         if guards.refusal:

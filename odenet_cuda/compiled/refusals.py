@@ -15,7 +15,7 @@ class Never:
 
     alive = True
 
-    def hold(self, args: Sequence[Any]) -> bool:
+    def hold(self, args: Sequence[Any], batch: int | None = None) -> bool:
         return False
 
     def changed_numbers(self, args: Sequence[Any]) -> list[Any]:

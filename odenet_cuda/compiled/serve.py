@@ -2,7 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -18,9 +19,11 @@ from . import self_check
 from .attach import Sources
 from .compilation import Compilation
 from .compilers import NoCompiler
+from .effects import FirstCall
 from .engine import Engine
 from .leaks import summary
-from .plans import LOCK
+from .plan import Plan
+from .plans import LOCK, Plans
 from .recheck import recheck
 from .trace import Unreadable
 
@@ -51,24 +54,21 @@ def prepare(
         kind = plans.kind(structure, args, problem.per_sample, field.cuda)
         if kind.empty or len(problem.t) == 1 or (problem.own and not problem.last_output.any()):
             return _NOTHING
-        why = (
-            [f"{name} needs it" for name in needs]
-            + kind.refusals
-            + _of_options(problem, options, backward)
-            + _of_torch(t, gradient)
-        )
+        why = [f"{name} needs it" for name in needs] + kind.refusals
+        why += _of_options(problem, options, backward) + _of_torch(t, gradient)
         if may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
             why.append("callbacks of func need it")
         if why:
             return "; ".join(why)
-        plan = plans.find(func, kind, structure, args, problem.per_sample)
+        plan, called = _find(plans, problem, partial(plans.find, func, kind, structure, args, problem.per_sample))
+        args = plan.rows.of(args)
         sources = Sources(plan, structure, args, chosen, t)
         how = gradient if sources.wanted else ""
         adjoint = backward.options if how == "adjoint" else None
         if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
             raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
         engine = Engine(plan, problem, options, args, grid, field.matmul, how, adjoint)
-        engine.sources, engine.backward = sources, backward
+        engine.sources, engine.backward, engine.called = sources, backward, called
         if engine.kind.trusted is None:
             plan.build(engine.kind.wanted)
         if self_check.due(engine, args):
@@ -88,6 +88,22 @@ def prepare(
         raise
     except Exception as error:  # what func reads may change at any moment, by another thread
         return f"what func reads has changed in between: {summary(error)}"
+
+
+def _find(plans: Plans, problem: Problem, find: Callable[[], Plan]) -> tuple[Plan, int]:
+    """The plan, and how often func was called for it as a solve calls it first: once where it makes then what it keeps."""
+    try:
+        return find(), 0
+    except FirstCall:
+        if not plans.called_first:
+            raise
+    plans.called_first = False
+    with torch.enable_grad():
+        field: Any = problem.field.again()  # type: ignore[attr-defined]
+        field(problem.start_time(False), [leaf.detach() for leaf in problem.leaves])
+    plan = find()
+    plans.called_first = True
+    return plan, 1
 
 
 def _of_options(problem: Problem, options: Options, backward: Any) -> list[str]:

@@ -8,23 +8,23 @@ depends on the batch is known from one that does not.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..problem import Structure
-from .convolutions import convolution, convolution_backward
 from .counters import Counter, Tallies, without
-from .effects import counted, refuse_output, refuse_results
+from .decompositions import decompositions
+from .effects import counted, made_at_first, refuse_output, refuse_results
 from .leaks import Leak, Observed, Tracked, observe, summary
 from .marks import Changes, Disturbed, Marks, Unreadable, Unset, same_bits
 from .memory import has_memory
 from .numbers import Numbers
+from .picked import Picked
 from .reach import Reach
 from .walk import Slot
 
@@ -34,23 +34,6 @@ Given = Callable[..., AbstractContextManager[list[Any]]]  # the arguments for a 
 BATCHES = (7, 11)  # of the two recordings
 
 _MOVED = 0.375  # from the time and state of the first recording to those of the second
-
-_aten = torch.ops.aten
-_DECOMPOSED = [
-    _aten.addcdiv, _aten.addcmul, _aten.celu, _aten.elu, _aten.elu_backward, _aten.gelu, _aten.gelu_backward,
-    _aten.glu, _aten.glu_backward, _aten.hardsigmoid, _aten.hardsigmoid_backward, _aten.hardswish,
-    _aten.hardswish_backward, _aten.hardtanh, _aten.hardtanh_backward, _aten.leaky_relu, _aten.leaky_relu_backward,
-    _aten.lerp, _aten.log_sigmoid_backward, _aten.log_sigmoid_forward, _aten.logit, _aten.mish, _aten.mish_backward,
-    _aten.native_layer_norm, _aten.native_layer_norm_backward, _aten.rsub, _aten.sigmoid_backward, _aten.silu,
-    _aten.silu_backward, _aten.softplus, _aten.softplus_backward, _aten.tanh_backward, _aten.threshold,
-    _aten.threshold_backward, _aten._softmax, _aten._softmax_backward_data, _aten._log_softmax,
-    _aten._log_softmax_backward_data, _aten.stack, _aten.unbind, _aten.select_backward,
-    _aten.slice_backward, _aten.mv, _aten.dot, _aten.addmv, _aten.norm, _aten.logsumexp, _aten.native_group_norm,
-    _aten.native_group_norm_backward, _aten.native_batch_norm, _aten.native_batch_norm_backward,
-]  # fmt: skip
-
-# Read as they are, not decomposed.
-_READ = ("var", "var_mean", "cumsum", "cumprod", "index_select", "roll", "split", "split_with_sizes")
 
 
 @dataclass
@@ -77,14 +60,15 @@ class Recording:
 
 @dataclass
 class Call:
-    """A call of func as it is recorded. t: of the first recording. batched: which arguments have one entry a sample. whole: the
-    state has no axis of samples, it is one sample."""
+    """A call of func as it is recorded. t: of the first recording. batched: which arguments have one entry a sample; trained:
+    whether these get gradients. whole: the state has no axis of samples, it is one sample."""
 
     func: Callable
     structure: Structure
     t: Tensor
     batched: list[int]
     whole: bool
+    trained: list[bool] = field(default_factory=list)
 
     def field(self, index: int, args: Sequence[Any], wanted: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
         """The slopes and their product with cotangents as one function, and what to call it with at recording `index`."""
@@ -94,10 +78,11 @@ class Call:
         generator = torch.Generator().manual_seed(index)
         cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x) for x in leaves]
         n, m = len(leaves), len(samples)
+        wants = [True] * n + self.trained + [True] * n
 
         def field(t: Tensor, *inputs: Tensor) -> Any:
             with torch.enable_grad():
-                inputs = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
+                inputs = tuple(x.detach().requires_grad_(want) for x, want in zip(inputs, wants, strict=True))
                 given = list(args)
                 for i, place in enumerate(self.batched):
                     given[place] = inputs[n + i]
@@ -106,20 +91,22 @@ class Call:
                     if slope.shape != leaf.shape or slope.dtype != leaf.dtype:
                         words = f"{slope.dtype} {list(slope.shape)} for {leaf.dtype} {list(leaf.shape)}"
                         raise Unreadable(f"func returned {words}")
-                sources = [*inputs[: n + m], *wanted()]
+                sources = [*(x for x, want in zip(inputs[: n + m], wants, strict=False) if want), *wanted()]
                 if any(slope.requires_grad for slope in slopes):
                     used = [(slope, g) for slope, g in zip(slopes, inputs[n + m :], strict=True) if slope.requires_grad]
                     grads = torch.autograd.grad([x for x, _ in used], sources, [g for _, g in used], allow_unused=True)
                 else:
                     grads = (None,) * len(sources)  # type: ignore[assignment]
-            return [*(slope.detach() for slope in slopes), *grads]
+                of_inputs = iter(grads)
+                found = [next(of_inputs) if want else None for want in wants[: n + m]]
+            return [*(slope.detach() for slope in slopes), *found, *of_inputs]
 
         return field, [self.t + moved, *leaves, *samples, *cotangents]
 
     def trace(self, index: int, args: Sequence[Any], wanted: list[Tensor]) -> fx.GraphModule:
         field, inputs = self.field(index, args, lambda: wanted)
-        with sdpa_kernel(SDPBackend.MATH):  # attention as the products that it consists of
-            return make_fx(field, decomposition_table=_decompositions(), record_stack_traces=True)(*inputs)
+        with sdpa_kernel(SDPBackend.MATH), Picked():  # attention as the products that it consists of
+            return make_fx(field, decomposition_table=decompositions(), record_stack_traces=True)(*inputs)
 
 
 def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, marks: Marks, pure: bool = False) -> Recording:
@@ -136,24 +123,31 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, mark
             if drawn := marks.drawn():
                 kind = Unreadable if any(own for _, _, own in drawn) else Disturbed
                 raise kind("func draws random numbers from a generator that is not torch's own")
-            changes = written(marks)
-            tallies = _tallies(changes, reach)
-            given = partial(_given, args, numbers, tallies)
+            changes, tallies = written(marks), Tallies()
             if changes.items or changes.numbers or changes.tensors:
-                observed = _observe_again(call, known, given, marks, changes)
+                again = partial(_observe_changes, call, known, partial(_given, args, numbers), marks, reach, changes)
+                with made_at_first(changes, marks.restore):
+                    try:
+                        observed, tallies = again()
+                    except Unreadable:
+                        if not changes.count_rebound(marks.restore):
+                            raise
+                        observed, tallies = again()
+            given = partial(_given, args, numbers, tallies)
             plain: Given = partial(_given, args, numbers, Tallies())
             if not pure:
                 refuse_results(call, plain, changes.items, marks.restore)
-            again = partial(_observe, call, known, plain)
             counters: list[Counter] = [*tallies.slots, *changes.counted]
-            counts = [] if pure else counted(counters, changes.tensors, again, marks.restore)
+            once = partial(_observe, call, known, plain)
+            counts = [] if pure else counted(counters, changes.tensors, once, marks.restore)
             wanted = _wanted(observed, known)
             if any(x.requires_grad and not x.is_leaf and id(x) in known for x in observed.used.values()):
                 raise Unreadable("func closes over a tensor that is itself the result of a differentiable computation")
             modules = _trace(call, given, numbers, wanted, marks, changes.items)
-            for module in modules if changes.tensors else ():
-                if not without(module, changes.tensors):
+            for module in modules:
+                if changes.tensors and not without(module, changes.tensors):
                     raise _writes(f"a tensor {list(changes.tensors[0].shape)}")
+                module.graph.eliminate_dead_code(_does_more)
     except Unreadable:
         raise
     except Leak as error:
@@ -182,6 +176,14 @@ def _observe(call: Call, known: dict[int, Tensor], given: Given) -> Observed:
         field, inputs = call.field(0, args, partial(_wanted, observed, known))
         observe(field, inputs, observed)
     return observed
+
+
+def _observe_changes(
+    call: Call, known: dict[int, Tensor], given: Any, marks: Marks, reach: Reach, changes: Changes
+) -> tuple[Observed, Tallies]:
+    """What func uses where it writes that. given: of `_given` all but what stands for numbers that func counts with."""
+    tallies = _tallies(changes, reach)
+    return _observe_again(call, known, partial(given, tallies), marks, changes), tallies
 
 
 def _observe_again(call: Call, known: dict[int, Tensor], given: Given, marks: Marks, changes: Changes) -> Observed:
@@ -283,6 +285,13 @@ def _same_graph(x: fx.GraphModule, y: fx.GraphModule) -> bool:
     return True
 
 
+def _does_more(node: fx.Node) -> bool:
+    """Whether an operation matters though nothing is done with its result."""
+    schema = getattr(node.target, "_schema", None)
+    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.op in ("placeholder", "output") or drawn or (schema is not None and schema.is_mutable)
+
+
 def _wanted(observed: Observed, known: dict[int, Tensor]) -> list[Tensor]:
     return [x for x in observed.used.values() if x.requires_grad and x.is_leaf and id(x) in known]
 
@@ -296,27 +305,6 @@ def sample_rows(x: Tensor, batch: int) -> Tensor:
     if batch == 0:
         return x.detach()
     return x.detach()[torch.arange(batch, device=x.device) % x.shape[0]]
-
-
-@cache
-def _decompositions() -> dict[Any, Callable]:
-    """What operations are made of, by which they are replaced in a recording."""
-    table = {**core_aten_decompositions(), **get_decompositions(_DECOMPOSED)}
-    for name in _READ:
-        for overload in getattr(_aten, name).overloads():
-            table.pop(getattr(getattr(_aten, name), overload), None)
-    table[_aten.hardsigmoid_backward.default] = _hardsigmoid_backward
-    table[_aten.convolution.default] = convolution
-    table[_aten.convolution_backward.default] = convolution_backward
-    return table
-
-
-def _hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """As torch computes it, with a sixth of float32 in float64 too, which its own decomposition does not know."""
-    one = torch.ones((), dtype=x.dtype, device="cpu")
-    with torch._C._DisableTorchDispatch():
-        slope = float(_aten.hardsigmoid_backward(one, torch.zeros_like(one)))
-    return torch.where((x > -3.0) & (x < 3.0), grad * slope, 0.0)
 
 
 def value_of(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -57,7 +57,7 @@ def solve(request: Request) -> Solution:
     problem, grid, wanted = engine.problem, engine.grid, engine.sources.wanted
     trajectory = engine.solve(keep=wanted and gradient != "adjoint")
     nfe = evaluations(request.options, trajectory.host_state(), grid, problem)
-    engine.plan.count(nfe, engine.args)
+    engine.plan.count(nfe - engine.called, engine.args)
     steps = 0 if grid is None else len(grid[0]) - 1
     stats = Stats(nfe, problem.per_sample, trajectory.state, steps, problem.rows)
     outputs = trajectory.ys

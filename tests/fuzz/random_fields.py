@@ -69,6 +69,11 @@ VECTOR = [
     "(torch.softmax({x}[:, :, None] * {x}[:, None, :], -1) @ {x}[:, :, None]).squeeze(-1)", "{x} * torch.arange({n})",
     "torch.linalg.vector_norm({x}, 1, dim=1, keepdim=True) - {x}",
     "{x} * F.cosine_similarity({x}, torch.cos({x}), -1)[:, None]", "assigned({x})", "assigned({x}.sin()) * {x}",
+    "{x}.sort(1).values", "{x}.topk(2, 1).values", "{x}.cumprod(1)", "{x}.gather(1, {x}.argsort(1)[:, :2])",
+    "{x}.scatter(1, {x}.argsort(1)[:, :1], 0.5)",
+    "{x} * torch.bucketize({x}.detach(), torch.linspace(-3, 3, 8, dtype={x}.dtype))",
+    "torch.linspace(-3, 3, 9, dtype={x}.dtype)[torch.bucketize({x}.detach(), torch.linspace(-2, 2, 8, dtype={x}.dtype))] * {x}",
+    "{x}[:, (2 * time).long().reshape(()).clamp(0, 1)][:, None] * {x}",
     "F.conv1d({x}[:, None], torch.ones(2, 1, 2, dtype={x}.dtype) / 3, padding=1).flatten(1)",
 ]  # fmt: skip
 
