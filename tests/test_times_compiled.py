@@ -117,13 +117,13 @@ def test_rows_that_fail():
     """Of rows that take too many steps the outputs before are there; a loss over what there is has the gradient of that."""
     field, p = odenet_cuda.compile(Argued()), rows(BATCH, 1, seed=1) + 2
     failing = [i for i in range(BATCH) if COUNTS[i] == MOST][:2]
-    p[failing] = 1e5
-    options, found = {**OPTIONS, "on_failure": "return", "max_num_steps": 60}, []
+    p[failing] = 1e8
+    options, found = {**OPTIONS, "on_failure": "return", "max_num_steps": 40}, []
     for func, more in ((field, {}), (field.func, {"compile": False})):
         start = START.clone().requires_grad_()
         solution = solve(func, start, TIMES, args=(p,), **options, **more)
         assert [i for i, word in enumerate(solution.status) if word != "success"] == failing
-        (grad,) = torch.autograd.grad(torch.where(solution.ys.isnan(), 0, solution.ys)[:, ~p[:, 0].ge(1e5)].sum(), start)
+        (grad,) = torch.autograd.grad(torch.where(solution.ys.isnan(), 0, solution.ys)[:, ~p[:, 0].ge(1e8)].sum(), start)
         found.append((solution.ys, grad))
     assert_compiled(field)
     for x, y in zip(*found, strict=True):
@@ -134,8 +134,9 @@ def test_a_batch_of_one_and_rows_of_one_time():
     field, p = odenet_cuda.compile(Argued()), rows(BATCH, 1, seed=1) + 2
     with torch.no_grad():
         found = solve(field, START, TIMES, args=(p,), **OPTIONS)
-        one = solve(field, START[2:3], TIMES[2:3], args=(p[2:3],), **OPTIONS)
-        assert torch.equal(one.ys.nan_to_num(9), found.ys[:, 2:3].nan_to_num(9))
+        i = next(i for i in range(BATCH) if 1 < COUNTS[i] < MOST)
+        one = solve(field, START[i : i + 1], TIMES[i : i + 1], args=(p[i : i + 1],), **OPTIONS)
+        assert torch.equal(one.ys.nan_to_num(9), found.ys[:, i : i + 1].nan_to_num(9))
         assert_compiled(field)
         still = solve(field, START, torch.cat([TIMES[:, :1], torch.full((BATCH, 2), math.nan)], 1), args=(p,), **OPTIONS)
     assert torch.equal(still.ys[0], START) and bool(still.ys[1:].isnan().all()) and not still.stats.num_accepted.any()
