@@ -3,7 +3,7 @@
 from .block import ODEBlock
 from .compiled.compilation import set_compile
 from .compiled.field import CompiledField, compile
-from .event import Event
+from .event import Event, Jump
 from .interpolant import Interpolant
 from .interpolated import Interpolated
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
@@ -17,6 +17,7 @@ __all__ = [
     "Event",
     "Interpolant",
     "Interpolated",
+    "Jump",
     "ODEBlock",
     "Solution",
     "SolverError",

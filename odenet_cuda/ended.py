@@ -19,7 +19,7 @@ from .problem import OwnTimes, to_device
 from .request import Request
 from .solution import Solution
 from .solvers.events import Crossing, EventWatch
-from .solvers.trajectory import Index, Step, Trajectory
+from .solvers.trajectory import End, Index, Step, Trajectory
 
 
 @dataclass
@@ -117,14 +117,14 @@ def _move_outputs(tape: Sequence[Any], beyond: Tensor, place: Any, theta: Tensor
         rows = left if step.accept is None else left & step.accept
         if not bool(rows.any()):
             continue
-        outputs, end = [], step.ends[1]
+        end = None if step.ends[1] is None else _reached(*step.ends[1], beyond)
+        outputs = []
         for index, at, mask in step.outputs:
-            mask = _reached(index, mask, beyond, per_sample)
-            if mask is None or bool(mask.any()):
-                outputs.append((index, at, mask))
-        if end is not None:
-            mask = _reached(end[0], end[1], beyond, per_sample)
-            step.ends = step.ends[0], (end[0], mask) if mask is None or bool(mask.any()) else None
+            lands = step.ends_on(index) and step.ends[1] is not None and mask is step.ends[1][1]
+            reached = end if lands else _reached(index, mask, beyond)
+            if reached is not None:
+                outputs.append((reached[0], at, reached[1]))
+        step.ends = step.ends[0], end
         if per_sample and bool((rows & added).any()):
             outputs.append((place[0], theta, rows & added))
         elif not per_sample and bool(added[0]):
@@ -135,12 +135,16 @@ def _move_outputs(tape: Sequence[Any], beyond: Tensor, place: Any, theta: Tensor
             return
 
 
-def _reached(index: Index, mask: Tensor | None, beyond: Tensor, per_sample: bool) -> Tensor | None:
-    """The mask without rows whose output of this index lies after the event; None for all."""
-    lost = beyond.gather(1, index[:, None])[:, 0] if isinstance(index, Tensor) else beyond[:, index]
-    if per_sample:
-        return ~lost if mask is None else mask & ~lost
-    return None if not bool(lost[0]) else ~lost
+def _reached(index: Index, mask: Tensor | None, beyond: Tensor) -> End | None:
+    """Index and mask without rows whose output of this index lies after the event; None where no row is left."""
+    if not isinstance(index, Tensor):
+        lost = beyond[:, index]
+        if not bool(lost.any()):
+            return index, mask
+        mask = ~lost if mask is None else mask & ~lost
+        return (index, mask) if bool(mask.any()) else None
+    mask = ~beyond.gather(1, index[:, None])[:, 0] & (True if mask is None else mask)
+    return (torch.where(mask, index, 0), mask) if bool(mask.any()) else None
 
 
 def give(solution: Solution, request: Request, ended: Ended, outputs: Sequence[Tensor]) -> None:
@@ -160,6 +164,7 @@ def give(solution: Solution, request: Request, ended: Ended, outputs: Sequence[T
         t, y = attach(ended.watch, crossing, t, y, rate)
     t = torch.where(found, t, math.nan)
     solution.event_t, solution.event_index = (t, crossing.index) if asked.per_sample else (t[0], crossing.index[0])
+    solution._event_column = crossing.column
     of_rows = [found.reshape(-1, *[1] * (leaf.dim() - 1)) if asked.per_sample else found[0] for leaf in y]
     solution.event_y = unflatten([torch.where(rows, leaf, math.nan) for rows, leaf in zip(of_rows, y, strict=True)])
     if solution.interpolant is not None:

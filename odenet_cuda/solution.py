@@ -94,7 +94,8 @@ class Solution:
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
     with gradients, under per-sample control one a sample. event_t, event_y, event_index: with ``events`` when the first of them
     happened, the state there, and which it was, of each sample under per-sample control; NaN, NaN and -1 where none did, and
-    ``ys`` is NaN after it. engine: which one served, "transformed", "compiled", "graphed",
+    ``ys`` is NaN after it. Where the solve goes on after events they have the events on axis 0, and the state is that before
+    its change. engine: which one served, "transformed", "compiled", "graphed",
     "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
     """
 
@@ -116,6 +117,7 @@ class Solution:
         self.event_t: Tensor | None = None
         self.event_y: Any = None
         self.event_index: Tensor | None = None
+        self._event_column: Tensor | None = None
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .compiled.compilation import check_compile
 from .engines import serve
-from .event import Event, check_events
+from .event import Event, Events, Jump, check_events, check_jumps
 from .methods import ADAPTIVE
 from .request import Request, settings_of
+from .segments import goes_on, in_segments
 from .solution import Solution
 from .transforms import between_graphs
 
@@ -54,6 +55,8 @@ def solve(
     adjoint_options: dict[str, Any] | None = None,
     compile: str | bool | None = None,
     events: Event | Sequence[Event] | None = None,
+    max_events: int = 100,
+    jumps: Jump | Sequence[Jump] = (),
 ) -> Solution:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -106,8 +109,10 @@ def solve(
         above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
         arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
     compile: "auto", func is compiled where it can be read; False: not; default: what `set_compile` says.
-    events: zeros of functions of (t, y) that end the solve, under per-sample control each sample's own; see `Event`. The
-        Solution then has `event_t`, `event_y` and `event_index`, with first derivatives, and `ys` is NaN after the event.
+    events: zeros of functions of (t, y) that end the solve, or change the state, under per-sample control each sample's own;
+        see `Event`. The Solution then has `event_t`, `event_y` and `event_index`, with first derivatives, and `ys` is NaN after
+        an event that ends it. max_events: the last of so many does, for each sample.
+    jumps: changes of the state at known times, see `Jump`.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
@@ -128,5 +133,11 @@ def solve(
     if compile is not None:
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
-    ends = check_events(events, args)
-    return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends))
+    ends, changes = check_events(events, args), check_jumps(jumps)
+
+    def run(y0: Any, t: Any, ends: Events | None) -> Solution:
+        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends))
+
+    if goes_on(ends, changes):
+        return in_segments(run, func, y0, t, args, ends, changes, max_events, settings)
+    return run(y0, t, ends)

@@ -196,7 +196,7 @@ def test_outputs_around_it():
 def test_refusals():
     y0, t = torch.zeros(4, 2, dtype=D), [0.0, 1.0]
     for events, error, words in (
-        (lambda t, y: y, TypeError, "events must be an Event"),
+        (lambda t, y: y, TypeError, "events must be of type Event"),
         (Event(lambda t, y: 1.0), TypeError, "must return a tensor of real numbers, got float"),
         (Event(lambda t, y: torch.zeros(0)), ValueError, "at least one number"),
         (Event(lambda t, y: y[0, 0].log() - 1), ValueError, r"not a number at the start|not a number between"),

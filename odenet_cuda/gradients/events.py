@@ -20,7 +20,9 @@ from ..products import real_product
 from ..solvers.events import Crossing, EventWatch
 from .one_by_one import one_by_one
 
-NO_SECOND_DERIVATIVE = "the time of an event has first derivatives only: solve without create_graph=True, or without events"
+NO_SECOND_DERIVATIVE = (
+    "the times of events and jumps have first derivatives only: solve without create_graph=True, or without events"
+)
 
 
 def attach(
@@ -42,9 +44,7 @@ def attach(
             grads = torch.autograd.grad(g.sum(), [t, *leaves], retain_graph=True, allow_unused=True)
     by_t, *by_y = grads
     slope = torch.zeros_like(crossing.t) if by_t is None else by_t.double()
-    for grad, change in zip(by_y, rate, strict=True):
-        if grad is not None:
-            slope = slope + real_product(grad, change).reshape(problem.rows, -1).sum(1)
+    slope = slope + _along(by_y, rate, problem.rows)
     t_event, *y_event = _Implicit.apply(crossing.found, slope, tuple(rate), t0, g, *y)
     return t_event, y_event
 
@@ -65,10 +65,7 @@ class _Implicit(torch.autograd.Function):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         found, slope = ctx.found, ctx.slope
         total = torch.zeros_like(slope) if grad_t is None else grad_t
-        for grad, rate in zip(grad_y, ctx.rate, strict=True):
-            if grad is not None:
-                total = total + real_product(grad, rate).reshape(len(slope), -1).sum(1)
-        total = torch.where(found, total, 0.0)
+        total = torch.where(found, total + _along(grad_y, ctx.rate, len(slope)), 0.0)
         by_g = torch.where(total == 0, 0.0, -total / slope)
         # Where the event function only touches zero its time has no derivative: nothing that depends on it may look as if.
         spoilt = torch.where(by_g.isfinite(), 0.0, torch.nan)
@@ -77,3 +74,29 @@ class _Implicit(torch.autograd.Function):
             for x, rate in zip(grad_y, ctx.rate, strict=True)
         ]
         return None, None, None, grad_t, by_g, *by_y
+
+
+def moved(y: Sequence[Tensor], rate: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
+    """The leaves y, which move with a time: shift is zero, but for its gradient, [rows]; rate: dy/dt there."""
+    return list(_Moved.apply(len(shift), tuple(rate), shift, *y))
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, rate, shift, *y):
+        ctx.rows, ctx.rate = rows, rate
+        ctx.set_materialize_grads(False)
+        return tuple([leaf.clone() for leaf in y])
+
+    @staticmethod
+    @one_by_one
+    def backward(ctx, *grad_y: Any):
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        return None, None, _along(grad_y, ctx.rate, ctx.rows), *grad_y
+
+
+def _along(grad_y: Sequence[Tensor | None], rate: Sequence[Tensor], rows: int) -> Any:
+    """The product of a cotangent with a rate, [rows]."""
+    products = [real_product(g, r).reshape(rows, -1).sum(1) for g, r in zip(grad_y, rate, strict=True) if g is not None]
+    return torch.stack(products).sum(0) if products else 0.0

@@ -63,6 +63,9 @@ class EventWatch:
         self.kept: list[Tensor] = []  # of the step of each row: the leaves of y0, then the slopes of each leaf
         with torch.no_grad():
             self.signs = self.values(problem.start_time(False), problem.state_leaves).sign()  # [rows, values]
+        if events.fired is not None:
+            columns = torch.arange(self.signs.shape[1], device=device)
+            self.signs = self.signs.masked_fill(columns == events.fired[:, None], 0.0)
         if bool(self.signs.isnan().any()):
             raise ValueError("an event function is not a number at the start")
         self.before = self.signs
