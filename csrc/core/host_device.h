@@ -50,7 +50,7 @@ namespace ODENET_LEVEL {
 
 template <class To, class From>
 ODENET_HD To bit_cast(From from) {
-  if constexpr (std::is_arithmetic_v<To>) {
+  if constexpr (std::is_arithmetic_v<To> || std::is_class_v<To>) {
     To to;
     memcpy(&to, &from, sizeof(To));
     return to;
