@@ -6,8 +6,8 @@
 namespace odenet {
 namespace ODENET_LEVEL {
 
-// In each lane at(place), of the n that there are; not a number where there is none. Lanes with one place take a turn together:
-// where the time decides they mostly do.
+// In each lane at(place), of the n that there are; not a number where there is none. Lanes with one place take a turn
+// together: where the time decides they mostly do.
 template <int n, class P, class At>
 ODENET_HD P lookup(const P& place, const At& at) {
   using T = Number<P>;
