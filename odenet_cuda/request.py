@@ -228,6 +228,7 @@ class Request:
         """For a problem that is there already."""
         field: Any = problem.field
         request = cls(field.func, structure, t, (), settings, problem.rtol, problem.atol, compile=False)
+        request.settings = settings  # as they are: the stops of this problem are known
         request.problem, request.t, request.grid, request.backward = problem, t, grid, backward
         return request
 

@@ -55,6 +55,15 @@ def test_gradients(kind: str):
     assert torch.autograd.gradcheck(lambda v, t: Interpolated(TIMES, v, kind)(t), (v, t))
 
 
+class Plain(nn.Module):
+    def __init__(self, u: nn.Module):
+        super().__init__()
+        self.u = u
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.u(t) - y
+
+
 class Driven(nn.Module):
     """dy/dt = u(t), with a count of its calls."""
 
@@ -87,6 +96,20 @@ def test_solves_step_to_what_is_not_smooth(kind: str, area, direction: int, cont
     found, v.grad = v.grad.clone(), None
     area(v).sum().backward()
     torch.testing.assert_close(found, v.grad, rtol=1e-10, atol=1e-12)
+
+
+@every_kind
+def test_compiled(kind: str, quick_compiler):
+    """With the stops, and their gradient; the comparison of one step with func is of one without any."""
+    v, results = nn.Parameter(values(1)), []
+    func = Plain(Interpolated(TIMES, v, kind))
+    for how in (False, "auto"):
+        solution = solve(func, torch.ones(3, 1, dtype=D), [0.0, 2.0], rtol=1e-7, atol=1e-9, gradient="checkpoint", compile=how)
+        v.grad = None
+        solution.ys[-1].sum().backward()
+        results.append((solution.ys.detach(), v.grad.clone()))
+    assert solution.engine == "compiled", solution.explanation
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-11)
 
 
 def test_stops_of_the_user_stay():
