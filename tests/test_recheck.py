@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 @pytest.fixture
 def blind(monkeypatch):
     """Guards that see nothing."""
-    monkeypatch.setattr(Guards, "hold", lambda self, args: True)
+    monkeypatch.setattr(Guards, "hold", lambda self, args, batch=None: True)
 
 
 def ends(func, y0=Y0, **options):
