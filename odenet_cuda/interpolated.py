@@ -122,7 +122,8 @@ class Interpolated(nn.Module):
 def _natural(times: Tensor) -> Tensor:
     """[T, T]: times values, the second derivatives of the natural cubic spline (de Boor, A Practical Guide to Splines, IV)."""
     count, h = len(times), times.diff()
-    matrix, right = torch.eye(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+    matrix = torch.eye(count, dtype=torch.float64, device="cpu")
+    right = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     for i in range(1, count - 1):
         matrix[i, i - 1], matrix[i, i], matrix[i, i + 1] = h[i - 1] / 6, (h[i - 1] + h[i]) / 3, h[i] / 6
         right[i, i - 1], right[i, i], right[i, i + 1] = 1 / h[i - 1], -1 / h[i - 1] - 1 / h[i], 1 / h[i]

@@ -165,7 +165,7 @@ def odeint_event(
     t0: a time with one number; event_t has its type, and that of float64 where it is a number. odeint_interface: `odeint`,
     `odeint_adjoint`, or a function like them. kwargs: for it.
     """
-    start = t0.reshape(-1) if isinstance(t0, Tensor) else torch.tensor([float(t0)], dtype=torch.float64)
+    start = t0.reshape(-1) if isinstance(t0, Tensor) else torch.tensor([float(t0)], dtype=torch.float64, device="cpu")
     t = torch.cat([start, start.detach() + (-1.0 if reverse_time else 1.0)])
     return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
 

@@ -175,7 +175,7 @@ def interval_before(problem: Problem, i: int, others_at: Tensor | None = None) -
     """The times of a solve from output i to the one before; others_at: of `stand_ins`."""
     if not problem.own:
         return [problem.t[i], problem.t[i - 1]]
-    rows = torch.arange(problem.rows) if others_at is None else others_at.cpu()
+    rows = torch.arange(problem.rows, device="cpu") if others_at is None else others_at.cpu()
     return problem.t.between(i, i - 1, rows.numpy())
 
 

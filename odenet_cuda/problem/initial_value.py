@@ -122,9 +122,9 @@ class Problem:
         else:
             times = torch.full((1, self.rows), time, dtype=self.real, device="cpu")
         if np.any(side):
-            towards = torch.full_like(times, math.inf) * torch.as_tensor(direction, dtype=self.real)
-            beside = torch.nextafter(times, towards * torch.as_tensor(side, dtype=self.real))
-            times = torch.where(torch.as_tensor(side, dtype=self.real) == 0, times, beside)
+            directions, sides = (torch.as_tensor(x, dtype=self.real, device="cpu") for x in (direction, side))
+            beside = torch.nextafter(times, torch.full_like(times, math.inf) * directions * sides)
+            times = torch.where(sides == 0, times, beside)
         return self.time_views(to_device(times, self.device))[0]
 
     def same_time(self, x: Any, y: Any) -> Any:

@@ -114,7 +114,7 @@ class EventWatch:
 
     def ended(self, ends: Sequence[float], stepper: Any) -> bool:
         """Whether an event ends the solve in this step of a grid."""
-        t0, t1 = (to_device(torch.tensor([t], dtype=torch.float64), self.problem.device) for t in ends)
+        t0, t1 = (to_device(torch.tensor([t], dtype=torch.float64, device="cpu"), self.problem.device) for t in ends)
         rows = self.look(t0, t1, t1 - t0, stepper.y0, stepper.k)
         return rows is not None and bool(rows.any())
 
