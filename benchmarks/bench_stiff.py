@@ -112,7 +112,7 @@ def theirs(method: str, name: str, rtol: float) -> dict[str, Any]:
     if not solution.success:
         return {"note": solution.message}
     row = {"digits": digits(solution.y[:, -1], expected), "steps": len(solution.t) - 1, "nfe": solution.nfev}
-    return {**row, "factorisations": solution.nlu, "seconds": spent}
+    return {**row, "factorisations": int(solution.nlu), "seconds": spent}
 
 
 def main() -> None:
