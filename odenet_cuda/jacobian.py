@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MOST = 2048  # numbers of one system
-_CHECK = 0x5EED
+_SEED = 0x5EED  # of the signs by which coupled samples are found
 
 
 def flat(leaves: Sequence[Tensor], systems: int) -> Tensor:
@@ -86,7 +86,8 @@ def _by_y(k: Tensor, y: Sequence[Tensor], systems: int, recording: bool) -> Tens
 
 def _coupled(k: Tensor, y: Sequence[Tensor], dy: Tensor) -> bool:
     """Whether a slope of one sample depends on another sample, for which the lines of dy are sums over samples."""
-    signs = torch.randint(2, k.shape, generator=torch.Generator().manual_seed(_CHECK), dtype=torch.int8) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    signs = torch.randint(2, k.shape, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
     weights = signs.to(k.device, k.dtype)
     together = flat(torch.autograd.grad(k, y, weights, retain_graph=True, materialize_grads=True), len(k))
     alone = dy.detach()

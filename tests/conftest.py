@@ -63,6 +63,15 @@ def quick_compiler():
 
 
 @pytest.fixture
+def one_thread():
+    """Systems of a few numbers are solved faster without others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def kernels_alone():
     """Every grid is solved by the kernels, a small one with gradient="direct" too."""
     from odenet_cuda import engines

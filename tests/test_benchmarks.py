@@ -31,14 +31,6 @@ def test_products_are_timed():
         assert clock.calls == 2
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_calls_agree_with_torchdiffeq(monkeypatch, capsys):
     bench = importlib.import_module("bench_call")

@@ -147,13 +147,7 @@ class TwoStepSteps:
 TWO_STEP = TwoStep(order=2, c=(0.0, 1.0, 1.0), b=(0.0, 1.0, 0.0), p=hermite((0.0, 1.0, 0.0)), p_order=2, step=lambda: None)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Systems of two numbers are solved faster without others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -16,13 +16,7 @@ every_method = pytest.mark.parametrize("method", STIFF)
 ORDERS = {"rodas5p": (5, 4), "rosenbrock23": (2, 2)}  # of a step, of its interpolant
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Systems of a few numbers are solved faster without others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- orders ----
