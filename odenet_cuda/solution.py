@@ -69,8 +69,9 @@ class Stats:
 
     @property
     def adjoint_drift(self) -> float | Tensor:
-        while self.looks:
-            self.looks.pop()()
+        with torch.no_grad():
+            while self.looks:
+                self.looks.pop()()
         if self.drift is None:
             device = None if self._state is None else self._state.device
             return torch.zeros(self._rows, dtype=torch.float64, device=device) if self._per_sample else 0.0

@@ -8,7 +8,6 @@ it has slopes but no stages, and a stage whose weights b and e are both zero nee
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +22,9 @@ from ..problem import Field, Problem, aliased
 from ..products import real_product
 from ..ranges import in_range
 from ..solution import Solution, Stats, raise_failure
-from ..solvers.short import MOST
 from .augmented import AugmentedField, PerSampleField, as_leaf
 from .autocast import autocast_again, autocast_state
-from .drift import add_drift, warn_of_drift
+from .drift import note_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
 from .of_times import TimeGradient
 from .one_by_one import one_by_one
@@ -127,12 +125,11 @@ def solve_backwards(
     grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
     grad_ys, costs = grads[:n], grads[n:]
     generators = noise.states(problem.device)
-    stats.drift, stats.looks, tolerances = None, [], (adjoint.rtol, adjoint.atol)
-    calls = field.nfe
+    stats.drift, stats.looks = None, []
     others = aliased(field, params) if adjoint.options.cuda_graph else None
-    field, params = others or (field, params)
-    field.nfe = calls
-    per_sample, options = problem.per_sample, adjoint.options
+    if others is not None:
+        others[0].nfe, (field, params) = field.nfe, others
+    per_sample, options, tolerances = problem.per_sample, adjoint.options, (adjoint.rtol, adjoint.atol)
     augmented = augmented_field(adjoint, problem, field, params, costs)
     a: list[Tensor] = []
     integral = [as_leaf(torch.zeros_like(param)) for param in params]
@@ -162,11 +159,7 @@ def solve_backwards(
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
         stored = [out[i - 1] for out in ys]
-        look = partial(add_drift, stats, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
-        if trajectory.state is None and sum([out.numel() for out in ys]) <= MOST:
-            stats.looks.append(look)  # on a short grid this would take a tenth of the time
-        else:
-            look()
+        note_drift(stats, trajectory.state is None, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
         integral = [x + y for x, y in zip(integral, trajectory.sums, strict=True)] if per_sample else trajectory.last[2 * n :]
     if grad_t is not None:
         grad_t.add(0, -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs]))
@@ -174,9 +167,8 @@ def solve_backwards(
     noise.warn_of_other_numbers(generators, problem.device, "adjoint")
     warn_of_drift(stats, options.adaptive)
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
-    total = None if grad_t is None else grad_t.total
-    a = a or [torch.zeros_like(y[0]) for y in ys]
-    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], total, grad_params
+    grad_y0 = [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)] if a else [grad[0] for grad in grad_ys]
+    return grad_y0, None if grad_t is None else grad_t.total, grad_params
 
 
 def interval_before(problem: Problem, i: int, others_at: Tensor | None = None) -> Any:
