@@ -9,10 +9,12 @@ from .interpolated import Interpolated
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Solution, SolverError, Stats
 from .solve import solve
+from .steps import AcceptedStep, steps
 from .version import VERSION
 
 __version__ = VERSION
 __all__ = [
+    "AcceptedStep",
     "CompiledField",
     "Event",
     "Interpolant",
@@ -29,4 +31,5 @@ __all__ = [
     "odeint_event",
     "set_compile",
     "solve",
+    "steps",
 ]

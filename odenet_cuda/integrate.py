@@ -1,7 +1,7 @@
 """Problem -> solver -> trajectory, with no thought of gradients."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,10 +13,12 @@ from .graphed.loops import Kind, solve_by_graph
 from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .ranges import marked
-from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
+from .solvers.adaptive import AdaptiveSolver
 from .solvers.events import EventWatch
 from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
+from .solvers.hooks import AfterStep, Looker, runs_ahead
+from .solvers.start import Resumed, stop_table
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
 
@@ -90,9 +92,11 @@ def integrate(
     after_step: AfterStep | None = None,
     grid: Grid | None = None,
     events: EventWatch | None = None,
+    resumed: Resumed | None = None,
+    lookers: Sequence[Looker] = (),
 ) -> Trajectory:
     """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`. events:
-    hold rows where they happen.
+    hold rows where they happen. resumed: where an adaptive solve goes on from. lookers: look at each of its steps.
 
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
@@ -102,7 +106,7 @@ def integrate(
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
-        alone = not callbacks and recorder is None and events is None and not options.jump_t
+        alone = not callbacks and recorder is None and events is None and not options.jump_t and resumed is None and not lookers
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         if options.adaptive:
             refuse(options, family_of(options.tableau).refusal(problem, recorder))
@@ -115,6 +119,8 @@ def integrate(
                 step_t=options.step_t,
                 jump_t=options.jump_t,
                 after_step=after_step,
+                resumed=resumed,
+                lookers=lookers,
                 **common,
             )
             refusal = "" if after_step is None else after_step.refusal

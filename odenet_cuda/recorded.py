@@ -14,7 +14,7 @@ from .gradients.polynomials import Polynomials
 from .graphed.capture import no_cast_is_kept
 from .held import Captured
 from .integrate import integrate
-from .outcome import failed, solution_of, stats_of
+from .outcome import failed, interrupted, solution_of, stats_of
 from .probe import Probe, new_recorder, probe_of
 from .problem import Problem, counter_of
 from .regularizers import OF_STEPS, RUNNING, StepCosts
@@ -98,18 +98,41 @@ class _Solve:
         step_costs = StepCosts(names, request.options.tableau, self.problem.per_sample, count) if names else None
         recorder = self._recorder(checkpoints, step_costs)
         self.watch = ended.watch_of(request)
-        trajectory = integrate(
-            self._noted(recorder, noisy) if noisy else self.problem,
-            request.options,
-            callbacks=request.callbacks,
-            recorder=recorder,
-            start=None if self.probe is None else self.probe.start,
-            grid=request.grid,
-            events=self.watch,
-        )
+        try:
+            trajectory = integrate(
+                self._noted(recorder, noisy) if noisy else self.problem,
+                request.options,
+                callbacks=request.callbacks,
+                recorder=recorder,
+                start=self._start(),
+                grid=request.grid,
+                events=self.watch,
+                resumed=request.resumed,
+            )
+        except KeyboardInterrupt as interrupt:
+            until = vars(interrupt).pop("trajectory", None)
+            if until is not None and self.watch is None:
+                interrupt.solution = interrupted(request, until)  # type: ignore[attr-defined]
+            raise
         if checkpoints is not None:
             recorder.last = [leaf.clone() for leaf in trajectory.last[: len(trajectory.ys)]]
         return trajectory, recorder, step_costs
+
+    def _start(self) -> Any:
+        """f(t0, y0), where it is known and the solve does not go on with the slope of another."""
+        resumed = self.request.resumed
+        if self.probe is None:
+            return None
+        if resumed is None or resumed.slope is None:
+            return self.probe.start
+        if self.gradient not in ("direct", "checkpoint"):
+            return None
+        if not self.request.options.tableau.fsal:
+            raise NotImplementedError(
+                f"resume: method={self.request.options.method!r} goes on with the last slope of the step before, which has no "
+                f"gradient={self.gradient!r} here; use gradient='adjoint' or 'quadrature', or solve without resume"
+            )
+        return self.probe.start
 
     def _recorder(self, checkpoints: Checkpoints | None, step_costs: StepCosts | None) -> Any:
         """What the solve must keep, or None."""

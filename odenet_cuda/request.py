@@ -32,6 +32,9 @@ from .problem import (
     with_arguments,
 )
 from .regularizers import RUNNING, CostField, check_regularizers, with_costs
+from .resume import resumed_from
+from .solution import Solution
+from .solvers.start import Resumed
 from .step_control import STEP_CONTROLS, StepControl
 
 GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
@@ -141,13 +144,15 @@ class Request:
 
     The rest is checked and made when it is first asked for, which an engine that served such a solve before may not do.
     problem: to be solved. t: the times, perhaps with a gradient. grid: of a method without step control. backward: the solve of
-    the adjoint. Asking for them raises ValueError and TypeError as `solve` does.
+    the adjoint. resumed: where it goes on from, if another solve ended there. Asking raises ValueError and TypeError as `solve`
+    does.
     """
 
     problem: Problem
     t: Tensor
     grid: Grid | None
     backward: Adjoint | None
+    resumed: Resumed | None
 
     def __init__(
         self,
@@ -163,11 +168,13 @@ class Request:
         adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
         compile: str | bool | None = None,
         events: Events | None = None,
+        resume: Solution | None = None,
     ):
         """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
+        resume: the solution that it goes on from.
 
         Raises ValueError and TypeError for a wrong y0."""
-        self.settings, self.params, self.events = _with_stops(settings, func), params, events
+        self.settings, self.params, self.events, self.resume = _with_stops(settings, func), params, events, resume
         self.given = t, rtol, atol, norm, adjoint
         self.structure = check_state(y0)
         self.func = with_arguments(func, args)
@@ -213,7 +220,9 @@ class Request:
                     "adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards"
                 )
             backward = adjoint_setup(func, problem, structure, options, *adjoint, self.params is not None)
-        self.problem, self.grid, self.backward = problem, grid, backward
+        self.problem, self.grid, self.backward, self.resumed = problem, grid, backward, None
+        if self.resume is not None:
+            self.resumed = resumed_from(self.resume, problem, structure, options.method, options.first_step, options.adaptive)
 
     @classmethod
     def of(
@@ -229,7 +238,7 @@ class Request:
         field: Any = problem.field
         request = cls(field.func, structure, t, (), settings, problem.rtol, problem.atol, compile=False)
         request.settings = settings  # as they are: the stops of this problem are known
-        request.problem, request.t, request.grid, request.backward = problem, t, grid, backward
+        request.problem, request.t, request.grid, request.backward, request.resumed = problem, t, grid, backward, None
         return request
 
     def but(self, **changed: Any) -> "Request":

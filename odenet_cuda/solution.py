@@ -1,5 +1,7 @@
 """What a solve gives back: Solution, its statistics, and the exception of a failed solve."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,10 @@ from torch import Tensor
 from .interpolant import Interpolant
 from .ops import FIELDS
 from .problem import OwnTimes, times_as_tensor, to_device
-from .step_control import MAX_NUM_STEPS, NON_FINITE, SUCCESS, UNDERFLOW
+from .step_control import MAX_NUM_STEPS, NON_FINITE, RUNNING, SUCCESS, UNDERFLOW
 
 STATUS_WORDS = {
+    RUNNING: "interrupted",
     SUCCESS: "success",
     UNDERFLOW: "underflow in dt",
     NON_FINITE: "non-finite values",
@@ -97,6 +100,9 @@ class Solution:
     ``ys`` is NaN after it. Where the solve goes on after events they have the events on axis 0, and the state is that before
     its change. engine: which one served, "transformed", "compiled", "graphed",
     "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
+
+    t_last: the time of y_last, where the solve ended, failed, or was interrupted: from there ``solve(..., resume=solution)``
+    goes on, to the times that `times_ahead` gives.
     """
 
     def __init__(
@@ -110,8 +116,9 @@ class Solution:
         per_sample: bool = False,
         state: Tensor | None = None,
         interpolant: Interpolant | None = None,
+        slope: Sequence[Tensor] = (),
     ):
-        """times: on this device, once asked for. state: of the solver, None on a grid."""
+        """times: on this device, once asked for. state: of the solver, None on a grid. slope: the first of the next step."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
         self.event_t: Tensor | None = None
@@ -121,6 +128,8 @@ class Solution:
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None
+        self.method = ""  # by which it was solved, where it was one solve
+        self._slope = list(slope) or None
 
     @property
     def own_times(self) -> bool:
@@ -132,6 +141,37 @@ class Solution:
         if self._t is None:
             self._t = to_device(times_as_tensor(self._times), self._device)
         return self._t
+
+    @property
+    def t_last(self) -> Tensor:
+        """Float64, 0-dimensional, under per-sample control [batch]."""
+        if self._state is not None:
+            t = self._state[FIELDS["time"]].clone()
+        elif self.own_times:
+            t = to_device(torch.from_numpy(self._times[-1].copy()), self._device)
+        else:
+            t = self.t[-1:].expand(len(torch.utils._pytree.tree_leaves(self.y_last)[0]) if self.per_sample else 1).clone()
+        if self.event_t is not None and self._event_column is not None and self.event_t.dim() < 2:
+            at = self.event_t.detach().reshape(-1)
+            t = torch.where(at.isnan(), t, at)
+        return t if self.per_sample else t[0]
+
+    def times_ahead(self, t: Any) -> Tensor:
+        """The times of a solve that goes on from here: t_last, then those of t that lie ahead of it, float64 [T]; under
+        per-sample control [batch, T], with NaN at the end where a sample has fewer.
+
+        t: [T] or [batch, T], strictly monotone in the direction of this solve. Raises ValueError where this was no adaptive
+        solve.
+        """
+        if self._state is None:
+            raise ValueError("times_ahead needs a Solution of an adaptive solve: one on a grid ended at its last time")
+        last, direction = (x.cpu().reshape(-1, 1) for x in (self.t_last, self._state[FIELDS["direction"]]))
+        given = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+        ahead = direction * (given - last) > 0  # [rows, T]
+        order = (~ahead).to(torch.int8).sort(dim=1, stable=True).indices[:, : int(ahead.sum(1).max())]
+        times = given.expand(len(last), -1).gather(1, order).masked_fill(~ahead.gather(1, order), math.nan)
+        times = torch.cat([last, times], 1)
+        return times if self.per_sample else times[0]
 
     @property
     def status(self) -> str | list[str]:

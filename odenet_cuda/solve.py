@@ -11,6 +11,7 @@ from .engines import serve
 from .event import Event, Events, Jump, check_events, check_jumps
 from .methods import ADAPTIVE
 from .request import Request, settings_of
+from .resume import check_resume
 from .segments import goes_on, in_segments
 from .solution import Solution
 from .transforms import between_graphs
@@ -57,6 +58,7 @@ def solve(
     events: Event | Sequence[Event] | None = None,
     max_events: int = 100,
     jumps: Jump | Sequence[Jump] = (),
+    resume: Solution | None = None,
 ) -> Solution:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -113,6 +115,12 @@ def solve(
         see `Event`. The Solution then has `event_t`, `event_y` and `event_index`, with first derivatives, and `ys` is NaN after
         an event that ends it. max_events: the last of so many does, for each sample.
     jumps: changes of the state at known times, see `Jump`.
+    resume: a Solution of the same func, method and step control, from which this solve goes on as one long solve would have,
+        to the bit: with its step size, the memory of its controller and its last slope. It may have reached its end, or
+        max_num_steps, or been interrupted: then it is the ``solution`` of the SolverError or of the KeyboardInterrupt. y0 is
+        its y_last, or None; what has its value and a gradient, ``ys[-1]`` say, has one here too. t begins with its t_last:
+        ``solve(func, None, solution.times_ahead(t), resume=solution)``. Where a gradient is recorded, func is called once more,
+        at the start.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
@@ -134,10 +142,19 @@ def solve(
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
+    if resume is not None:
+        check_resume(resume)
+        y0 = resume.y_last if y0 is None else y0
 
     def run(y0: Any, t: Any, ends: Events | None) -> Solution:
-        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends))
+        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, resume))
 
     if goes_on(ends, changes):
-        return in_segments(run, func, y0, t, args, ends, changes, max_events, settings)
+        if resume is not None:
+            raise NotImplementedError("resume is not served where events or jumps change the state: solve from y_last")
+        try:
+            return in_segments(run, func, y0, t, args, ends, changes, max_events, settings)
+        except KeyboardInterrupt as interrupt:
+            vars(interrupt).pop("solution", None)  # of one segment
+            raise
     return run(y0, t, ends)

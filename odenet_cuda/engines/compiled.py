@@ -25,6 +25,8 @@ def refusal(request: Request) -> str:
         return "func is no compiled field: see odenet_cuda.compile"
     if request.events is not None:
         return "events are no part of what is compiled yet"
+    if request.resume is not None:
+        return "resume: what is compiled begins every solve anew"
     kind = key_of(request)
     chosen = None if request.settings.gradient == "direct" else request.params
     engine = again(field, kind, request.structure, request.args, chosen)
@@ -66,9 +68,11 @@ def solve(request: Request) -> Solution:
         outputs = attach(engine, gradient, engine.backward, outputs, stats, lambda: _by_stepper(request))
     unflatten, state = request.structure.unflatten, trajectory.state
     last = unflatten(trajectory.last)
-    return Solution(
+    solution = Solution(
         unflatten(outputs), problem.t, stats, last, device=problem.device, per_sample=problem.per_sample, state=state
     )
+    solution.method = request.options.method
+    return solution
 
 
 def _by_stepper(request: Request) -> list[Tensor]:
