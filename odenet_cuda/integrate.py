@@ -13,6 +13,7 @@ from .graphed.loops import Kind, solve_by_graph
 from .methods import ADAPTIVE, INTERPOLATIONS, find_method
 from .problem import Problem, check_times
 from .ranges import marked
+from .solvers import short
 from .solvers.adaptive import AdaptiveSolver
 from .solvers.events import EventWatch
 from .solvers.families import family_of
@@ -101,7 +102,7 @@ def integrate(
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
     with torch.no_grad(), marked("solve"):
-        if len(problem.t) == 1 or all(leaf.numel() == 0 for leaf in problem.state_leaves):
+        if len(problem.t) == 1 or all([leaf.numel() == 0 for leaf in problem.state_leaves]):
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
@@ -127,6 +128,8 @@ def integrate(
             kind = adaptive_kind(problem, options, refusal) if by_graph else None
         else:
             nodes, moves_with = grid or fixed_grid(options, problem.t)
+            if alone and short.serves(problem, options.tableau, nodes):
+                return short.solve(problem, options.tableau, nodes, options.perturb, start)
             make = partial(FixedSolver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
             kind = fixed_kind(problem, options, nodes) if by_graph else None
         return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)

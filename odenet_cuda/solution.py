@@ -1,7 +1,7 @@
 """What a solve gives back: Solution, its statistics, and the exception of a failed solve."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ class Stats:
         self.nfe = nfe
         self.nfe_backward = 0
         self.drift: Tensor | None = None  # [rows]
+        self.looks: list[Callable[[], None]] = []  # that are still to be added to it
         self._per_sample, self._state, self._steps, self._rows = per_sample, state, steps, rows
 
     @property
@@ -70,6 +71,8 @@ class Stats:
 
     @property
     def adjoint_drift(self) -> float | Tensor:
+        while self.looks:
+            self.looks.pop()()
         if self.drift is None:
             device = None if self._state is None else self._state.device
             return torch.zeros(self._rows, dtype=torch.float64, device=device) if self._per_sample else 0.0

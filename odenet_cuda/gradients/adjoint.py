@@ -8,6 +8,7 @@ it has slopes but no stages, and a stage whose weights b and e are both zero nee
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from .. import noise
 from ..formulas import rms_norm
 from ..held import Captured
 from ..integrate import Options, backward_grid, integrate
-from ..ops import FIELDS
+from ..ops import FIELDS, readable
 from ..problem import Field, Problem, aliased
 from ..products import real_product
 from ..ranges import in_range
 from ..solution import Solution, Stats, raise_failure
+from ..solvers.short import MOST
 from .augmented import AugmentedField, PerSampleField, as_leaf
-from .autocast import autocast_state
+from .autocast import autocast_again, autocast_state
 from .drift import add_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
 from .of_times import TimeGradient
@@ -95,7 +97,7 @@ class _Adjoint(torch.autograd.Function):
             if not callable(shown):
                 raise TypeError(f"adjoint_options['norm'] of the result must be callable, got {shown!r}")
             adjoint = replace(adjoint, norm=shown, seminorm=False)
-        with torch.autocast(**ctx.autocast), params.again():
+        with autocast_again(ctx.autocast), params.again():
             field = problem.field.again()
             refuse_another(field, problem, problem.calls, "adjoint", " backwards")
             if let_go(ctx, "problem", "params"):
@@ -125,14 +127,14 @@ def solve_backwards(
     grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
     grad_ys, costs = grads[:n], grads[n:]
     generators = noise.states(problem.device)
-    stats.drift = None
+    stats.drift, stats.looks, tolerances = None, [], (adjoint.rtol, adjoint.atol)
     calls = field.nfe
     others = aliased(field, params) if adjoint.options.cuda_graph else None
     field, params = others or (field, params)
     field.nfe = calls
     per_sample, options = problem.per_sample, adjoint.options
     augmented = augmented_field(adjoint, problem, field, params, costs)
-    a = [torch.zeros_like(y[0]) for y in ys]
+    a: list[Tensor] = []
     integral = [as_leaf(torch.zeros_like(param)) for param in params]
     grad_t = TimeGradient(problem) if t_grad else None
     backward = backward_problem(adjoint, problem, augmented, 0 if per_sample else len(params))
@@ -143,7 +145,7 @@ def solve_backwards(
         if failed is not None and others_at is None:
             continue
         y = [out[i] if others_at is None else out[i][others_at] for out in ys]
-        a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
+        a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)] if a else [readable(grad[i]) for grad in grad_ys]
         if grad_t is not None:
             g = [*(grad[i] for grad in grad_ys), *costs_at(problem, costs, i)]
             grad_t.add(i, slope_product(field, problem, adjoint.options, i, y, g, others_at))
@@ -159,7 +161,12 @@ def solve_backwards(
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
-        add_drift(stats, adjoint, problem, trajectory.last[:n], [out[i - 1] for out in ys], backward.held)
+        stored = [out[i - 1] for out in ys]
+        look = partial(add_drift, stats, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
+        if trajectory.state is None and sum([out.numel() for out in ys]) <= MOST:
+            stats.looks.append(look)  # on a short grid this would take a tenth of the time
+        else:
+            look()
         integral = [x + y for x, y in zip(integral, trajectory.sums, strict=True)] if per_sample else trajectory.last[2 * n :]
     if grad_t is not None:
         grad_t.add(0, -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs]))
@@ -168,6 +175,7 @@ def solve_backwards(
     warn_of_drift(stats, options.adaptive)
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
     total = None if grad_t is None else grad_t.total
+    a = a or [torch.zeros_like(y[0]) for y in ys]
     return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], total, grad_params
 
 
