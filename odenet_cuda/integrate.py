@@ -108,6 +108,7 @@ def integrate(
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
         alone = not callbacks and recorder is None and events is None and not options.jump_t and resumed is None and not lookers
+        alone = alone and problem.valid is None
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         if options.adaptive:
             refuse(options, family_of(options.tableau).refusal(problem, recorder))

@@ -34,6 +34,7 @@ from .problem import (
 from .regularizers import RUNNING, CostField, check_regularizers, with_costs
 from .resume import resumed_from
 from .solution import Solution
+from .solvers.domain import check_start
 from .solvers.start import Resumed
 from .step_control import STEP_CONTROLS, StepControl
 
@@ -169,12 +170,14 @@ class Request:
         compile: str | bool | None = None,
         events: Events | None = None,
         resume: Solution | None = None,
+        valid: Callable[[Any], Any] | None = None,
     ):
         """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
-        resume: the solution that it goes on from.
+        resume: the solution that it goes on from. valid: as of `solve`.
 
         Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params, self.events, self.resume = _with_stops(settings, func), params, events, resume
+        self.valid = valid
         self.given = t, rtol, atol, norm, adjoint
         self.structure = check_state(y0)
         self.func = with_arguments(func, args)
@@ -205,9 +208,12 @@ class Request:
             rtol=check_tolerance("rtol", rtol, structure),
             atol=check_tolerance("atol", atol, structure),
             norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves[: len(structure.leaves)])),
+            valid=check_valid(self.valid, structure, options),
         )
         if options.adaptive and norm is None:
             check_zero_tolerance(problem)
+        if problem.valid is not None:
+            check_start(problem)
         if running:
             problem = with_costs(problem, running)
         grid = None
@@ -260,6 +266,17 @@ class Request:
     def callbacks(self) -> dict[str, Callable]:
         """Those of func, by name; they are looked for, and perhaps warned of, once."""
         return find_callbacks(self.func, self.structure, self.options.adaptive)
+
+
+def check_valid(valid: Any, structure: Structure, options: Options) -> Callable[[list[Tensor]], Any] | None:
+    """As a function of leaves. Raises TypeError and ValueError."""
+    if valid is None:
+        return None
+    if not callable(valid):
+        raise TypeError(f"valid must be callable as valid(y), got {type(valid).__name__}")
+    if not options.adaptive:
+        raise ValueError(f"valid needs an adaptive method, which can shorten its steps, got {options.method!r}")
+    return lambda leaves: valid(structure.unflatten(leaves))
 
 
 def _check_checkpoints(limit: Any, gradient: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .interpolant import Interpolant
 from .ops import FIELDS
 from .problem import OwnTimes, times_as_tensor, to_device
-from .step_control import MAX_NUM_STEPS, NON_FINITE, RUNNING, SUCCESS, UNDERFLOW
+from .step_control import MAX_NUM_STEPS, NON_FINITE, OUTSIDE, RUNNING, SUCCESS, UNDERFLOW
 
 STATUS_WORDS = {
     RUNNING: "interrupted",
@@ -19,6 +19,7 @@ STATUS_WORDS = {
     UNDERFLOW: "underflow in dt",
     NON_FINITE: "non-finite values",
     MAX_NUM_STEPS: "max_num_steps exceeded",
+    OUTSIDE: "outside the domain of valid",
 }
 _REMEDIES = {
     UNDERFLOW: "the error test cannot be met however small the step: loosen rtol and atol, solve in float64, give the "
@@ -27,13 +28,16 @@ _REMEDIES = {
     "number that is 0 has no tolerance, in the backward solve of an adjoint too: give an atol above 0",
     MAX_NUM_STEPS: "raise max_num_steps, loosen rtol and atol, or use an output in between; a problem this expensive for an "
     "explicit method is often stiff",
+    OUTSIDE: "the solution itself leaves the domain here: look at func and y0, tighten rtol and atol, or let valid allow for "
+    "the error of a step (y > -atol for y > 0)",
 }
 
 
 class SolverError(AssertionError):
     """A solve that could not be finished.
 
-    status: ``"underflow in dt"``, ``"non-finite values"`` or ``"max_num_steps exceeded"``. sample: index of the first row
+    status: ``"underflow in dt"``, ``"non-finite values"``, ``"max_num_steps exceeded"`` or
+    ``"outside the domain of valid"``. sample: index of the first row
     that failed, or None under joint control. t, dt: time reached and last step tried. y: the last accepted state, as the
     user gave it. solution: everything known, with NaN where an output was not reached.
     """
@@ -203,6 +207,8 @@ def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> 
         start = f"underflow in dt {state[FIELDS['proposal'], row]:.3g}"
     elif code == NON_FINITE:
         start = "non-finite values in state `y`: the state or its slope is infinite or not a number"
+    elif code == OUTSIDE:
+        start = f"outside the domain of valid: every step ends there, down to dt {abs(dt):.3g}"
     else:
         start = f"max_num_steps exceeded ({max_num_steps}>={max_num_steps})"
     where = f"at t = {t:.9g}, last step tried {dt:.3g}"

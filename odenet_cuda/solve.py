@@ -59,6 +59,7 @@ def solve(
     max_events: int = 100,
     jumps: Jump | Sequence[Jump] = (),
     resume: Solution | None = None,
+    valid: Callable[[Any], Any] | None = None,
 ) -> Solution:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -121,6 +122,9 @@ def solve(
         its y_last, or None; what has its value and a gradient, ``ys[-1]`` say, has one here too. t begins with its t_last:
         ``solve(func, None, solution.times_ahead(t), resume=solution)``. Where a gradient is recorded, func is called once more,
         at the start.
+    valid: ``valid(y)``, whether a state lies in the domain that the solution may not leave (populations, concentrations): a
+        bool, under per-sample control bool [batch], a row for each sample. A step that ends outside is rejected and tried again
+        with half its size; within a step func may still be called there.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
@@ -142,12 +146,15 @@ def solve(
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
+    more = {"resume": resume, "valid": valid}
     if resume is not None:
         check_resume(resume)
         y0 = resume.y_last if y0 is None else y0
 
     def run(y0: Any, t: Any, ends: Events | None) -> Solution:
-        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, resume))
+        return serve(
+            Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, resume, valid)
+        )
 
     if goes_on(ends, changes):
         if resume is not None:

@@ -68,6 +68,7 @@ def steps(
     jump_t: Any = (),
     interp: str = "method",
     norm: Callable | None = None,
+    valid: Callable[[Any], Any] | None = None,
     resume: Solution | None = None,
 ) -> Iterator[AcceptedStep]:
     """Yields each accepted step of dy/dt = func(t, y), y(t0) = y0, as it is made: func is not called before one is asked for.
@@ -98,7 +99,7 @@ def steps(
     with torch.no_grad():
         t = t0 if t1 is not None and math.isfinite(t1) and isinstance(t0, (int, float)) else None
         times = [t, t1] if t is not None else _times(t0, t1)
-        request = Request(func, y0, times, args, settings, rtol, atol, norm, None, NOT_GIVEN, False, None, resume)
+        request = Request(func, y0, times, args, settings, rtol, atol, norm, None, NOT_GIVEN, False, None, resume, valid)
         refuse(request.options, family_of(request.options.tableau).refusal(request.problem, None))
         if request.problem.empty:
             raise ValueError("y0 must hold at least one number for steps")

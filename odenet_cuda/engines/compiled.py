@@ -25,6 +25,8 @@ def refusal(request: Request) -> str:
         return "func is no compiled field: see odenet_cuda.compile"
     if request.events is not None:
         return "events are no part of what is compiled yet"
+    if request.valid is not None:
+        return "valid: what is compiled rejects steps by their error alone"
     if request.resume is not None:
         return "resume: what is compiled begins every solve anew"
     kind = key_of(request)

@@ -37,8 +37,8 @@ def refusal(request: Request) -> str:
         return "the state is not on CUDA"
     if request.events is not None:
         return "no graph holds events"
-    if request.resume is not None:
-        return "no graph begins with resume"
+    if request.resume is not None or request.valid is not None:
+        return "no graph holds resume or valid"
     if gradient not in ("direct", "checkpoint") or not request.records:
         return "the gradient needs nothing of the steps: their loops have graphs of their own"
     return ""

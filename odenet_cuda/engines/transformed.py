@@ -27,8 +27,9 @@ def _traced(request: Request) -> bool:
 
 def solve(request: Request) -> Solution:
     """Raises NotImplementedError where a transform cannot see through what was asked for."""
-    if request.resume is not None:
-        raise NotImplementedError("resume is not served inside torch.func transforms, forward mode and torch.compile")
+    for name, given in (("resume", request.resume), ("valid", request.valid)):
+        if given is not None:
+            raise NotImplementedError(f"{name} is not served inside torch.func transforms, forward mode and torch.compile")
     problem, settings, options, structure = request.problem, request.settings, request.options, request.structure
     if options.adaptive and _traced(request):
         raise NotImplementedError(ADAPTIVE)

@@ -19,6 +19,7 @@ from ..ranges import marked
 from ..step_control import RUNNING, StepControl
 from ..stepper import Stepper
 from . import ahead
+from .domain import domain_of
 from .events import EventWatch
 from .families import family_of
 from .hooks import AfterStep, Callbacks, Looker, runs_ahead, some
@@ -86,6 +87,7 @@ class AdaptiveSolver:
         self.outputs = [out.data_ptr() for out in self.ys] if len(problem.t) > 2 else []
         self.replay: Callable[[], None] | None = None  # a captured step
         self.pool: tuple[Any, ...] = ()  # whose memory it works in
+        self.domain = domain_of(problem, control, method)
         self.expected = 0  # steps, by the last solve
         self.phase = BETWEEN
 
@@ -233,14 +235,21 @@ class AdaptiveSolver:
         """The error, whether the step is accepted, and the next. addresses: slopes that are not bound yet."""
         problem, stepper, error = self.problem, self.stepper, self.family.error()
         kernels = stepper.kernels
-        if error is None and problem.fused_error:
+        if error is None and problem.fused_error and self.domain is None:
             kernels.error_and_step_size(addresses)
             return
-        kernels.quadrature(addresses)
-        ends = [*stepper.y[-1], *stepper.q1]
-        read: Any = (stepper.k, self.method.e, self.dt) if error is None else ([error], [1.0], None)
-        write_norm(self.ratio, problem, self.in_norm, stepper.y0, ends, *read)
+        if error is None and problem.fused_error:
+            kernels.error(addresses)
+        else:
+            kernels.quadrature(addresses)
+            ends = [*stepper.y[-1], *stepper.q1]
+            read: Any = (stepper.k, self.method.e, self.dt) if error is None else ([error], [1.0], None)
+            write_norm(self.ratio, problem, self.in_norm, stepper.y0, ends, *read)
+        if self.domain is not None:
+            self.domain.before(self.state, stepper.y[-1])
         kernels.step_size()
+        if self.domain is not None:
+            self.domain.after(self.state)
 
     def advance(self) -> None:
         """Rows whose step was accepted move on, on the device."""
