@@ -146,15 +146,13 @@ def solve(
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
-    more = {"resume": resume, "valid": valid}
+    more: dict[str, Any] = {"resume": resume, "valid": valid}
     if resume is not None:
         check_resume(resume)
         y0 = resume.y_last if y0 is None else y0
 
     def run(y0: Any, t: Any, ends: Events | None) -> Solution:
-        return serve(
-            Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, resume, valid)
-        )
+        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more))
 
     if goes_on(ends, changes):
         if resume is not None:
