@@ -49,6 +49,16 @@ def _mark_missing(problem: Problem, state: Any, ys: list[Tensor]) -> None:
         out.masked_fill_(missing.reshape(-1, *columns), math.nan)
 
 
+def known_of(problem: Problem, trajectory: Trajectory, values: list[Tensor]) -> list[Tensor]:
+    """Values at the end of the solve, NaN of the rows that failed."""
+    state = trajectory.host_state()
+    if not problem.failed or state is None:
+        return values
+    lost = torch.from_numpy(state[FIELDS["status"]] != SUCCESS).to(values[0].device)
+    masks = [lost.reshape(-1, *[1] * (x.dim() - 1)) if problem.per_sample else lost[0] for x in values]
+    return [torch.where(mask, math.nan, x) for mask, x in zip(masks, values, strict=True)]
+
+
 def interrupted(request: Request, trajectory: Trajectory) -> Solution:
     """What a solve had come to when it was interrupted, without gradients."""
     ys = [leaf.detach() for leaf in trajectory.ys]

@@ -14,7 +14,7 @@ from .gradients.polynomials import Polynomials
 from .graphed.capture import no_cast_is_kept
 from .held import Captured
 from .integrate import integrate
-from .outcome import failed, interrupted, solution_of, stats_of
+from .outcome import failed, interrupted, known_of, solution_of, stats_of
 from .probe import Probe, new_recorder, probe_of
 from .problem import Problem, counter_of
 from .regularizers import OF_STEPS, RUNNING, StepCosts
@@ -183,6 +183,10 @@ class _Solve:
         elif request.events is not None:
             ended.without(request, solution)
         names = [name for kind in (RUNNING, OF_STEPS) for name in request.settings.regularizers if name in kind]
+        if request.integrand is not None:
+            begin = n + sum([name in RUNNING for name in names])
+            found = [outputs.pop(begin) for _ in request.integrand.like]
+            solution.integrals = request.integrand.structure.unflatten(known_of(problem, trajectory, found))
         costs = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: costs[name] for name in request.settings.regularizers}
         return solution

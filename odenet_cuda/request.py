@@ -18,6 +18,7 @@ from .event import Events
 from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .graphed.capture import MODES
+from .integrals import Integrand, with_quadratures
 from .integrate import Grid, Options, fixed_grid, stop_times
 from .interpolated import stops_of
 from .problem import (
@@ -171,13 +172,17 @@ class Request:
         events: Events | None = None,
         resume: Solution | None = None,
         valid: Callable[[Any], Any] | None = None,
+        integrals: Callable[..., Any] | None = None,
+        integrals_in_norm: bool = False,
     ):
         """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
-        resume: the solution that it goes on from. valid: as of `solve`.
+        resume: the solution that it goes on from. valid, integrals: as of `solve`.
 
         Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params, self.events, self.resume = _with_stops(settings, func), params, events, resume
-        self.valid = valid
+        self.valid, self.integrals_in_norm = valid, integrals_in_norm
+        self.integrals = None if integrals is None else with_arguments(integrals, args)
+        self.integrand: Integrand | None = None
         self.given = t, rtol, atol, norm, adjoint
         self.structure = check_state(y0)
         self.func = with_arguments(func, args)
@@ -198,7 +203,8 @@ class Request:
             check_samples(structure)
         self.t, values = check_times(t, batch=structure.leaves[0].shape[0] if per_sample else None)
         running = [name for name in settings.regularizers if name in RUNNING]
-        of = CostField(func, structure, running, per_sample) if running else Field(func, structure)
+        costly = running or self.integrals is not None
+        of = CostField(func, structure, running, per_sample) if costly else Field(func, structure)
         of.with_gradients = settings.gradient == "direct" and torch.is_grad_enabled()
         problem = Problem(
             field=of,
@@ -216,6 +222,8 @@ class Request:
             check_start(problem)
         if running:
             problem = with_costs(problem, running)
+        if self.integrals is not None:
+            problem = self._with_integrals(problem)
         grid = None
         if not options.adaptive:
             grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), self.t)
@@ -229,6 +237,13 @@ class Request:
         self.problem, self.grid, self.backward, self.resumed = problem, grid, backward, None
         if self.resume is not None:
             self.resumed = resumed_from(self.resume, problem, structure, options.method, options.first_step, options.adaptive)
+
+    def _with_integrals(self, problem: Problem) -> Problem:
+        if self.integrals_in_norm and problem.quadratures:
+            raise ValueError("integrals_in_norm does not go with regularizers, whose errors do not count")
+        field: Any = problem.field
+        field.integrand = self.integrand = Integrand(self.integrals, problem, self.structure.unflatten)  # type: ignore[arg-type]
+        return with_quadratures(problem, self.integrand.like, self.integrals_in_norm)
 
     @classmethod
     def of(

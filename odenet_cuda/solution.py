@@ -102,11 +102,13 @@ class Solution:
     each sample has its own, and ys [T, batch, ...] is NaN where t is.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
-    with gradients, under per-sample control one a sample. event_t, event_y, event_index: with ``events`` when the first of them
-    happened, the state there, and which it was, of each sample under per-sample control; NaN, NaN and -1 where none did, and
-    ``ys`` is NaN after it. Where the solve goes on after events they have the events on axis 0, and the state is that before
-    its change. engine: which one served, "transformed", "compiled", "graphed",
-    "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
+    with gradients, under per-sample control one a sample. integrals: with ``integrals`` their values from the first to the
+    last time, in the structure of what that gives, NaN of samples that failed.
+    event_t, event_y, event_index: with ``events`` when the first of them happened, the state there, and which it was, of each
+    sample under per-sample control; NaN, NaN and -1 where none did, and ``ys`` is NaN after it. Where the solve goes on after
+    events they have the events on axis 0, and the state is that before its change.
+    engine: which one served, "transformed", "compiled", "graphed", "plain" or "stepper". explanation: why each that was asked
+    before it did not, by its name.
 
     t_last: the time of y_last, where the solve ended, failed, or was interrupted: from there ``solve(..., resume=solution)``
     goes on, to the times that `times_ahead` gives.
@@ -128,6 +130,7 @@ class Solution:
         """times: on this device, once asked for. state: of the solver, None on a grid. slope: the first of the next step."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
+        self.integrals: Any = None
         self.event_t: Tensor | None = None
         self.event_y: Any = None
         self.event_index: Tensor | None = None

@@ -60,6 +60,8 @@ def solve(
     jumps: Jump | Sequence[Jump] = (),
     resume: Solution | None = None,
     valid: Callable[[Any], Any] | None = None,
+    integrals: Callable[..., Any] | None = None,
+    integrals_in_norm: bool = False,
 ) -> Solution:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -125,6 +127,9 @@ def solve(
     valid: ``valid(y)``, whether a state lies in the domain that the solution may not leave (populations, concentrations): a
         bool, under per-sample control bool [batch], a row for each sample. A step that ends outside is rejected and tried again
         with half its size; within a step func may still be called there.
+    integrals: ``integrals(t, y)``, or ``integrals(t, y, *args)``: a tensor or a nest of them, under per-sample control with a
+        row for each sample, whose integral over time is `Solution.integrals`, with gradients by every method. Its error does
+        not count in the choice of the steps; with integrals_in_norm it does, by the tolerances of the first leaf.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
@@ -147,6 +152,7 @@ def solve(
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
     more: dict[str, Any] = {"resume": resume, "valid": valid}
+    more |= {"integrals": integrals, "integrals_in_norm": integrals_in_norm}
     if resume is not None:
         check_resume(resume)
         y0 = resume.y_last if y0 is None else y0
@@ -155,10 +161,9 @@ def solve(
         return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more))
 
     if goes_on(ends, changes):
-        if resume is not None:
-            raise NotImplementedError("resume is not served where events or jumps change the state: solve from y_last")
+        refused = ("resume", resume is not None), ("integrals", integrals is not None)
         try:
-            return in_segments(run, func, y0, t, args, ends, changes, max_events, settings)
+            return in_segments(run, func, y0, t, args, ends, changes, max_events, settings, refused)
         except KeyboardInterrupt as interrupt:
             vars(interrupt).pop("solution", None)  # of one segment
             raise

@@ -27,6 +27,8 @@ def refusal(request: Request) -> str:
         return "events are no part of what is compiled yet"
     if request.valid is not None:
         return "valid: what is compiled rejects steps by their error alone"
+    if request.integrals is not None:
+        return "integrals are no part of what is compiled"
     if request.resume is not None:
         return "resume: what is compiled begins every solve anew"
     kind = key_of(request)

@@ -68,6 +68,7 @@ def _reason(request: Request, calls: int) -> str:
     refusals = {
         "dense=True": settings.dense,
         "regularizers": bool(settings.regularizers),
+        "integrals": request.integrals is not None,
         "callbacks of func": bool(request.callbacks),
         "a gradient for t": request.t.requires_grad,
         "times of each sample": problem.own,
