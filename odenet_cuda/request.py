@@ -55,6 +55,7 @@ class Settings:
     dense: bool = False
     on_failure: str = "raise"
     max_checkpoints: int | None = None
+    every: int = 0  # accepted steps, of which the last is an output; 0: outputs are at given times
     by_value: bool = False  # whether it is the same object whenever the same is asked for
 
 
@@ -91,6 +92,7 @@ def _settings(
     dense: bool,
     on_failure: str,
     max_checkpoints: int | None,
+    every: int | None = None,
 ) -> Settings:
     options = Options(
         method=method,
@@ -112,7 +114,9 @@ def _settings(
     if per_sample and not options.adaptive:
         raise ValueError(f"step_control='per_sample' needs an adaptive method, got {method!r}, which has no step control")
     names = check_regularizers(regularizers, options.tableau, method, gradient)
-    return Settings(options, gradient, per_sample, names, bool(dense), on_failure, max_checkpoints)
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+    return Settings(options, gradient, per_sample, names, bool(dense), on_failure, max_checkpoints, every or 0)
 
 
 @lru_cache(maxsize=256, typed=True)
@@ -174,13 +178,15 @@ class Request:
         valid: Callable[[Any], Any] | None = None,
         integrals: Callable[..., Any] | None = None,
         integrals_in_norm: bool = False,
+        save: Callable[..., Any] | None = None,
     ):
         """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
-        resume: the solution that it goes on from. valid, integrals: as of `solve`.
+        resume: the solution that it goes on from. valid, integrals, save: as of `solve`.
 
         Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params, self.events, self.resume = _with_stops(settings, func), params, events, resume
         self.valid, self.integrals_in_norm = valid, integrals_in_norm
+        self.save = None if save is None else with_arguments(save, args)
         self.integrals = None if integrals is None else with_arguments(integrals, args)
         self.integrand: Integrand | None = None
         self.given = t, rtol, atol, norm, adjoint

@@ -138,6 +138,7 @@ class Solution:
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None
+        self.saved = False  # whether ys are what save makes of them
         self.method = ""  # by which it was solved, where it was one solve
         self._slope = list(slope) or None
 

@@ -10,8 +10,10 @@ from .compiled.compilation import check_compile
 from .engines import serve
 from .event import Event, Events, Jump, check_events, check_jumps
 from .methods import ADAPTIVE
+from .problem import with_arguments
 from .request import Request, settings_of
 from .resume import check_resume
+from .saving import saved
 from .segments import goes_on, in_segments
 from .solution import Solution
 from .transforms import between_graphs
@@ -62,6 +64,8 @@ def solve(
     valid: Callable[[Any], Any] | None = None,
     integrals: Callable[..., Any] | None = None,
     integrals_in_norm: bool = False,
+    save: Callable[..., Any] | None = None,
+    every: int | None = None,
 ) -> Solution:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -127,6 +131,12 @@ def solve(
     valid: ``valid(y)``, whether a state lies in the domain that the solution may not leave (populations, concentrations): a
         bool, under per-sample control bool [batch], a row for each sample. A step that ends outside is rejected and tried again
         with half its size; within a step func may still be called there.
+    save: ``save(t, y)``, or ``save(t, y, *args)``, gives what ys is to hold of each output: a tensor or a nest of them, under
+        per-sample control with a row for each sample. Under ``torch.no_grad()`` adaptive solves keep no states then, and on
+        CUDA the host waits for each step; else states are kept, for gradients need them, and save is part of the graph.
+    every: an output at every so many accepted steps of the state, or of each sample, beside the first and the last time: t
+        holds these two, and `Solution.t` those of the outputs, under per-sample control [batch, T]. On CUDA the host waits for
+        each step. Where they lie is taken as given by gradients.
     integrals: ``integrals(t, y)``, or ``integrals(t, y, *args)``: a tensor or a nest of them, under per-sample control with a
         row for each sample, whose integral over time is `Solution.integrals`, with gradients by every method. Its error does
         not count in the choice of the steps; with integrals_in_norm it does, by the tolerances of the first leaf.
@@ -145,7 +155,7 @@ def solve(
     settings = settings_of(
         method, gradient, step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
         step_t, jump_t, step_size, grid_constructor, perturb, cuda_graph, interp, regularizers, dense, on_failure,
-        max_checkpoints,
+        max_checkpoints, every,
     )  # fmt: skip
     if compile is not None:
         check_compile(compile)
@@ -161,10 +171,14 @@ def solve(
         return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more))
 
     if goes_on(ends, changes):
-        refused = ("resume", resume is not None), ("integrals", integrals is not None)
+        refused = ("resume", resume is not None), ("integrals", integrals is not None), ("every", every is not None)
         try:
-            return in_segments(run, func, y0, t, args, ends, changes, max_events, settings, refused)
+            solution = in_segments(run, func, y0, t, args, ends, changes, max_events, settings, refused)
         except KeyboardInterrupt as interrupt:
             vars(interrupt).pop("solution", None)  # of one segment
             raise
+        if save is not None:
+            saved(solution, with_arguments(save, args), settings.per_sample, t if isinstance(t, Tensor) else None)
+        return solution
+    more["save"] = save
     return run(y0, t, ends)

@@ -119,7 +119,7 @@ class _Host:
 
     seen: Any = None
 
-    def after_step(self, host: np.ndarray, stepper: Any) -> None:
+    def after_step(self, host: np.ndarray, stepper: Any, state: Tensor) -> None:
         self.seen = host
 
     def end(self) -> None:

@@ -29,6 +29,8 @@ def refusal(request: Request) -> str:
         return "valid: what is compiled rejects steps by their error alone"
     if request.integrals is not None:
         return "integrals are no part of what is compiled"
+    if request.save is not None or request.settings.every:
+        return "save and every: what is compiled writes states at given times"
     if request.resume is not None:
         return "resume: what is compiled begins every solve anew"
     kind = key_of(request)

@@ -44,6 +44,7 @@ def refusal(request: Request) -> str:
         ("events", request.events is not None),
         ("regularizers", settings.regularizers),
         ("integrals", request.integrals is not None),
+        ("every", bool(request.settings.every)),
         ("adjoint_params", request.params is not None),
         ("callbacks of func", request.callbacks),
     ):

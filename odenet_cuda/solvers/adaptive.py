@@ -168,7 +168,7 @@ class AdaptiveSolver:
         if self.after_step is not None:
             self.call_after_step()
         for looker in self.lookers:
-            looker.after_step(host, stepper)
+            looker.after_step(host, stepper, self.state)
         self.phase = MOVING
         if not self.swaps:
             self.advance()

@@ -32,7 +32,7 @@ class AfterStep(Protocol):
 class Looker(Protocol):
     """Looks at each step on the host, which so waits for it on CUDA too."""
 
-    def after_step(self, host: np.ndarray, stepper: Any) -> None:
+    def after_step(self, host: np.ndarray, stepper: Any, state: Tensor) -> None:
         """After the decision about a step, before the move to the next. host: the solver state, [NUM_FIELDS, rows]."""
 
     def end(self) -> None:
