@@ -36,6 +36,7 @@ from .regularizers import RUNNING, CostField, check_regularizers, with_costs
 from .resume import resumed_from
 from .solution import Solution
 from .solvers.domain import check_start
+from .solvers.progress import find_tqdm
 from .solvers.start import Resumed
 from .step_control import STEP_CONTROLS, StepControl
 
@@ -93,6 +94,7 @@ def _settings(
     on_failure: str,
     max_checkpoints: int | None,
     every: int | None = None,
+    progress: bool = False,
 ) -> Settings:
     options = Options(
         method=method,
@@ -105,7 +107,10 @@ def _settings(
         perturb=perturb,
         cuda_graph=_graph_mode(cuda_graph),
         interp=interp,
+        progress="solve" if progress else "",
     )
+    if progress:
+        find_tqdm()
     _one_of("step_control", step_control, STEP_CONTROLS)
     _one_of("on_failure", on_failure, FAILURES)
     _one_of("gradient", gradient, GRADIENTS)

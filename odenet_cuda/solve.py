@@ -66,6 +66,7 @@ def solve(
     integrals_in_norm: bool = False,
     save: Callable[..., Any] | None = None,
     every: int | None = None,
+    progress: bool = False,
 ) -> Solution:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -131,6 +132,8 @@ def solve(
     valid: ``valid(y)``, whether a state lies in the domain that the solution may not leave (populations, concentrations): a
         bool, under per-sample control bool [batch], a row for each sample. A step that ends outside is rejected and tried again
         with half its size; within a step func may still be called there.
+    progress: show how far the solve has come, its step size, steps and rejections, and so for solves of the adjoint, by tqdm
+        (``pip install odenet-cuda[progress]``). On CUDA the host waits for each step.
     save: ``save(t, y)``, or ``save(t, y, *args)``, gives what ys is to hold of each output: a tensor or a nest of them, under
         per-sample control with a row for each sample. Under ``torch.no_grad()`` adaptive solves keep no states then, and on
         CUDA the host waits for each step; else states are kept, for gradients need them, and save is part of the graph.
@@ -142,6 +145,7 @@ def solve(
         not count in the choice of the steps; with integrals_in_norm it does, by the tolerances of the first leaf.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
+    ImportError: progress without tqdm.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4 to II.6.
@@ -155,7 +159,7 @@ def solve(
     settings = settings_of(
         method, gradient, step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
         step_t, jump_t, step_size, grid_constructor, perturb, cuda_graph, interp, regularizers, dense, on_failure,
-        max_checkpoints, every,
+        max_checkpoints, every, progress,
     )  # fmt: skip
     if compile is not None:
         check_compile(compile)

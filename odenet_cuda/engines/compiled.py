@@ -31,6 +31,8 @@ def refusal(request: Request) -> str:
         return "integrals are no part of what is compiled"
     if request.save is not None or request.settings.every:
         return "save and every: what is compiled writes states at given times"
+    if request.options.progress:
+        return "progress: what is compiled tells of no step"
     if request.resume is not None:
         return "resume: what is compiled begins every solve anew"
     kind = key_of(request)

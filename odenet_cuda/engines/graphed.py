@@ -37,8 +37,8 @@ def refusal(request: Request) -> str:
         return "the state is not on CUDA"
     if request.events is not None:
         return "no graph holds events"
-    if request.settings.every:
-        return "no graph holds every"
+    if request.settings.every or request.options.progress:
+        return "no graph holds every or progress"
     if request.resume is not None or request.valid is not None:
         return "no graph holds resume or valid"
     if gradient not in ("direct", "checkpoint") or not request.records:

@@ -45,6 +45,7 @@ def refusal(request: Request) -> str:
         ("regularizers", settings.regularizers),
         ("integrals", request.integrals is not None),
         ("every", bool(request.settings.every)),
+        ("progress", bool(request.options.progress)),
         ("adjoint_params", request.params is not None),
         ("callbacks of func", request.callbacks),
     ):
