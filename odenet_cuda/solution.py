@@ -1,6 +1,7 @@
 """What a solve gives back: Solution, its statistics, and the exception of a failed solve."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ from torch import Tensor
 from .interpolant import Interpolant
 from .ops import FIELDS
 from .problem import OwnTimes, times_as_tensor, to_device
-from .step_control import MAX_NUM_STEPS, NON_FINITE, SUCCESS, UNDERFLOW
+from .step_control import MAX_NUM_STEPS, NON_FINITE, OUTSIDE, RUNNING, SUCCESS, UNDERFLOW
 
 STATUS_WORDS = {
+    RUNNING: "interrupted",
     SUCCESS: "success",
     UNDERFLOW: "underflow in dt",
     NON_FINITE: "non-finite values",
     MAX_NUM_STEPS: "max_num_steps exceeded",
+    OUTSIDE: "outside the domain of valid",
 }
 _REMEDIES = {
     UNDERFLOW: "the error test cannot be met however small the step: loosen rtol and atol, solve in float64, give the "
@@ -25,13 +28,16 @@ _REMEDIES = {
     "number that is 0 has no tolerance, in the backward solve of an adjoint too: give an atol above 0",
     MAX_NUM_STEPS: "raise max_num_steps, loosen rtol and atol, or use an output in between; a problem this expensive for an "
     "explicit method is often stiff",
+    OUTSIDE: "the solution itself leaves the domain here: look at func and y0, tighten rtol and atol, or let valid allow for "
+    "the error of a step (y > -atol for y > 0)",
 }
 
 
 class SolverError(AssertionError):
     """A solve that could not be finished.
 
-    status: ``"underflow in dt"``, ``"non-finite values"`` or ``"max_num_steps exceeded"``. sample: index of the first row
+    status: ``"underflow in dt"``, ``"non-finite values"``, ``"max_num_steps exceeded"`` or
+    ``"outside the domain of valid"``. sample: index of the first row
     that failed, or None under joint control. t, dt: time reached and last step tried. y: the last accepted state, as the
     user gave it. solution: everything known, with NaN where an output was not reached.
     """
@@ -97,11 +103,16 @@ class Solution:
     each sample has its own, and ys [T, batch, ...] is NaN where t is.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
-    with gradients, under per-sample control one a sample. event_t, event_y, event_index: with ``events`` when the first of them
-    happened, the state there, and which it was, of each sample under per-sample control; NaN, NaN and -1 where none did, and
-    ``ys`` is NaN after it. Where the solve goes on after events they have the events on axis 0, and the state is that before
-    its change. engine: which one served, "transformed", "compiled", "graphed",
-    "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
+    with gradients, under per-sample control one a sample. integrals: with ``integrals`` their values from the first to the
+    last time, in the structure of what that gives, NaN of samples that failed.
+    event_t, event_y, event_index: with ``events`` when the first of them happened, the state there, and which it was, of each
+    sample under per-sample control; NaN, NaN and -1 where none did, and ``ys`` is NaN after it. Where the solve goes on after
+    events they have the events on axis 0, and the state is that before its change.
+    engine: which one served, "transformed", "compiled", "graphed", "plain" or "stepper". explanation: why each that was asked
+    before it did not, by its name.
+
+    t_last: the time of y_last, where the solve ended, failed, or was interrupted: from there ``solve(..., resume=solution)``
+    goes on, to the times that `times_ahead` gives.
     """
 
     def __init__(
@@ -115,10 +126,12 @@ class Solution:
         per_sample: bool = False,
         state: Tensor | None = None,
         interpolant: Interpolant | None = None,
+        slope: Sequence[Tensor] = (),
     ):
-        """times: on this device, once asked for. state: of the solver, None on a grid."""
+        """times: on this device, once asked for. state: of the solver, None on a grid. slope: the first of the next step."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
+        self.integrals: Any = None
         self.event_t: Tensor | None = None
         self.event_y: Any = None
         self.event_index: Tensor | None = None
@@ -126,6 +139,9 @@ class Solution:
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None
+        self.saved = False  # whether ys are what save makes of them
+        self.method = ""  # by which it was solved, where it was one solve
+        self._slope = list(slope) or None
 
     @property
     def own_times(self) -> bool:
@@ -137,6 +153,37 @@ class Solution:
         if self._t is None:
             self._t = to_device(times_as_tensor(self._times), self._device)
         return self._t
+
+    @property
+    def t_last(self) -> Tensor:
+        """Float64, 0-dimensional, under per-sample control [batch]."""
+        if self._state is not None:
+            t = self._state[FIELDS["time"]].clone()
+        elif self.own_times:
+            t = to_device(torch.from_numpy(self._times[-1].copy()), self._device)
+        else:
+            t = self.t[-1:].expand(len(torch.utils._pytree.tree_leaves(self.y_last)[0]) if self.per_sample else 1).clone()
+        if self.event_t is not None and self._event_column is not None and self.event_t.dim() < 2:
+            at = self.event_t.detach().reshape(-1)
+            t = torch.where(at.isnan(), t, at)
+        return t if self.per_sample else t[0]
+
+    def times_ahead(self, t: Any) -> Tensor:
+        """The times of a solve that goes on from here: t_last, then those of t that lie ahead of it, float64 [T]; under
+        per-sample control [batch, T], with NaN at the end where a sample has fewer.
+
+        t: [T] or [batch, T], strictly monotone in the direction of this solve. Raises ValueError where this was no adaptive
+        solve.
+        """
+        if self._state is None:
+            raise ValueError("times_ahead needs a Solution of an adaptive solve: one on a grid ended at its last time")
+        last, direction = (x.cpu().reshape(-1, 1) for x in (self.t_last, self._state[FIELDS["direction"]]))
+        given = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+        ahead = direction * (given - last) > 0  # [rows, T]
+        order = (~ahead).to(torch.int8).sort(dim=1, stable=True).indices[:, : int(ahead.sum(1).max())]
+        times = given.expand(len(last), -1).gather(1, order).masked_fill(~ahead.gather(1, order), math.nan)
+        times = torch.cat([last, times], 1)
+        return times if self.per_sample else times[0]
 
     @property
     def status(self) -> str | list[str]:
@@ -165,6 +212,8 @@ def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> 
         start = f"underflow in dt {state[FIELDS['proposal'], row]:.3g}"
     elif code == NON_FINITE:
         start = "non-finite values in state `y`: the state or its slope is infinite or not a number"
+    elif code == OUTSIDE:
+        start = f"outside the domain of valid: every step ends there, down to dt {abs(dt):.3g}"
     else:
         start = f"max_num_steps exceeded ({max_num_steps}>={max_num_steps})"
     where = f"at t = {t:.9g}, last step tried {dt:.3g}"

@@ -18,6 +18,7 @@ STEP_CONTROLS = ("joint", "per_sample")
 
 RUNNING, SUCCESS = STATUS["running"], STATUS["success"]
 UNDERFLOW, NON_FINITE, MAX_NUM_STEPS = STATUS["underflow"], STATUS["non_finite"], STATUS["max_num_steps"]
+OUTSIDE = STATUS["outside"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _C
 from ..integrate import Grid, Options
 from ..problem import Problem, to_device
-from ..solvers.adaptive import stop_table
+from ..solvers.start import stop_table
 from ..tableau import StepFunction
 from .emit import Method, Target
 from .plan import Plan

@@ -184,7 +184,7 @@ def costs_at(problem: Problem, costs: Sequence[Tensor], i: int) -> list[Tensor]:
     if not problem.own:
         return list(costs) if i == problem.last_output else []
     here = torch.from_numpy(problem.last_output == i).to(problem.device)
-    return [torch.where(here, cost, 0) for cost in costs]
+    return [torch.where(here.reshape(-1, *[1] * (cost.dim() - 1)), cost, 0) for cost in costs]
 
 
 def augmented_field(

@@ -19,7 +19,8 @@ from .checkpoints import Checkpoints
 class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
-    the next solve may write. steps: taken on a grid, 0 for all. seen: the state as a NumPy array, once the host has waited."""
+    the next solve may write. steps: taken on a grid, 0 for all. seen: the state as a NumPy array, once the host has waited.
+    slope: with which the next step would begin, a tensor a leaf; none where it is not known."""
 
     ys: list[Tensor]
     last: list[Tensor]
@@ -28,6 +29,7 @@ class Trajectory:
     call: "Evaluation | None" = None
     steps: int = 0
     seen: Any = None
+    slope: Sequence[Tensor] = ()
 
     def host_state(self) -> Any:
         """The state as a NumPy array; None without one. The host waits for the device once."""

@@ -81,7 +81,7 @@ class WholeSteps:
         if problem.signs is not None:
             return WholeSteps.no_way_back
         if problem.quadratures:
-            return "has no slopes for running costs: the regularizers 'kinetic' and 'jacobian' need an explicit method"
+            return "has no slopes for integrals: they and the regularizers 'kinetic' and 'jacobian' need an explicit method"
         if recorder is not None and recorder.step_costs is not None:
             return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
         if recorder is not None and recorder.checkpoints is not None:
