@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from .graphed.loops import Kind, solve_by_graph
-from .methods import ADAPTIVE, INTERPOLATIONS, find_method
+from .methods import ADAPTIVE, INTERPOLATIONS, find_method, limited
 from .problem import Problem, check_times
 from .ranges import marked
 from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
 from .solvers.events import EventWatch
 from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
+from .solvers.stepped import SteppedSolver
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
+from .tableau import is_whole
 
 Grid = tuple[list[float], list[int | None]]
 
@@ -37,11 +39,13 @@ class Options:
     step_size: float | None = None
     grid_constructor: Callable | None = None
     perturb: bool = False
+    max_iters: int | None = None
+    max_order: int | None = None
     interp: str = "method"
     cuda_graph: str = ""  # or one of graphed.capture.MODES
 
     def __post_init__(self) -> None:
-        find_method(self.method)
+        limited(find_method(self.method), self.method, self.max_iters, self.max_order)
         if self.interp not in INTERPOLATIONS:
             raise ValueError(f"interp must be one of {tuple(INTERPOLATIONS)}, got {self.interp!r}")
         for name in ("first_step", "step_size"):
@@ -77,7 +81,10 @@ class Options:
     @property
     def tableau(self) -> Any:
         """The numbers of the method: a `ButcherTableau`, or the data of another family of `solvers.families`."""
-        return INTERPOLATIONS[self.interp][self.method]
+        found = INTERPOLATIONS[self.interp][self.method]
+        if self.max_iters is None and self.max_order is None:
+            return found
+        return limited(found, self.method, self.max_iters, self.max_order)
 
 
 def integrate(
@@ -104,8 +111,8 @@ def integrate(
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
         alone = not callbacks and recorder is None and events is None and not options.jump_t
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
+        refuse(options, family_of(options.tableau).refusal(problem, recorder))
         if options.adaptive:
-            refuse(options, family_of(options.tableau).refusal(problem, recorder))
             make: Any = partial(
                 AdaptiveSolver,
                 problem,
@@ -121,8 +128,10 @@ def integrate(
             kind = adaptive_kind(problem, options, refusal) if by_graph else None
         else:
             nodes, moves_with = grid or fixed_grid(options, problem.t)
-            make = partial(FixedSolver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
-            kind = fixed_kind(problem, options, nodes) if by_graph else None
+            whole = is_whole(options.tableau)
+            solver: Any = SteppedSolver if whole else FixedSolver
+            make = partial(solver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
+            kind = fixed_kind(problem, options, nodes) if by_graph and not whole else None
         return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)
 
 

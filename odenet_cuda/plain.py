@@ -16,7 +16,7 @@ from .formulas import SHORT
 from .problem import Problem, to_device
 from .solvers.fixed import Plan, plan_of, stage_times
 from .solvers.trajectory import End
-from .tableau import ButcherTableau
+from .tableau import ButcherTableau, Method
 
 Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
@@ -146,7 +146,7 @@ def stage(y0: Tensor, k: Sequence[Tensor], a: Sequence[float], dt: Any) -> Tenso
     return formulas.stage(wide, [formulas.widened(x) for x in k], a, formulas.per_row(dt, wide)).to(y0.dtype)
 
 
-def dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Any, dt: Any) -> Tensor:
+def dense_output(tableau: Method, y0: Tensor, k: Sequence[Tensor], theta: Any, dt: Any) -> Tensor:
     """As `formulas.dense_output`, likewise."""
     wide = formulas.widened(y0)
     k = [formulas.widened(x) for x in k]

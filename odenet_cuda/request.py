@@ -80,6 +80,8 @@ def _settings(
     step_size: float | None,
     grid_constructor: Callable | None,
     perturb: bool,
+    max_iters: int | None,
+    max_order: int | None,
     cuda_graph: bool | str,
     interp: str,
     regularizers: Sequence[str],
@@ -96,6 +98,8 @@ def _settings(
         step_size=None if step_size is None else float(step_size),
         grid_constructor=grid_constructor,
         perturb=perturb,
+        max_iters=max_iters,
+        max_order=max_order,
         cuda_graph=_graph_mode(cuda_graph),
         interp=interp,
     )

@@ -20,6 +20,7 @@ from ..request import Request
 from ..sharding import train_together
 from ..solution import Solution
 from ..solvers.trajectory import Trajectory
+from ..tableau import ButcherTableau
 
 NAME = "plain"
 _MOST = 1 << 14  # numbers of a state: beyond, passes over memory cost more than calls
@@ -31,6 +32,8 @@ def refusal(request: Request) -> str:
     problem, settings = request.problem, request.settings
     if request.grid is None:
         return "the method chooses its steps"
+    if not isinstance(request.options.tableau, ButcherTableau):
+        return "the method is no explicit Runge-Kutta method"
     if len(problem.t) == 1 or problem.empty:
         return "there is nothing to solve"
     if not request.records and (len(request.grid[0]) - 1) * request.options.tableau.stages > _FEW:

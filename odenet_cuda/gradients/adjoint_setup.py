@@ -71,6 +71,8 @@ def _options(options: Options, method: str | None, given: dict[str, Any]) -> Opt
         step_size=options.step_size,
         grid_constructor=options.grid_constructor,
         perturb=options.perturb,
+        max_iters=options.max_iters,
+        max_order=options.max_order,
         cuda_graph=options.cuda_graph,
         interp="method",
     )
