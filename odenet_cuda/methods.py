@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from .adams import MULTISTEP
 from .implicit import IMPLICIT
 from .rosenbrock import RODAS5P, ROSENBROCK23
 from .tableau import ButcherTableau, StepFunction
@@ -21,7 +22,8 @@ EXPLICIT: dict[str, ButcherTableau] = {
 STIFF: dict[str, Any] = {"rodas5p": RODAS5P, "rosenbrock23": ROSENBROCK23}
 FIXED: dict[str, ButcherTableau] = {"euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN2, "heun3": HEUN3, "rk4": RK4}
 ADAPTIVE: dict[str, Any] = {**EXPLICIT, **STIFF}
-ON_GRID: dict[str, Any] = {**FIXED, **IMPLICIT}
+STEPPED: dict[str, Any] = {**IMPLICIT, **MULTISTEP}  # on a grid, each step one function
+ON_GRID: dict[str, Any] = {**FIXED, **STEPPED}
 
 # With each interpolant for outputs inside a step, made once: torch.compile does not follow the checks of a tableau.
 INTERPOLATIONS: dict[str, dict[str, Any]] = {
@@ -31,17 +33,12 @@ INTERPOLATIONS: dict[str, dict[str, Any]] = {
 }
 
 # What torchdiffeq has and this package does not have yet.
-ABSENT = (
-    "explicit_adams",
-    "implicit_adams",
-    "fixed_adams",
-    "scipy_solver",
-)
+ABSENT = ("scipy_solver",)
 
 
 def on_host(name: str) -> bool:
     """Whether steps by this method depend on numbers that the host must look at, so that no compiler can write them down."""
-    return name in ADAPTIVE or name in IMPLICIT
+    return name in ADAPTIVE or name in STEPPED
 
 
 @lru_cache(maxsize=64)

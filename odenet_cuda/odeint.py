@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .interpolant import Interpolant
-from .methods import ADAPTIVE, IMPLICIT, find_method
+from .methods import ADAPTIVE, IMPLICIT, MULTISTEP, find_method
 from .problem import Structure, parameters_of
 from .solve import solve
 from .until_event import until_event
@@ -32,7 +32,9 @@ _ADAPTIVE_OPTIONS = (
     "controller",
 )
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "perturb", "interp")
-_LIMITS: dict[str, tuple[str, ...]] = dict.fromkeys(IMPLICIT, ("max_iters",))
+_LIMITS: dict[str, tuple[str, ...]] = dict.fromkeys(IMPLICIT, ("max_iters",)) | dict.fromkeys(
+    MULTISTEP, ("max_order", "max_iters")
+)
 
 
 def odeint(
@@ -50,10 +52,10 @@ def odeint(
 
     func, y0, t, rtol, atol: as in `solve`; a slope may have its leaf's numbers in another shape, [n, 1] for [n]. method:
     "dopri5" unless given. options: for adaptive methods first_step, safety, ifactor, dfactor, max_num_steps, step_t, jump_t,
-    norm, min_step, max_step, dtype (of time; float64 always), and ours: step_control ("joint" or "per_sample"), controller.
-    For fixed methods step_size or grid_constructor, perturb, interp ("linear" or "cubic"), for implicit ones max_iters. A key
-    that the method does not know is warned of.
-    event_fn: a function of (t, y), in any shape, whose first change of sign of any number ends the solve (`Event`). t then
+    norm, min_step, max_step, dtype (of time; float64 always), and ours: step_control ("joint" or "per_sample"), controller. For
+    fixed methods step_size or grid_constructor, perturb, interp ("linear" or "cubic"), for implicit ones max_iters, for Adams
+    max_order and max_iters. A key that the method does not know is warned of. event_fn: a function of (t, y), in any shape,
+    whose first change of sign of any number ends the solve (`Event`). t then
         holds two times, the start and one that tells the direction; a function that is zero at the start ends it there. A
         method on a grid needs step_size.
 

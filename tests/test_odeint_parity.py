@@ -445,7 +445,7 @@ def test_one_time():
         assert torch.equal(module.odeint(Net(), Y0, direction(1, 0.5)), Y0[None])
 
 
-ABSENT = ["explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"]
+ABSENT = ["scipy_solver"]
 
 
 @pytest.mark.parametrize("method", ABSENT)

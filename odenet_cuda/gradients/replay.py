@@ -15,6 +15,7 @@ from ..plain import Func, Shifts, dense_output, difference_of, stage, sum_of
 from ..problem import Problem, times_as_tensor
 from ..products import Targets, gradients
 from ..solvers.trajectory import Evaluation, Recorder, Step
+from ..solvers.whole import arguments
 from ..tableau import Method, is_whole
 
 SECOND = " for second derivatives"
@@ -93,7 +94,7 @@ def replay(
             ends = [(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1) for c in tableau.c]
             views = [shifts.moved(view, sum_of(*end)) for view, end in zip(views, ends, strict=True)]
             rows = torch.as_tensor(dt, dtype=torch.float64, device=problem.device).reshape(-1)
-            more = {"past": past} if tableau.memory else {}
+            more = arguments(tableau, problem, y, past)
             point, further, _ = (tableau.second or tableau.step)(func, views, rows, y, k, **more)
             past = [(rows, k), *past][: tableau.memory]
             slopes += further

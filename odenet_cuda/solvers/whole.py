@@ -39,14 +39,19 @@ def mapped(
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """(k of a `WholeStep` at these times and y, the error)."""
     n = len(problem.state_leaves)
-    more: dict[str, Any] = {}
-    if method.memory:
-        more["past"] = [(y[i], list(y[i + 1 : i + 1 + n])) for i in range(2 * n + 1, len(y), n + 1)]
-    if method.scaled:
-        parts = zip(y, problem.rtol, problem.atol, strict=False)
-        more["tolerance"] = [(atol + rtol * leaf.detach().abs()).expand_as(leaf) for leaf, rtol, atol in parts][:n]
+    past = [(y[i], list(y[i + 1 : i + 1 + n])) for i in range(2 * n + 1, len(y), n + 1)]
+    more = arguments(method, problem, y[:n], past)
     y1, slopes, error = method.step(field, problem.time_views(times), y[2 * n], list(y[:n]), list(y[n : 2 * n]), **more)
     return [*y1, *(leaf for of_slope in slopes for leaf in of_slope)], error
+
+
+def arguments(method: StepFunction, problem: Problem, y0: Sequence[Tensor], past: Sequence[Any]) -> dict[str, Any]:
+    """What its step is given by name."""
+    more: dict[str, Any] = {"past": past} if method.memory else {}
+    if method.scaled:
+        parts = zip(y0, problem.rtol, problem.atol, strict=False)
+        more["tolerance"] = [(atol + rtol * leaf.detach().abs()).expand_as(leaf) for leaf, rtol, atol in parts]
+    return more
 
 
 def _noted(field: Any) -> Callable[..., list[Tensor]]:
@@ -88,6 +93,8 @@ class WholeSteps:
             return "has no slopes for running costs: the regularizers 'kinetic' and 'jacobian' need an explicit method"
         if recorder is not None and recorder.step_costs is not None:
             return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
+        if recorder is not None and recorder.checkpoints is not None and recorder.tableau.memory:
+            return "needs the steps before one to make it again, unlike gradient='checkpoint': use gradient='direct'"
         return ""
 
     def begin(self) -> None:
