@@ -64,8 +64,8 @@ def test_order(method: str, order: int, grid: str):
         t = {"equal": 2 * x, "other": 2 * x + 0.1 * torch.sin(8 * x), "backwards": 2 - 2 * x}[grid]
         errors.append(error(method, t, max_iters=40, max_order=5 if method == "explicit_adams" else 8))
     for coarse, fine in pairwise(errors):
-        assert math.log2(coarse / fine) > order - 0.6
-    assert errors[-1] < 1e-7
+        assert math.log2(coarse / fine) > order - 0.7
+    assert errors[-1] < 1e-6
 
 
 def test_max_order():
@@ -157,9 +157,7 @@ def test_continuous_gradients(method: str, gradient: str, backwards: bool):
             y0 = torch.tensor([[1.0, 0.2], [0.5, 0.4]], dtype=D, requires_grad=True)
             t = torch.tensor([0.5, 0.2, 0.0] if backwards else [0.0, 0.2, 0.5], dtype=D, requires_grad=True)
             func = lambda t, y, layer=layer: torch.tanh(layer(y)) * (1 + t)  # noqa: E731
-            ys = solve(
-                func, y0, t, method=method, gradient=gradient if name == gradient else name, step_size=size, max_order=5
-            ).ys
+            ys = solve(func, y0, t, method=method, gradient=name, step_size=size, max_order=5).ys
             found.append(torch.autograd.grad(ys.square().sum(), [y0, t, *layer.parameters()]))
         distances.append(max(float((x - y).abs().max()) for x, y in zip(*found, strict=True)))
     assert distances[1] < 1e-5 and (distances[1] < 1e-10 or math.log2(distances[0] / distances[1]) > 3)
