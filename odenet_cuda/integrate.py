@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .graphed.loops import Kind, solve_by_graph
-from .methods import ADAPTIVE, INTERPOLATIONS, find_method, limited
+from .methods import ADAPTIVE, INTERPOLATIONS, adjusted, find_method
 from .problem import Problem, check_times
 from .ranges import marked
 from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
 from .solvers.events import EventWatch
 from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
+from .solvers.scipy_solver import ScipyMethod, ScipySolver
 from .solvers.stepped import SteppedSolver
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
@@ -41,11 +42,12 @@ class Options:
     perturb: bool = False
     max_iters: int | None = None
     max_order: int | None = None
+    solver: str | None = None
     interp: str = "method"
     cuda_graph: str = ""  # or one of graphed.capture.MODES
 
     def __post_init__(self) -> None:
-        limited(find_method(self.method), self.method, self.max_iters, self.max_order)
+        adjusted(find_method(self.method), self.method, self.of_method)
         if self.interp not in INTERPOLATIONS:
             raise ValueError(f"interp must be one of {tuple(INTERPOLATIONS)}, got {self.interp!r}")
         for name in ("first_step", "step_size"):
@@ -82,9 +84,13 @@ class Options:
     def tableau(self) -> Any:
         """The numbers of the method: a `ButcherTableau`, or the data of another family of `solvers.families`."""
         found = INTERPOLATIONS[self.interp][self.method]
-        if self.max_iters is None and self.max_order is None:
-            return found
-        return limited(found, self.method, self.max_iters, self.max_order)
+        return adjusted(found, self.method, self.of_method) if self.of_method else found
+
+    @property
+    def of_method(self) -> tuple[tuple[str, Any], ...]:
+        """Options that the method itself goes by, those that were given."""
+        found = ("max_iters", self.max_iters), ("max_order", self.max_order), ("solver", self.solver)
+        return tuple([(name, value) for name, value in found if value is not None])
 
 
 def integrate(
@@ -112,6 +118,10 @@ def integrate(
         alone = not callbacks and recorder is None and events is None and not options.jump_t
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         refuse(options, family_of(options.tableau).refusal(problem, recorder))
+        if isinstance(options.tableau, ScipyMethod):
+            control = options.control
+            limits = options.first_step, control.max_step, control.max_num_steps
+            return ScipySolver(problem, options.tableau, *limits, callbacks).run(start)
         if options.adaptive:
             make: Any = partial(
                 AdaptiveSolver,

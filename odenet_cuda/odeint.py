@@ -32,6 +32,7 @@ _ADAPTIVE_OPTIONS = (
     "controller",
 )
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "perturb", "interp")
+_SCIPY_OPTIONS = ("solver", "first_step", "max_step", "max_num_steps")
 _LIMITS: dict[str, tuple[str, ...]] = dict.fromkeys(IMPLICIT, ("max_iters",)) | dict.fromkeys(
     MULTISTEP, ("max_order", "max_iters")
 )
@@ -178,6 +179,7 @@ def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = T
     find_method(method)
     given = dict(options or {})
     known = _ADAPTIVE_OPTIONS if method in ADAPTIVE else (*_FIXED_OPTIONS, *_LIMITS.get(method, ()))
+    known = _SCIPY_OPTIONS if method == "scipy_solver" else known
     if method in ADAPTIVE:
         dtype = given.pop("dtype", torch.float64)
         if dtype not in (torch.float32, torch.float64):
@@ -201,6 +203,6 @@ def _adjoint_options(method: str, given: dict[str, Any], params: Sequence[Tensor
             "an adjoint parameter does not require a gradient: it is left out of the adjoint and of its norm", stacklevel=3
         )
     defaults = {name: parameter.default for name, parameter in inspect.signature(solve).parameters.items()}
-    names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb", "max_iters", "max_order")
+    names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb", "max_iters", "max_order", "solver")
     filled = {name: defaults[name] for name in names if name != "norm"}
     return {**filled, **_options(method, given, fixed_interp=False), **({} if norm is None else {"norm": norm})}

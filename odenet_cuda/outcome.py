@@ -39,7 +39,7 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
         columns = [missing.shape[1], *[1] * (out.dim() - 2)] if out.dim() > 1 else []
         out.masked_fill_(missing.reshape(-1, *columns), math.nan)
     if problem.failed and request.settings.on_failure == "raise":
-        raise_failure(state, last, request.options.control.max_num_steps, trajectory.system)
+        raise_failure(state, last, request.options.control.max_num_steps, trajectory)
     return problem.failed
 
 

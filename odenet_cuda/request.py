@@ -32,6 +32,7 @@ from .problem import (
     with_arguments,
 )
 from .regularizers import RUNNING, CostField, check_regularizers, with_costs
+from .solvers.scipy_solver import ScipyMethod
 from .step_control import STEP_CONTROLS, StepControl
 
 GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
@@ -82,6 +83,7 @@ def _settings(
     perturb: bool,
     max_iters: int | None,
     max_order: int | None,
+    solver: str | None,
     cuda_graph: bool | str,
     interp: str,
     regularizers: Sequence[str],
@@ -100,6 +102,7 @@ def _settings(
         perturb=perturb,
         max_iters=max_iters,
         max_order=max_order,
+        solver=solver,
         cuda_graph=_graph_mode(cuda_graph),
         interp=interp,
     )
@@ -187,6 +190,13 @@ class Request:
     def _make(self) -> None:
         t, rtol, atol, norm, adjoint = self.given
         settings, structure, func = self.settings, self.structure, self.func
+        if isinstance(settings.options.tableau, ScipyMethod):
+            for name, asked in (
+                ("events", self.events is not None),
+                ("gradient='quadrature'", settings.gradient == "quadrature"),
+            ):
+                if asked:
+                    raise NotImplementedError(f"{name}: not served by method='scipy_solver', which solves outside of torch")
         options, per_sample = settings.options, settings.per_sample
         if per_sample:
             check_samples(structure)

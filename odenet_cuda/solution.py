@@ -14,6 +14,7 @@ from .step_control import (
     NON_FINITE,
     NON_FINITE_JACOBIAN,
     NOT_CONVERGED,
+    SCIPY_FAILED,
     SINGULAR,
     STEP_FAILURES,
     SUCCESS,
@@ -28,6 +29,7 @@ STATUS_WORDS = {
     NOT_CONVERGED: "no convergence",
     SINGULAR: "singular matrix",
     NON_FINITE_JACOBIAN: "non-finite Jacobian",
+    SCIPY_FAILED: "scipy failed",
 }
 _BEGINNINGS = {
     NON_FINITE: "non-finite values in state `y`: the state or its slope is infinite or not a number",
@@ -47,6 +49,7 @@ _REMEDIES = {
     SINGULAR: "take another step size (step_size): the equations of a step of this one have no solution, or many",
     NON_FINITE_JACOBIAN: "look in func for a derivative that is infinite at this state, such as that of a root at zero, or for "
     "a division of zero by zero",
+    SCIPY_FAILED: "loosen rtol and atol, take another solver in options, or a method of this package, such as rodas5p",
 }
 
 
@@ -54,10 +57,10 @@ class SolverError(AssertionError):
     """A solve that could not be finished.
 
     status: ``"underflow in dt"``, ``"non-finite values"``, ``"max_num_steps exceeded"``, or of an implicit method on a grid
-    ``"no convergence"``, ``"singular matrix"``, ``"non-finite Jacobian"``. sample: index of the first row that failed, or None
-    under joint control; of the latter three the sample whose equations they are, or None where func couples samples. t, dt:
-    time reached and last step tried. y: the last accepted state, as the user gave it. solution: everything known, with NaN
-    where an output was not reached.
+    ``"no convergence"``, ``"singular matrix"``, ``"non-finite Jacobian"``, or ``"scipy failed"``. sample: index of the first
+    row that failed, or None under joint control; of the latter three the sample whose equations they are, or None where func
+    couples samples. t, dt: time reached and last step tried. y: the last accepted state, as the user gave it. solution:
+    everything known, with NaN where an output was not reached.
     """
 
     def __init__(self, message: str, *, status: str, sample: int | None, t: float, dt: float, solution: "Solution"):
@@ -170,9 +173,10 @@ class Solution:
         return f"Solution(status={self.status!r}, engine={self.engine!r}, {self.stats}, ys={self.ys})"
 
 
-def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int, system: int | None = None) -> None:
-    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. system: see `Trajectory`. No frame keeps the
-    exception, whose traceback keeps the frames: func would be gone with the garbage collector only."""
+def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int, trajectory: Any = None) -> None:
+    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. trajectory: of the solve, where it may
+    know more. No frame keeps the exception, whose traceback keeps the frames: func would be gone with the garbage collector
+    only."""
     status = state[FIELDS["status"]]
     failed = np.flatnonzero(status != SUCCESS)
     if len(failed) == 0:
@@ -180,11 +184,13 @@ def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int, sys
     row = int(failed[0])
     code = int(status[row])
     t, dt = float(state[FIELDS["time"], row]), float(state[FIELDS["last_dt"], row])
-    sample = row if solution.per_sample else system
+    sample = row if solution.per_sample else getattr(trajectory, "system", None)
     if code == UNDERFLOW:
         start = f"underflow in dt {state[FIELDS['proposal'], row]:.3g}"
     elif code in STEP_FAILURES:
         start = _BEGINNINGS[code]
+    elif code == SCIPY_FAILED:
+        start = trajectory.words
     else:
         start = f"max_num_steps exceeded ({max_num_steps}>={max_num_steps})"
     where = f"at t = {t:.9g}, last step tried {dt:.3g}"

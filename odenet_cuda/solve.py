@@ -43,6 +43,7 @@ def solve(
     perturb: bool = False,
     max_iters: int | None = None,
     max_order: int | None = None,
+    solver: str | None = None,
     cuda_graph: bool | str = False,
     interp: str = "method",
     norm: Callable | None = None,
@@ -73,7 +74,8 @@ def solve(
     method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
         "rosenbrock23", which differentiate func; on a grid "euler", "midpoint", "heun2", "heun3", "rk4", and implicit, by
         Newton's method system by system, "implicit_euler", "implicit_midpoint", "trapezoid", "sdirk2", "trbdf2", "radauIIA3",
-        "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and "implicit_adams" (also "fixed_adams").
+        "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and "implicit_adams" (also "fixed_adams"); "scipy_solver", one
+        of scipy's, outside of torch.
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
@@ -93,6 +95,8 @@ def solve(
         returns the times of the grid. perturb: evaluate at the ends of a step just inside it. max_iters: iterations in which
         an implicit method must have solved a step, 100, and of the corrector of implicit_adams, 4. max_order: of Adams methods,
         12; the higher, the smaller the steps with which they are stable, of explicit_adams above all.
+    solver: of scipy_solver: "LSODA", the default, "Radau", "BDF", "RK45", "RK23" or "DOP853", with gradient="adjoint" alone,
+        whose backward solve is by rodas5p, dopri5, bosh3 or dopri8, by its kind.
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
@@ -133,7 +137,7 @@ def solve(
     """
     settings = settings_of(
         method, gradient, step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
-        step_t, jump_t, step_size, grid_constructor, perturb, max_iters, max_order, cuda_graph, interp,
+        step_t, jump_t, step_size, grid_constructor, perturb, max_iters, max_order, solver, cuda_graph, interp,
         regularizers, dense, on_failure, max_checkpoints,
     )  # fmt: skip
     if compile is not None:

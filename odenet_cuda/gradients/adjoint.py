@@ -156,7 +156,7 @@ def solve_backwards(
         if state is not None:
             stats.nfe_backward = field.nfe
             reached = last_state(trajectory.last[: 2 * n], problem, stats)
-            raise_failure(state, reached, options.control.max_num_steps, trajectory.system)
+            raise_failure(state, reached, options.control.max_num_steps, trajectory)
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]

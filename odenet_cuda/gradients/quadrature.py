@@ -246,7 +246,7 @@ def solve_backwards(
         state = trajectory.host_state()
         if state is not None:
             stats.nfe_backward = field.nfe
-            raise_failure(state, last_state(trajectory.last, problem, stats), options.control.max_num_steps, trajectory.system)
+            raise_failure(state, last_state(trajectory.last, problem, stats), options.control.max_num_steps, trajectory)
             if not problem.per_sample:
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last

@@ -20,6 +20,7 @@ class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
     the next solve may write. steps: taken on a grid, 0 for all. system: that of a step on a grid that failed, see `StepFailed`.
+    words: why it failed, where no code says so.
     seen: the state as a NumPy array, once the host has waited."""
 
     ys: list[Tensor]
@@ -29,6 +30,7 @@ class Trajectory:
     call: "Evaluation | None" = None
     steps: int = 0
     system: int | None = None
+    words: str = ""
     seen: Any = None
 
     def host_state(self) -> Any:
