@@ -1,4 +1,4 @@
-"""Implicit Runge-Kutta methods on a grid: each stage, or all of them together, solve a system of equations."""
+"""Implicit Runge-Kutta methods: each stage, or all of them together, solve a system of equations. Those on a grid."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -49,7 +49,8 @@ class ImplicitStep:
         recording = torch.is_grad_enabled()
         tolerance = tolerance if self.adaptive else None
         newton = Newton(field, dt.detach(), tolerance, self.max_iters, self.adaptive)
-        slopes, guess = [k0], [torch.zeros_like(x) for x in k0]  # y0 itself: k0 may lead far away where f is stiff
+        # On a grid from y0 itself: k0 may lead far away where f is stiff, and there is no smaller step to try.
+        slopes, guess = [k0], [x.detach() if self.adaptive else torch.zeros_like(x) for x in k0]
         for group in self.groups:
             stages, times = [i + 1 for i in group], [t[i + 1] for i in group]
             base = [combined(y0, dt, self.a[i][: len(slopes)], slopes) for i in group]
@@ -101,6 +102,7 @@ def implicit(
         step=step,
         e=error,
         second=replace(step, second=True),
+        scaled=step.adaptive,
         nodes=tuple([(x, w, row) for x, w, row in zip((0.0, *nodes), weights, rows, strict=False) if w != 0]),
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from .adams import MULTISTEP
 from .implicit import IMPLICIT
+from .kvaerno import KVAERNO3, KVAERNO5
 from .rosenbrock import RODAS5P, ROSENBROCK23
 from .solvers.scipy_solver import ScipyMethod
 from .tableau import ButcherTableau, StepFunction
@@ -20,7 +21,7 @@ EXPLICIT: dict[str, ButcherTableau] = {
     "adaptive_heun": ADAPTIVE_HEUN,
 }
 # For stiff systems. Each is the data of a family of `solvers.families`.
-STIFF: dict[str, Any] = {"rodas5p": RODAS5P, "rosenbrock23": ROSENBROCK23}
+STIFF: dict[str, Any] = {"rodas5p": RODAS5P, "rosenbrock23": ROSENBROCK23, "kvaerno5": KVAERNO5, "kvaerno3": KVAERNO3}
 FIXED: dict[str, ButcherTableau] = {"euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN2, "heun3": HEUN3, "rk4": RK4}
 ADAPTIVE: dict[str, Any] = {**EXPLICIT, **STIFF, "scipy_solver": ScipyMethod()}
 STEPPED: dict[str, Any] = {**IMPLICIT, **MULTISTEP}  # on a grid, each step one function

@@ -14,7 +14,7 @@ from .tableau import StepFailed
 Rows = tuple[tuple[float, ...], ...]
 Leaves = list[Tensor]
 
-_SLOW = 0.1  # contraction of an iteration from which on the matrix is made anew
+_SLOW, _SLOWER = 0.1, 0.4  # contraction of iterations from which on the matrix is made anew: to rounding, to a tolerance
 _NEAR = 10.0  # times the rounding of a number: what a change to rounding is
 _ENOUGH = 0.02  # of the tolerance of a step: how far its stages may be from their equations
 
@@ -107,7 +107,9 @@ class Newton:
             active, before = active & ~ended, size
             if not bool(active.any()):
                 return k
-            stale = None if rate is None else active & (rate > _SLOW)  # how well the matrix does is seen by the next change
+            stale = (
+                None if rate is None else active & (rate > (_SLOW if self.tolerance is None else _SLOWER))
+            )  # how well the matrix does is seen by the next change
         return self._given_up(active, k)
 
     def _evaluate(
@@ -181,7 +183,7 @@ def with_graph(
 ) -> list[Leaves]:
     """The slopes that solve the equations, with a graph to base, dt and all that func depends on: by one more iteration, whose
     derivative is that of the implicit function theorem. second: so that its derivative has one too, by two that are recorded
-    with their matrices, for each doubles the number of derivatives that are right."""
+    with their matrices, for each doubles the number of derivatives that are right. The values stay what they are."""
     k = [[leaf.detach() for leaf in of_stage] for of_stage in k]
     for _ in range(2 if second else 1):
         points = [combined(y, dt, row, k) for y, row in zip(base, a, strict=True)]
@@ -189,6 +191,7 @@ def with_graph(
         with torch.set_grad_enabled(second):
             factors = factorised(near, dt, a)
         old = torch.stack([flat(of_stage, near[0].systems) for of_stage in k], 1)
-        new = old + solved(factors, torch.stack([x.k for x in near], 1) - old)
+        change = solved(factors, torch.stack([x.k for x in near], 1) - old)
+        new = old + (change - change.detach())  # what is solved to a tolerance has the same values without a graph
         k = [as_leaves(new[:, i], k[i]) for i in range(len(k))]
     return k
