@@ -1,5 +1,5 @@
-"""Kvaerno's methods for stiff systems: singly diagonally implicit with an explicit first stage, stiffly accurate, L-stable,
-with an embedded method that is so too. Kvaerno 2004, doi 10.1023/B:BITN.0000046811.70614.38.
+"""Kvaerno's methods for stiff systems: singly diagonally implicit with an explicit first stage, stiffly accurate, L-stable; the
+embedded method is strongly A-stable. Kvaerno 2004, doi 10.1023/B:BITN.0000046811.70614.38.
 """
 
 import numpy as np
