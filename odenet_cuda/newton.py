@@ -131,12 +131,12 @@ class Newton:
         """That of a change of the stages, in units of what may remain, [systems]."""
         systems, h = len(change), self.dt.to(change.dtype).reshape(-1, 1, 1)
         moved = (h * change).abs()
-        tiny = torch.finfo(change.dtype).tiny
-        if self.tolerance is not None:
-            return (moved / flat(self.tolerance, systems)[:, None].clamp_min(tiny)).amax((1, 2)) / _ENOUGH
         largest = moved.amax((1, 2))
         scale = torch.stack([largest, *[flat(y, systems).abs().amax(1) for y in points]]).amax(0)
-        return largest / scale.clamp_min(tiny) / (_NEAR * torch.finfo(change.dtype).eps)
+        rounding = (_NEAR * torch.finfo(change.dtype).eps * scale).clamp_min(torch.finfo(change.dtype).tiny)
+        if self.tolerance is None:
+            return largest / rounding
+        return (moved / torch.maximum(_ENOUGH * flat(self.tolerance, systems), rounding[:, None])[:, None]).amax((1, 2))
 
     def _ended(self, size: Tensor, before: Tensor | None) -> Tensor:
         """Which systems are solved: the next change would be a part of this one."""
