@@ -10,6 +10,7 @@ from .ops import FIELDS
 from .problem import Problem
 from .request import Request
 from .solution import Solution, Stats, raise_failure
+from .solvers.stiffness import look_after
 from .solvers.trajectory import Recorder, Trajectory
 from .step_control import SUCCESS
 
@@ -27,6 +28,7 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
     state = trajectory.host_state()
     if state is None:
         return False
+    look_after(problem, request.options.tableau, state, trajectory.last[: len(ys)])
     status = state[FIELDS["status"]]
     problem.failed = not (status[0] == SUCCESS if len(status) == 1 else (status == SUCCESS).all())
     if not problem.failed and not problem.own:

@@ -23,6 +23,7 @@ from .events import EventWatch
 from .families import family_of
 from .norms import write_norm
 from .start import first_state, plan_first_step, starts_on_jump, stop_table
+from .stiffness import StiffnessLook
 from .trajectory import Evaluation, Recorder, Trajectory
 
 
@@ -112,6 +113,7 @@ class AdaptiveSolver:
         self.replay: Callable[[], None] | None = None  # a captured step
         self.pool: tuple[Any, ...] = ()  # whose memory it works in
         self.expected = 0  # steps, by the last solve
+        self.stiffness = StiffnessLook(problem, method)
 
     def reset(self, problem: Problem, first_step: float | None) -> None:
         """Another problem of the same kind takes the place of the last: in the same memory, for a captured step."""
@@ -135,6 +137,7 @@ class AdaptiveSolver:
         while not done:
             with marked("step"):
                 done = self._looked_at_step()
+            self.stiffness.after_step(self)
         return self.trajectory()
 
     def start(self, start: Evaluation | None) -> None:
