@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import formulas
-from .tableau import ButcherTableau
+from .tableau import Method
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Interpolant:
 
     def __init__(
         self,
-        tableau: ButcherTableau,
+        tableau: Method,
         steps: list[DenseStep],
         y0: list[Tensor],
         ends: tuple[Any, Any],

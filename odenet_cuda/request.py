@@ -37,6 +37,7 @@ from .resume import resumed_from
 from .solution import Solution
 from .solvers.domain import check_start
 from .solvers.progress import find_tqdm
+from .solvers.scipy_solver import ScipyMethod
 from .solvers.start import Resumed
 from .step_control import STEP_CONTROLS, StepControl
 
@@ -87,6 +88,9 @@ def _settings(
     step_size: float | None,
     grid_constructor: Callable | None,
     perturb: bool,
+    max_iters: int | None,
+    max_order: int | None,
+    solver: str | None,
     cuda_graph: bool | str,
     interp: str,
     regularizers: Sequence[str],
@@ -105,6 +109,9 @@ def _settings(
         step_size=None if step_size is None else float(step_size),
         grid_constructor=grid_constructor,
         perturb=perturb,
+        max_iters=max_iters,
+        max_order=max_order,
+        solver=solver,
         cuda_graph=_graph_mode(cuda_graph),
         interp=interp,
         progress="solve" if progress else "",
@@ -209,6 +216,13 @@ class Request:
     def _make(self) -> None:
         t, rtol, atol, norm, adjoint = self.given
         settings, structure, func = self.settings, self.structure, self.func
+        if isinstance(settings.options.tableau, ScipyMethod):
+            for name, asked in (
+                ("events", self.events is not None),
+                ("gradient='quadrature'", settings.gradient == "quadrature"),
+            ):
+                if asked:
+                    raise NotImplementedError(f"{name}: not served by method='scipy_solver', which solves outside of torch")
         options, per_sample = settings.options, settings.per_sample
         if per_sample:
             check_samples(structure)

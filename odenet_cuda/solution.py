@@ -11,7 +11,19 @@ from torch import Tensor
 from .interpolant import Interpolant
 from .ops import FIELDS
 from .problem import OwnTimes, times_as_tensor, to_device
-from .step_control import MAX_NUM_STEPS, NON_FINITE, OUTSIDE, RUNNING, SUCCESS, UNDERFLOW
+from .step_control import (
+    MAX_NUM_STEPS,
+    NON_FINITE,
+    NON_FINITE_JACOBIAN,
+    NOT_CONVERGED,
+    OUTSIDE,
+    RUNNING,
+    SCIPY_FAILED,
+    SINGULAR,
+    STEP_FAILURES,
+    SUCCESS,
+    UNDERFLOW,
+)
 
 STATUS_WORDS = {
     RUNNING: "interrupted",
@@ -20,6 +32,16 @@ STATUS_WORDS = {
     NON_FINITE: "non-finite values",
     MAX_NUM_STEPS: "max_num_steps exceeded",
     OUTSIDE: "outside the domain of valid",
+    NOT_CONVERGED: "no convergence",
+    SINGULAR: "singular matrix",
+    NON_FINITE_JACOBIAN: "non-finite Jacobian",
+    SCIPY_FAILED: "scipy failed",
+}
+_BEGINNINGS = {
+    NON_FINITE: "non-finite values in state `y`: the state or its slope is infinite or not a number",
+    NOT_CONVERGED: "no convergence: Newton's method did not solve the stages of the step in max_iters iterations",
+    SINGULAR: "singular matrix: I - dt a df/dy of Newton's method has no inverse",
+    NON_FINITE_JACOBIAN: "non-finite Jacobian: df/dy of func is infinite or not a number",
 }
 _REMEDIES = {
     UNDERFLOW: "the error test cannot be met however small the step: loosen rtol and atol, solve in float64, give the "
@@ -30,16 +52,24 @@ _REMEDIES = {
     "explicit method is often stiff",
     OUTSIDE: "the solution itself leaves the domain here: look at func and y0, tighten rtol and atol, or let valid allow for "
     "the error of a step (y > -atol for y > 0)",
+    NOT_CONVERGED: "take smaller steps (step_size, or more times in t), raise max_iters, or use an adaptive method for stiff "
+    "systems, such as rodas5p",
+    SINGULAR: "take another step size (step_size): the equations of a step of this one have no solution, or many",
+    NON_FINITE_JACOBIAN: "look in func for a derivative that is infinite at this state, such as that of a root at zero, or for "
+    "a division of zero by zero",
+    SCIPY_FAILED: "loosen rtol and atol, take another solver in options, or a method of this package, such as rodas5p",
 }
 
 
 class SolverError(AssertionError):
     """A solve that could not be finished.
 
-    status: ``"underflow in dt"``, ``"non-finite values"``, ``"max_num_steps exceeded"`` or
-    ``"outside the domain of valid"``. sample: index of the first row
-    that failed, or None under joint control. t, dt: time reached and last step tried. y: the last accepted state, as the
-    user gave it. solution: everything known, with NaN where an output was not reached.
+    status: ``"underflow in dt"``, ``"non-finite values"``, ``"max_num_steps exceeded"``, ``"outside the domain of valid"``,
+    ``"scipy failed"``, or of an implicit method on a grid ``"no convergence"``, ``"singular matrix"``, ``"non-finite
+    Jacobian"``.
+    sample: index of the first row that failed, or None under joint control; of an implicit method on a grid the sample whose
+    equations they are, or None where func couples samples. t, dt: time reached and last step tried. y: the last accepted
+    state, as the user gave it. solution: everything known, with NaN where an output was not reached.
     """
 
     def __init__(self, message: str, *, status: str, sample: int | None, t: float, dt: float, solution: "Solution"):
@@ -197,9 +227,10 @@ class Solution:
         return f"Solution(status={self.status!r}, engine={self.engine!r}, {self.stats}, ys={self.ys})"
 
 
-def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> None:
-    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. No frame keeps the exception, whose traceback
-    keeps the frames: func would be gone with the garbage collector only."""
+def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int, trajectory: Any = None) -> None:
+    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. trajectory: of the solve, where it may
+    know more. No frame keeps the exception, whose traceback keeps the frames: func would be gone with the garbage collector
+    only."""
     status = state[FIELDS["status"]]
     failed = np.flatnonzero(status != SUCCESS)
     if len(failed) == 0:
@@ -207,17 +238,20 @@ def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> 
     row = int(failed[0])
     code = int(status[row])
     t, dt = float(state[FIELDS["time"], row]), float(state[FIELDS["last_dt"], row])
-    sample = row if solution.per_sample else None
+    sample = row if solution.per_sample else getattr(trajectory, "system", None)
     if code == UNDERFLOW:
         start = f"underflow in dt {state[FIELDS['proposal'], row]:.3g}"
-    elif code == NON_FINITE:
-        start = "non-finite values in state `y`: the state or its slope is infinite or not a number"
     elif code == OUTSIDE:
         start = f"outside the domain of valid: every step ends there, down to dt {abs(dt):.3g}"
+    elif code in STEP_FAILURES:
+        start = _BEGINNINGS[code]
+    elif code == SCIPY_FAILED:
+        start = trajectory.words
     else:
         start = f"max_num_steps exceeded ({max_num_steps}>={max_num_steps})"
     where = f"at t = {t:.9g}, last step tried {dt:.3g}"
     if sample is not None:
-        where = f"in sample {sample} of {len(status)} ({len(failed)} failed) {where}"
+        count = f" of {len(status)} ({len(failed)} failed)" if solution.per_sample else ""
+        where = f"in sample {sample}{count} {where}"
     message = f"{start}; {where}. Remedy: {_REMEDIES[code]}. The last accepted state is in `y` of this exception."
     raise SolverError(message, status=STATUS_WORDS[code], sample=sample, t=t, dt=dt, solution=solution)

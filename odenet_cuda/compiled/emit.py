@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..rosenbrock import rosenbrock_of
-from ..tableau import ButcherTableau, StepFunction
+from ..tableau import ButcherTableau, Method, StepFunction
 from .function_text import needed_for
 from .functions import Function, functions_for
 from .program import Program, Refs
 from .team_text import Memory
 from .teams import Team
 
-Method = ButcherTableau | StepFunction
 SOLVES = ("per_sample", "joint", "grid", "adjoint_per_sample", "adjoint_joint", "adjoint_grid", "reverse")
 
 

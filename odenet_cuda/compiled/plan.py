@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .. import _C
 from ..problem import Structure
+from ..tableau import Method
 from .build import load as load_text
 from .check import check_program
 from .compilers import Refused
 from .constants import Constants
-from .emit import Method, Target, emit, kept_buffers, tap_layout
+from .emit import Target, emit, kept_buffers, tap_layout
 from .field_program import FieldProgram
 from .functions import TooLarge, functions_for
 from .gradient_sums import GradientSums

@@ -19,8 +19,8 @@ from .. import _C
 from ..integrate import Grid, Options
 from ..problem import Problem, to_device
 from ..solvers.start import stop_table
-from ..tableau import StepFunction
-from .emit import Method, Target
+from ..tableau import Method, StepFunction
+from .emit import Target
 from .plan import Plan
 from .teams import Card
 

@@ -17,7 +17,7 @@ from ..graphed.capture import captured
 from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
 from ..stepper import Stepper
-from ..tableau import ButcherTableau
+from ..tableau import ButcherTableau, Method
 from .events import EventWatch
 from .trajectory import Evaluation, Output, Recorder, Step, Trajectory
 
@@ -48,7 +48,7 @@ class Plan:
     inside: list[list[tuple[int, list[float]]]]
 
 
-def plan_of(nodes: list[float], t: list[float], direction: float, tableau: ButcherTableau) -> Plan:
+def plan_of(nodes: list[float], t: list[float], direction: float, tableau: Method) -> Plan:
     """The plan of a grid; of the last short ones it is there already."""
     if len(nodes) + len(t) > _SHORT or torch.compiler.is_compiling():
         return _make_plan(nodes, t, direction, tableau)
@@ -59,12 +59,12 @@ _SHORT = 2048  # times in a plan that is kept
 
 
 @lru_cache(maxsize=32)
-def _kept_plan(nodes: bytes, t: bytes, direction: float, tableau: ButcherTableau) -> Plan:
+def _kept_plan(nodes: bytes, t: bytes, direction: float, tableau: Method) -> Plan:
     """By the bits of the numbers, for -0.0 is not 0.0 to func."""
     return _make_plan(np.frombuffer(nodes).tolist(), np.frombuffer(t).tolist(), direction, tableau)
 
 
-def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: ButcherTableau) -> Plan:
+def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: Method) -> Plan:
     outputs = outputs_of_steps(nodes, t, direction)
     landed, inside = [], []
     for of_step in outputs:
@@ -79,7 +79,7 @@ def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: Bu
     return Plan(dts, times, times.astype(np.float32), outputs, landed, inside)
 
 
-def stage_times(plan: Plan, tableau: ButcherTableau, real: torch.dtype, beside: float) -> Tensor:
+def stage_times(plan: Plan, tableau: Method, real: torch.dtype, beside: float) -> Tensor:
     """Times at which the stages are evaluated, [steps * stages], in memory of their own. beside: the direction of the solve
     where those at the ends of a step lie just inside, else 0."""
     exact = real is not torch.float32 or torch.compiler.is_compiling()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..interpolant import DenseStep
 from ..ops import FIELDS
 from ..problem import OwnTimes, to_device
-from ..tableau import ButcherTableau
+from ..tableau import Method
 from .checkpoints import Checkpoints
 
 
@@ -19,8 +19,9 @@ from .checkpoints import Checkpoints
 class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
-    the next solve may write. steps: taken on a grid, 0 for all. seen: the state as a NumPy array, once the host has waited.
-    slope: with which the next step would begin, a tensor a leaf; none where it is not known."""
+    the next solve may write. steps: taken on a grid, 0 for all. system: that of a step on a grid that failed, see `StepFailed`.
+    words: why it failed, where no code says so. seen: the state as a NumPy array, once the host has waited. slope: with which
+    the next step would begin, a tensor a leaf; none where it is not known."""
 
     ys: list[Tensor]
     last: list[Tensor]
@@ -28,6 +29,8 @@ class Trajectory:
     sums: Sequence[Tensor] = ()
     call: "Evaluation | None" = None
     steps: int = 0
+    system: int | None = None
+    words: str = ""
     seen: Any = None
     slope: Sequence[Tensor] = ()
 
@@ -125,7 +128,7 @@ class Recorder:
 
     def __init__(
         self,
-        tableau: ButcherTableau,
+        tableau: Method,
         t: Any,
         per_sample: bool,
         leaves: int,
