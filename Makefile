@@ -37,6 +37,17 @@ test-grid: $(SETUP)
 build-oldest: $(SETUP)
 	$(BIN)/python tests/oldest_torch.py
 
+# The documentation, in build/docs; every warning is an error.
+DOCS_SETUP ?= $(if $(SETUP),$(VENV)/docs)
+.PHONY: docs
+docs: $(DOCS_SETUP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[docs]"
+	touch $@
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
