@@ -170,6 +170,11 @@ def odeint_event(
     return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
 
 
+def known_options(method: str) -> frozenset[str]:
+    """The keys of options that this method takes; of others it warns."""
+    return frozenset([*_COMMON, *((*_ADAPTIVE_OPTIONS, "dtype") if method in ADAPTIVE else (*_FIXED_OPTIONS, "norm"))])
+
+
 def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = True) -> dict[str, Any]:
     """What `solve` takes by name, from torchdiffeq's options; those that the method does not know are warned of."""
     find_method(method)
