@@ -38,10 +38,13 @@ def check_printed(block: str, output: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_page_runs(page, quick_compiler, one_thread, monkeypatch):
+def test_page_runs(page, quick_compiler, one_thread, monkeypatch, tmp_path):
     """Its blocks, one after another in one namespace, as in a program in which nobody has called `set_compile`."""
     monkeypatch.setattr(compilation, "_asked", None)
     monkeypatch.setattr(sys, "argv", [page.stem])
+    monkeypatch.chdir(tmp_path)  # where it may write
+    if page.stem == "plots":
+        pytest.importorskip("matplotlib")
     torch.manual_seed(0)
     namespace: dict = {"__name__": "page"}
     for line, block in blocks(page):
