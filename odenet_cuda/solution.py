@@ -1,14 +1,14 @@
 """What a solve gives back: Solution, its statistics, and the exception of a failed solve."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .attempts import Attempts
-from .interpolant import Interpolant
+from .interpolant import Interpolant, State
 from .ops import FIELDS
 from .printing import facts, table
 from .problem import OwnTimes, times_as_tensor, to_device
@@ -88,7 +88,7 @@ class Stats:
         )
 
 
-class Solution:
+class Solution(Generic[State]):
     """The result of `solve`.
 
     ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64; [batch, T] where
@@ -105,22 +105,22 @@ class Solution:
 
     def __init__(
         self,
-        ys: Any,
+        ys: State,
         times: Any,
         stats: Stats,
-        y_last: Any,
+        y_last: State,
         *,
         device: torch.device,
         per_sample: bool = False,
         state: Tensor | None = None,
-        interpolant: Interpolant | None = None,
+        interpolant: Interpolant[State] | None = None,
     ):
         """times: on this device, once asked for. state: of the solver, None on a grid."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
         self.attempts: Attempts | None = None
         self.event_t: Tensor | None = None
-        self.event_y: Any = None
+        self.event_y: State | None = None
         self.event_index: Tensor | None = None
         self._event_column: Tensor | None = None
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
