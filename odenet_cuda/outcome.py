@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attempts import attempts_of
 from .interpolant import Interpolant
 from .ops import FIELDS
 from .problem import Problem
@@ -96,4 +97,5 @@ def solution_of(
         solution.interpolant = Interpolant(
             request.options.tableau, recorder.dense_steps, start, ends, unflatten, problem.per_sample
         )
+        solution.attempts = attempts_of(recorder.tried, problem.per_sample)
     return solution

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .interpolant import Interpolant
+from .attempts import Attempts
+from .interpolant import Interpolant, State
 from .ops import FIELDS
+from .printing import facts, table
 from .problem import OwnTimes, times_as_tensor, to_device
 from .step_control import (
     MAX_NUM_STEPS,
@@ -126,7 +128,7 @@ class Stats:
         )
 
 
-class Solution:
+class Solution(Generic[State]):
     """The result of `solve`.
 
     ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64; [batch, T] where
@@ -140,6 +142,7 @@ class Solution:
     events they have the events on axis 0, and the state is that before its change.
     engine: which one served, "transformed", "compiled", "graphed", "plain" or "stepper". explanation: why each that was asked
     before it did not, by its name.
+    attempts: with ``dense=True`` of an adaptive solve every step that was tried, see `Attempts`; else None.
 
     t_last: the time of y_last, where the solve ended, failed, or was interrupted: from there ``solve(..., resume=solution)``
     goes on, to the times that `times_ahead` gives.
@@ -147,23 +150,24 @@ class Solution:
 
     def __init__(
         self,
-        ys: Any,
+        ys: State,
         times: Any,
         stats: Stats,
-        y_last: Any,
+        y_last: State,
         *,
         device: torch.device,
         per_sample: bool = False,
         state: Tensor | None = None,
-        interpolant: Interpolant | None = None,
+        interpolant: Interpolant[State] | None = None,
         slope: Sequence[Tensor] = (),
     ):
         """times: on this device, once asked for. state: of the solver, None on a grid. slope: the first of the next step."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
         self.integrals: Any = None
+        self.attempts: Attempts | None = None
         self.event_t: Tensor | None = None
-        self.event_y: Any = None
+        self.event_y: State | None = None
         self.event_index: Tensor | None = None
         self._event_column: Tensor | None = None
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
@@ -223,8 +227,29 @@ class Solution:
         words = [STATUS_WORDS[int(code)] for code in self._state[FIELDS["status"]].tolist()]
         return words if self.per_sample else words[0]
 
+    def plot(self, sample: int = 0, components: Sequence[int] | None = None) -> Any:
+        """A figure of the state over time, and, after ``dense=True``, of the steps: their sizes, error ratios and rejections.
+
+        sample: which row of axis 0, where the state has more than one axis. components: which of its numbers, at most eight
+        unless given. Returns a matplotlib Figure, which a notebook shows and ``savefig`` writes. Raises ImportError without
+        matplotlib, and ValueError where there is no such sample or component.
+        """
+        from .plot import plot
+
+        return plot(self, sample, components)
+
+    def plot_phase(self, x: int = 0, y: int = 1, samples: Sequence[int] | None = None) -> Any:
+        """A figure of one number of the state over another. samples: rows of axis 0, at most 64 unless given. See `plot`."""
+        from .plot import plot_phase
+
+        return plot_phase(self, x, y, samples)
+
     def __repr__(self) -> str:
-        return f"Solution(status={self.status!r}, engine={self.engine!r}, {self.stats}, ys={self.ys})"
+        return f"Solution({', '.join(f'{name}={words}' for name, words in facts(self).items())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return table("Solution", facts(self))
 
 
 def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int, trajectory: Any = None) -> None:

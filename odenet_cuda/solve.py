@@ -9,6 +9,7 @@ from torch import Tensor
 from .compiled.compilation import check_compile
 from .engines import serve
 from .event import Event, Events, Jump, check_events, check_jumps
+from .interpolant import State
 from .methods import on_host
 from .problem import with_arguments
 from .request import Request, settings_of
@@ -22,7 +23,7 @@ from .transforms import between_graphs
 @between_graphs(lambda *args, method="dopri5", **kwargs: on_host(method))
 def solve(
     func: Callable[..., Any],
-    y0: Any,
+    y0: State,
     t: Any,
     *,
     args: Sequence[Any] = (),
@@ -70,7 +71,7 @@ def solve(
     save: Callable[..., Any] | None = None,
     every: int | None = None,
     progress: bool = False,
-) -> Solution:
+) -> Solution[State]:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
     func: called as ``func(t, y)``; returns dy/dt in the structure of y. t is a 0-dimensional tensor of y's real type, under

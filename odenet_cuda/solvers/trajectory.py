@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attempts import TOLD
 from ..interpolant import DenseStep
 from ..ops import FIELDS
 from ..problem import OwnTimes, to_device
@@ -150,6 +151,7 @@ class Recorder:
         self.every_slope = dense  # whether that at the end of the last step is needed too
         self.tape: list[Step | Evaluation] = []
         self.dense_steps: list[DenseStep] = []
+        self.tried: list[np.ndarray] = []  # what `Attempts` tells of each step that was tried, where dense
         self._first: Any = None
         self._mode = torch.enable_grad() if graphs else torch.no_grad()
         self.owned = False  # the states that it is handed are its own: nobody writes into them
@@ -202,6 +204,8 @@ class Recorder:
         """After an adaptive step, before the move to the next. host: the solver state. slopes: [stages][leaves]."""
         if self.drawn and not host[_ACCEPT, 0]:
             self.drawn.clear()
+        if self.dense:
+            self.tried.append(host[TOLD])
         if self.per_sample:
             self._step_of_rows(host, evaluations, slopes, y0, times)
         elif host[_ACCEPT, 0]:
