@@ -123,6 +123,28 @@ def test_long_times_float32_and_times_of_each_sample():
     assert torch.allclose(found.ys[-1], torch.ones(3, 2, dtype=D), atol=1e-7)
 
 
+class Driven(nn.Module):
+    """Pulled to a wave at a rate of each sample; what is linear in t alone, and a second leaf that jumps in time."""
+
+    def forward(self, t: Tensor, y: tuple[Tensor, Tensor], k: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = y
+        time = t.reshape(-1, 1)
+        return -k * (a - torch.sin(3 * time)), a - b * torch.exp(-time) + 2 * time + torch.where(time > 0.7, 1.0, 0.0)
+
+
+@every_method
+@every_control
+def test_func_depends_on_the_time(method: str, control: str):
+    """df/dt is recorded beside the rows of df/dy."""
+    y0 = (torch.rand(5, 2, generator=torch.Generator().manual_seed(3), dtype=D), torch.zeros(5, 2, dtype=D))
+    k = torch.logspace(0, 4, 5, dtype=D)[:, None]
+    found, expected = both(Driven(), y0, [0.0, 0.5, 0.7, 1.5], args=(k,), method=method, rtol=1e-4, atol=1e-6, jump_t=[0.7],
+                           step_control=control)  # fmt: skip
+    for x, y in zip(found.ys, expected.ys, strict=True):
+        assert torch.allclose(x, y, rtol=1e-8, atol=1e-10)
+    assert torch.equal(torch.as_tensor(found.stats.num_accepted), torch.as_tensor(expected.stats.num_accepted))
+
+
 def test_a_discontinuity():
     class Switched(nn.Module):
         def forward(self, t: Tensor, y: Tensor) -> Tensor:
@@ -168,8 +190,7 @@ def test_adjoint_by_an_explicit_method():
 def test_what_is_refused_in_words():
     y0 = torch.ones(2, 1, dtype=D)
     with torch.no_grad():
-        timed = solve(odenet_cuda.compile(lambda t, y: -y + t), y0, [0.0, 1.0], method="rodas5p")
         wide = solve(odenet_cuda.compile(lambda t, y: -y), torch.ones(2, 40, dtype=D), [0.0, 1.0], method="rodas5p")
     recorded = solve(odenet_cuda.compile(lambda t, y: -y), y0.requires_grad_(), [0.0, 1.0], method="rodas5p")
-    for solution, words in ((timed, "df/dt"), (wide, "at most 32"), (recorded, "second derivatives")):
+    for solution, words in ((wide, "at most 32"), (recorded, "second derivatives")):
         assert solution.engine == "stepper" and words in solution.explanation["compiled"]

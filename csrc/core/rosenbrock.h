@@ -1,10 +1,10 @@
 // The step of a Rosenbrock method, for stiff systems (Hairer and Wanner, Solving Ordinary Differential Equations II,
 // IV.7): all stages solve linear systems with one matrix, that of each lane.
 //
-//   (1 - gamma dt f_y) k_i = gamma (f(y0 + dt sum_j a_ij k_j) + sum_j g_ij k_j),   y1 = y0 + dt sum_i b_i k_i
+//   (1 - gamma dt f_y) k_i = gamma (f(t0 + c_i dt, y0 + dt sum_j a_ij k_j) + sum_j g_ij k_j + d_i dt f_t)
 //
-// k_0 = f(t0, y0) and the last slope, f(t1, y1), stand beside the k_i, so that error, interpolant and control are those
-// of explicit methods. Only for an f that does not depend on the time.
+// and y1 = y0 + dt sum_i b_i k_i. k_0 = f(t0, y0) and the last slope, f(t1, y1), stand beside the k_i, so that error,
+// interpolant and control are those of explicit methods.
 #pragma once
 
 #include "tile.h"
@@ -67,29 +67,32 @@ ODENET_CALLED void solve_factorised(const Factors<P, N>& f, P* x) {
   }
 }
 
-// 1 - gamma dt f_y, row by row: each is a product with a unit vector.
+// 1 - gamma dt f_y, row by row: each is a product with a unit vector. by_time: dt f_t, where f depends on the time.
 template <class M, class P>
-ODENET_CALLED void matrix_of_step(const SolveCall& in, const Tile<M, P>& x, const P& dt, Factors<P, M::state>& f) {
+ODENET_CALLED void matrix_of_step(const SolveCall& in, const Tile<M, P>& x, const P& dt, const P& time,
+                                  Factors<P, M::state>& f, P* by_time) {
   using T = Number<P>;
   const P scale = dt * T(-M::gamma);
   P one[M::state];
   for (int n = 0; n < M::state; ++n) one[n] = P(T(0));
   for (int r = 0; r < M::state; ++r) {
     one[r] = P(T(1));
-    M::row(in, P(T(0)), x.y, x.arguments, one, f.at[r]);
+    M::row(in, time, x.y, x.arguments, one, f.at[r], by_time + r);
+    if constexpr (M::by_time) by_time[r] = by_time[r] * dt;
     one[r] = P(T(0));
     for (int j = 0; j < M::state; ++j) f.at[r][j] = f.at[r][j] * scale;
     f.at[r][r] = f.at[r][r] + T(1);
   }
 }
 
-template <class M, class P>
-ODENET_HD void try_rosenbrock(const SolveCall& in, Tile<M, P>& x, const P& dt) {
+template <class M, class P, class TimeOf>
+ODENET_HD void try_rosenbrock(const SolveCall& in, Tile<M, P>& x, const P& dt, const TimeOf& time_of) {
   using T = Number<P>;
   constexpr int N = M::state, S = M::stages;
-  const P none(T(0));
+  const auto time_at = [&](double node) { return M::timed ? time_of(node) : P(T(0)); };
   Factors<P, N> f;
-  matrix_of_step(in, x, dt, f);
+  P by_time[N];
+  matrix_of_step(in, x, dt, time_at(0), f, by_time);
   factorise(f);
   P slope[N];
   unrolled<S - 2>([&](auto before) {
@@ -99,8 +102,11 @@ ODENET_HD void try_rosenbrock(const SolveCall& in, Tile<M, P>& x, const P& dt) {
     } else {
       P y[N];
       for (int n = 0; n < N; ++n) y[n] = fused(dt, weigh<i>(x.k, n, [](int j) { return M::a(i, j); }), x.y[n]);
-      M::field(in, none, y, x.arguments, slope, x.taps[0]);
+      M::field(in, time_at(M::c(i)), y, x.arguments, slope, x.taps[0]);
       for (int n = 0; n < N; ++n) x.k[i][n] = slope[n] + weigh<i>(x.k, n, [](int j) { return M::g(i, j); });
+    }
+    if constexpr (M::by_time && M::d(i) != 0) {
+      for (int n = 0; n < N; ++n) x.k[i][n] = fused(by_time[n], T(M::d(i)), x.k[i][n]);
     }
     solve_factorised(f, x.k[i]);
     for (int n = 0; n < N; ++n) x.k[i][n] = x.k[i][n] * T(M::gamma);
@@ -111,7 +117,7 @@ ODENET_HD void try_rosenbrock(const SolveCall& in, Tile<M, P>& x, const P& dt) {
   if constexpr (M::ends_in_y1) {
     for (int n = 0; n < N; ++n) x.k[S - 1][n] = slope[n];
   } else {
-    M::field(in, none, x.y1, x.arguments, x.k[S - 1], x.taps[0]);
+    M::field(in, time_at(1), x.y1, x.arguments, x.k[S - 1], x.taps[0]);
   }
 }
 

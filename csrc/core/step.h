@@ -10,7 +10,7 @@ namespace ODENET_LEVEL {
 template <class M, class P, class TimeOf>
 ODENET_HD void try_step(const SolveCall& in, Tile<M, P>& x, const P& dt, const TimeOf& time_of) {
   if constexpr (M::implicit) {
-    try_rosenbrock(in, x, dt);
+    try_rosenbrock(in, x, dt, time_of);
     return;
   }
   unrolled<M::stages - 1>([&](auto before) {

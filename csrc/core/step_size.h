@@ -32,7 +32,8 @@ enum Field : int {
   kStepsSinceOutput,
   kProposal,   // step size the controller asked for, before landing shortened it
   kDirection,  // +1: time increases, -1: it decreases
-  kNextSize,   // step size that the controller goes on with, also where the row has ended: a solve that resumes begins so
+  kNextSize,   // step size that the controller goes on with, also where the row has ended: a solve that resumes begins
+               // so
   kNumFields
 };
 

@@ -104,7 +104,7 @@ def run_program(program: Program, inputs: dict[str, np.ndarray], constants: list
             places = s.offset + s.row * np.arange(s.rows)[:, None] + s.column * np.arange(s.columns)
             memory[s.out][:] = read(s.x) @ memory[s.weight][0][places].T + (0 if s.bias is None else read(s.bias))
     program_read = read
-    return [program_read(refs) for refs in (program.slopes, program.products, program.argument_products)]
+    return [program_read(x) for x in (program.slopes, program.products, program.argument_products, program.time_product)]
 
 
 # Times, and how many samples there are, where a program is checked: with the tensors of func as they are, then with others.
@@ -191,15 +191,16 @@ def _check_at(
     given = list(args)
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]
+    at = t.detach().clone().requires_grad_(plan.recording.by_time)
     with torch.enable_grad(), others:
-        slopes = structure.flatten(func(t, structure.unflatten(leaves), *given))
+        slopes = structure.flatten(func(at, structure.unflatten(leaves), *given))
         used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
-        found = [torch.zeros_like(x) for x in (*leaves, *samples)]
-        sources = [x for x in (*leaves, *samples) if x.requires_grad]
+        found = [torch.zeros_like(x) for x in (*leaves, *samples, at)]
+        sources = [x for x in (*leaves, *samples, at) if x.requires_grad]
         if used:
             grads = torch.autograd.grad([x for x, _ in used], sources, [p for _, p in used], allow_unused=True)
             known = {id(x): grad for x, grad in zip(sources, grads, strict=True) if grad is not None}
-            found = [known.get(id(x), zero) for x, zero in zip((*leaves, *samples), found, strict=True)]
+            found = [known.get(id(x), zero) for x, zero in zip((*leaves, *samples, at), found, strict=True)]
     alone = _without_gradients(func, structure, t, leaves, given, others)
 
     def flat(parts: Sequence[Tensor]) -> np.ndarray:
@@ -214,11 +215,21 @@ def _check_at(
     arrays = [plan.array(node, seen).cpu().clone().numpy() for node in plan.program.constants]
     with np.errstate(all="ignore"):
         results = run_program(plan.program, inputs, [a if a.dtype == bool else a.astype(float) for a in arrays])
-    wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) :])]
+    wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) : -1])]
+    by_time = results.pop()  # of a common time func gives the sum over the samples
+    if by_time.size:
+        results.append(by_time if t.dim() else by_time.sum(0, keepdims=True))
+        wanted.append(found[-1].detach().double().cpu().reshape(-1, 1).numpy())
     results += [results[0]] * len(alone)
     wanted += [flat(slopes) for slopes in alone]
     tolerance = 1e-9 if plan.dtype == torch.float64 else 1e-3  # some 1e7 roundings
-    names = ("slopes", "products", "products", *["slopes where no gradient is wanted"] * len(alone))
+    names = (
+        "slopes",
+        "products",
+        "products",
+        *["df/dt"] * bool(by_time.size),
+        *["slopes where no gradient is wanted"] * len(alone),
+    )
     for what, got, expected in zip(names, results, wanted, strict=True):
         # Where func is not finite, float32 and the NumPy here may differ in how; elsewhere each sample has its own scale.
         known = np.isfinite(expected)

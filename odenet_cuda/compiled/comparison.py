@@ -23,6 +23,7 @@ _CHANGE = 4
 _ROWS = 64  # samples among which those of the trials are
 _MANY = 1 << 18  # numbers in a state, of which not all are compared again
 _STEP = 0.1  # of the state, about: what a step of a trial changes
+_NEAR = 1e-3  # of the times at which trials of an implicit method begin
 _STIFF = 0.5  # the largest step times the field's rate of change, so that a step magnifies rounding by little
 
 
@@ -48,8 +49,8 @@ class Comparison:
         self.t0, self.t1 = engine.problem.interval
         self.span, self.direction = abs(self.t1 - self.t0), -1.0 if self.t1 < self.t0 else 1.0
         self.implicit = not isinstance(engine.kind.tableau, ButcherTableau)
-        if self.implicit:  # func does not depend on the time, and far from zero no two times are as close as steps must be
-            self.t1 = self.t0
+        if self.implicit:  # far from zero no two times are as close as steps may have to be
+            self.t1 = self.t0 + self.direction * min(self.span, _NEAR)
         eps = torch.finfo(self.dtype).eps
         if engine.cuda and engine.matmul != "float32" and self.dtype == torch.float32:
             eps = {"tf32": 2.0**-11, "bf16": 2.0**-8}[engine.matmul]

@@ -99,6 +99,7 @@ def _method(method: Method) -> str:
             f"  static constexpr bool implicit = true, ends_in_y1 = {'true' if step.ends_in_y1 else 'false'};\n"
             f"  static constexpr double gamma = {step.gamma!r};\n"
             + _table("g", "int i, int j", _triangle(((), *[(0.0, *row) for row in step.g])))
+            + _table("d", "int i", [(f"i == {i}", weight) for i, weight in enumerate(step.d, 1)])
         )
     p = [(f"j == {j} && d == {d}", tableau.p[j][d]) for j in range(s) for d in range(len(tableau.p[0]))]
     one = {name: [(f"j == {j}", values[j]) for j in range(s)] for name, values in (("b", tableau.b), ("c", tableau.c))}
@@ -152,6 +153,7 @@ def emit(
         f"  static constexpr int state = {state}, parts = 1, arguments = {arguments}, leaves = {len(leaf_sizes)}, taps = 0;\n"
         f"  static constexpr int taps_of_product = {len(taps)}, kept = {kept[1]};\n"
         f"  static constexpr bool timed = {'true' if timed else 'false'};\n"
+        f"  static constexpr bool by_time = {'true' if len(program.time_product) else 'false'};\n"
         f"  ODENET_HD static constexpr int leaf_end(int i) {{\n{leaf_end}    return 0;\n  }}\n"
         f"{_method(tableau)}{bodies}}};\n\n"
         "}  // namespace ODENET_LEVEL\n\n"

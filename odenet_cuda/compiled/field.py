@@ -51,7 +51,7 @@ class CompiledField(nn.Module):
     def plan(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
         """That of solves of such states. Raises Unreadable."""
         kind = self._plans.kind(structure, args, per_sample, self._cuda)
-        return self._plans.find(self.func, kind, structure, args, per_sample)
+        return self._plans.find(self.func, kind, structure, args)
 
     def reset(self) -> None:
         """Forgets what was read."""

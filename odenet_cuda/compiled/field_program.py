@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from ..problem import Structure
 from .constants import Layout, sources_of
-from .function_text import needed_for
 from .lower import Lowering
 from .marks import Marks, same_bits
 from .memory import has_memory
@@ -29,7 +28,8 @@ _MOST_CUDA_BYTES = 32 << 10  # the same of a sample on CUDA, where a thread has 
 
 
 class FieldProgram:
-    """whole: the state has no axis of samples; it is one sample. batched: the arguments that have one entry a sample."""
+    """whole: the state has no axis of samples; it is one sample. batched: the arguments that have one entry a sample. by_time:
+    df/dt is recorded too."""
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class FieldProgram:
         reading: Reading,
         marks: Marks,
         pure: bool = False,
+        by_time: bool = False,
     ):
         self.whole = whole
         leaves = structure.leaves
@@ -49,7 +50,7 @@ class FieldProgram:
         self.state = sum(self.leaf_sizes)
         if max(self.leaf_sizes) > LARGEST:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
-        self.recording = self._record(Call(func, structure, t, [], whole), args, reading, marks, pure)
+        self.recording = self._record(Call(func, structure, t, [], whole, by_time=by_time), args, reading, marks, pure)
         self.batched, args = self.recording.batched, self.rows.of(args)
         self.argument_sizes = [args[i][:1].numel() for i in self.batched]
         self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
@@ -95,12 +96,6 @@ class FieldProgram:
             else self.program.buffers[s.out].size * 4
             for s in self.program.statements
         )
-
-    @property
-    def timed(self) -> bool:
-        """Whether the slopes depend on the time."""
-        _, used = needed_for(self.program, [self.program.slopes], set())
-        return any([self.program.buffers[b].name == "t" for b in used])
 
     # Constants
 

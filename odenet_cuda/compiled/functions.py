@@ -61,7 +61,10 @@ def _functions(
     slope, gradient = [("dy", program.slopes)], [("gy", program.products), ("taps", taps)]
     functions = [Function("field", f"{head}, P* dy, P*", write(slope))]
     if implicit:
-        functions.append(Function("row", f"{head}, const P* g, P* gy", write(gradient[:1])))
+        results = [*gradient[:1], ("gt", program.time_product)]
+        functions.append(
+            Function("row", f"{head}, const P* g, P* gy, P*" + " gt" * bool(len(program.time_product)), write(results))
+        )
     if solve == "reverse":
         functions += [
             Function("product", f"{head}, const P* g, P* gy, P* taps", write(gradient)),

@@ -104,6 +104,10 @@ class Lowering(Lowered):
         assert len(program.slopes) == state
         program.products = flat(outputs[n : 2 * n], 0)
         program.argument_products = flat(outputs[2 * n : 2 * n + m], 1)
+        if self.recording.by_time and (by_time := outputs.pop()) is not None:
+            found = self.values[by_time]
+            refs = self.sums.addend(by_time) if isinstance(found, Summed) else self.as_sample(by_time).refs
+            program.time_product = refs.reshape(-1)
         self.gradients: list[fx.Node | None] = []
         for value in outputs[2 * n + m :]:
             kind = None if value is None else self.values[value]

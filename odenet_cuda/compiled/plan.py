@@ -46,11 +46,12 @@ class Plan(FieldProgram):
         reading: "Reading | None" = None,
         per_sample: bool = False,
         pure: bool = False,
+        by_time: bool = False,
     ):
         reading = reading or Reading(func, args)
         t = torch.zeros((), dtype=structure.leaves[0].dtype, device=structure.leaves[0].device)
         with reading.unmarked(t.device) as marks:
-            super().__init__(func, structure, t, args, whole, reading, marks, pure)
+            super().__init__(func, structure, t, args, whole, reading, marks, pure, by_time)
             with reading.numbers.given(args) as given:
                 self._check(self.rows.over(func), structure, t, self.rows.of(given), per_sample)
             self._check_marks(marks)

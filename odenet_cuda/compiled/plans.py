@@ -32,7 +32,7 @@ _turns = 0  # of readings that have begun and have ended
 
 class KindOfState:
     """What follows from types and shapes alone. kinds: for which there are plans, the second of a state that is one sample;
-    refusals: in words."""
+    refusals: in words. per_sample, by_time: of what is asked for, see `key_of_state`."""
 
     def __init__(self, key: tuple, structure: Structure, on_cuda: bool):
         leaves = structure.leaves
@@ -44,6 +44,7 @@ class KindOfState:
         kind = structure.spec, of_samples, tuple(given), *rest
         self.kinds = kind, (kind, tuple([leaf.shape for leaf in leaves]))
         self.empty = any(leaf.numel() == 0 for leaf in leaves)
+        self.per_sample, self.by_time = key[3:5]
         self.refusals: list[str] = []
         if leaves[0].device.type != "cpu" and not on_cuda:
             words = f"the state is on {leaves[0].device}; compile(func, cuda=True) serves it, which no GPU has run yet"
@@ -52,8 +53,9 @@ class KindOfState:
             self.refusals.append("the state is not all float32 or all float64")
 
 
-def key_of_state(structure: Structure, args: Sequence[Any], per_sample: bool) -> tuple:
-    """Shapes and types, by which a kind of state is found; what else a reading depends on is compared by the guards of each."""
+def key_of_state(structure: Structure, args: Sequence[Any], per_sample: bool, by_time: bool = False) -> tuple:
+    """Shapes and types, by which a kind of state is found; what else a reading depends on is compared by the guards of each.
+    by_time: df/dt is wanted."""
     leaves = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in structure.leaves])
     given: Any = ()
     if args:
@@ -67,7 +69,7 @@ def key_of_state(structure: Structure, args: Sequence[Any], per_sample: bool) ->
         )
     device = torch.get_default_device() if torch._C._len_torch_function_stack() else None
     spec = None if structure.single else structure.spec
-    return leaves, given, spec, per_sample, device, *[flag() for flag in _FLAGS]
+    return leaves, given, spec, per_sample, by_time, device, *[flag() for flag in _FLAGS]
 
 
 class Plans:
@@ -99,8 +101,10 @@ class Plans:
         """Solves that what has been read is still to serve, to be worth it; below 0: that it served besides."""
         return sum([readings.debt for readings in self._readings.values()])
 
-    def kind(self, structure: Structure, args: Sequence[Any], per_sample: bool, on_cuda: bool) -> KindOfState:
-        key = key_of_state(structure, args, per_sample)
+    def kind(
+        self, structure: Structure, args: Sequence[Any], per_sample: bool, on_cuda: bool, by_time: bool = False
+    ) -> KindOfState:
+        key = key_of_state(structure, args, per_sample, by_time)
         found = self._kinds.get(key)
         if found is None:
             if len(self._kinds) >= _MOST_KINDS:
@@ -108,7 +112,7 @@ class Plans:
             found = self._kinds[key] = KindOfState(key, structure, on_cuda)
         return found
 
-    def find(self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any], per_sample: bool) -> Plan:
+    def find(self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any]) -> Plan:
         """Raises Unreadable."""
         if self._read_of is None or not self._read_of(func):
             self.reset()
@@ -125,7 +129,7 @@ class Plans:
                 if found is None:
                     stale = [*self.kept.get(key, ()), *self.kept.get(whole, ())]
                     readings.begin(stale, args)
-                    found = self._read(func, structure, args, per_sample, stale)
+                    found = self._read(func, kind, structure, args, stale)
                     place = whole if isinstance(found, Refused) or found.whole else key
                     others = [plan for plan in self.kept.get(place, ()) if plan.guards.alive]
                     self.kept[place] = [found, *others[: _MOST_PLANS - 1]]
@@ -146,29 +150,32 @@ class Plans:
         return None
 
     @torch.inference_mode(False)
-    def _read(self, func: Any, structure: Structure, args: Sequence[Any], per_sample: bool, stale: list[Any]) -> Plan | Refused:
+    def _read(
+        self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any], stale: list[Any]
+    ) -> Plan | Refused:
         """stale: plans that were right once; numbers that are others now become arguments of the code."""
         numbers = stale[0].guards.changed_numbers(args) if stale else ()
-        found = self._read_with(func, structure, args, per_sample, numbers) if numbers else None
-        return found if isinstance(found, Plan) else self._read_with(func, structure, args, per_sample, ())
+        found = self._read_with(func, kind, structure, args, numbers) if numbers else None
+        return found if isinstance(found, Plan) else self._read_with(func, kind, structure, args, ())
 
     def _read_with(
-        self, func: Any, structure: Structure, args: Sequence[Any], per_sample: bool, numbers: Any
+        self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any], numbers: Any
     ) -> Plan | Refused:
-        leaves = structure.leaves
+        leaves, per_sample = structure.leaves, kind.per_sample
+        how = {"pure": self.pure, "by_time": kind.by_time}
         rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
         failure = Unreadable("the leaves of y0 have no common axis of samples")
         if len(rows) == 1 and None not in rows:
             try:
                 with _in_words():
-                    return Plan(func, structure, args, False, Reading(func, args, numbers, leaves[0]), per_sample, self.pure)
+                    return Plan(func, structure, args, False, Reading(func, args, numbers, leaves[0]), per_sample, **how)
             except Unreadable as error:
                 failure = error
         vectors = all(leaf.dim() < 2 for leaf in leaves)
         if not per_sample and (vectors or sum(leaf.numel() for leaf in leaves) <= _SMALL):
             try:
                 with _in_words():
-                    return Plan(func, structure, args, True, Reading(func, args, numbers, leaves[0]), pure=self.pure)
+                    return Plan(func, structure, args, True, Reading(func, args, numbers, leaves[0]), **how)
             except Unreadable as error:
                 if vectors:
                     failure = error

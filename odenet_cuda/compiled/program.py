@@ -95,7 +95,8 @@ class Sum:
 
 @dataclass
 class Program:
-    """statements in order; slopes, products [state] and argument_products [arguments]: addresses of the results."""
+    """statements in order; slopes, products [state], argument_products [arguments] and time_product [1], or none where it is
+    zero: addresses of the results."""
 
     buffers: list[Buffer] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
@@ -103,6 +104,7 @@ class Program:
     slopes: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
     products: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
     argument_products: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
+    time_product: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
     sums: list[Sum] = field(default_factory=list)
     same: dict[int, int] = field(default_factory=dict)  # constants that are views of the same numbers -> the first of them
     tainted: set[int] = field(default_factory=set)  # buffers that depend on the incoming gradient

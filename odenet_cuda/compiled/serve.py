@@ -53,7 +53,8 @@ def prepare(
         func, plans = field.func, field.plans
         if field.why:
             return field.why
-        kind = plans.kind(structure, args, problem.per_sample, field.cuda)
+        rosenbrock = rosenbrock_of(options.tableau) is not None
+        kind = plans.kind(structure, args, problem.per_sample, field.cuda, rosenbrock)
         if kind.empty or len(problem.t) == 1 or (problem.own and not problem.last_output.any()):
             return _NOTHING
         why = [f"{name} needs it" for name in needs] + kind.refusals
@@ -62,14 +63,14 @@ def prepare(
             why.append("callbacks of func need it")
         if why:
             return "; ".join(why)
-        plan, called = _find(plans, problem, partial(plans.find, func, kind, structure, args, problem.per_sample))
+        plan, called = _find(plans, problem, partial(plans.find, func, kind, structure, args))
         args = plan.rows.of(args)
         sources = Sources(plan, structure, args, chosen, t)
         how = gradient if sources.wanted else ""
         adjoint = backward.options if how == "adjoint" else None
         if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
             raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
-        if rosenbrock_of(options.tableau) is not None and (refusal := _of_rosenbrock(plan, how)):
+        if rosenbrock and (refusal := _of_rosenbrock(plan, how)):
             return refusal
         engine = Engine(plan, problem, options, args, grid, field.matmul, how, adjoint)
         engine.sources, engine.backward, engine.called = sources, backward, called
@@ -125,8 +126,6 @@ def _of_options(problem: Problem, options: Options, backward: Any) -> list[str]:
 
 def _of_rosenbrock(plan: Plan, gradient: str) -> str:
     """gradient: "" where none is wanted."""
-    if plan.timed:
-        return "func depends on the time, and df/dt, which a Rosenbrock method needs, is not compiled"
     if plan.state > _MOST_IMPLICIT:
         return f"a sample has {plan.state} numbers: compiled systems have at most {_MOST_IMPLICIT}"
     if gradient not in ("", "adjoint"):

@@ -39,7 +39,8 @@ _MOVED = 0.375  # from the time and state of the first recording to those of the
 @dataclass
 class Recording:
     """The graphs at both batch sizes. outputs: in the graph's output, `leaves` slopes, then gradients for the leaves of the
-    state, for each argument that has one number a sample, and for `wanted`, the constants that require a gradient."""
+    state, for each argument that has one number a sample, and for `wanted`, the constants that require a gradient; by_time: and
+    then for the time."""
 
     graphs: list[fx.Graph]
     modules: list[fx.GraphModule]
@@ -53,6 +54,7 @@ class Recording:
     counting: list[Tensor] = field(default_factory=list)  # with what, besides numbers
     counters: Sequence[Counter] = ()  # the former, and where its code can do no more than count
     added: list[Any] = field(default_factory=list)  # what a call adds to counters and counting, as far as it is to be counted
+    by_time: bool = False
 
     def constant(self, node: fx.Node) -> Tensor:
         return getattr(self.modules[0], str(node.target))
@@ -61,7 +63,7 @@ class Recording:
 @dataclass
 class Call:
     """A call of func as it is recorded. t: of the first recording. batched: which arguments have one entry a sample; trained:
-    whether these get gradients. whole: the state has no axis of samples, it is one sample."""
+    whether these get gradients. whole: the state has no axis of samples, it is one sample. by_time: the time gets one too."""
 
     func: Callable
     structure: Structure
@@ -69,6 +71,7 @@ class Call:
     batched: list[int]
     whole: bool
     trained: list[bool] = field(default_factory=list)
+    by_time: bool = False
 
     def field(self, index: int, args: Sequence[Any], wanted: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
         """The slopes and their product with cotangents as one function, and what to call it with at recording `index`."""
@@ -83,6 +86,7 @@ class Call:
         def field(t: Tensor, *inputs: Tensor) -> Any:
             with torch.enable_grad():
                 inputs = tuple(x.detach().requires_grad_(want) for x, want in zip(inputs, wants, strict=True))
+                t = t.detach().requires_grad_(self.by_time)
                 given = list(args)
                 for i, place in enumerate(self.batched):
                     given[place] = inputs[n + i]
@@ -92,6 +96,7 @@ class Call:
                         words = f"{slope.dtype} {list(slope.shape)} for {leaf.dtype} {list(leaf.shape)}"
                         raise Unreadable(f"func returned {words}")
                 sources = [*(x for x, want in zip(inputs[: n + m], wants, strict=False) if want), *wanted()]
+                sources += [t] if self.by_time else []
                 if any(slope.requires_grad for slope in slopes):
                     used = [(slope, g) for slope, g in zip(slopes, inputs[n + m :], strict=True) if slope.requires_grad]
                     grads = torch.autograd.grad([x for x, _ in used], sources, [g for _, g in used], allow_unused=True)
@@ -157,7 +162,7 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, mark
     read, graphs = list(observed.read.values()), [module.graph for module in modules]
     left = changes.items, tallies.slots, changes.tensors
     count, whole = len(call.structure.leaves), call.whole
-    return Recording(graphs, modules, count, call.batched, wanted, whole, read, *left, counters, counts)
+    return Recording(graphs, modules, count, call.batched, wanted, whole, read, *left, counters, counts, call.by_time)
 
 
 @contextmanager
