@@ -10,10 +10,13 @@ from .interpolated import Interpolated
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Solution, SolverError, Stats
 from .solve import solve
+from .steady_state import SteadyState, steady_state
+from .steps import AcceptedStep, steps
 from .version import VERSION
 
 __version__ = VERSION
 __all__ = [
+    "AcceptedStep",
     "Attempts",
     "CompiledField",
     "Event",
@@ -24,6 +27,7 @@ __all__ = [
     "Solution",
     "SolverError",
     "Stats",
+    "SteadyState",
     "compile",
     "odeint",
     "odeint_adjoint",
@@ -31,4 +35,6 @@ __all__ = [
     "odeint_event",
     "set_compile",
     "solve",
+    "steady_state",
+    "steps",
 ]

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .compiled.compilation import check_compile, mode_of_blocks
 from .compiled.field import in_words
-from .methods import ADAPTIVE
+from .methods import on_host
 from .printing import table
 from .solution import Solution, Stats
 from .solve import solve
@@ -82,7 +82,7 @@ class ODEBlock(nn.Module):
         self._explained = ""
         self.regularizers: dict[str, Tensor] = {}
 
-    @between_graphs(lambda self, y0, t=None: self.method in ADAPTIVE)
+    @between_graphs(lambda self, y0, t=None: on_host(self.method))
     def forward(self, y0: Any, t: Any = None) -> Any:
         """t: times of this call, in place of those of the block, as `solve` takes them: with ``step_control="per_sample"`` also
         [batch, T], and then the state given is that at the last time of each sample."""

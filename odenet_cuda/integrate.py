@@ -1,7 +1,7 @@
 """Problem -> solver -> trajectory, with no thought of gradients."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -10,15 +10,22 @@ import torch
 from torch import Tensor
 
 from .graphed.loops import Kind, solve_by_graph
-from .methods import ADAPTIVE, INTERPOLATIONS, find_method
+from .methods import ADAPTIVE, INTERPOLATIONS, adjusted, find_method
 from .problem import Problem, check_times
 from .ranges import marked
-from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
+from .solvers import short
+from .solvers.adaptive import AdaptiveSolver
 from .solvers.events import EventWatch
 from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
+from .solvers.hooks import AfterStep, Looker, runs_ahead
+from .solvers.progress import Progress
+from .solvers.scipy_solver import ScipyMethod, ScipySolver
+from .solvers.start import Resumed, stop_table
+from .solvers.stepped import SteppedSolver
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
+from .tableau import is_whole
 
 Grid = tuple[list[float], list[int | None]]
 
@@ -37,11 +44,15 @@ class Options:
     step_size: float | None = None
     grid_constructor: Callable | None = None
     perturb: bool = False
+    max_iters: int | None = None
+    max_order: int | None = None
+    solver: str | None = None
     interp: str = "method"
     cuda_graph: str = ""  # or one of graphed.capture.MODES
+    progress: str = ""  # what it says goes on, where that is to be shown
 
     def __post_init__(self) -> None:
-        find_method(self.method)
+        adjusted(find_method(self.method), self.method, self.of_method)
         if self.interp not in INTERPOLATIONS:
             raise ValueError(f"interp must be one of {tuple(INTERPOLATIONS)}, got {self.interp!r}")
         for name in ("first_step", "step_size"):
@@ -64,7 +75,7 @@ class Options:
     @cached_property
     def backwards(self) -> "Options":
         """Those of the adjoint's solve where nothing else is asked for."""
-        return replace(self, interp="method")
+        return replace(self, interp="method", progress="backward" if self.progress else "")
 
     def on_side(self, problem: Problem, index: int) -> Any:
         """On which side of t[index] func is evaluated for a step that ends there, or for index 0 begins: 0, that is on it, but
@@ -77,7 +88,14 @@ class Options:
     @property
     def tableau(self) -> Any:
         """The numbers of the method: a `ButcherTableau`, or the data of another family of `solvers.families`."""
-        return INTERPOLATIONS[self.interp][self.method]
+        found = INTERPOLATIONS[self.interp][self.method]
+        return adjusted(found, self.method, self.of_method) if self.of_method else found
+
+    @property
+    def of_method(self) -> tuple[tuple[str, Any], ...]:
+        """Options that the method itself goes by, those that were given."""
+        found = ("max_iters", self.max_iters), ("max_order", self.max_order), ("solver", self.solver)
+        return tuple([(name, value) for name, value in found if value is not None])
 
 
 def integrate(
@@ -90,22 +108,34 @@ def integrate(
     after_step: AfterStep | None = None,
     grid: Grid | None = None,
     events: EventWatch | None = None,
+    resumed: Resumed | None = None,
+    lookers: Sequence[Looker] = (),
 ) -> Trajectory:
     """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`. events:
-    hold rows where they happen.
+    hold rows where they happen. resumed: where an adaptive solve goes on from. lookers: look at each of its steps.
 
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
     with torch.no_grad(), marked("solve"):
-        if len(problem.t) == 1 or all(leaf.numel() == 0 for leaf in problem.state_leaves):
+        if len(problem.t) == 1 or all([leaf.numel() == 0 for leaf in problem.state_leaves]):
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
+        progress = Progress(problem, options.progress) if options.progress else None
+        if progress is not None and options.adaptive:
+            lookers = [*lookers, progress]
+        elif progress is not None:
+            callbacks = progress.on_grid(callbacks)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
-        alone = not callbacks and recorder is None and events is None and not options.jump_t
+        alone = not callbacks and recorder is None and events is None and not options.jump_t and resumed is None and not lookers
+        alone = alone and problem.valid is None
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
+        refuse(options, family_of(options.tableau).refusal(problem, recorder))
+        if isinstance(options.tableau, ScipyMethod):
+            control = options.control
+            limits = options.first_step, control.max_step, control.max_num_steps
+            return ScipySolver(problem, options.tableau, *limits, callbacks).run(start)
         if options.adaptive:
-            refuse(options, family_of(options.tableau).refusal(problem, recorder))
             make: Any = partial(
                 AdaptiveSolver,
                 problem,
@@ -115,15 +145,27 @@ def integrate(
                 step_t=options.step_t,
                 jump_t=options.jump_t,
                 after_step=after_step,
+                resumed=resumed,
+                lookers=lookers,
                 **common,
             )
             refusal = "" if after_step is None else after_step.refusal
             kind = adaptive_kind(problem, options, refusal) if by_graph else None
         else:
             nodes, moves_with = grid or fixed_grid(options, problem.t)
-            make = partial(FixedSolver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
-            kind = fixed_kind(problem, options, nodes) if by_graph else None
-        return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)
+            if alone and short.serves(problem, options.tableau, nodes):
+                return short.solve(problem, options.tableau, nodes, options.perturb, start)
+            whole = is_whole(options.tableau)
+            solver: Any = SteppedSolver if whole else FixedSolver
+            make = partial(solver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
+            kind = fixed_kind(problem, options, nodes) if by_graph and not whole else None
+        if kind is not None:
+            return solve_by_graph(problem, kind, make, start is not None)
+        try:
+            return make().run(start)
+        finally:
+            if progress is not None:
+                progress.end()
 
 
 def refuse(options: Options, refusal: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import formulas
-from .tableau import ButcherTableau
+from .tableau import Method
 
 State = TypeVar("State")  # the structure of y0: a tensor, or a tuple, list, dict or nest of them
 
@@ -47,7 +47,7 @@ class Interpolant(Generic[State]):
 
     def __init__(
         self,
-        tableau: ButcherTableau,
+        tableau: Method,
         steps: list[DenseStep],
         y0: list[Tensor],
         ends: tuple[Any, Any],

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .methods import ABSENT, ADAPTIVE, FIXED
+from .methods import ADAPTIVE, ON_GRID
 from .migrate_fields import Candidate, fields_of
 from .odeint import known_options
 from .tableau import ButcherTableau
@@ -21,7 +21,6 @@ _DIFFERS = {
     "tsit5": "tsit5 has order 5 here; torchdiffeq's newest source advances with its weights of order 4",
     "dopri8": "the end value has order 8: the last step lands on it; torchdiffeq reads it from an interpolant of order 4",
 }
-_INSTEAD = {"adams": "dopri5 or dopri8", "scipy": "rodas5p for stiff systems, dopri5 for others"}
 
 
 @dataclass
@@ -188,11 +187,7 @@ def _use(call: ast.Call, functions: Sequence[str]) -> Use:
 
 
 def _of_method(use: Use, method: str, stepper: list[str]) -> list[str]:
-    if method in ABSENT:
-        use.served = False
-        better = next((instead for part, instead in _INSTEAD.items() if part in method), "rodas5p, for stiff systems")
-        return [f"{method} is not part of this version: use {better}"]
-    tableau = ADAPTIVE.get(method) or FIXED.get(method)
+    tableau = ADAPTIVE.get(method) or ON_GRID.get(method)
     if tableau is None:
         use.served = False
         return [f"{method!r} is no method of torchdiffeq or odenet_cuda"]
@@ -208,7 +203,7 @@ def _of_options(use: Use, options: ast.expr | None, methods: Sequence[str], step
     if not given:
         use.notes.append("its options are open here")
     for method in methods:
-        unknown = [] if method in ABSENT else sorted(set(given) - known_options(method))
+        unknown = sorted(set(given) - known_options(method))
         if unknown:
             use.notes.append(f"{method} warns of options it does not know and goes on: {', '.join(unknown)}")
     stepper += [f"options[{name!r}]" for name in ("norm", "perturb") if name in given]

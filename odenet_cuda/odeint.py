@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .interpolant import Interpolant, State
-from .methods import ADAPTIVE, find_method
+from .methods import ADAPTIVE, IMPLICIT, MULTISTEP, find_method
 from .problem import Structure, parameters_of
 from .solve import solve
 from .until_event import until_event
@@ -32,6 +32,10 @@ _ADAPTIVE_OPTIONS = (
     "controller",
 )
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "perturb", "interp")
+_SCIPY_OPTIONS = ("solver", "first_step", "max_step", "max_num_steps")
+_LIMITS: dict[str, tuple[str, ...]] = dict.fromkeys(IMPLICIT, ("max_iters",)) | dict.fromkeys(
+    MULTISTEP, ("max_order", "max_iters")
+)
 
 
 @overload
@@ -77,10 +81,10 @@ def odeint(
 
     func, y0, t, rtol, atol: as in `solve`; a slope may have its leaf's numbers in another shape, [n, 1] for [n]. method:
     "dopri5" unless given. options: for adaptive methods first_step, safety, ifactor, dfactor, max_num_steps, step_t, jump_t,
-    norm, min_step, max_step, dtype (of time; float64 always), and ours: step_control ("joint" or "per_sample"), controller.
-    For fixed methods step_size or grid_constructor, perturb, interp ("linear" or "cubic"). A key that the method does not know
-    is warned of.
-    event_fn: a function of (t, y), in any shape, whose first change of sign of any number ends the solve (`Event`). t then
+    norm, min_step, max_step, dtype (of time; float64 always), and ours: step_control ("joint" or "per_sample"), controller. For
+    fixed methods step_size or grid_constructor, perturb, interp ("linear" or "cubic"), for implicit ones max_iters, for Adams
+    max_order and max_iters. A key that the method does not know is warned of. event_fn: a function of (t, y), in any shape,
+    whose first change of sign of any number ends the solve (`Event`). t then
         holds two times, the start and one that tells the direction; a function that is zero at the start ends it there. A
         method on a grid needs step_size.
 
@@ -238,14 +242,20 @@ def odeint_event(
 
 def known_options(method: str) -> frozenset[str]:
     """The keys of options that this method takes; of others it warns."""
-    return frozenset([*_COMMON, *((*_ADAPTIVE_OPTIONS, "dtype") if method in ADAPTIVE else (*_FIXED_OPTIONS, "norm"))])
+    return frozenset([*_COMMON, *_keys_of(method), "dtype" if method in ADAPTIVE else "norm"])
+
+
+def _keys_of(method: str) -> Sequence[str]:
+    if method == "scipy_solver":
+        return _SCIPY_OPTIONS
+    return _ADAPTIVE_OPTIONS if method in ADAPTIVE else (*_FIXED_OPTIONS, *_LIMITS.get(method, ()))
 
 
 def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = True) -> dict[str, Any]:
     """What `solve` takes by name, from torchdiffeq's options; those that the method does not know are warned of."""
     find_method(method)
     given = dict(options or {})
-    known = _ADAPTIVE_OPTIONS if method in ADAPTIVE else _FIXED_OPTIONS
+    known = _keys_of(method)
     if method in ADAPTIVE:
         dtype = given.pop("dtype", torch.float64)
         if dtype not in (torch.float32, torch.float64):
@@ -269,6 +279,6 @@ def _adjoint_options(method: str, given: dict[str, Any], params: Sequence[Tensor
             "an adjoint parameter does not require a gradient: it is left out of the adjoint and of its norm", stacklevel=3
         )
     defaults = {name: parameter.default for name, parameter in inspect.signature(solve).parameters.items()}
-    names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb")
+    names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb", "max_iters", "max_order", "solver")
     filled = {name: defaults[name] for name in names if name != "norm"}
     return {**filled, **_options(method, given, fixed_interp=False), **({} if norm is None else {"norm": norm})}

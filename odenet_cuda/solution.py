@@ -1,6 +1,7 @@
 """What a solve gives back: Solution, its statistics, and the exception of a failed solve."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import numpy as np
@@ -12,13 +13,37 @@ from .interpolant import Interpolant, State
 from .ops import FIELDS
 from .printing import facts, table
 from .problem import OwnTimes, times_as_tensor, to_device
-from .step_control import MAX_NUM_STEPS, NON_FINITE, SUCCESS, UNDERFLOW
+from .step_control import (
+    MAX_NUM_STEPS,
+    NON_FINITE,
+    NON_FINITE_JACOBIAN,
+    NOT_CONVERGED,
+    OUTSIDE,
+    RUNNING,
+    SCIPY_FAILED,
+    SINGULAR,
+    STEP_FAILURES,
+    SUCCESS,
+    UNDERFLOW,
+)
 
 STATUS_WORDS = {
+    RUNNING: "interrupted",
     SUCCESS: "success",
     UNDERFLOW: "underflow in dt",
     NON_FINITE: "non-finite values",
     MAX_NUM_STEPS: "max_num_steps exceeded",
+    OUTSIDE: "outside the domain of valid",
+    NOT_CONVERGED: "no convergence",
+    SINGULAR: "singular matrix",
+    NON_FINITE_JACOBIAN: "non-finite Jacobian",
+    SCIPY_FAILED: "scipy failed",
+}
+_BEGINNINGS = {
+    NON_FINITE: "non-finite values in state `y`: the state or its slope is infinite or not a number",
+    NOT_CONVERGED: "no convergence: Newton's method did not solve the stages of the step in max_iters iterations",
+    SINGULAR: "singular matrix: I - dt a df/dy of Newton's method has no inverse",
+    NON_FINITE_JACOBIAN: "non-finite Jacobian: df/dy of func is infinite or not a number",
 }
 _REMEDIES = {
     UNDERFLOW: "the error test cannot be met however small the step: loosen rtol and atol, solve in float64, give the "
@@ -27,15 +52,26 @@ _REMEDIES = {
     "number that is 0 has no tolerance, in the backward solve of an adjoint too: give an atol above 0",
     MAX_NUM_STEPS: "raise max_num_steps, loosen rtol and atol, or use an output in between; a problem this expensive for an "
     "explicit method is often stiff",
+    OUTSIDE: "the solution itself leaves the domain here: look at func and y0, tighten rtol and atol, or let valid allow for "
+    "the error of a step (y > -atol for y > 0)",
+    NOT_CONVERGED: "take smaller steps (step_size, or more times in t), raise max_iters, or use an adaptive method for stiff "
+    "systems, such as rodas5p",
+    SINGULAR: "take another step size (step_size): the equations of a step of this one have no solution, or many",
+    NON_FINITE_JACOBIAN: "look in func for a derivative that is infinite at this state, such as that of a root at zero, or for "
+    "a division of zero by zero",
+    SCIPY_FAILED: "loosen rtol and atol, take another solver in options, or a method of this package, such as rodas5p",
 }
 
 
 class SolverError(AssertionError):
     """A solve that could not be finished.
 
-    status: ``"underflow in dt"``, ``"non-finite values"`` or ``"max_num_steps exceeded"``. sample: index of the first row
-    that failed, or None under joint control. t, dt: time reached and last step tried. y: the last accepted state, as the
-    user gave it. solution: everything known, with NaN where an output was not reached.
+    status: ``"underflow in dt"``, ``"non-finite values"``, ``"max_num_steps exceeded"``, ``"outside the domain of valid"``,
+    ``"scipy failed"``, or of an implicit method on a grid ``"no convergence"``, ``"singular matrix"``, ``"non-finite
+    Jacobian"``.
+    sample: index of the first row that failed, or None under joint control; of an implicit method on a grid the sample whose
+    equations they are, or None where func couples samples. t, dt: time reached and last step tried. y: the last accepted
+    state, as the user gave it. solution: everything known, with NaN where an output was not reached.
     """
 
     def __init__(self, message: str, *, status: str, sample: int | None, t: float, dt: float, solution: "Solution"):
@@ -58,6 +94,7 @@ class Stats:
         self.nfe = nfe
         self.nfe_backward = 0
         self.drift: Tensor | None = None  # [rows]
+        self.looks: list[Callable[[], None]] = []  # that are still to be added to it
         self._per_sample, self._state, self._steps, self._rows = per_sample, state, steps, rows
 
     @property
@@ -70,6 +107,9 @@ class Stats:
 
     @property
     def adjoint_drift(self) -> float | Tensor:
+        with torch.no_grad():
+            while self.looks:
+                self.looks.pop()()
         if self.drift is None:
             device = None if self._state is None else self._state.device
             return torch.zeros(self._rows, dtype=torch.float64, device=device) if self._per_sample else 0.0
@@ -95,12 +135,17 @@ class Solution(Generic[State]):
     each sample has its own, and ys [T, batch, ...] is NaN where t is.
     stats: see `Stats`. interpolant: with ``dense=True`` a callable, see `Interpolant`; else None. y_last: the last accepted
     state; it differs from ``ys[-1]`` only where the solve failed. regularizers: what `solve` was asked for, by name, numbers
-    with gradients, under per-sample control one a sample. event_t, event_y, event_index: with ``events`` when the first of them
-    happened, the state there, and which it was, of each sample under per-sample control; NaN, NaN and -1 where none did, and
-    ``ys`` is NaN after it. Where the solve goes on after events they have the events on axis 0, and the state is that before
-    its change. engine: which one served, "transformed", "compiled", "graphed",
-    "plain" or "stepper". explanation: why each that was asked before it did not, by its name.
+    with gradients, under per-sample control one a sample. integrals: with ``integrals`` their values from the first to the
+    last time, in the structure of what that gives, NaN of samples that failed.
+    event_t, event_y, event_index: with ``events`` when the first of them happened, the state there, and which it was, of each
+    sample under per-sample control; NaN, NaN and -1 where none did, and ``ys`` is NaN after it. Where the solve goes on after
+    events they have the events on axis 0, and the state is that before its change.
+    engine: which one served, "transformed", "compiled", "graphed", "plain" or "stepper". explanation: why each that was asked
+    before it did not, by its name.
     attempts: with ``dense=True`` of an adaptive solve every step that was tried, see `Attempts`; else None.
+
+    t_last: the time of y_last, where the solve ended, failed, or was interrupted: from there ``solve(..., resume=solution)``
+    goes on, to the times that `times_ahead` gives.
     """
 
     def __init__(
@@ -114,10 +159,12 @@ class Solution(Generic[State]):
         per_sample: bool = False,
         state: Tensor | None = None,
         interpolant: Interpolant[State] | None = None,
+        slope: Sequence[Tensor] = (),
     ):
-        """times: on this device, once asked for. state: of the solver, None on a grid."""
+        """times: on this device, once asked for. state: of the solver, None on a grid. slope: the first of the next step."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
+        self.integrals: Any = None
         self.attempts: Attempts | None = None
         self.event_t: Tensor | None = None
         self.event_y: State | None = None
@@ -126,6 +173,9 @@ class Solution(Generic[State]):
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None
+        self.saved = False  # whether ys are what save makes of them
+        self.method = ""  # by which it was solved, where it was one solve
+        self._slope = list(slope) or None
 
     @property
     def own_times(self) -> bool:
@@ -137,6 +187,37 @@ class Solution(Generic[State]):
         if self._t is None:
             self._t = to_device(times_as_tensor(self._times), self._device)
         return self._t
+
+    @property
+    def t_last(self) -> Tensor:
+        """Float64, 0-dimensional, under per-sample control [batch]."""
+        if self._state is not None:
+            t = self._state[FIELDS["time"]].clone()
+        elif self.own_times:
+            t = to_device(torch.from_numpy(self._times[-1].copy()), self._device)
+        else:
+            t = self.t[-1:].expand(len(torch.utils._pytree.tree_leaves(self.y_last)[0]) if self.per_sample else 1).clone()
+        if self.event_t is not None and self._event_column is not None and self.event_t.dim() < 2:
+            at = self.event_t.detach().reshape(-1)
+            t = torch.where(at.isnan(), t, at)
+        return t if self.per_sample else t[0]
+
+    def times_ahead(self, t: Any) -> Tensor:
+        """The times of a solve that goes on from here: t_last, then those of t that lie ahead of it, float64 [T]; under
+        per-sample control [batch, T], with NaN at the end where a sample has fewer.
+
+        t: [T] or [batch, T], strictly monotone in the direction of this solve. Raises ValueError where this was no adaptive
+        solve.
+        """
+        if self._state is None:
+            raise ValueError("times_ahead needs a Solution of an adaptive solve: one on a grid ended at its last time")
+        last, direction = (x.cpu().reshape(-1, 1) for x in (self.t_last, self._state[FIELDS["direction"]]))
+        given = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+        ahead = direction * (given - last) > 0  # [rows, T]
+        order = (~ahead).to(torch.int8).sort(dim=1, stable=True).indices[:, : int(ahead.sum(1).max())]
+        times = given.expand(len(last), -1).gather(1, order).masked_fill(~ahead.gather(1, order), math.nan)
+        times = torch.cat([last, times], 1)
+        return times if self.per_sample else times[0]
 
     @property
     def status(self) -> str | list[str]:
@@ -171,9 +252,10 @@ class Solution(Generic[State]):
         return table("Solution", facts(self))
 
 
-def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> None:
-    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. No frame keeps the exception, whose traceback
-    keeps the frames: func would be gone with the garbage collector only."""
+def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int, trajectory: Any = None) -> None:
+    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. trajectory: of the solve, where it may
+    know more. No frame keeps the exception, whose traceback keeps the frames: func would be gone with the garbage collector
+    only."""
     status = state[FIELDS["status"]]
     failed = np.flatnonzero(status != SUCCESS)
     if len(failed) == 0:
@@ -181,15 +263,20 @@ def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> 
     row = int(failed[0])
     code = int(status[row])
     t, dt = float(state[FIELDS["time"], row]), float(state[FIELDS["last_dt"], row])
-    sample = row if solution.per_sample else None
+    sample = row if solution.per_sample else getattr(trajectory, "system", None)
     if code == UNDERFLOW:
         start = f"underflow in dt {state[FIELDS['proposal'], row]:.3g}"
-    elif code == NON_FINITE:
-        start = "non-finite values in state `y`: the state or its slope is infinite or not a number"
+    elif code == OUTSIDE:
+        start = f"outside the domain of valid: every step ends there, down to dt {abs(dt):.3g}"
+    elif code in STEP_FAILURES:
+        start = _BEGINNINGS[code]
+    elif code == SCIPY_FAILED:
+        start = trajectory.words
     else:
         start = f"max_num_steps exceeded ({max_num_steps}>={max_num_steps})"
     where = f"at t = {t:.9g}, last step tried {dt:.3g}"
     if sample is not None:
-        where = f"in sample {sample} of {len(status)} ({len(failed)} failed) {where}"
+        count = f" of {len(status)} ({len(failed)} failed)" if solution.per_sample else ""
+        where = f"in sample {sample}{count} {where}"
     message = f"{start}; {where}. Remedy: {_REMEDIES[code]}. The last accepted state is in `y` of this exception."
     raise SolverError(message, status=STATUS_WORDS[code], sample=sample, t=t, dt=dt, solution=solution)

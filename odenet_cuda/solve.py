@@ -10,14 +10,17 @@ from .compiled.compilation import check_compile
 from .engines import serve
 from .event import Event, Events, Jump, check_events, check_jumps
 from .interpolant import State
-from .methods import ADAPTIVE
+from .methods import on_host
+from .problem import with_arguments
 from .request import Request, settings_of
+from .resume import check_resume
+from .saving import saved
 from .segments import goes_on, in_segments
 from .solution import Solution
 from .transforms import between_graphs
 
 
-@between_graphs(lambda *args, method="dopri5", **kwargs: method in ADAPTIVE)
+@between_graphs(lambda *args, method="dopri5", **kwargs: on_host(method))
 def solve(
     func: Callable[..., Any],
     y0: State,
@@ -42,6 +45,9 @@ def solve(
     step_size: float | None = None,
     grid_constructor: Callable | None = None,
     perturb: bool = False,
+    max_iters: int | None = None,
+    max_order: int | None = None,
+    solver: str | None = None,
     cuda_graph: bool | str = False,
     interp: str = "method",
     norm: Callable | None = None,
@@ -58,6 +64,13 @@ def solve(
     events: Event | Sequence[Event] | None = None,
     max_events: int = 100,
     jumps: Jump | Sequence[Jump] = (),
+    resume: Solution | None = None,
+    valid: Callable[[Any], Any] | None = None,
+    integrals: Callable[..., Any] | None = None,
+    integrals_in_norm: bool = False,
+    save: Callable[..., Any] | None = None,
+    every: int | None = None,
+    progress: bool = False,
 ) -> Solution[State]:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
@@ -70,8 +83,10 @@ def solve(
         control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
         outputs there are NaN, and nothing is solved for it after its last time.
     method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
-        "rosenbrock23", which differentiate func (gradient="direct", or an explicit adjoint_method); on a grid "euler",
-        "midpoint", "heun2", "heun3", "rk4".
+        "rosenbrock23", or "kvaerno5" and "kvaerno3", all of which differentiate func; on a grid "euler", "midpoint", "heun2",
+        "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler", "implicit_midpoint", "trapezoid",
+        "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and "implicit_adams" (also
+        "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
@@ -88,7 +103,11 @@ def solve(
     safety, ifactor, dfactor: the next step is the last times a factor in [dfactor, ifactor].
     step_t, jump_t: times at which a step must end; func is discontinuous at those of jump_t.
     step_size, grid_constructor: the grid of a method without error control, else t itself; ``grid_constructor(func, y0, t)``
-        returns the times of the grid. perturb: evaluate at the ends of a step just inside it.
+        returns the times of the grid. perturb: evaluate at the ends of a step just inside it. max_iters: iterations in which
+        an implicit method must have solved a step, 100, and of the corrector of implicit_adams, 4. max_order: of Adams methods,
+        12; the higher, the smaller the steps with which they are stable, of explicit_adams above all.
+    solver: of scipy_solver: "LSODA", the default, "Radau", "BDF", "RK45", "RK23" or "DOP853", with gradient="adjoint" alone,
+        whose backward solve is by rodas5p, dopri5, bosh3 or dopri8, by its kind.
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
@@ -106,7 +125,8 @@ def solve(
     max_checkpoints: how many states "checkpoint" may keep; steps between are made again, by the binomial schedule (Griewank
         and Walther 2000, doi 10.1145/347837.347846). Default: all.
     adjoint_params: tensors to give gradients to, but not by "direct"; default: all that func depends on. adjoint_method,
-        adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward. Options by name as
+        adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward; a stiff or implicit
+        method differentiates func twice there, and leaves the parameters out of its error norm. Options by name as
         above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
         arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
     compile: "auto", func is compiled where it can be read; False: not; default: what `set_compile` says.
@@ -114,8 +134,29 @@ def solve(
         see `Event`. The Solution then has `event_t`, `event_y` and `event_index`, with first derivatives, and `ys` is NaN after
         an event that ends it. max_events: the last of so many does, for each sample.
     jumps: changes of the state at known times, see `Jump`.
+    resume: a Solution of the same func, method and step control, from which this solve goes on as one long solve would have,
+        to the bit: with its step size, the memory of its controller and its last slope. It may have reached its end, or
+        max_num_steps, or been interrupted: then it is the ``solution`` of the SolverError or of the KeyboardInterrupt. y0 is
+        its y_last, or None; what has its value and a gradient, ``ys[-1]`` say, has one here too. t begins with its t_last:
+        ``solve(func, None, solution.times_ahead(t), resume=solution)``. Where a gradient is recorded, func is called once more,
+        at the start.
+    valid: ``valid(y)``, whether a state lies in the domain that the solution may not leave (populations, concentrations): a
+        bool, under per-sample control bool [batch], a row for each sample. A step that ends outside is rejected and tried again
+        with half its size; within a step func may still be called there.
+    progress: show how far the solve has come, its step size, steps and rejections, and so for solves of the adjoint, by tqdm
+        (``pip install odenet-cuda[progress]``). On CUDA the host waits for each step.
+    save: ``save(t, y)``, or ``save(t, y, *args)``, gives what ys is to hold of each output: a tensor or a nest of them, under
+        per-sample control with a row for each sample. Under ``torch.no_grad()`` adaptive solves keep no states then, and on
+        CUDA the host waits for each step; else states are kept, for gradients need them, and save is part of the graph.
+    every: an output at every so many accepted steps of the state, or of each sample, beside the first and the last time: t
+        holds these two, and `Solution.t` those of the outputs, under per-sample control [batch, T]. On CUDA the host waits for
+        each step. Where they lie is taken as given by gradients.
+    integrals: ``integrals(t, y)``, or ``integrals(t, y, *args)``: a tensor or a nest of them, under per-sample control with a
+        row for each sample, whose integral over time is `Solution.integrals`, with gradients by every method. Its error does
+        not count in the choice of the steps; with integrals_in_norm it does, by the tolerances of the first leaf.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
+    ImportError: progress without tqdm.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4 to II.6.
@@ -128,17 +169,31 @@ def solve(
     """
     settings = settings_of(
         method, gradient, step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
-        step_t, jump_t, step_size, grid_constructor, perturb, cuda_graph, interp, regularizers, dense, on_failure,
-        max_checkpoints,
+        step_t, jump_t, step_size, grid_constructor, perturb, max_iters, max_order, solver, cuda_graph, interp,
+        regularizers, dense, on_failure, max_checkpoints, every, progress,
     )  # fmt: skip
     if compile is not None:
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
+    more: dict[str, Any] = {"resume": resume, "valid": valid}
+    more |= {"integrals": integrals, "integrals_in_norm": integrals_in_norm}
+    if resume is not None:
+        check_resume(resume)
+        y0 = resume.y_last if y0 is None else y0
 
     def run(y0: Any, t: Any, ends: Events | None) -> Solution:
-        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends))
+        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more))
 
     if goes_on(ends, changes):
-        return in_segments(run, func, y0, t, args, ends, changes, max_events, settings)
+        refused = ("resume", resume is not None), ("integrals", integrals is not None), ("every", every is not None)
+        try:
+            solution = in_segments(run, func, y0, t, args, ends, changes, max_events, settings, refused)
+        except KeyboardInterrupt as interrupt:
+            vars(interrupt).pop("solution", None)  # of one segment
+            raise
+        if save is not None:
+            saved(solution, with_arguments(save, args), settings.per_sample, t if isinstance(t, Tensor) else None)
+        return solution
+    more["save"] = save
     return run(y0, t, ends)

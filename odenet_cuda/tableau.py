@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
+
+import numpy as np
 
 from .ops import MAX_DEGREE, MAX_STAGES
 
@@ -17,7 +19,8 @@ class ButcherTableau:
     order: order of y1. c: nodes. a: rows below the diagonal. b: weights. e: b minus the embedded weights, or empty for a
     method without an error estimate. p: the interpolant, y(t0 + theta dt) = y0 + dt sum_j b_j(theta) k_j with
     b_j(theta) = sum_d p[j][d] theta**(d + 1). p_order: its order, uniformly in theta. fsal: the last slope is f(t1, y1), with
-    which the next step begins. Under step control the next step begins with the last slope in any case.
+    which the next step begins. Under step control the next step begins with the last slope in any case. terms: the rows, of
+    each the numbers that are not zero, as (stage, weight).
 
     Raises ValueError where the numbers contradict each other.
     """
@@ -31,6 +34,7 @@ class ButcherTableau:
     e: tuple[float, ...] = ()
     stages: int = field(init=False)
     fsal: bool = field(init=False)
+    terms: list[list[tuple[int, float]]] = field(init=False, repr=False, compare=False)
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -38,6 +42,7 @@ class ButcherTableau:
         object.__setattr__(self, "stages", stages)
         last_is_b = stages > 1 and self.c[-1] == 1 and (*self.a[-1], 0) == tuple(self.b)
         object.__setattr__(self, "fsal", last_is_b)
+        object.__setattr__(self, "terms", [[(j, weight) for j, weight in enumerate(row) if weight != 0] for row in self.rows])
         object.__setattr__(self, "_hash", hash((self.order, self.c, self.a, self.b, self.p, self.p_order, self.e)))
         _check(stages <= MAX_STAGES, f"c must have at most {MAX_STAGES} nodes, got {stages}")
         _check([len(row) for row in self.a] == list(range(stages)), "a must have rows of 0, 1, 2, ... numbers, one a node")
@@ -83,6 +88,18 @@ class ButcherTableau:
         )
 
 
+Node = tuple[float, float, tuple[float, ...]]
+
+
+class StepFailed(ArithmeticError):
+    """A step on a grid cannot be made. code: one of `step_control.STEP_FAILURES`. system: the first that has no end, of those
+    that func falls into, or None where it is one."""
+
+    def __init__(self, code: int, system: int | None):
+        super().__init__(code, system)
+        self.code, self.system = code, system
+
+
 @dataclass(frozen=True)
 class StepFunction:
     """A one-step method that is given as a function in torch's operations: y1 = y0 + dt sum_j b_j k_j, where k_0 = f(t0, y0),
@@ -91,8 +108,15 @@ class StepFunction:
     step: ``step(field, t, dt, y0, k0) -> (y1, slopes, error)``, over leaves: field(t_j, y, j) gives the slopes of func, t are
     the times t0 + c_j dt as func sees them, dt is float64 [rows], slopes are k_1 to the last, [stages - 1][leaves], error is
     an estimate for each leaf, or None: that by the weights e. It computes each row alone. Gradients are autograd's, through
-    it: where it differentiates func, it keeps that graph if gradients are recorded.
+    it: where it differentiates func, it keeps that graph if gradients are recorded. Where it cannot be made, it raises
+    `StepFailed`, or on an adaptive way gives an end that is no number, which is rejected.
     order, c, b, e, p, p_order: as in `ButcherTableau`; the step size goes by the error to the power of 1 / order.
+    second: the same step, where gradients of gradients are wanted, None: `step` itself.
+    scaled: whether it is given ``tolerance=``, atol + rtol |y0| of each leaf, or None where it is not known.
+    memory: how many slopes before k_0 it is given besides, ``past=[(dt, k), ...]``, the last first: of the steps before, each
+    with the slope at its start. At first there are fewer.
+    nodes: of quadrature over a step, (c, weight, row): the integral of g(t, y) is dt sum_i weight_i g(t0 + c_i dt, Y_i) with
+    Y_i = y0 + dt sum_j row_ij k_j. Not given, they are Gauss's on the interpolant.
 
     Raises ValueError where the numbers contradict each other.
     """
@@ -104,6 +128,10 @@ class StepFunction:
     p_order: int
     step: Callable[..., Any]
     e: tuple[float, ...] = ()
+    second: Callable[..., Any] | None = None
+    scaled: bool = False
+    memory: int = 0
+    nodes: tuple[Node, ...] = ()
     stages: int = field(init=False)
     fsal: ClassVar[bool] = True
 
@@ -115,6 +143,8 @@ class StepFunction:
         _check(len(self.b) == len(self.p) == stages, "b and p must have one entry a node", "StepFunction")
         _check(len(self.e) in (0, stages), "e must be empty or have one entry a node", "StepFunction")
         _check_interpolant(self.p, self.b, "StepFunction")
+        if not self.nodes:
+            object.__setattr__(self, "nodes", _gauss_nodes(self.order, self.p))
 
     @property
     def rows(self) -> tuple[tuple[float, ...], ...]:
@@ -127,6 +157,25 @@ class StepFunction:
     def cubic(self) -> "StepFunction":
         """The same method with the cubic Hermite interpolant."""
         return replace(self, p=hermite(self.b), p_order=min(3, self.order))
+
+
+Method = ButcherTableau | StepFunction
+
+
+def is_whole(method: Any) -> TypeGuard[StepFunction]:
+    """Whether its steps are whole functions, which are recorded and made again as such: a type derived from StepFunction has
+    steps of its own."""
+    return type(method) is StepFunction
+
+
+def _gauss_nodes(order: int, p: tuple[tuple[float, ...], ...]) -> tuple[Node, ...]:
+    """Gauss's, exact for polynomials of twice the order less one, on the interpolant p."""
+    x, w = np.polynomial.legendre.leggauss(order // 2 + 1)
+    found = []
+    for theta, weight in zip((x + 1) / 2, w / 2, strict=True):
+        row = tuple([float(sum(a * theta ** (d + 1) for d, a in enumerate(of_slope))) for of_slope in p])
+        found.append((float(theta), float(weight), row))
+    return tuple(found)
 
 
 def hermite(b: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:

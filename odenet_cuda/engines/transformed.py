@@ -12,6 +12,7 @@ from ..problem import Field, check_state
 from ..request import Request
 from ..solution import Solution
 from ..solvers.trajectory import Trajectory
+from ..tableau import ButcherTableau
 from ..tracing import ADAPTIVE, stands_for_others, written_down
 
 NAME = "transformed"
@@ -27,9 +28,19 @@ def _traced(request: Request) -> bool:
 
 def solve(request: Request) -> Solution:
     """Raises NotImplementedError where a transform cannot see through what was asked for."""
+    asked = {"resume": request.resume, "valid": request.valid, "integrals": request.integrals}
+    for name, given in {**asked, "every": request.settings.every or None}.items():
+        if given is not None:
+            raise NotImplementedError(f"{name} is not served inside torch.func transforms, forward mode and torch.compile")
     problem, settings, options, structure = request.problem, request.settings, request.options, request.structure
     if options.adaptive and _traced(request):
         raise NotImplementedError(ADAPTIVE)
+    explicit = isinstance(options.tableau, ButcherTableau)
+    if not (explicit or (options.adaptive and transforms.under_vmap())):
+        raise NotImplementedError(
+            f"method={options.method!r} decides by numbers that torch.func transforms, forward mode and tracing hide: use an "
+            "explicit method there"
+        )
     callbacks = find_callbacks(request.func, structure, options.adaptive)
     needs = {
         "dense=True is": settings.dense,

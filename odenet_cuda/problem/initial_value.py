@@ -23,7 +23,8 @@ class Problem:
     """An initial value problem over leaves.
 
     leaves: y0, detached, each contiguous. t: output times, strictly monotone: numbers, or `OwnTimes`. rtol, atol: one number or
-    tensor a leaf. norm: the user's, of leaves, or None for the largest of the leaves' RMS norms. quadratures: how many of the
+    tensor a leaf. norm: the user's, of leaves, or None for the largest of the leaves' RMS norms. valid:
+    the user's, of state leaves, whether a step may end there. quadratures: how many of the
     last leaves func does not depend on; they have slopes but no stages. quadratures_in_norm: whether their error counts. signs:
     of the slopes of each leaf, -1 where field gives them for the opposite direction of time; none: all +1. held: bool [rows],
     those that take no part and stay at t[0]. missing: after a solve, the outputs that rows did not reach or have no time for,
@@ -38,6 +39,7 @@ class Problem:
     rtol: list[Any]
     atol: list[Any]
     norm: Callable[[list[Tensor]], Any] | None = None
+    valid: Callable[[list[Tensor]], Any] | None = None
     quadratures: int = 0
     quadratures_in_norm: bool = True
     signs: list[float] | None = None
@@ -71,7 +73,9 @@ class Problem:
     @property
     def interval(self) -> tuple[float, float]:
         """The first and the last time: of the row with the longest way where each has its own."""
-        t0, t1 = np.ravel(self.t[0]), np.ravel(self.t[-1])
+        if not self.own:
+            return self.t[0], self.t[-1]
+        t0, t1 = self.t[0], self.t[-1]
         longest = int(np.abs(t1 - t0).argmax())
         return float(t0[longest]), float(t1[longest])
 
@@ -113,6 +117,9 @@ class Problem:
     def time_beside(self, index: int, side: Any, rows: Tensor | None = None) -> Tensor:
         """t[index] as func sees it. side: +1: just after it in the direction of the solve, -1: just before, 0: itself; or one a
         row. rows: for each row the one whose time it gets, where it may have none itself."""
+        if self.device.type == "cpu" and not self.own and isinstance(side, float) and side == 0:
+            shape = (self.rows, *[1] * (self.leaves[0].dim() - 1)) if self.per_sample else ()
+            return torch.full(shape, self.t[index], dtype=self.real, device="cpu")
         time, direction = self.t[index], self.direction
         if self.own:
             side = np.zeros_like(time) + side

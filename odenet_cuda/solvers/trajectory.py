@@ -12,7 +12,7 @@ from ..attempts import TOLD
 from ..interpolant import DenseStep
 from ..ops import FIELDS
 from ..problem import OwnTimes, to_device
-from ..tableau import ButcherTableau
+from ..tableau import Method
 from .checkpoints import Checkpoints
 
 
@@ -20,7 +20,9 @@ from .checkpoints import Checkpoints
 class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
-    the next solve may write. steps: taken on a grid, 0 for all. seen: the state as a NumPy array, once the host has waited."""
+    the next solve may write. steps: taken on a grid, 0 for all. system: that of a step on a grid that failed, see `StepFailed`.
+    words: why it failed, where no code says so. seen: the state as a NumPy array, once the host has waited. slope: with which
+    the next step would begin, a tensor a leaf; none where it is not known."""
 
     ys: list[Tensor]
     last: list[Tensor]
@@ -28,7 +30,10 @@ class Trajectory:
     sums: Sequence[Tensor] = ()
     call: "Evaluation | None" = None
     steps: int = 0
+    system: int | None = None
+    words: str = ""
     seen: Any = None
+    slope: Sequence[Tensor] = ()
 
     def host_state(self) -> Any:
         """The state as a NumPy array; None without one. The host waits for the device once."""
@@ -124,7 +129,7 @@ class Recorder:
 
     def __init__(
         self,
-        tableau: ButcherTableau,
+        tableau: Method,
         t: Any,
         per_sample: bool,
         leaves: int,
