@@ -85,7 +85,7 @@ def steady_state(
         raise ValueError(f"method must be adaptive, got {method!r}")
     settings = settings_of(
         method, "direct", step_control, "I", None, 0.0, math.inf, max_num_steps, 0.9, 10.0, 0.2,
-        (), (), None, None, False, False, "method", (), False, "raise", None,
+        (), (), None, None, False, None, None, None, False, "method", (), False, "raise", None,
     )  # fmt: skip
     if not settings.options.tableau.fsal:
         raise ValueError(

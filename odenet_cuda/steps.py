@@ -89,7 +89,7 @@ def steps(
     """
     settings = settings_of(
         method, "direct", step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
-        step_t, jump_t, None, None, False, False, interp, (), True, "raise", None,
+        step_t, jump_t, None, None, False, None, None, None, False, interp, (), True, "raise", None,
     )  # fmt: skip
     if not settings.options.adaptive:
         raise ValueError(f"method must be adaptive for steps, got {method!r}: its steps are the times of its grid")
