@@ -18,9 +18,12 @@ FUNCTIONS = ("odeint", "odeint_adjoint", "odeint_dense", "odeint_event")
 _PACKAGE = "torchdiffeq"
 _FOR_COMPILED = 'set_compile("auto")'
 _DIFFERS = {
+    "gl4": "gl4 has order 4 here; torchdiffeq's has a wrong node, and order 1",
+    "implicit_adams": "the corrector is held against rtol and atol; torchdiffeq takes rtol for both",
     "tsit5": "tsit5 has order 5 here; torchdiffeq's newest source advances with its weights of order 4",
     "dopri8": "the end value has order 8: the last step lands on it; torchdiffeq reads it from an interpolant of order 4",
 }
+_DIFFERS["fixed_adams"] = _DIFFERS["implicit_adams"]
 
 
 @dataclass

@@ -23,7 +23,7 @@ from .transforms import between_graphs
 @between_graphs(lambda *args, method="dopri5", **kwargs: on_host(method))
 def solve(
     func: Callable[..., Any],
-    y0: State,
+    y0: State | None,
     t: Any,
     *,
     args: Sequence[Any] = (),
@@ -64,7 +64,7 @@ def solve(
     events: Event | Sequence[Event] | None = None,
     max_events: int = 100,
     jumps: Jump | Sequence[Jump] = (),
-    resume: Solution | None = None,
+    resume: Solution[State] | None = None,
     valid: Callable[[Any], Any] | None = None,
     integrals: Callable[..., Any] | None = None,
     integrals_in_norm: bool = False,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .formulas import rms_norm, widened
 from .gradients.gmres import gmres
 from .graphed.capture import no_cast_is_kept
 from .integrate import integrate
+from .interpolant import State
 from .methods import ADAPTIVE
 from .ops import FIELDS
 from .outcome import failed, solution_of, stats_of
@@ -24,12 +25,12 @@ from .step_control import SUCCESS
 
 
 @dataclass(frozen=True, eq=False)
-class SteadyState:
+class SteadyState(Generic[State]):
     """y: the state at rest, in the structure of y0, with a gradient. t: float64, the time at which func had settled,
     0-dimensional, under per-sample control [batch]. residual: the root mean square of func over its tolerance there, at most 1,
     as t. stats: of the solve, see `Stats`."""
 
-    y: Any
+    y: State
     t: Tensor
     residual: Tensor
     stats: Stats
@@ -37,7 +38,7 @@ class SteadyState:
 
 def steady_state(
     func: Callable[..., Any],
-    y0: Any,
+    y0: State,
     args: Sequence[Any] = (),
     *,
     rtol: float = 1e-6,
@@ -49,7 +50,7 @@ def steady_state(
     step_rtol: float | None = None,
     step_atol: float | None = None,
     valid: Callable[[Any], Any] | None = None,
-) -> SteadyState:
+) -> SteadyState[State]:
     """Solves dy/dt = func(t, y) from y0 at t = 0 until func has settled: the root mean square of func / (atol + rtol |y|) is at
     most 1, for each sample, under joint control for the whole state.
 
@@ -85,7 +86,7 @@ def steady_state(
         raise ValueError(f"method must be adaptive, got {method!r}")
     settings = settings_of(
         method, "direct", step_control, "I", None, 0.0, math.inf, max_num_steps, 0.9, 10.0, 0.2,
-        (), (), None, None, False, False, "method", (), False, "raise", None,
+        (), (), None, None, False, None, None, None, False, "method", (), False, "raise", None,
     )  # fmt: skip
     if not settings.options.tableau.fsal:
         raise ValueError(

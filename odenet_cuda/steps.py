@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .gradients.adjoint_setup import NOT_GIVEN
 from .graphed.capture import no_cast_is_kept
 from .integrate import refuse
-from .interpolant import Interpolant
+from .interpolant import Interpolant, State
 from .ops import FIELDS
 from .outcome import failed, stats_of
 from .request import Request, settings_of
@@ -26,7 +26,7 @@ from .step_control import RUNNING
 
 
 @dataclass(frozen=True, eq=False)
-class AcceptedStep:
+class AcceptedStep(Generic[State]):
     """One step, from y0 at t0 to y1 at t1 = t0 + dt. Its tensors are its own: nothing writes into them afterwards.
 
     t0, t1, dt: float64, 0-dimensional; under per-sample control [batch]. y0, y1: states in the structure of that of the solve.
@@ -37,17 +37,17 @@ class AcceptedStep:
 
     t0: Tensor
     t1: Tensor
-    y0: Any
-    y1: Any
+    y0: State
+    y1: State
     dt: Tensor
     error_ratio: Tensor
     accept: Tensor
-    interpolant: Interpolant
+    interpolant: Interpolant[State]
 
 
 def steps(
     func: Callable[..., Any],
-    y0: Any,
+    y0: State | None,
     t0: Any,
     t1: float | None = None,
     *,
@@ -69,8 +69,8 @@ def steps(
     interp: str = "method",
     norm: Callable | None = None,
     valid: Callable[[Any], Any] | None = None,
-    resume: Solution | None = None,
-) -> Iterator[AcceptedStep]:
+    resume: Solution[State] | None = None,
+) -> Iterator[AcceptedStep[State]]:
     """Yields each accepted step of dy/dt = func(t, y), y(t0) = y0, as it is made: func is not called before one is asked for.
 
     t0: a number. t1: the last time, at which the steps end; None: they go on for ever, forwards in time, and -inf: backwards.
@@ -89,7 +89,7 @@ def steps(
     """
     settings = settings_of(
         method, "direct", step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
-        step_t, jump_t, None, None, False, False, interp, (), True, "raise", None,
+        step_t, jump_t, None, None, False, None, None, None, False, interp, (), True, "raise", None,
     )  # fmt: skip
     if not settings.options.adaptive:
         raise ValueError(f"method must be adaptive for steps, got {method!r}: its steps are the times of its grid")

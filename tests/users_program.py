@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 import odenet_cuda
-from odenet_cuda import Event, Interpolant, ODEBlock, Solution, Stats, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from odenet_cuda import (
+    Event,
+    Interpolant,
+    ODEBlock,
+    Solution,
+    Stats,
+    odeint,
+    odeint_adjoint,
+    odeint_dense,
+    odeint_event,
+    solve,
+    steady_state,
+    steps,
+)
 
 
 def func(t: Tensor, y: Tensor) -> Tensor:
@@ -46,6 +59,11 @@ assert_type(solution.stats.num_accepted, int | Tensor)
 if solution.attempts is not None:
     assert_type(solution.attempts.error_ratio, Tensor)
 assert_type(solve(pair, both, t).ys, tuple[Tensor, Tensor])
+assert_type(solve(func, None, solution.times_ahead([2.0]), resume=solution), Solution[Tensor])
+assert_type(steady_state(pair, both).y, tuple[Tensor, Tensor])
+for step in steps(func, y0, 0.0):
+    assert_type(step.y1, Tensor)
+    assert_type(step.interpolant(0.5), Tensor)
 
 field = odenet_cuda.compile(func)
 assert_type(field, odenet_cuda.CompiledField)
