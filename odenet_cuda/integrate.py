@@ -105,20 +105,19 @@ def integrate(
     """
     with torch.no_grad(), marked("solve"):
         if len(problem.t) == 1 or all([leaf.numel() == 0 for leaf in problem.state_leaves]):
-            n = len(problem.leaves) - problem.quadratures
-            ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
-            return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
+            return _without_steps(problem)
+        if options.adaptive:
+            refuse(options, family_of(options.tableau).refusal(problem, recorder))
         progress = Progress(problem, options.progress) if options.progress else None
-        if progress is not None and options.adaptive:
-            lookers = [*lookers, progress]
-        elif progress is not None:
-            callbacks = progress.on_grid(callbacks)
+        if progress is not None:
+            lookers, callbacks = (
+                ([*lookers, progress], callbacks) if options.adaptive else (lookers, progress.on_grid(callbacks))
+            )
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
         alone = not callbacks and recorder is None and events is None and not options.jump_t and resumed is None and not lookers
         alone = alone and problem.valid is None
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         if options.adaptive:
-            refuse(options, family_of(options.tableau).refusal(problem, recorder))
             make: Any = partial(
                 AdaptiveSolver,
                 problem,
@@ -147,6 +146,11 @@ def integrate(
         finally:
             if progress is not None:
                 progress.end()
+
+
+def _without_steps(problem: Problem) -> Trajectory:
+    ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.state_leaves]
+    return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
 
 
 def refuse(options: Options, refusal: str) -> None:
