@@ -110,9 +110,7 @@ def integrate(
             refuse(options, family_of(options.tableau).refusal(problem, recorder))
         progress = Progress(problem, options.progress) if options.progress else None
         if progress is not None:
-            lookers, callbacks = (
-                ([*lookers, progress], callbacks) if options.adaptive else (lookers, progress.on_grid(callbacks))
-            )
+            lookers, callbacks = progress.among(lookers, callbacks, options.adaptive)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
         alone = not callbacks and recorder is None and events is None and not options.jump_t and resumed is None and not lookers
         alone = alone and problem.valid is None
