@@ -1,5 +1,6 @@
 """Differential equations as PyTorch layers, on fused C++/CUDA kernels."""
 
+from .attempts import Attempts
 from .block import ODEBlock
 from .compiled.compilation import set_compile
 from .compiled.field import CompiledField, compile
@@ -16,6 +17,7 @@ from .version import VERSION
 __version__ = VERSION
 __all__ = [
     "AcceptedStep",
+    "Attempts",
     "CompiledField",
     "Event",
     "Interpolant",

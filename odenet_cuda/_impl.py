@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import odenet_cuda
-from odenet_cuda.methods import ADAPTIVE, FIXED
+from odenet_cuda.methods import ADAPTIVE, ON_GRID
 
 __path__: list[str] = []  # a package, whose modules are made below
 
@@ -59,7 +59,7 @@ def flat_to_shape(x: Tensor, length: tuple[int, ...], shapes: list[torch.Size]) 
     return tuple([part.reshape(*length, *shape) for part, shape in zip(parts, shapes, strict=True)])
 
 
-SOLVERS = {name: Method(name) for name in (*ADAPTIVE, *FIXED)}
+SOLVERS = {name: Method(name) for name in (*ADAPTIVE, *ON_GRID)}
 _norms = {"_rms_norm": rms_norm, "_linf_norm": linf_norm, "_zero_norm": zero_norm, "_mixed_norm": mixed_norm}
 _functions = {name: getattr(odenet_cuda, name) for name in ("odeint", "odeint_dense", "odeint_event")}
 _KNOWN: dict[str, dict[str, Any]] = {

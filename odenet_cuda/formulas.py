@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .ops import REAL
-from .tableau import ButcherTableau
+from .tableau import Method
 
 Number = float | Tensor
 SHORT = (torch.float16, torch.bfloat16)
@@ -60,7 +60,7 @@ def rms_norm(x: Tensor, rows: int = 1) -> Tensor:
     return x.abs().reshape(rows, -1).double().square().mean(1).sqrt()
 
 
-def interpolant_weights(tableau: ButcherTableau, theta: Number) -> list[Number]:
+def interpolant_weights(tableau: Method, theta: Number) -> list[Number]:
     """``b_j(theta) = sum_d p[j][d] theta**(d + 1)`` for every slope."""
     weights: list[Number] = []
     for row in tableau.p:
@@ -72,12 +72,12 @@ def interpolant_weights(tableau: ButcherTableau, theta: Number) -> list[Number]:
 
 
 @lru_cache(maxsize=64)
-def interpolant_powers(tableau: ButcherTableau, device: torch.device) -> Tensor:
+def interpolant_powers(tableau: Method, device: torch.device) -> Tensor:
     """p of the interpolant, float64 [powers, stages, 1]."""
     return torch.tensor(tableau.p, dtype=torch.float64, device=device).T.unsqueeze(-1)
 
 
-def dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Number, dt: Number) -> Tensor:
+def dense_output(tableau: Method, y0: Tensor, k: Sequence[Tensor], theta: Number, dt: Number) -> Tensor:
     """The interpolant of a step at ``t0 + theta dt``."""
     total = y0
     for weight, slope in zip(interpolant_weights(tableau, theta), k, strict=False):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .graphed.loops import Kind, solve_by_graph
-from .methods import ADAPTIVE, INTERPOLATIONS, find_method
+from .methods import ADAPTIVE, INTERPOLATIONS, adjusted, find_method
 from .problem import Problem, check_times
 from .ranges import marked
 from .solvers import short
@@ -20,9 +20,12 @@ from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
 from .solvers.hooks import AfterStep, Looker, runs_ahead
 from .solvers.progress import Progress
+from .solvers.scipy_solver import ScipyMethod, ScipySolver
 from .solvers.start import Resumed, stop_table
+from .solvers.stepped import SteppedSolver
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
+from .tableau import is_whole
 
 Grid = tuple[list[float], list[int | None]]
 
@@ -41,12 +44,15 @@ class Options:
     step_size: float | None = None
     grid_constructor: Callable | None = None
     perturb: bool = False
+    max_iters: int | None = None
+    max_order: int | None = None
+    solver: str | None = None
     interp: str = "method"
     cuda_graph: str = ""  # or one of graphed.capture.MODES
     progress: str = ""  # what it says goes on, where that is to be shown
 
     def __post_init__(self) -> None:
-        find_method(self.method)
+        adjusted(find_method(self.method), self.method, self.of_method)
         if self.interp not in INTERPOLATIONS:
             raise ValueError(f"interp must be one of {tuple(INTERPOLATIONS)}, got {self.interp!r}")
         for name in ("first_step", "step_size"):
@@ -82,7 +88,14 @@ class Options:
     @property
     def tableau(self) -> Any:
         """The numbers of the method: a `ButcherTableau`, or the data of another family of `solvers.families`."""
-        return INTERPOLATIONS[self.interp][self.method]
+        found = INTERPOLATIONS[self.interp][self.method]
+        return adjusted(found, self.method, self.of_method) if self.of_method else found
+
+    @property
+    def of_method(self) -> tuple[tuple[str, Any], ...]:
+        """Options that the method itself goes by, those that were given."""
+        found = ("max_iters", self.max_iters), ("max_order", self.max_order), ("solver", self.solver)
+        return tuple([(name, value) for name, value in found if value is not None])
 
 
 def integrate(
@@ -106,44 +119,44 @@ def integrate(
     with torch.no_grad(), marked("solve"):
         if len(problem.t) == 1 or all([leaf.numel() == 0 for leaf in problem.state_leaves]):
             return _without_steps(problem)
-        if options.adaptive:
-            refuse(options, family_of(options.tableau).refusal(problem, recorder))
+        refuse(options, family_of(options.tableau).refusal(problem, recorder))
         progress = Progress(problem, options.progress) if options.progress else None
         if progress is not None:
             lookers, callbacks = progress.among(lookers, callbacks, options.adaptive)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
-        alone = not callbacks and recorder is None and events is None and not options.jump_t and resumed is None and not lookers
-        alone = alone and problem.valid is None
-        by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
-        if options.adaptive:
-            make: Any = partial(
-                AdaptiveSolver,
-                problem,
-                options.tableau,
-                options.control,
-                first_step=options.first_step,
-                step_t=options.step_t,
-                jump_t=options.jump_t,
-                after_step=after_step,
-                resumed=resumed,
-                lookers=lookers,
-                **common,
-            )
-            refusal = "" if after_step is None else after_step.refusal
-            kind = adaptive_kind(problem, options, refusal) if by_graph else None
-        else:
-            nodes, moves_with = grid or fixed_grid(options, problem.t)
-            if alone and short.serves(problem, options.tableau, nodes):
-                return short.solve(problem, options.tableau, nodes, options.perturb, start)
-            make = partial(FixedSolver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
-            kind = fixed_kind(problem, options, nodes) if by_graph else None
-        if kind is not None:
-            return solve_by_graph(problem, kind, make, start is not None)
+        adaptive = {"after_step": after_step, "resumed": resumed, "lookers": lookers}
         try:
-            return make().run(start)
+            return _run(problem, options, common, adaptive, start, grid)
         finally:
             if progress is not None:
                 progress.end()
+
+
+def _run(
+    problem: Problem, options: Options, common: dict[str, Any], adaptive: dict[str, Any], start: Evaluation | None, grid: Any
+) -> Trajectory:
+    """By the loop of the method, or a captured graph of it. common, adaptive: arguments of all loops, of the adaptive one."""
+    alone = not any([*common.values(), options.jump_t, adaptive["resumed"], adaptive["lookers"], problem.valid])
+    by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
+    if isinstance(options.tableau, ScipyMethod):
+        control = options.control
+        limits = options.first_step, control.max_step, control.max_num_steps
+        return ScipySolver(problem, options.tableau, *limits, common["callbacks"]).run(start)
+    if options.adaptive:
+        stops: dict[str, Any] = {"first_step": options.first_step, "step_t": options.step_t, "jump_t": options.jump_t}
+        make: Any = partial(AdaptiveSolver, problem, options.tableau, options.control, **stops, **adaptive, **common)
+        after_step = adaptive["after_step"]
+        refusal = "" if after_step is None else after_step.refusal
+        kind = adaptive_kind(problem, options, refusal) if by_graph else None
+    else:
+        nodes, moves_with = grid or fixed_grid(options, problem.t)
+        if alone and short.serves(problem, options.tableau, nodes):
+            return short.solve(problem, options.tableau, nodes, options.perturb, start)
+        whole = is_whole(options.tableau)
+        solver: Any = SteppedSolver if whole else FixedSolver
+        make = partial(solver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
+        kind = fixed_kind(problem, options, nodes) if by_graph and not whole else None
+    return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)
 
 
 def _without_steps(problem: Problem) -> Trajectory:

@@ -25,43 +25,56 @@ def as_leaves(x: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Linearized:
-    """func beside (t, y). systems: how many it falls into. dy: [systems, n, n], d f_i / d y_j of each. dt: [systems, n], None
-    where func does not depend on the time."""
+    """func beside (t, y). systems: how many it falls into. k: [systems, n], its slopes. dy: [systems, n, n], d f_i / d y_j of
+    each. dt: [systems, n], None where func does not depend on the time, or where that was not asked for."""
 
     systems: int
+    k: Tensor
     dy: Tensor
     dt: Tensor | None
 
 
-def linearize(field: Callable[..., list[Tensor]], t: Tensor, y: Sequence[Tensor], rows: int) -> Linearized:
+def linearize(
+    field: Callable[..., list[Tensor]],
+    t: Tensor,
+    y: Sequence[Tensor],
+    rows: int,
+    stage: int = 0,
+    *,
+    by_time: bool = True,
+    apart: bool = True,
+    differentiable: bool = True,
+) -> Linearized:
     """By reverse mode: as many products as a system has numbers, each for all systems at once.
 
     rows: of step control. Under joint control samples on axis 0 of all leaves, which have another axis, are systems of their
-    own if func does not couple them. That is looked at every time, by one more product with random signs; where it does, the
-    whole state is one system. Raises ValueError where func cannot be differentiated, NotImplementedError where a system has
-    more than MOST numbers or the state is not float32 or float64.
+    own if func does not couple them, unless `apart` is False. That is looked at every time, by one more product with random
+    signs; where it does, the whole state is one system. by_time: df/dt is wanted. Where gradients are recorded k has a graph,
+    and, if they are to be `differentiable`, so have dy and dt. Raises ValueError where func cannot be differentiated,
+    NotImplementedError where a system has more than MOST numbers or the state is not float32 or float64.
     """
     if any([leaf.dtype not in (torch.float32, torch.float64) for leaf in y]):
         kinds = ", ".join(sorted({str(leaf.dtype).removeprefix("torch.") for leaf in y}))
         raise NotImplementedError(f"an implicit method solves systems in float32 or float64, y0 is {kinds}")
     recording = torch.is_grad_enabled()
+    again = recording and differentiable
     with torch.enable_grad():
-        if not (recording and all([leaf.requires_grad for leaf in y])):
-            y = [leaf.detach().requires_grad_() for leaf in y]
-        if not (recording and t.requires_grad):
+        y = [leaf if recording and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in y]
+        if by_time and not (recording and t.requires_grad):
             t = t.detach().requires_grad_()
-        slopes = field(t, y, 0)
-        systems = _samples(y) if rows == 1 else rows
+        slopes = field(t, y, stage)
+        systems = rows if rows > 1 else _samples(y) if apart else 1
         k = flat(slopes, systems)
         if not k.requires_grad:
             _refuse_hidden(field, t, y, k)
-            return Linearized(systems, k.new_zeros(systems, k.shape[1], k.shape[1]), None)
-        dy = _by_y(k, y, systems, recording)
+            return Linearized(systems, k, k.new_zeros(systems, k.shape[1], k.shape[1]), None)
+        dy = _by_y(k, y, systems, again)
         if rows == 1 < systems and _coupled(k, y, dy):
             systems = 1
-            k = k.reshape(1, -1)
-            dy = _by_y(k, y, 1, recording)
-        return Linearized(systems, dy, _by_t(k, t, recording))
+            k = flat(slopes, 1)
+            dy = _by_y(k, y, 1, again)
+        dt = _by_t(k, t, again) if by_time else None
+        return Linearized(systems, k if recording else k.detach(), dy, dt)
 
 
 def _samples(y: Sequence[Tensor]) -> int:

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attempts import attempts_of
 from .interpolant import Interpolant
 from .ops import FIELDS
 from .problem import Problem
 from .request import Request
 from .solution import Solution, Stats, raise_failure
+from .solvers.stiffness import look_after
 from .solvers.trajectory import Recorder, Trajectory
 from .step_control import SUCCESS
 
@@ -28,6 +30,7 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
     state = trajectory.host_state()
     if state is None:
         return False
+    look_after(problem, request.options.tableau, state, trajectory.last[: len(ys)])
     status = state[FIELDS["status"]]
     problem.failed = not (status[0] == SUCCESS if len(status) == 1 else (status == SUCCESS).all())
     if not problem.failed and not problem.own:
@@ -35,7 +38,7 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
     last = solution_of(request, problem, ys, trajectory, None, stats)
     _mark_missing(problem, state, ys)
     if problem.failed and request.settings.on_failure == "raise":
-        raise_failure(state, last, request.options.control.max_num_steps)
+        raise_failure(state, last, request.options.control.max_num_steps, trajectory)
     return problem.failed
 
 
@@ -94,4 +97,5 @@ def solution_of(
         solution.interpolant = Interpolant(
             request.options.tableau, recorder.dense_steps, start, ends, unflatten, problem.per_sample
         )
+        solution.attempts = attempts_of(recorder.tried, problem.per_sample)
     return solution

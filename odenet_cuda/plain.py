@@ -17,7 +17,7 @@ from .problem import Problem, to_device
 from .solvers.fixed import plan_of, stage_times
 from .solvers.short import Steps
 from .solvers.trajectory import End
-from .tableau import ButcherTableau
+from .tableau import ButcherTableau, Method
 
 Func = Callable[..., list[Tensor]]
 
@@ -116,7 +116,7 @@ def stage(y0: Tensor, k: Sequence[Tensor], a: Sequence[float], dt: Any) -> Tenso
     return formulas.stage(wide, [formulas.widened(x) for x in k], a, formulas.per_row(dt, wide)).to(y0.dtype)
 
 
-def dense_output(tableau: ButcherTableau, y0: Tensor, k: Sequence[Tensor], theta: Any, dt: Any) -> Tensor:
+def dense_output(tableau: Method, y0: Tensor, k: Sequence[Tensor], theta: Any, dt: Any) -> Tensor:
     """As `formulas.dense_output`, likewise."""
     wide = formulas.widened(y0)
     k = [formulas.widened(x) for x in k]

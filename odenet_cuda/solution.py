@@ -2,16 +2,30 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .interpolant import Interpolant
+from .attempts import Attempts
+from .interpolant import Interpolant, State
 from .ops import FIELDS
+from .printing import facts, table
 from .problem import OwnTimes, times_as_tensor, to_device
-from .step_control import MAX_NUM_STEPS, NON_FINITE, OUTSIDE, RUNNING, SUCCESS, UNDERFLOW
+from .step_control import (
+    MAX_NUM_STEPS,
+    NON_FINITE,
+    NON_FINITE_JACOBIAN,
+    NOT_CONVERGED,
+    OUTSIDE,
+    RUNNING,
+    SCIPY_FAILED,
+    SINGULAR,
+    STEP_FAILURES,
+    SUCCESS,
+    UNDERFLOW,
+)
 
 STATUS_WORDS = {
     RUNNING: "interrupted",
@@ -20,6 +34,16 @@ STATUS_WORDS = {
     NON_FINITE: "non-finite values",
     MAX_NUM_STEPS: "max_num_steps exceeded",
     OUTSIDE: "outside the domain of valid",
+    NOT_CONVERGED: "no convergence",
+    SINGULAR: "singular matrix",
+    NON_FINITE_JACOBIAN: "non-finite Jacobian",
+    SCIPY_FAILED: "scipy failed",
+}
+_BEGINNINGS = {
+    NON_FINITE: "non-finite values in state `y`: the state or its slope is infinite or not a number",
+    NOT_CONVERGED: "no convergence: Newton's method did not solve the stages of the step in max_iters iterations",
+    SINGULAR: "singular matrix: I - dt a df/dy of Newton's method has no inverse",
+    NON_FINITE_JACOBIAN: "non-finite Jacobian: df/dy of func is infinite or not a number",
 }
 _REMEDIES = {
     UNDERFLOW: "the error test cannot be met however small the step: loosen rtol and atol, solve in float64, give the "
@@ -30,16 +54,24 @@ _REMEDIES = {
     "explicit method is often stiff",
     OUTSIDE: "the solution itself leaves the domain here: look at func and y0, tighten rtol and atol, or let valid allow for "
     "the error of a step (y > -atol for y > 0)",
+    NOT_CONVERGED: "take smaller steps (step_size, or more times in t), raise max_iters, or use an adaptive method for stiff "
+    "systems, such as rodas5p",
+    SINGULAR: "take another step size (step_size): the equations of a step of this one have no solution, or many",
+    NON_FINITE_JACOBIAN: "look in func for a derivative that is infinite at this state, such as that of a root at zero, or for "
+    "a division of zero by zero",
+    SCIPY_FAILED: "loosen rtol and atol, take another solver in options, or a method of this package, such as rodas5p",
 }
 
 
 class SolverError(AssertionError):
     """A solve that could not be finished.
 
-    status: ``"underflow in dt"``, ``"non-finite values"``, ``"max_num_steps exceeded"`` or
-    ``"outside the domain of valid"``. sample: index of the first row
-    that failed, or None under joint control. t, dt: time reached and last step tried. y: the last accepted state, as the
-    user gave it. solution: everything known, with NaN where an output was not reached.
+    status: ``"underflow in dt"``, ``"non-finite values"``, ``"max_num_steps exceeded"``, ``"outside the domain of valid"``,
+    ``"scipy failed"``, or of an implicit method on a grid ``"no convergence"``, ``"singular matrix"``, ``"non-finite
+    Jacobian"``.
+    sample: index of the first row that failed, or None under joint control; of an implicit method on a grid the sample whose
+    equations they are, or None where func couples samples. t, dt: time reached and last step tried. y: the last accepted
+    state, as the user gave it. solution: everything known, with NaN where an output was not reached.
     """
 
     def __init__(self, message: str, *, status: str, sample: int | None, t: float, dt: float, solution: "Solution"):
@@ -75,8 +107,9 @@ class Stats:
 
     @property
     def adjoint_drift(self) -> float | Tensor:
-        while self.looks:
-            self.looks.pop()()
+        with torch.no_grad():
+            while self.looks:
+                self.looks.pop()()
         if self.drift is None:
             device = None if self._state is None else self._state.device
             return torch.zeros(self._rows, dtype=torch.float64, device=device) if self._per_sample else 0.0
@@ -95,7 +128,7 @@ class Stats:
         )
 
 
-class Solution:
+class Solution(Generic[State]):
     """The result of `solve`.
 
     ys: the state at every t, in the structure of y0, each leaf [len(t), *leaf.shape]. t: the times, float64; [batch, T] where
@@ -109,6 +142,7 @@ class Solution:
     events they have the events on axis 0, and the state is that before its change.
     engine: which one served, "transformed", "compiled", "graphed", "plain" or "stepper". explanation: why each that was asked
     before it did not, by its name.
+    attempts: with ``dense=True`` of an adaptive solve every step that was tried, see `Attempts`; else None.
 
     t_last: the time of y_last, where the solve ended, failed, or was interrupted: from there ``solve(..., resume=solution)``
     goes on, to the times that `times_ahead` gives.
@@ -116,23 +150,24 @@ class Solution:
 
     def __init__(
         self,
-        ys: Any,
+        ys: State,
         times: Any,
         stats: Stats,
-        y_last: Any,
+        y_last: State,
         *,
         device: torch.device,
         per_sample: bool = False,
         state: Tensor | None = None,
-        interpolant: Interpolant | None = None,
+        interpolant: Interpolant[State] | None = None,
         slope: Sequence[Tensor] = (),
     ):
         """times: on this device, once asked for. state: of the solver, None on a grid. slope: the first of the next step."""
         self.ys, self.stats, self.y_last, self.interpolant, self.per_sample = ys, stats, y_last, interpolant, per_sample
         self.regularizers: dict[str, Tensor] = {}
         self.integrals: Any = None
+        self.attempts: Attempts | None = None
         self.event_t: Tensor | None = None
-        self.event_y: Any = None
+        self.event_y: State | None = None
         self.event_index: Tensor | None = None
         self._event_column: Tensor | None = None
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
@@ -192,13 +227,35 @@ class Solution:
         words = [STATUS_WORDS[int(code)] for code in self._state[FIELDS["status"]].tolist()]
         return words if self.per_sample else words[0]
 
+    def plot(self, sample: int = 0, components: Sequence[int] | None = None) -> Any:
+        """A figure of the state over time, and, after ``dense=True``, of the steps: their sizes, error ratios and rejections.
+
+        sample: which row of axis 0, where the state has more than one axis. components: which of its numbers, at most eight
+        unless given. Returns a matplotlib Figure, which a notebook shows and ``savefig`` writes. Raises ImportError without
+        matplotlib, and ValueError where there is no such sample or component.
+        """
+        from .plot import plot
+
+        return plot(self, sample, components)
+
+    def plot_phase(self, x: int = 0, y: int = 1, samples: Sequence[int] | None = None) -> Any:
+        """A figure of one number of the state over another. samples: rows of axis 0, at most 64 unless given. See `plot`."""
+        from .plot import plot_phase
+
+        return plot_phase(self, x, y, samples)
+
     def __repr__(self) -> str:
-        return f"Solution(status={self.status!r}, engine={self.engine!r}, {self.stats}, ys={self.ys})"
+        return f"Solution({', '.join(f'{name}={words}' for name, words in facts(self).items())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return table("Solution", facts(self))
 
 
-def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> None:
-    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. No frame keeps the exception, whose traceback
-    keeps the frames: func would be gone with the garbage collector only."""
+def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int, trajectory: Any = None) -> None:
+    """Raises SolverError if a row of this solver state [NUM_FIELDS, rows] failed. trajectory: of the solve, where it may
+    know more. No frame keeps the exception, whose traceback keeps the frames: func would be gone with the garbage collector
+    only."""
     status = state[FIELDS["status"]]
     failed = np.flatnonzero(status != SUCCESS)
     if len(failed) == 0:
@@ -206,17 +263,20 @@ def raise_failure(state: np.ndarray, solution: Solution, max_num_steps: int) -> 
     row = int(failed[0])
     code = int(status[row])
     t, dt = float(state[FIELDS["time"], row]), float(state[FIELDS["last_dt"], row])
-    sample = row if solution.per_sample else None
+    sample = row if solution.per_sample else getattr(trajectory, "system", None)
     if code == UNDERFLOW:
         start = f"underflow in dt {state[FIELDS['proposal'], row]:.3g}"
-    elif code == NON_FINITE:
-        start = "non-finite values in state `y`: the state or its slope is infinite or not a number"
     elif code == OUTSIDE:
         start = f"outside the domain of valid: every step ends there, down to dt {abs(dt):.3g}"
+    elif code in STEP_FAILURES:
+        start = _BEGINNINGS[code]
+    elif code == SCIPY_FAILED:
+        start = trajectory.words
     else:
         start = f"max_num_steps exceeded ({max_num_steps}>={max_num_steps})"
     where = f"at t = {t:.9g}, last step tried {dt:.3g}"
     if sample is not None:
-        where = f"in sample {sample} of {len(status)} ({len(failed)} failed) {where}"
+        count = f" of {len(status)} ({len(failed)} failed)" if solution.per_sample else ""
+        where = f"in sample {sample}{count} {where}"
     message = f"{start}; {where}. Remedy: {_REMEDIES[code]}. The last accepted state is in `y` of this exception."
     raise SolverError(message, status=STATUS_WORDS[code], sample=sample, t=t, dt=dt, solution=solution)

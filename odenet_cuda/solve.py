@@ -9,20 +9,22 @@ from torch import Tensor
 from .compiled.compilation import check_compile
 from .engines import serve
 from .event import Event, Events, Jump, check_events, check_jumps
-from .methods import ADAPTIVE
+from .interpolant import State
+from .methods import on_host
 from .problem import with_arguments
-from .request import Request, settings_of
+from .request import Request
 from .resume import check_resume
 from .saving import saved
 from .segments import goes_on, in_segments
+from .settings import settings_of
 from .solution import Solution
 from .transforms import between_graphs
 
 
-@between_graphs(lambda *args, method="dopri5", **kwargs: method in ADAPTIVE)
+@between_graphs(lambda *args, method="dopri5", **kwargs: on_host(method))
 def solve(
     func: Callable[..., Any],
-    y0: Any,
+    y0: State,
     t: Any,
     *,
     args: Sequence[Any] = (),
@@ -44,6 +46,9 @@ def solve(
     step_size: float | None = None,
     grid_constructor: Callable | None = None,
     perturb: bool = False,
+    max_iters: int | None = None,
+    max_order: int | None = None,
+    solver: str | None = None,
     cuda_graph: bool | str = False,
     interp: str = "method",
     norm: Callable | None = None,
@@ -67,7 +72,7 @@ def solve(
     save: Callable[..., Any] | None = None,
     every: int | None = None,
     progress: bool = False,
-) -> Solution:
+) -> Solution[State]:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
     func: called as ``func(t, y)``; returns dy/dt in the structure of y. t is a 0-dimensional tensor of y's real type, under
@@ -79,8 +84,10 @@ def solve(
         control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
         outputs there are NaN, and nothing is solved for it after its last time.
     method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
-        "rosenbrock23", which differentiate func (gradient="direct", or an explicit adjoint_method); on a grid "euler",
-        "midpoint", "heun2", "heun3", "rk4".
+        "rosenbrock23", or "kvaerno5" and "kvaerno3", all of which differentiate func; on a grid "euler", "midpoint", "heun2",
+        "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler", "implicit_midpoint", "trapezoid",
+        "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and "implicit_adams" (also
+        "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
@@ -97,7 +104,11 @@ def solve(
     safety, ifactor, dfactor: the next step is the last times a factor in [dfactor, ifactor].
     step_t, jump_t: times at which a step must end; func is discontinuous at those of jump_t.
     step_size, grid_constructor: the grid of a method without error control, else t itself; ``grid_constructor(func, y0, t)``
-        returns the times of the grid. perturb: evaluate at the ends of a step just inside it.
+        returns the times of the grid. perturb: evaluate at the ends of a step just inside it. max_iters: iterations in which
+        an implicit method must have solved a step, 100, and of the corrector of implicit_adams, 4. max_order: of Adams methods,
+        12; the higher, the smaller the steps with which they are stable, of explicit_adams above all.
+    solver: of scipy_solver: "LSODA", the default, "Radau", "BDF", "RK45", "RK23" or "DOP853", with gradient="adjoint" alone,
+        whose backward solve is by rodas5p, dopri5, bosh3 or dopri8, by its kind.
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
@@ -115,7 +126,8 @@ def solve(
     max_checkpoints: how many states "checkpoint" may keep; steps between are made again, by the binomial schedule (Griewank
         and Walther 2000, doi 10.1145/347837.347846). Default: all.
     adjoint_params: tensors to give gradients to, but not by "direct"; default: all that func depends on. adjoint_method,
-        adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward. Options by name as
+        adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward; a stiff or implicit
+        method differentiates func twice there, and leaves the parameters out of its error norm. Options by name as
         above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
         arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
     compile: "auto", func is compiled where it can be read; False: not; default: what `set_compile` says.
@@ -158,8 +170,8 @@ def solve(
     """
     settings = settings_of(
         method, gradient, step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
-        step_t, jump_t, step_size, grid_constructor, perturb, cuda_graph, interp, regularizers, dense, on_failure,
-        max_checkpoints, every, progress,
+        step_t, jump_t, step_size, grid_constructor, perturb, max_iters, max_order, solver, cuda_graph, interp,
+        regularizers, dense, on_failure, max_checkpoints, every, progress,
     )  # fmt: skip
     if compile is not None:
         check_compile(compile)

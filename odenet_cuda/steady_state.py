@@ -18,7 +18,8 @@ from .methods import ADAPTIVE, find_method
 from .ops import FIELDS
 from .outcome import failed, solution_of, stats_of
 from .problem import Problem
-from .request import Request, settings_of
+from .request import Request
+from .settings import settings_by_name
 from .solution import SolverError, Stats
 from .step_control import SUCCESS
 
@@ -55,8 +56,8 @@ def steady_state(
 
     func, args: as for `solve`; func is not to depend on t. rtol, atol: in the units of y for a unit of time.
     max_time, max_num_steps: until which it must have settled. method: adaptive, with func at the end of a step as its last
-        slope: "dopri5", "tsit5", "bosh3", and for stiff systems "rodas5p" or "rosenbrock23". step_rtol, step_atol: tolerances
-        of the steps, by default a hundredth of the others, but at least four units in the last place.
+        slope: "dopri5", "tsit5", "bosh3", and for stiff systems "rodas5p", "kvaerno5" and the like. step_rtol, step_atol:
+        tolerances of the steps, by default a hundredth of the others, but at least four units in the last place.
     valid: as of `solve`.
 
     y has gradients for all that func depends on, by the implicit function theorem: with func(y; theta) = 0 they are
@@ -75,10 +76,7 @@ def steady_state(
     (2.0, 1.0)
     """
     _check(rtol, atol, max_time, method)
-    settings = settings_of(
-        method, "direct", step_control, "I", None, 0.0, math.inf, max_num_steps, 0.9, 10.0, 0.2,
-        (), (), None, None, False, False, "method", (), False, "raise", None,
-    )  # fmt: skip
+    settings = settings_by_name(method=method, step_control=step_control, max_num_steps=max_num_steps)
     with torch.no_grad(), no_cast_is_kept():
         tolerances = step_rtol, step_atol
         request = Request(
@@ -101,7 +99,7 @@ def _check(rtol: Any, atol: Any, max_time: Any, method: str) -> None:
     if not 0 < max_time < math.inf:
         raise ValueError(f"max_time must be a finite number above 0, got {max_time!r}")
     if method not in ADAPTIVE or not find_method(method).fsal:
-        served = "dopri5, tsit5, bosh3, rodas5p or rosenbrock23"
+        served = "dopri5, tsit5, bosh3, rodas5p, kvaerno5 or rosenbrock23"
         raise ValueError(f"method must be adaptive and end its steps with the slope there: {served}, got {method!r}")
     if transforms.active():
         raise NotImplementedError("steady_state is not served inside torch.func transforms and forward mode")

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _C
 from .ops import DTYPES, readable
 from .problem import Problem
-from .tableau import ButcherTableau
+from .tableau import Method
 from .tracing import has_memory
 
 Rows = tuple[tuple[float, ...], ...]
@@ -28,7 +28,7 @@ def _tables(
     columns: tuple[int, ...],
     quadratures: int,
     signs: tuple[float, ...],
-    tableau: ButcherTableau,
+    tableau: Method,
     rows_a: Rows,
     tolerances: tuple[tuple[float, ...], tuple[float, ...]],
     controller: tuple[float, ...],
@@ -70,7 +70,7 @@ class Stepper:
     def __init__(
         self,
         problem: Problem,
-        tableau: ButcherTableau,
+        tableau: Method,
         rows_a: Rows,
         controller: Sequence[float] = (),
         norm_leaves: int | None = None,

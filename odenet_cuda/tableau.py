@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
+
+import numpy as np
 
 from .ops import MAX_DEGREE, MAX_STAGES
 
@@ -86,6 +88,18 @@ class ButcherTableau:
         )
 
 
+Node = tuple[float, float, tuple[float, ...]]
+
+
+class StepFailed(ArithmeticError):
+    """A step on a grid cannot be made. code: one of `step_control.STEP_FAILURES`. system: the first that has no end, of those
+    that func falls into, or None where it is one."""
+
+    def __init__(self, code: int, system: int | None):
+        super().__init__(code, system)
+        self.code, self.system = code, system
+
+
 @dataclass(frozen=True)
 class StepFunction:
     """A one-step method that is given as a function in torch's operations: y1 = y0 + dt sum_j b_j k_j, where k_0 = f(t0, y0),
@@ -94,8 +108,15 @@ class StepFunction:
     step: ``step(field, t, dt, y0, k0) -> (y1, slopes, error)``, over leaves: field(t_j, y, j) gives the slopes of func, t are
     the times t0 + c_j dt as func sees them, dt is float64 [rows], slopes are k_1 to the last, [stages - 1][leaves], error is
     an estimate for each leaf, or None: that by the weights e. It computes each row alone. Gradients are autograd's, through
-    it: where it differentiates func, it keeps that graph if gradients are recorded.
+    it: where it differentiates func, it keeps that graph if gradients are recorded. Where it cannot be made, it raises
+    `StepFailed`, or on an adaptive way gives an end that is no number, which is rejected.
     order, c, b, e, p, p_order: as in `ButcherTableau`; the step size goes by the error to the power of 1 / order.
+    second: the same step, where gradients of gradients are wanted, None: `step` itself.
+    scaled: whether it is given ``tolerance=``, atol + rtol |y0| of each leaf, or None where it is not known.
+    memory: how many slopes before k_0 it is given besides, ``past=[(dt, k), ...]``, the last first: of the steps before, each
+    with the slope at its start. At first there are fewer.
+    nodes: of quadrature over a step, (c, weight, row): the integral of g(t, y) is dt sum_i weight_i g(t0 + c_i dt, Y_i) with
+    Y_i = y0 + dt sum_j row_ij k_j. Not given, they are Gauss's on the interpolant.
 
     Raises ValueError where the numbers contradict each other.
     """
@@ -107,6 +128,10 @@ class StepFunction:
     p_order: int
     step: Callable[..., Any]
     e: tuple[float, ...] = ()
+    second: Callable[..., Any] | None = None
+    scaled: bool = False
+    memory: int = 0
+    nodes: tuple[Node, ...] = ()
     stages: int = field(init=False)
     fsal: ClassVar[bool] = True
 
@@ -118,6 +143,8 @@ class StepFunction:
         _check(len(self.b) == len(self.p) == stages, "b and p must have one entry a node", "StepFunction")
         _check(len(self.e) in (0, stages), "e must be empty or have one entry a node", "StepFunction")
         _check_interpolant(self.p, self.b, "StepFunction")
+        if not self.nodes:
+            object.__setattr__(self, "nodes", _gauss_nodes(self.order, self.p))
 
     @property
     def rows(self) -> tuple[tuple[float, ...], ...]:
@@ -130,6 +157,25 @@ class StepFunction:
     def cubic(self) -> "StepFunction":
         """The same method with the cubic Hermite interpolant."""
         return replace(self, p=hermite(self.b), p_order=min(3, self.order))
+
+
+Method = ButcherTableau | StepFunction
+
+
+def is_whole(method: Any) -> TypeGuard[StepFunction]:
+    """Whether its steps are whole functions, which are recorded and made again as such: a type derived from StepFunction has
+    steps of its own."""
+    return type(method) is StepFunction
+
+
+def _gauss_nodes(order: int, p: tuple[tuple[float, ...], ...]) -> tuple[Node, ...]:
+    """Gauss's, exact for polynomials of twice the order less one, on the interpolant p."""
+    x, w = np.polynomial.legendre.leggauss(order // 2 + 1)
+    found = []
+    for theta, weight in zip((x + 1) / 2, w / 2, strict=True):
+        row = tuple([float(sum(a * theta ** (d + 1) for d, a in enumerate(of_slope))) for of_slope in p])
+        found.append((float(theta), float(weight), row))
+    return tuple(found)
 
 
 def hermite(b: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:

@@ -159,7 +159,7 @@ def test_error_of_func_itself():
 
 ARGUMENTS = {
     "method": ({"method": "dopri6"}, ValueError, "method must be one of .*dopri5.*; got 'dopri6'"),
-    "absent method": ({"method": "gl6"}, NotImplementedError, "method 'gl6' is not part of this version"),
+    "scipy's solver": ({"method": "scipy_solver", "solver": "LSODE"}, ValueError, "solver must be one of .*'LSODA'.*'LSODE'"),
     "negative rtol": ({"rtol": -1e-3}, ValueError, "rtol must be a finite number of at least 0, got -0.001"),
     "nan rtol": ({"rtol": math.nan}, ValueError, "rtol must be a finite number of at least 0, got nan"),
     "infinite atol": ({"atol": math.inf}, ValueError, "atol must be a finite number of at least 0, got inf"),

@@ -405,6 +405,21 @@ def test_direct_of_rows_that_failed():
     near(grad, torch.tensor([[0.0], [1 / (1 - 0.2) ** 2]], dtype=D))
 
 
+@pytest.mark.parametrize("control", CONTROLS)
+def test_steps_are_made_again(control):
+    """With the gradient of those that were taken."""
+    found = []
+    for gradient in ("direct", "checkpoint"):
+        field, y0 = Net(), start(True)
+        t = torch.tensor(T, dtype=D, requires_grad=True)
+        solve(
+            field, y0, t, method="implicit", step_control=control, gradient=gradient, **TOLERANCES
+        ).ys.square().sum().backward()
+        found.append([y0.grad, t.grad, *(p.grad for p in field.parameters())])
+    for x, y in zip(*found, strict=True):
+        near(x, y, ROUNDING)
+
+
 @pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("method", NAMES)
@@ -432,9 +447,6 @@ def test_block(method):
 # ---- what is refused ----
 
 REFUSED = [
-    ("implicit", {"gradient": "checkpoint"}, "gradient='checkpoint'"),
-    ("implicit", {"gradient": "adjoint"}, "adjoint_method"),
-    ("implicit", {"gradient": "quadrature"}, "adjoint_method"),
     ("implicit", {"regularizers": ["kinetic"]}, "'kinetic' and 'jacobian' need an explicit method"),
     ("implicit", {"regularizers": ["error"]}, "'error' and 'stiffness' need an explicit method"),
     ("two_step", {"gradient": "direct"}, "no gradient of its own"),

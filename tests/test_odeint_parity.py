@@ -445,17 +445,6 @@ def test_one_time():
         assert torch.equal(module.odeint(Net(), Y0, direction(1, 0.5)), Y0[None])
 
 
-ABSENT = ["explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver", "implicit_euler", "gl4", "radauIIA5"]
-
-
-@pytest.mark.parametrize("method", ABSENT)
-@pytest.mark.parametrize("function", [odeint, odeint_adjoint], ids=["odeint", "odeint_adjoint"])
-def test_methods_that_are_not_there_yet(function, method):
-    """They are named, with those that there are, in a sentence."""
-    with pytest.raises(NotImplementedError, match=rf"method '{method}' is not part of this version .*dopri5"):
-        function(Net(), Y0, direction(1, 0.0, 1.0), method=method)
-
-
 @pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("method", [None, "dopri8", "bosh3", "rk4"])
 def test_odeint_dense(method, sign):

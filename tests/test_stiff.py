@@ -1,4 +1,4 @@
-"""Rosenbrock methods: orders, stiff problems with known ends, systems sample by sample, gradients, and what they refuse."""
+"""Adaptive stiff methods: orders, stiff problems with known ends, systems sample by sample, gradients, and what they refuse."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from odenet_cuda.methods import STIFF
 
 D = torch.float64
 every_method = pytest.mark.parametrize("method", STIFF)
-ORDERS = {"rodas5p": (5, 4), "rosenbrock23": (2, 2)}  # of a step, of its interpolant
+ORDERS = {"rodas5p": (5, 4), "rosenbrock23": (2, 2), "kvaerno5": (5, 4), "kvaerno3": (3, 3)}  # of a step, of its interpolant
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,13 +84,16 @@ ENDS = {
 
 
 @pytest.mark.parametrize("problem", ENDS)
-@pytest.mark.parametrize(("method", "rtol", "most"), [("rodas5p", 1e-5, 300), ("rosenbrock23", 1e-3, 300)])
+@pytest.mark.parametrize(
+    ("method", "rtol", "most"),
+    [("rodas5p", 1e-5, 300), ("rosenbrock23", 1e-3, 300), ("kvaerno5", 1e-5, 300), ("kvaerno3", 1e-3, 300)],
+)
 def test_known_ends(problem: str, method: str, rtol: float, most: int):
     """An explicit method takes thousands of steps here, of VDPOL, or would take 10^15, of ROBER."""
     func, y0, end, ratio, expected = ENDS[problem]
     solution = solve(func, torch.tensor(y0, dtype=D), [0.0, end], method=method, rtol=rtol, atol=rtol * ratio)
     known = torch.tensor(expected, dtype=D)
-    assert float(((solution.ys[-1] - known) / known).abs().max()) < (30 if method == "rodas5p" else 100) * rtol
+    assert float(((solution.ys[-1] - known) / known).abs().max()) < (30 if method == "rodas5p" else 200) * rtol
     assert solution.stats.num_accepted + solution.stats.num_rejected < 3 * most
 
 
@@ -196,19 +199,78 @@ def test_gradients_of_rates(method: str):
     assert float(func.first.grad) == pytest.approx(difference, rel=1e-4 if method == "rodas5p" else 2e-2)
 
 
+class Mixed(nn.Module):
+    def __init__(self, rate: float):
+        super().__init__()
+        torch.manual_seed(3)
+        self.rate = rate
+        self.layer = nn.Linear(2, 2).to(D)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        stiff = torch.stack([-self.rate * (y[:, 0] - torch.cos(y[:, 1] * t.reshape(-1))), y[:, 0] * y[:, 1] - y[:, 1]], 1)
+        return stiff + torch.tanh(self.layer(y))
+
+
+def gradients(method: str, gradient: str, rate: float = 40.0, **how: Any) -> list[Tensor]:
+    """For y0, the times, of which some lie inside steps, and parameters."""
+    func = Mixed(rate)
+    y0 = torch.tensor([[1.0, 0.2], [0.5, 0.4], [-1.0, 3.0]], dtype=D, requires_grad=True)
+    t = torch.tensor([0.0, 0.03, 0.31, 0.5], dtype=D, requires_grad=True)
+    ys = solve(func, y0, t, method=method, gradient=gradient, **how).ys
+    loss = (ys * torch.linspace(1, 2, ys.numel(), dtype=D).reshape(ys.shape)).sum()
+    return list(torch.autograd.grad(loss, [y0, t, *func.parameters()]))
+
+
+@every_method
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_steps_made_again_have_the_same_gradient(method: str, control: str):
+    """However few states are kept."""
+    tol = {"rtol": 1e-5, "atol": 1e-7} if method == "rodas5p" else {"rtol": 1e-3, "atol": 1e-4}
+    right = gradients(method, "direct", step_control=control, **tol)
+    for most in (None, 3):
+        found = gradients(method, "checkpoint", step_control=control, max_checkpoints=most, **tol)
+        for x, y in zip(found, right, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@every_method
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_backwards_by_the_method_itself(method: str, gradient: str, control: str):
+    tol, rate = 1e-7 if method == "rodas5p" else 1e-5, 4.0 if gradient == "adjoint" else 40.0  # y grows on the way back
+    right = gradients("dopri5", "direct", rate, rtol=1e-10, atol=1e-11)
+    found = gradients(method, gradient, rate, step_control=control, rtol=tol, atol=tol)
+    for x, y in zip(found, right, strict=True):
+        torch.testing.assert_close(x, y, rtol=300 * tol, atol=300 * tol)
+
+
+def test_quadrature_of_rates():
+    """Of ROBER, whose way back no adjoint finds: the stored solution is needed, and a stiff method for a."""
+    func, y0 = Rates(1), torch.tensor([[1.0, 0, 0]], dtype=D)
+    how = {"method": "rodas5p", "rtol": 1e-7, "atol": 1e-11}
+    solve(func, y0, [0.0, 40.0], **how).ys[-1, 0, 0].backward()
+    right = float(func.first.grad)
+    func.zero_grad()
+    solution = solve(func, y0, [0.0, 40.0], gradient="quadrature", **how)
+    solution.ys[-1, 0, 0].backward()
+    assert float(func.first.grad) == pytest.approx(right, rel=1e-4)
+    assert solution.stats.nfe_backward < 3000
+
+
 def test_adjoint_by_an_explicit_method():
-    """The backward solve needs one: the words say so, and then it works."""
+    """And by the method itself, which then differentiates func twice."""
     func = nn.Linear(2, 2).double()
     field = lambda t, y: torch.tanh(func(y))  # noqa: E731
     y0, t = torch.ones(1, 2, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
     how = {"method": "rodas5p", "rtol": 1e-8, "atol": 1e-10, "adjoint_params": tuple(func.parameters())}
-    with pytest.raises(NotImplementedError, match="give an explicit adjoint_method"):
-        odeint_adjoint(field, y0, t, **how).sum().backward()
-    odeint_adjoint(field, y0, t, **how, adjoint_method="dopri5").sum().backward()
-    found = func.weight.grad.clone()
-    func.zero_grad()
+    found = []
+    for more in ({}, {"adjoint_method": "dopri5"}):
+        odeint_adjoint(field, y0, t, **how, **more).sum().backward()
+        found.append(func.weight.grad.clone())
+        func.zero_grad()
     odeint(field, y0, t, method="rodas5p", rtol=1e-8, atol=1e-10).sum().backward()
-    torch.testing.assert_close(found, func.weight.grad, rtol=1e-5, atol=1e-7)
+    for grad in found:
+        torch.testing.assert_close(grad, func.weight.grad, rtol=1e-5, atol=1e-7)
 
 
 # ---- what ends in words ----
@@ -227,6 +289,36 @@ def test_types_that_are_refused(dtype: torch.dtype):
         solve(lambda t, y: -y, torch.ones(2, dtype=dtype), [0.0, 1.0], method="rodas5p")
 
 
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_a_step_whose_stages_are_not_found_is_rejected(control: str):
+    """Newton's method finds no end of a step as long as the first that is tried; samples that do not need it keep theirs."""
+    func = lambda t, y: 40 * torch.sin(40 * y) - y  # noqa: E731
+    y0 = torch.tensor([[0.02], [0.05]], dtype=D)
+    how = {"method": "kvaerno5", "first_step": 0.5, "rtol": 1e-7, "atol": 1e-9, "step_control": control}
+    solution = solve(func, y0, [0.0, 0.5], **how)
+    right = solve(func, y0, [0.0, 0.5], method="dopri8", rtol=1e-11, atol=1e-13).ys
+    torch.testing.assert_close(solution.ys, right, rtol=1e-5, atol=1e-6)
+    rejected = torch.as_tensor(solution.stats.num_rejected).reshape(-1)
+    assert int(rejected[0]) >= 1
+    alone = solve(func, y0[:1], [0.0, 0.5], **how)
+    if control == "per_sample":
+        assert torch.equal(alone.ys[:, 0], solution.ys[:, 0])
+
+
+@pytest.mark.parametrize("method", ["kvaerno3", "kvaerno5"])
+def test_second_derivatives_of_solved_stages(method: str):
+    y0 = torch.tensor([[1.0, 0.2]], dtype=D, requires_grad=True)
+    t = torch.tensor([0.0, 0.05, 0.13], dtype=D, requires_grad=True)
+    rate = torch.tensor(3.0, dtype=D, requires_grad=True)
+
+    def loss(y0: Tensor, t: Tensor, rate: Tensor) -> Tensor:
+        func = lambda t, y: torch.stack([-rate * (y[:, 0] - torch.cos(y[:, 1] * t)), y[:, 0] * y[:, 1] - y[:, 1]], 1)  # noqa: E731
+        how = {"first_step": 1.0, "min_step": 1.0, "rtol": 1e-9, "atol": 1e-9}
+        return solve(func, y0, t, method=method, **how).ys.pow(2).sum()
+
+    assert torch.autograd.gradgradcheck(loss, (y0, t, rate), eps=1e-5, atol=1e-5, rtol=1e-5)
+
+
 def test_a_state_too_wide_is_refused():
     with pytest.raises(NotImplementedError, match="up to n = 2048"):
         solve(lambda t, y: -y, torch.ones(3000), [0.0, 1.0], method="rodas5p")
@@ -235,7 +327,8 @@ def test_a_state_too_wide_is_refused():
 @every_method
 def test_a_singular_matrix_is_a_rejected_step(method: str):
     """I - gamma dt J is 0 for the first step tried, and for no other."""
-    rate = 1.0 / (STIFF[method].step.gamma * 0.125)
+    step = STIFF[method].step
+    rate = 1.0 / ((step.gamma if hasattr(step, "gamma") else step.a[-1][-1]) * 0.125)
     how = {"method": method, "first_step": 0.125, "rtol": 1e-6, "atol": 1e-9}
     solution = solve(lambda t, y: rate * y, torch.ones(1, dtype=D), [0.0, 0.25], **how)
     assert solution.stats.num_rejected >= 1

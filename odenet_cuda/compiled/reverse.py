@@ -87,7 +87,7 @@ def adjoint(engine: Engine, backward: Any, ys: Sequence[Tensor], grad_ys: Sequen
         add_drift(stats, (backward.rtol, backward.atol), problem.rows, found, stored, failed if problem.per_sample else None)
         a = ends[-1][:, n:] + grads[i - 1]
         engine.nfe_backward += evaluations(options, host, grid, piece)
-    warn_of_drift(stats, options.adaptive)
+    warn_of_drift(stats, None if options.adaptive else min(backward.rtol), False)
     return _gradients(engine, a, constants, total, _of_times(engine, options, ys, grad_ys, a - grads[0]))
 
 

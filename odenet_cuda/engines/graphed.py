@@ -81,7 +81,7 @@ def _reason(request: Request, calls: int) -> str:
         "jump_t": bool(options.jump_t),
         "a norm of the user, or tolerances that are tensors": grid is None and not problem.fused_error,
         f"{options.method} begins a step with the last slope of the step before": grid is None and not options.tableau.fsal,
-        f"{options.method} {alone}": grid is None and bool(alone),
+        f"{options.method} {alone}": bool(alone),
         "parameters of 16 bits": grid is None and any([x.dtype in SHORT for x in probe.captured]),
     }
     return next((name for name, refused in refusals.items() if refused), "")

@@ -21,6 +21,7 @@ from ..sharding import train_together
 from ..solution import Solution
 from ..solvers.short import MOST, is_short
 from ..solvers.trajectory import Trajectory
+from ..tableau import ButcherTableau
 
 NAME = "plain"
 _ROUNDED = "there are numbers of 16 bits, whose gradients torch would add up in 16 bits"
@@ -30,6 +31,8 @@ def refusal(request: Request) -> str:
     problem, settings = request.problem, request.settings
     if request.grid is None:
         return "the method chooses its steps"
+    if not isinstance(request.options.tableau, ButcherTableau):
+        return "the method is no explicit Runge-Kutta method"
     if len(problem.t) == 1 or problem.empty:
         return "there is nothing to solve"
     if not request.records and not is_short(request.options.tableau, request.grid[0]):

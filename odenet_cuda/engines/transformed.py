@@ -12,6 +12,7 @@ from ..problem import Field, check_state
 from ..request import Request
 from ..solution import Solution
 from ..solvers.trajectory import Trajectory
+from ..tableau import ButcherTableau
 from ..tracing import ADAPTIVE, stands_for_others, written_down
 
 NAME = "transformed"
@@ -34,6 +35,12 @@ def solve(request: Request) -> Solution:
     problem, settings, options, structure = request.problem, request.settings, request.options, request.structure
     if options.adaptive and _traced(request):
         raise NotImplementedError(ADAPTIVE)
+    explicit = isinstance(options.tableau, ButcherTableau)
+    if not (explicit or (options.adaptive and transforms.under_vmap())):
+        raise NotImplementedError(
+            f"method={options.method!r} decides by numbers that torch.func transforms, forward mode and tracing hide: use an "
+            "explicit method there"
+        )
     callbacks = find_callbacks(request.func, structure, options.adaptive)
     needs = {
         "dense=True is": settings.dense,

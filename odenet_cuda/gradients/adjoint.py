@@ -8,7 +8,6 @@ it has slopes but no stages, and a stage whose weights b and e are both zero nee
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +22,16 @@ from ..problem import Field, Problem, aliased
 from ..products import real_product
 from ..ranges import in_range
 from ..solution import Solution, Stats, raise_failure
-from ..solvers.short import MOST
+from ..tableau import is_whole
 from .augmented import AugmentedField, PerSampleField, as_leaf
 from .autocast import autocast_again, autocast_state
-from .drift import add_drift, warn_of_drift
+from .drift import note_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
 from .of_times import TimeGradient
 from .one_by_one import one_by_one
 from .release import kept, let_go
 from .same_func import refuse_another
+from .whole_adjoint import StepIntegral, WholeField
 
 NO_SECOND_DERIVATIVE = (
     "gradient='adjoint' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
@@ -123,21 +123,18 @@ def solve_backwards(
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """(dL/dy0, dL/dt, dL/dparams). field: of the problem, for the calls on the way back."""
     n = len(problem.state_leaves)
-    outputs = [*ys, *problem.leaves[n:]]
-    grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
-    grad_ys, costs = grads[:n], grads[n:]
+    grad_ys, costs = cotangents_of(problem, ys, grad_outputs)
     generators = noise.states(problem.device)
-    stats.drift, stats.looks, tolerances = None, [], (adjoint.rtol, adjoint.atol)
-    calls = field.nfe
-    others = aliased(field, params) if adjoint.options.cuda_graph else None
-    field, params = others or (field, params)
-    field.nfe = calls
-    per_sample, options = problem.per_sample, adjoint.options
+    stats.drift, stats.looks = None, []
+    field, params = _for_graphs(adjoint, field, params)
+    per_sample, options, tolerances = problem.per_sample, adjoint.options, (adjoint.rtol, adjoint.atol)
     augmented = augmented_field(adjoint, problem, field, params, costs)
     a: list[Tensor] = []
     integral = [as_leaf(torch.zeros_like(param)) for param in params]
     grad_t = TimeGradient(problem) if t_grad else None
-    backward = backward_problem(adjoint, problem, augmented, 0 if per_sample else len(params))
+    whole = isinstance(augmented, WholeField)
+    apart = per_sample or whole  # the parameters' integral is no part of the state
+    backward = backward_problem(adjoint, problem, augmented, 0 if apart else len(params))
     callbacks = {name: _with_all_parts(callback) for name, callback in adjoint.callbacks.items()}
     after_step = augmented if isinstance(augmented, PerSampleField) else None
     for i in range(len(problem.t) - 1, 0, -1):
@@ -149,34 +146,50 @@ def solve_backwards(
         if grad_t is not None:
             g = [*(grad[i] for grad in grad_ys), *costs_at(problem, costs, i)]
             grad_t.add(i, slope_product(field, problem, adjoint.options, i, y, g, others_at))
-        backward.leaves = [*y, *a, *([] if per_sample else integral)]
+        backward.leaves = [*y, *a, *([] if apart else integral)]
         backward.t = interval_before(problem, i, others_at)
+        recorder = StepIntegral(options.tableau, backward, augmented) if isinstance(augmented, WholeField) else None
         backward.held = at_rest(problem, [*a, *costs], failed) if per_sample else None
         grid = backward_grid(options, field, y, backward.t)
-        trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid)
+        trajectory = integrate(backward, options, callbacks=callbacks, after_step=after_step, grid=grid, recorder=recorder)
         state = trajectory.host_state()
         if state is not None:
             stats.nfe_backward = field.nfe
-            raise_failure(state, last_state(trajectory.last[: 2 * n], problem, stats), options.control.max_num_steps)
+            reached = last_state(trajectory.last[: 2 * n], problem, stats)
+            raise_failure(state, reached, options.control.max_num_steps, trajectory)
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
         stored = [out[i - 1] for out in ys]
-        look = partial(add_drift, stats, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
-        if trajectory.state is None and sum([out.numel() for out in ys]) <= MOST:
-            stats.looks.append(look)  # on a short grid this would take a tenth of the time
-        else:
-            look()
-        integral = [x + y for x, y in zip(integral, trajectory.sums, strict=True)] if per_sample else trajectory.last[2 * n :]
+        note_drift(stats, trajectory.state is None, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
+        sums = trajectory.sums if recorder is None else recorder.take()
+        integral = [x + y for x, y in zip(integral, sums, strict=True)] if apart else trajectory.last[2 * n :]
     if grad_t is not None:
         grad_t.add(0, -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs]))
     stats.nfe_backward = field.nfe
     noise.warn_of_other_numbers(generators, problem.device, "adjoint")
-    warn_of_drift(stats, options.adaptive)
+    warn_of_drift(stats, None if options.adaptive else min(adjoint.rtol), whole)
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
-    total = None if grad_t is None else grad_t.total
-    a = a or [torch.zeros_like(y[0]) for y in ys]
-    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], total, grad_params
+    grad_y0 = [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)] if a else [grad[0] for grad in grad_ys]
+    return grad_y0, None if grad_t is None else grad_t.total, grad_params
+
+
+def cotangents_of(
+    problem: Problem, ys: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Those of the outputs and of the running costs, zeros where there are none."""
+    n = len(problem.state_leaves)
+    outputs = [*ys, *problem.leaves[n:]]
+    grads = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grad_outputs, outputs, strict=True)]
+    return grads[:n], grads[n:]
+
+
+def _for_graphs(adjoint: Adjoint, field: Any, params: Sequence[Tensor]) -> tuple[Any, Sequence[Tensor]]:
+    """The field and its parameters by other names, where captured graphs are asked for."""
+    calls = field.nfe
+    field, params = (aliased(field, params) if adjoint.options.cuda_graph else None) or (field, params)
+    field.nfe = calls
+    return field, params
 
 
 def interval_before(problem: Problem, i: int, others_at: Tensor | None = None) -> Any:
@@ -199,6 +212,8 @@ def augmented_field(
     adjoint: Adjoint, problem: Problem, field: Any, params: Sequence[Tensor], costs: Sequence[Tensor]
 ) -> AugmentedField:
     tableau, like = adjoint.options.tableau, problem.state_leaves
+    if is_whole(tableau):
+        return WholeField(field, params, like, costs, tableau.stages, adjoint.chosen)
     if problem.per_sample:
         return PerSampleField(field, params, like, costs, tableau.b, adjoint.chosen)
     e = tableau.e if not adjoint.seminorm and tableau.e else [0.0] * tableau.stages
@@ -222,7 +237,7 @@ def backward_problem(adjoint: Adjoint, problem: Problem, augmented: AugmentedFie
         norm=adjoint_norm(adjoint, problem, n),
         quadratures=quadratures,
         quadratures_in_norm=not adjoint.seminorm and not problem.per_sample,
-        signs=[*[1.0] * n, *[-1.0] * (n + quadratures)],
+        signs=None if isinstance(augmented, WholeField) else [*[1.0] * n, *[-1.0] * (n + quadratures)],
     )
 
 

@@ -11,6 +11,7 @@ from ..formulas import rms_norm
 from ..integrate import Options, refuse, stop_times
 from ..problem import Problem, Structure, check_tolerance
 from ..solvers.families import family_of
+from ..solvers.scipy_solver import ScipyMethod
 from ..step_control import StepControl
 from .adjoint import Adjoint
 
@@ -33,6 +34,9 @@ def adjoint_setup(
     norm = given.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
         raise ValueError(f"adjoint_options['norm'] must be 'seminorm' or callable, got {norm!r}")
+    if isinstance(options.tableau, ScipyMethod) and method in (None, options.method):
+        solver = given.pop("solver", None)
+        method = options.tableau.backward if solver is None else ScipyMethod(solver).backward
     same = method is None and not given and not torch.compiler.is_compiling()
     backward = options.backwards if same else _options(options, method, given)
     if problem.per_sample and not backward.adaptive:
@@ -63,6 +67,7 @@ def adjoint_setup(
 
 def _options(options: Options, method: str | None, given: dict[str, Any]) -> Options:
     """The forward options with another method, and with what was given in their place."""
+    kept = method in (None, options.method)
     merged: dict[str, Any] = dict(
         method=method or options.method,
         first_step=options.first_step,
@@ -71,6 +76,8 @@ def _options(options: Options, method: str | None, given: dict[str, Any]) -> Opt
         step_size=options.step_size,
         grid_constructor=options.grid_constructor,
         perturb=options.perturb,
+        max_iters=options.max_iters if kept else None,
+        max_order=options.max_order if kept else None,
         cuda_graph=options.cuda_graph,
         interp="method",
         progress="backward" if options.progress else "",

@@ -78,6 +78,7 @@ class BackwardWalk:
         self.grad_costs = [none if grad is None else grad for grad in grad_outputs[self.leaves :]]
         self.lam = [torch.zeros_like(leaf) for leaf in problem.leaves]  # dL/dy where the walk has come to
         self.kappa: list[Tensor] | None = None  # dL/dk of the slope there; None: zero
+        self.older: list[list[Tensor]] = []  # see `whole.undo_whole`
 
     def undo(self, entry: Step | Evaluation) -> None:
         with marked("step backwards"):

@@ -20,7 +20,9 @@ from ..ranges import in_range
 from ..solution import Stats
 from ..solvers.checkpoints import best_subset, binomial_split
 from ..solvers.trajectory import Evaluation, Recorder, Step
+from ..solvers.whole import WholeStep, mapped
 from ..stepper import Stepper
+from ..tableau import is_whole
 from .autocast import autocast_again, autocast_state
 from .backward_walk import BackwardWalk
 from .failed import known_cotangents, with_nan
@@ -139,6 +141,11 @@ class Recomputation:
                 for restart in restarts if self.carried else ():
                     self._draw((restart.noise,), 0)
                     k = self._replaced(k, field(restart.t, y[: self.n]), restart.mask)
+                if is_whole(self.tableau):
+                    found = mapped(self.tableau, self.problem, self.field, step.times, self._whole(step, y, k))[0]
+                    y = [self._rows(step, new, old) for new, old in zip(found, y, strict=False)]
+                    k = [self._rows(step, new, old) for new, old in zip(found[-self.n :], k or (), strict=True)]
+                    continue
                 views = self._begin(step, k)
                 self._draw(step.noise, 1)
                 addresses: list[int] = []
@@ -169,6 +176,8 @@ class Recomputation:
             evaluation.mask, evaluation.end = restart.mask, restart.end
             entries.append(evaluation)
             k = self._replaced(k, evaluation.k, restart.mask)
+        if is_whole(self.tableau):
+            return [*entries, self._record_whole(step, y, k)]
         views, points = self._begin(step, k), len(self.tableau.rows)
         self._draw(step.noise, 1)
         evaluations: list[Evaluation | None] = []
@@ -188,6 +197,26 @@ class Recomputation:
             self._compare(step, y, self.expected)
         done = Step(step.times, step.first, self.dt, step.accept, step.outputs, step.ends, y, list(stepper.k), evaluations)
         return [*entries, done]
+
+    def _whole(self, step: Step, y: list[Tensor], k: Any) -> list[Tensor]:
+        """What a step that is one function begins with, see `WholeStep`."""
+        self._begin(step, k)
+        return [leaf.detach().clone() for leaf in (*y, *k, self.dt)]
+
+    def _record_whole(self, step: Step, y: list[Tensor], k: Any) -> Step:
+        problem, n, begin = self.problem, self.n, self._whole(step, y, k)
+        method: Any = self.tableau
+
+        def call(t: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
+            return self.watch.evaluate(lambda t, y: mapped(method, problem, self.field, t, y)[0], t, y)
+
+        found = self.recorder.evaluate(call, step.times.detach().clone(), begin)
+        whole = WholeStep(found.t, found.y, found.k, method=method, problem=problem)
+        slopes = [begin[n : 2 * n], *[found.k[i : i + n] for i in range(n, len(found.k), n)]]
+        if self.expected is not None:
+            self.stepper.y[-1] = [leaf.detach() for leaf in found.k[:n]]
+            self._compare(step, y, self.expected)
+        return Step(step.times, step.first, self.dt, step.accept, step.outputs, step.ends, y, slopes, [whole])
 
     def _compare(self, step: Step, y0: list[Tensor], expected: list[Tensor]) -> None:
         """Whether the step made again ended where it did."""

@@ -6,6 +6,8 @@ trajectory. At each earlier output both are known (Gholami, Keutzer and Biros 20
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,11 @@ from .. import formulas
 from ..solution import Stats
 
 _TRUSTED = 1e3  # multiples of the tolerance
+_FAR = 0.05  # of a state, on a grid
 _ROUNDING = 64  # units in the last place, of rounding over a solve: where they are more than the tolerance, they count
 _WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 _WIDE |= {dtype: torch.float64 for dtype in (torch.float32, torch.float64)}
+_FEW = 1024
 _warned = False
 
 
@@ -49,14 +53,25 @@ def add_drift(
     stats.drift = ratio if stats.drift is None else torch.maximum(stats.drift, ratio)
 
 
-def warn_of_drift(stats: Stats, adaptive: bool) -> None:
-    """One warning in the life of the process, where the backward solve was asked for a tolerance; the host has waited for its
-    end, so reading the drift costs nothing."""
+def note_drift(stats: Stats, on_grid: bool, *given: Any) -> None:
+    """As `add_drift`; of few numbers on a grid when somebody asks for it, for it would take a tenth of the time."""
+    look = partial(add_drift, stats, *given)
+    found: Sequence[Tensor] = given[2]
+    if on_grid and sum([x.numel() for x in found]) <= _FEW:
+        stats.looks.append(look)
+    else:
+        look()
+
+
+def warn_of_drift(stats: Stats, rtol: float | None, waited: bool) -> None:
+    """One warning in the life of the process, where the backward solve was asked for a tolerance, or on a grid came back far
+    away. rtol: of a solve on a grid, None: it was asked for one. waited: the host has waited for its end in any case, so
+    reading the drift costs nothing."""
     global _warned
-    if _warned or stats.drift is None or not adaptive:
+    if _warned or stats.drift is None or not (rtol is None or waited):
         return
     largest = float(stats.drift.amax())
-    if largest > _TRUSTED:
+    if largest > (_TRUSTED if rtol is None else max(_TRUSTED, _FAR / max(rtol, 1e-16))):
         _warned = True
         warnings.warn(
             f"gradient='adjoint' came back {largest:.3g} times its tolerance away from the states of the solve: its gradient "

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import formulas, ops
 from ..problem import Problem
 from ..solvers.trajectory import Recorder, Step
-from ..tableau import ButcherTableau
+from ..tableau import Method
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Piece:
 class Polynomials(Recorder):
     """Keeps the solution as one polynomial a step."""
 
-    def __init__(self, tableau: ButcherTableau, problem: Problem, adaptive: bool, dense: bool):
+    def __init__(self, tableau: Method, problem: Problem, adaptive: bool, dense: bool):
         super().__init__(tableau, problem.t, problem.per_sample, len(problem.state_leaves), dense=dense)
         self.problem, self.pieces = problem, list[Piece]()
         self.slopes = dense or not adaptive  # a method on a grid leaves out slopes that nobody asks for
@@ -74,16 +74,19 @@ class Polynomials(Recorder):
         theta = torch.where(index < last, theta, 1.0).sort(1).values
         return [torch.zeros_like(start), *theta.unbind(1), torch.ones_like(start)]
 
-    def at(self, t: Tensor) -> list[Tensor]:
-        """y at a time as func sees it."""
-        return self._rows_at(t.reshape(-1).double()) if self.per_sample else self._at(float(t))
+    def at(self, t: Tensor, rate: bool = False) -> list[Tensor]:
+        """y, or its rate, at a time as func sees it."""
+        return self._rows_at(t.reshape(-1).double(), rate) if self.per_sample else self._at(float(t), rate)
 
-    def _at(self, t: float) -> list[Tensor]:
+    def _at(self, t: float, rate: bool) -> list[Tensor]:
         index = max(bisect_right(self.starts, self.problem.direction * t) - 1, 0)
         piece = self.pieces[index]
         theta = (t - self.problem.direction * self.starts[index]) / float(piece.dt)
         y = [torch.empty_like(leaf) for leaf in piece.y0]
         q = [of_power[leaf] for leaf in range(len(y)) for of_power in piece.q]
+        if rate:
+            ops.stage(y, [], q, [(d + 1) * theta**d for d in range(self.degree)], self.one)
+            return y
         ops.stage(y, piece.y0, q, [theta ** (d + 1) for d in range(self.degree)], piece.dt)
         return y
 
@@ -95,7 +98,7 @@ class Polynomials(Recorder):
                 piece.y0, piece.q = [], []
         return self.stacked
 
-    def _rows_at(self, t: Tensor) -> list[Tensor]:
+    def _rows_at(self, t: Tensor, rate: bool) -> list[Tensor]:
         """Each row at its own time, from the step in which it then was."""
         stacked = self._stack()
         which, rows = stacked.step_at(t), torch.arange(len(t), device=t.device)
@@ -104,8 +107,10 @@ class Polynomials(Recorder):
         y = []
         for leaf, start in enumerate(stacked.y0):
             value = formulas.widened(start[which, rows])
+            if rate:
+                value = torch.zeros_like(value)
             for d in range(self.degree):
-                weight = formulas.per_row(dt * theta ** (d + 1), value)
+                weight = formulas.per_row((d + 1) * theta**d if rate else dt * theta ** (d + 1), value)
                 value = value + weight * formulas.widened(stacked.q[d][leaf][which, rows])
             y.append(value.to(start.dtype))
         return y

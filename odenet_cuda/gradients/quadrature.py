@@ -26,9 +26,9 @@ from ..products import NOTHING, Targets, gradients
 from ..ranges import in_range
 from ..solution import Stats, raise_failure
 from ..solvers.trajectory import Recorder, Step
-from ..tableau import ButcherTableau
+from ..tableau import Method, is_whole
 from .accumulator import Accumulator
-from .adjoint import Adjoint, at_rest, costs_at, interval_before, last_state, slope_product
+from .adjoint import Adjoint, at_rest, costs_at, cotangents_of, interval_before, last_state, slope_product
 from .autocast import autocast_again, autocast_state
 from .failed import known_cotangents, stand_ins, with_nan
 from .of_times import TimeGradient
@@ -89,9 +89,19 @@ class _Quadrature(torch.autograd.Function):
 
 
 class AdjointField:
-    """a^T df/dy on the stored solution; the problem's signs turn it round."""
+    """a^T df/dy on the stored solution; the problem's signs turn it round. whole: -a^T df/dy, with a graph where gradients are
+    recorded, for methods that differentiate it."""
 
-    def __init__(self, field: Field, solution: Polynomials, params: Sequence[Tensor], costs: Sequence[Tensor], chosen: bool):
+    def __init__(
+        self,
+        field: Field,
+        solution: Polynomials,
+        params: Sequence[Tensor],
+        costs: Sequence[Tensor],
+        chosen: bool,
+        whole: bool = False,
+    ):
+        self.whole = whole
         self.costs = costs  # cotangents of the running costs
         self.field, self.solution, self.params = field, solution, Targets(params)
         self.watch = Watch(params, chosen)
@@ -99,15 +109,33 @@ class AdjointField:
 
     def __call__(self, t: Tensor, a: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         k, y = self.evaluate(t)
+        if self.whole:
+            return self._with_graph(k, [*a, *self.costs], y)
         grads = self.product(k, [*a, *self.costs], y, NOTHING)
         return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, y, strict=True)]
 
+    def _with_graph(self, k: list[Tensor], a: Sequence[Tensor], y: list[Tensor]) -> list[Tensor]:
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            used = [(slope, cotangent) for slope, cotangent in zip(k, a, strict=True) if slope.requires_grad]
+            found: Sequence[Any] = [None] * len(y)
+            if used:
+                outputs, cotangents = zip(*used, strict=True)
+                found = gradients(outputs, y, cotangents, NOTHING, recording or self.watch.keeps_graphs, recording)
+        return [torch.zeros_like(leaf) if grad is None else -grad for grad, leaf in zip(found, y, strict=True)]
+
     def evaluate(self, t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        found = self.solution.at(t)
+        found = self.solution.at(t.detach())
+        if self.whole and t.requires_grad:  # its value does not move, but it has its rate
+            shift = t - t.detach()
+            rates = self.solution.at(t.detach(), rate=True)
+            found = [y + shift.to(y.dtype) * rate for y, rate in zip(found, rates, strict=True)]
         if self.others_at is not None:
             found = [leaf[self.others_at] for leaf in found]
-        y = [leaf.requires_grad_() for leaf in found]
+        y = [leaf if leaf.requires_grad else leaf.requires_grad_() for leaf in found]
         with torch.enable_grad():
+            if self.whole and t.requires_grad:  # y has a graph that is not func's; other calls are looked at
+                return self.field(t, y), y
             return self.watch.evaluate(self.field, t, y), y
 
     def product(
@@ -127,9 +155,10 @@ class ParameterQuadrature(Recorder):
     where those begin, for they follow func as closely as the tolerance asks for.
     """
 
-    def __init__(self, tableau: ButcherTableau, backward: Problem, field: AdjointField, params: Sequence[Tensor]):
+    def __init__(self, tableau: Method, backward: Problem, field: AdjointField, params: Sequence[Tensor]):
         super().__init__(tableau, backward.t, backward.per_sample, len(backward.leaves))
         self.problem, self.field, self.params = backward, field, params
+        self.sign = 1.0 if field.whole else -1.0  # of the slopes
         self.every_slope = self.at_once = True
         nodes, weights = np.polynomial.legendre.leggauss(tableau.order // 2 + 1)
         self.nodes, self.weights = [float(x + 1) / 2 for x in nodes], [float(w) / 2 for w in weights]
@@ -160,13 +189,13 @@ class ParameterQuadrature(Recorder):
         y0 = [leaf.detach() for leaf in step.y0 or ()]
         if not isinstance(theta, Tensor):
             a = [torch.empty_like(leaf) for leaf in y0]
-            ops.stage(a, y0, k, [-float(w) for w in weights], dt)
+            ops.stage(a, y0, k, [self.sign * float(w) for w in weights], dt)
             return a
         a, of_leaf = [], len(k) // len(y0)
         for i, leaf in enumerate(y0):
             value = formulas.widened(leaf)
             for w, slope in zip(weights, k[i * of_leaf : (i + 1) * of_leaf], strict=True):
-                value = value - formulas.per_row(dt * w, value) * formulas.widened(slope)
+                value = value + self.sign * formulas.per_row(dt * w, value) * formulas.widened(slope)
             a.append(value.to(leaf.dtype))
         return a
 
@@ -183,13 +212,11 @@ def solve_backwards(
     stats: Stats,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """(dL/dy0, dL/dt, dL/dparams). field: of the problem, for the calls on the way back."""
-    n = len(problem.state_leaves)
-    pairs = zip(grad_outputs, [*ys, *problem.leaves[n:]], strict=True)
-    grads = [torch.zeros_like(y) if grad is None else grad for grad, y in pairs]
-    grad_ys, costs = grads[:n], grads[n:]
+    grad_ys, costs = cotangents_of(problem, ys, grad_outputs)
     generators = noise.states(problem.device)
-    on_solution = AdjointField(field, solution, params, costs, adjoint.chosen)
     options = adjoint.options
+    whole = is_whole(options.tableau)
+    on_solution = AdjointField(field, solution, params, costs, adjoint.chosen, whole)
     backward = Problem(
         field=on_solution,
         leaves=(a := [torch.zeros_like(leaf) for leaf in problem.state_leaves]),
@@ -198,7 +225,7 @@ def solve_backwards(
         rtol=adjoint.rtol,
         atol=adjoint.atol,
         norm=problem.norm,
-        signs=[-1.0] * len(a),
+        signs=None if whole else [-1.0] * len(a),
     )
     recorder = ParameterQuadrature(options.tableau, backward, on_solution, params)
     recorder.slopes = not options.adaptive
@@ -219,7 +246,7 @@ def solve_backwards(
         state = trajectory.host_state()
         if state is not None:
             stats.nfe_backward = field.nfe
-            raise_failure(state, last_state(trajectory.last, problem, stats), options.control.max_num_steps)
+            raise_failure(state, last_state(trajectory.last, problem, stats), options.control.max_num_steps, trajectory)
             if not problem.per_sample:
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last

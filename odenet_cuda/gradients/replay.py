@@ -15,8 +15,8 @@ from ..plain import Func, Shifts, dense_output, difference_of, stage, sum_of
 from ..problem import Problem, times_as_tensor
 from ..products import Targets, gradients
 from ..solvers.trajectory import Evaluation, Recorder, Step
-from ..solvers.whole import whole_of
-from ..tableau import ButcherTableau
+from ..solvers.whole import arguments
+from ..tableau import Method, is_whole
 
 SECOND = " for second derivatives"
 
@@ -68,7 +68,7 @@ def second_gradients(
 
 def replay(
     tape: Sequence[Step | Evaluation],
-    tableau: ButcherTableau,
+    tableau: Method,
     problem: Problem,
     func: Func,
     y0: Sequence[Tensor],
@@ -79,6 +79,7 @@ def replay(
     y = [*y0, *(leaf.detach() for leaf in problem.leaves[n:])]
     k = y  # where the solve has come to, and the slope there
     ys: list[list[Any]] = [[leaf, *[None] * (len(problem.t) - 1)] for leaf in y]
+    past: list[Any] = []  # see `StepFunction`
     shifts = Shifts(problem, t)
     last = max([-1, *[i for i, entry in enumerate(tape) if isinstance(entry, Step)]])
     for position, entry in enumerate(tape):
@@ -89,12 +90,13 @@ def replay(
         at_t0, at_t1 = shifts.of(entry.ends[0]), shifts.of(entry.ends[1])
         dt = sum_of(entry.dt, difference_of(at_t1, at_t0))
         views, slopes, point = problem.time_views(entry.times.detach()), [k], y
-        whole = whole_of(entry)
-        if whole is not None:
+        if is_whole(tableau):
             ends = [(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1) for c in tableau.c]
             views = [shifts.moved(view, sum_of(*end)) for view, end in zip(views, ends, strict=True)]
             rows = torch.as_tensor(dt, dtype=torch.float64, device=problem.device).reshape(-1)
-            point, further, _ = whole.method.step(func, views, rows, y, k)
+            more = arguments(tableau, problem, y, past)
+            point, further, _ = (tableau.second or tableau.step)(func, views, rows, y, k, **more)
+            past = [(rows, k), *past][: tableau.memory]
             slopes += further
         else:
             for i, row in enumerate(tableau.rows, 1):

@@ -26,6 +26,7 @@ from .hooks import AfterStep, Callbacks, Looker, runs_ahead, some
 from .interruption import BETWEEN, DECIDED, DECIDING, MOVING, until_now
 from .norms import write_norm
 from .start import Resumed, first_slope, first_state, plan_first_step, plan_resumed, starts_on_jump, stop_table
+from .stiffness import StiffnessLook
 from .trajectory import Evaluation, Recorder, Trajectory
 
 
@@ -90,6 +91,7 @@ class AdaptiveSolver:
         self.domain = domain_of(problem, control, method)
         self.expected = 0  # steps, by the last solve
         self.phase = BETWEEN
+        self.stiffness = StiffnessLook(problem, method)
 
     def reset(self, problem: Problem, first_step: float | None) -> None:
         """Another problem of the same kind takes the place of the last: in the same memory, for a captured step."""
@@ -114,6 +116,7 @@ class AdaptiveSolver:
             while not done:
                 with marked("step"):
                     done = self.looked_at_step()
+                self.stiffness.after_step(self)
             return self.trajectory()
         except KeyboardInterrupt as interrupt:
             interrupt.trajectory = until_now(self)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from ..problem import Problem
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .explicit import ExplicitSteps
+from .scipy_solver import ScipyMethod, ScipySteps
 from .trajectory import Recorder
 from .whole import StepFunction, WholeSteps
 
@@ -63,8 +64,9 @@ class Family(Protocol):
         """k[0] of these rows, bool [rows], is new: they are beyond a discontinuity of func."""
 
 
-FAMILIES: dict[type, type[Family]] = {ButcherTableau: ExplicitSteps, StepFunction: WholeSteps}
+FAMILIES: dict[type, Any] = {ButcherTableau: ExplicitSteps, StepFunction: WholeSteps, ScipyMethod: ScipySteps}
 
 
 def family_of(method: Any) -> type[Family]:
-    return FAMILIES[type(method)]
+    family: type[Family] = FAMILIES[type(method)]
+    return family

@@ -17,7 +17,7 @@ from ..graphed.capture import captured
 from ..problem import Problem, counter_of, to_device
 from ..ranges import marked
 from ..stepper import Stepper
-from ..tableau import ButcherTableau
+from ..tableau import ButcherTableau, Method
 from .events import EventWatch
 from .trajectory import Evaluation, Output, Recorder, Step, Trajectory
 
@@ -35,9 +35,9 @@ def uniform_grid(t: list[float], step_size: float) -> list[float]:
 class Plan:
     """What is known of all steps of a grid before it is solved on.
 
-    dts: [steps]. times: of all stages, [steps * stages], in float64; rounded: in float32. outputs: of each step those that fall
-    into it, in order, as (index, theta, None). landed: of each step the place among them of the one at its end, -1 without one.
-    inside: of each step the places of the others, with their weights in the interpolant.
+    dts: [steps]. times: of all stages, [steps * stages], float64; rounded: float32. outputs: of each step, in order, as (index,
+    theta, None). landed: of each step the place among them of the one at its end, -1 without one. inside: of each the places of
+    the others, with their weights in the interpolant.
     """
 
     dts: list[float]
@@ -48,7 +48,7 @@ class Plan:
     inside: list[list[tuple[int, list[float]]]]
 
 
-def plan_of(nodes: list[float], t: list[float], direction: float, tableau: ButcherTableau) -> Plan:
+def plan_of(nodes: list[float], t: list[float], direction: float, tableau: Method) -> Plan:
     """The plan of a grid; of the last short ones it is there already."""
     if len(nodes) + len(t) > _SHORT or torch.compiler.is_compiling():
         return _make_plan(nodes, t, direction, tableau)
@@ -59,12 +59,12 @@ _SHORT = 2048  # times in a plan that is kept
 
 
 @lru_cache(maxsize=32)
-def _kept_plan(nodes: bytes, t: bytes, direction: float, tableau: ButcherTableau) -> Plan:
+def _kept_plan(nodes: bytes, t: bytes, direction: float, tableau: Method) -> Plan:
     """By the bits of the numbers, for -0.0 is not 0.0 to func."""
     return _make_plan(np.frombuffer(nodes).tolist(), np.frombuffer(t).tolist(), direction, tableau)
 
 
-def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: ButcherTableau) -> Plan:
+def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: Method) -> Plan:
     outputs = outputs_of_steps(nodes, t, direction)
     landed, inside = [], []
     for of_step in outputs:
@@ -79,13 +79,11 @@ def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: Bu
     return Plan(dts, times, times.astype(np.float32), outputs, landed, inside)
 
 
-def stage_times(plan: Plan, tableau: ButcherTableau, real: torch.dtype, beside: float) -> Tensor:
+def stage_times(plan: Plan, tableau: Method, real: torch.dtype, beside: float) -> Tensor:
     """Times at which the stages are evaluated, [steps * stages], in memory of their own. beside: the direction of the solve
     where those at the ends of a step lie just inside, else 0."""
-    if torch.compiler.is_compiling():
-        times = torch.from_numpy(plan.times).to(real, copy=True)
-    else:
-        times = torch.from_numpy((plan.rounded if real is torch.float32 else plan.times).copy()).to(real)
+    exact = real is not torch.float32 or torch.compiler.is_compiling()
+    times = torch.from_numpy(plan.times if exact else plan.rounded).to(real, copy=True)
     if beside:
         c, beyond = np.tile(tableau.c, len(plan.dts)), torch.full_like(times, math.copysign(math.inf, beside))
         later, earlier = torch.nextafter(times, beyond), torch.nextafter(times, -beyond)

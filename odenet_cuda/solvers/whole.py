@@ -18,7 +18,8 @@ from .trajectory import Evaluation, Recorder, Step
 @dataclass(slots=True)
 class WholeStep(Evaluation):
     """A step as one evaluation of what it maps: t are the times of its slopes, y the leaves of y0, those of k[0] and dt
-    [rows], k the leaves of y1 and of all further slopes."""
+    [rows], then dt and the leaves of the first slope of each step before it that it remembers, the last first; k are the leaves
+    of y1 and of all further slopes."""
 
     method: Any = None  # a StepFunction, or what else has its `step`
     problem: Any = None
@@ -38,8 +39,19 @@ def mapped(
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """(k of a `WholeStep` at these times and y, the error)."""
     n = len(problem.state_leaves)
-    y1, slopes, error = method.step(field, problem.time_views(times), y[-1], list(y[:n]), list(y[n : 2 * n]))
+    past = [(y[i], list(y[i + 1 : i + 1 + n])) for i in range(2 * n + 1, len(y), n + 1)]
+    more = arguments(method, problem, y[:n], past)
+    y1, slopes, error = method.step(field, problem.time_views(times), y[2 * n], list(y[:n]), list(y[n : 2 * n]), **more)
     return [*y1, *(leaf for of_slope in slopes for leaf in of_slope)], error
+
+
+def arguments(method: StepFunction, problem: Problem, y0: Sequence[Tensor], past: Sequence[Any]) -> dict[str, Any]:
+    """What its step is given by name."""
+    more: dict[str, Any] = {"past": past} if method.memory else {}
+    if method.scaled:
+        parts = zip(y0, problem.rtol, problem.atol, strict=False)
+        more["tolerance"] = [(atol + rtol * leaf.detach().abs()).expand_as(leaf) for leaf, rtol, atol in parts]
+    return more
 
 
 def _noted(field: Any) -> Callable[..., list[Tensor]]:
@@ -62,9 +74,7 @@ class WholeSteps:
     """Steps of a `StepFunction`; see `families.Family`."""
 
     looks: ClassVar[bool] = True  # what the function does on the host may depend on the step
-    no_way_back: ClassVar[str] = (
-        "differentiates func, and the slopes of the backward solve have no graph: give an explicit adjoint_method"
-    )
+    no_way_back: ClassVar[str] = ""
     no_graph: ClassVar[str] = "decides on the host"
 
     def __init__(
@@ -74,18 +84,17 @@ class WholeSteps:
         self.calls = 0  # counted as they are made
         self.advance, self.swap = stepper.kernels.advance, stepper.swap_accepted
         self._error: list[Tensor] | None = None
+        self.past: list[Tensor] = []  # as in `WholeStep.y`
         self.dt = state[FIELDS["dt"]]
 
     @staticmethod
     def refusal(problem: Problem, recorder: Any) -> str:
-        if problem.signs is not None:
-            return WholeSteps.no_way_back
         if problem.quadratures:
             return "has no slopes for integrals: they and the regularizers 'kinetic' and 'jacobian' need an explicit method"
         if recorder is not None and recorder.step_costs is not None:
             return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
-        if recorder is not None and recorder.checkpoints is not None:
-            return "does not make steps again, as gradient='checkpoint' and torch.func transforms need: use gradient='direct'"
+        if recorder is not None and recorder.checkpoints is not None and recorder.tableau.memory:
+            return "needs the steps before one to make it again, unlike gradient='checkpoint': use gradient='direct'"
         return ""
 
     def begin(self) -> None:
@@ -95,6 +104,7 @@ class WholeSteps:
         """The solver's buffers hold copies of what the function gave: a graph may hang on that."""
         stepper, n, recorder = self.stepper, self.stepper.n, self.recorder
         y = [leaf.detach() for leaf in (*stepper.y0, *stepper.k[0])] + [self.dt.clone()]
+        y += [x.detach() for x in self.past]
         evaluations: list[Evaluation] = []
         if recorder is not None and recorder.graphs:
             found = recorder.evaluate(lambda t, y: self._mapped(field, t, y), times.detach(), y)
@@ -109,6 +119,9 @@ class WholeSteps:
         for j in range(1, self.method.stages):
             stepper.kernels.bind_slopes(j - 1, addresses)
             addresses = stepper.set_slopes(j, k[n * j : n * (j + 1)], recorder is None)
+        if self.method.memory:
+            kept = [slope.detach().clone() for slope in stepper.k[0]]
+            self.past = [self.dt.clone(), *kept, *self.past][: self.method.memory * (n + 1)]
         return evaluations, addresses
 
     def _mapped(self, field: Callable[..., Any], times: Tensor, y: Sequence[Tensor]) -> list[Tensor]:

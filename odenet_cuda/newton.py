@@ -1,0 +1,197 @@
+"""Newton's method for the stages of implicit Runge-Kutta methods, system by system, and their gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formulas import per_row
+from .jacobian import Linearized, as_leaves, flat, linearize
+from .step_control import NON_FINITE, NON_FINITE_JACOBIAN, NOT_CONVERGED, SINGULAR
+from .tableau import StepFailed
+
+Rows = tuple[tuple[float, ...], ...]
+Leaves = list[Tensor]
+
+_SLOW, _SLOWER = 0.1, 0.4  # contraction of iterations from which on the matrix is made anew: to rounding, to a tolerance
+_NEAR = 10.0  # times the rounding of a number: what a change to rounding is
+_ENOUGH = 0.02  # of the tolerance of a step: how far its stages may be from their equations
+
+
+def combined(y0: Sequence[Tensor], dt: Tensor, weights: Sequence[float], k: Sequence[Sequence[Tensor]]) -> Leaves:
+    """y0 + dt sum_j weights_j k_j of each leaf. dt: float64 [rows]."""
+    found = []
+    for i, leaf in enumerate(y0):
+        parts = [(of_stage[i], weight) for of_stage, weight in zip(k, weights, strict=False) if weight != 0]
+        if parts:
+            total = parts[0][0] * parts[0][1]
+            for part, weight in parts[1:]:
+                total = torch.add(total, part, alpha=weight)
+            leaf = leaf + per_row(dt.to(leaf.dtype), leaf) * total
+        found.append(leaf)
+    return found
+
+
+def jacobians(
+    field: Callable[..., Any], times: Sequence[Tensor], points: Sequence[Leaves], rows: int, stages: Sequence[int], **how: Any
+) -> list[Linearized]:
+    """func beside each of the points. Where it couples samples at one of them, the state is one system at all."""
+    found = [linearize(field, t, y, rows, i, by_time=False, **how) for t, y, i in zip(times, points, stages, strict=True)]
+    if len({near.systems for near in found}) > 1:
+        how["apart"] = False
+        found = [linearize(field, t, y, rows, i, by_time=False, **how) for t, y, i in zip(times, points, stages, strict=True)]
+    return found
+
+
+def factorised(near: Sequence[Linearized], h: Tensor, a: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """I - h a_ij df/dy(Y_i) of all stages together, [systems, m n, m n], as factors. a: of these stages alone. h: [rows]."""
+    return _factors(torch.stack([x.dy for x in near], 1), h, a)
+
+
+def _factors(dy: Tensor, h: Tensor, a: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """dy: [systems, m, n, n]."""
+    systems, m, n, _ = dy.shape
+    weights = dy.new_tensor(a)[None, :, :, None, None] * h.to(dy.dtype).reshape(-1, 1, 1, 1, 1)
+    matrix = (weights * dy[:, :, None]).permute(0, 1, 3, 2, 4).reshape(systems, m * n, m * n)
+    one = torch.eye(m * n, dtype=dy.dtype, device=dy.device)
+    factors: tuple[Tensor, Tensor, Tensor] = torch.linalg.lu_factor_ex(one - matrix)
+    return factors
+
+
+def solved(factors: tuple[Tensor, Tensor, Tensor], right: Tensor) -> Tensor:
+    """right: [systems, m, n]."""
+    return torch.linalg.lu_solve(factors[0], factors[1], right.reshape(len(right), -1, 1)).reshape(right.shape)
+
+
+class Newton:
+    """The equations k_i = f(t_i, y_i + dt sum_j a_ij k_j) of a step, for one group of stages after the other.
+
+    The df/dy of the matrix stays from iteration to iteration, and from group to group, which are of one length, as long as
+    iterations contract quickly with it: Hairer and Wanner, Solving Ordinary Differential Equations II, IV.8. Each system has
+    its own, and ends by itself, so that it is what it is alone. tolerance: atol + rtol |y0| of the leaves, to a part of which
+    stages are solved; None: to rounding. rejects: where a system cannot be solved its slopes become NaN; else StepFailed is
+    raised.
+    """
+
+    def __init__(self, field: Callable[..., Any], dt: Tensor, tolerance: Leaves | None, max_iters: int, rejects: bool):
+        self.field, self.dt, self.rows, self.tolerance = field, dt, len(dt), tolerance
+        self.max_iters, self.rejects, self.apart = max_iters, rejects, True
+        self.dy: Tensor | None = None  # [systems, m, n, n]
+        self.a: Rows = ()
+        self.factors: Any = None
+
+    def solve(
+        self, times: Sequence[Tensor], stages: Sequence[int], base: Sequence[Leaves], a: Rows, k: list[Leaves]
+    ) -> list[Leaves]:
+        """The slopes. base: y_i without them. a: of these stages among themselves. k: to begin with."""
+        if self.dy is not None and a != self.a:
+            self.factors = _factors(self.dy, self.dt, a)
+        self.a = a
+        stale: Tensor | None = None
+        active: Tensor | None = None
+        before: Tensor | None = None
+        for _ in range(self.max_iters):
+            points = [combined(y, self.dt, row, k) for y, row in zip(base, a, strict=True)]
+            slopes, anew = self._evaluate(times, stages, points, stale)
+            if anew or active is None:
+                active, before = torch.ones(len(slopes), dtype=torch.bool, device=slopes.device), None
+            old = torch.stack([flat(of_stage, len(slopes)) for of_stage in k], 1)
+            change = solved(self.factors, slopes - old)
+            size = self._size(change, points)
+            active = self._without_broken(active, size, slopes)
+            new = torch.where(active[:, None, None] | ~torch.isfinite(size)[:, None, None], old + change, old)
+            k = [as_leaves(new[:, i], k[i]) for i in range(len(k))]
+            ended = self._ended(size, before)
+            rate = None if before is None else size / before
+            active, before = active & ~ended, size
+            if not bool(active.any()):
+                return k
+            stale = (
+                None if rate is None else active & (rate > (_SLOW if self.tolerance is None else _SLOWER))
+            )  # how well the matrix does is seen by the next change
+        return self._given_up(active, k)
+
+    def _evaluate(
+        self, times: Sequence[Tensor], stages: Sequence[int], points: Sequence[Leaves], stale: Tensor | None
+    ) -> tuple[Tensor, bool]:
+        """(the slopes [systems, m, n]; whether systems are not what they were). stale: those whose matrix is made anew."""
+        if self.dy is not None and (stale is None or not bool(stale.any())):
+            found = [self.field(t, y, i) for t, y, i in zip(times, points, stages, strict=True)]
+            return torch.stack([flat(k, len(self.dy)) for k in found], 1), False
+        near = jacobians(self.field, times, points, self.rows, stages, apart=self.apart)
+        dy = torch.stack([x.dy for x in near], 1)
+        self.apart = self.rows > 1 or near[0].systems > 1
+        anew = self.dy is None or self.dy.shape != dy.shape
+        self.dy = dy if anew or stale is None or self.dy is None else torch.where(stale[:, None, None, None], dy, self.dy)
+        self.factors = _factors(self.dy, self.dt, self.a)
+        return torch.stack([x.k for x in near], 1), anew
+
+    def _size(self, change: Tensor, points: Sequence[Leaves]) -> Tensor:
+        """That of a change of the stages, in units of what may remain, [systems]."""
+        systems, h = len(change), self.dt.to(change.dtype).reshape(-1, 1, 1)
+        moved = (h * change).abs()
+        largest = moved.amax((1, 2))
+        scale = torch.stack([largest, *[flat(y, systems).abs().amax(1) for y in points]]).amax(0)
+        rounding = (_NEAR * torch.finfo(change.dtype).eps * scale).clamp_min(torch.finfo(change.dtype).tiny)
+        if self.tolerance is None:
+            return largest / rounding
+        return (moved / torch.maximum(_ENOUGH * flat(self.tolerance, systems), rounding[:, None])[:, None]).amax((1, 2))
+
+    def _ended(self, size: Tensor, before: Tensor | None) -> Tensor:
+        """Which systems are solved: the next change would be a part of this one."""
+        if before is None:
+            return size <= (1e-3 if self.tolerance is not None else 1.0)
+        rate = size / before
+        ended = (size <= 1) | ((rate < 0.5) & (rate / (1 - rate) * size <= 1))
+        if self.tolerance is None:  # rounding in func keeps it from less
+            ended |= (rate >= 0.5) & (size <= torch.finfo(size.dtype).eps ** (-1 / 3))
+        return ended
+
+    def _without_broken(self, active: Tensor, size: Tensor, slopes: Tensor) -> Tensor:
+        broken = active & ~torch.isfinite(size)
+        if bool(broken.any()) and not self.rejects:
+            first = int(broken.nonzero()[0])
+            code = NON_FINITE
+            if not bool(torch.isfinite(slopes[first]).all()):
+                pass
+            elif self.dy is not None and not bool(torch.isfinite(self.dy[first]).all()):
+                code = NON_FINITE_JACOBIAN
+            elif int(self.factors[2][first]) != 0:
+                code = SINGULAR
+            raise StepFailed(code, first if len(size) > 1 else None)
+        return active & ~broken
+
+    def _given_up(self, active: Tensor | None, k: list[Leaves]) -> list[Leaves]:
+        assert active is not None
+        if not self.rejects:
+            raise StepFailed(NOT_CONVERGED, int(active.nonzero()[0]) if len(active) > 1 else None)
+        systems = len(active)
+        lost = torch.where(active, torch.nan, 0.0)[:, None]
+        return [as_leaves(flat(of_stage, systems) + lost.to(of_stage[0].dtype), of_stage) for of_stage in k]
+
+
+def with_graph(
+    field: Callable[..., Any],
+    dt: Tensor,
+    times: Sequence[Tensor],
+    stages: Sequence[int],
+    base: Sequence[Leaves],
+    a: Rows,
+    k: list[Leaves],
+    second: bool,
+) -> list[Leaves]:
+    """The slopes that solve the equations, with a graph to base, dt and all that func depends on: by one more iteration, whose
+    derivative is that of the implicit function theorem. second: so that its derivative has one too, by two that are recorded
+    with their matrices, for each doubles the number of derivatives that are right. The values stay what they are."""
+    k = [[leaf.detach() for leaf in of_stage] for of_stage in k]
+    for _ in range(2 if second else 1):
+        points = [combined(y, dt, row, k) for y, row in zip(base, a, strict=True)]
+        near = jacobians(field, times, points, len(dt), stages, differentiable=second)
+        with torch.set_grad_enabled(second):
+            factors = factorised(near, dt, a)
+        old = torch.stack([flat(of_stage, near[0].systems) for of_stage in k], 1)
+        change = solved(factors, torch.stack([x.k for x in near], 1) - old)
+        new = old + (change - change.detach())  # what is solved to a tolerance has the same values without a graph
+        k = [as_leaves(new[:, i], k[i]) for i in range(len(k))]
+    return k
