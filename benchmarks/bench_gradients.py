@@ -34,7 +34,7 @@ from measure import Samples, TimedField, elapsed, find_device, interleave, print
 from torch import Tensor, nn
 
 import odenet_cuda
-from odenet_cuda.request import GRADIENTS
+from odenet_cuda.settings import GRADIENTS
 
 try:
     import torchdiffeq

@@ -118,54 +118,50 @@ def integrate(
     """
     with torch.no_grad(), marked("solve"):
         if len(problem.t) == 1 or all([leaf.numel() == 0 for leaf in problem.state_leaves]):
-            n = len(problem.leaves) - problem.quadratures
-            ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
-            return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
-        progress = Progress(problem, options.progress) if options.progress else None
-        if progress is not None and options.adaptive:
-            lookers = [*lookers, progress]
-        elif progress is not None:
-            callbacks = progress.on_grid(callbacks)
-        common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
-        alone = not callbacks and recorder is None and events is None and not options.jump_t and resumed is None and not lookers
-        alone = alone and problem.valid is None
-        by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
+            return _without_steps(problem)
         refuse(options, family_of(options.tableau).refusal(problem, recorder))
-        if isinstance(options.tableau, ScipyMethod):
-            control = options.control
-            limits = options.first_step, control.max_step, control.max_num_steps
-            return ScipySolver(problem, options.tableau, *limits, callbacks).run(start)
-        if options.adaptive:
-            make: Any = partial(
-                AdaptiveSolver,
-                problem,
-                options.tableau,
-                options.control,
-                first_step=options.first_step,
-                step_t=options.step_t,
-                jump_t=options.jump_t,
-                after_step=after_step,
-                resumed=resumed,
-                lookers=lookers,
-                **common,
-            )
-            refusal = "" if after_step is None else after_step.refusal
-            kind = adaptive_kind(problem, options, refusal) if by_graph else None
-        else:
-            nodes, moves_with = grid or fixed_grid(options, problem.t)
-            if alone and short.serves(problem, options.tableau, nodes):
-                return short.solve(problem, options.tableau, nodes, options.perturb, start)
-            whole = is_whole(options.tableau)
-            solver: Any = SteppedSolver if whole else FixedSolver
-            make = partial(solver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
-            kind = fixed_kind(problem, options, nodes) if by_graph and not whole else None
-        if kind is not None:
-            return solve_by_graph(problem, kind, make, start is not None)
+        progress = Progress(problem, options.progress) if options.progress else None
+        if progress is not None:
+            lookers, callbacks = progress.among(lookers, callbacks, options.adaptive)
+        common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
+        adaptive = {"after_step": after_step, "resumed": resumed, "lookers": lookers}
         try:
-            return make().run(start)
+            return _run(problem, options, common, adaptive, start, grid)
         finally:
             if progress is not None:
                 progress.end()
+
+
+def _run(
+    problem: Problem, options: Options, common: dict[str, Any], adaptive: dict[str, Any], start: Evaluation | None, grid: Any
+) -> Trajectory:
+    """By the loop of the method, or a captured graph of it. common, adaptive: arguments of all loops, of the adaptive one."""
+    alone = not any([*common.values(), options.jump_t, adaptive["resumed"], adaptive["lookers"], problem.valid])
+    by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
+    if isinstance(options.tableau, ScipyMethod):
+        control = options.control
+        limits = options.first_step, control.max_step, control.max_num_steps
+        return ScipySolver(problem, options.tableau, *limits, common["callbacks"]).run(start)
+    if options.adaptive:
+        stops: dict[str, Any] = {"first_step": options.first_step, "step_t": options.step_t, "jump_t": options.jump_t}
+        make: Any = partial(AdaptiveSolver, problem, options.tableau, options.control, **stops, **adaptive, **common)
+        after_step = adaptive["after_step"]
+        refusal = "" if after_step is None else after_step.refusal
+        kind = adaptive_kind(problem, options, refusal) if by_graph else None
+    else:
+        nodes, moves_with = grid or fixed_grid(options, problem.t)
+        if alone and short.serves(problem, options.tableau, nodes):
+            return short.solve(problem, options.tableau, nodes, options.perturb, start)
+        whole = is_whole(options.tableau)
+        solver: Any = SteppedSolver if whole else FixedSolver
+        make = partial(solver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
+        kind = fixed_kind(problem, options, nodes) if by_graph and not whole else None
+    return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)
+
+
+def _without_steps(problem: Problem) -> Trajectory:
+    ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.state_leaves]
+    return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
 
 
 def refuse(options: Options, refusal: str) -> None:

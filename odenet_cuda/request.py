@@ -1,12 +1,10 @@
 """What a solve was asked for, checked and made regular once; every engine is handed this and nothing else.
 
-What follows from options alone (`Settings`) is made once for equal options: it is looked up by their values, so it cannot be
-stale. The rest, state, times and tolerances, are the numbers of one call.
+What follows from options alone is in `settings`. The rest, state, times and tolerances, are the numbers of one call.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +15,8 @@ from .compiled.field import compiled_field
 from .event import Events
 from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
-from .graphed.capture import MODES
 from .integrals import Integrand, with_quadratures
-from .integrate import Grid, Options, fixed_grid, stop_times
-from .interpolated import stops_of
+from .integrate import Grid, Options, fixed_grid
 from .problem import (
     Field,
     Problem,
@@ -32,123 +28,13 @@ from .problem import (
     check_zero_tolerance,
     with_arguments,
 )
-from .regularizers import RUNNING, CostField, check_regularizers, with_costs
+from .regularizers import RUNNING, CostField, with_costs
 from .resume import resumed_from
+from .settings import Settings, with_stops
 from .solution import Solution
 from .solvers.domain import check_start
-from .solvers.progress import find_tqdm
 from .solvers.scipy_solver import ScipyMethod
 from .solvers.start import Resumed
-from .step_control import STEP_CONTROLS, StepControl
-
-GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
-FAILURES = ("raise", "return")
-_PLAIN = frozenset({str, int, float, bool, type(None), tuple})
-
-
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """What was asked for by options, whatever the state. The same object for the same options, so it is compared by `is`."""
-
-    options: Options
-    gradient: str = "direct"
-    per_sample: bool = False
-    regularizers: tuple[str, ...] = ()
-    dense: bool = False
-    on_failure: str = "raise"
-    max_checkpoints: int | None = None
-    every: int = 0  # accepted steps, of which the last is an output; 0: outputs are at given times
-    by_value: bool = False  # whether it is the same object whenever the same is asked for
-
-
-def settings_of(*given: Any) -> Settings:
-    """Those of the options in the order of `_settings`. Raises ValueError and TypeError as `solve` does."""
-    return _settings(*given) if torch.compiler.is_compiling() or not _are_plain(given) else _same_settings(*given)
-
-
-def _are_plain(values: tuple) -> bool:
-    """Whether they say by `==` and their types all that there is to say, those in tuples too."""
-    return {*map(type, values)} <= _PLAIN and all([_are_plain(x) for x in values if type(x) is tuple and x])
-
-
-def _settings(
-    method: str,
-    gradient: str,
-    step_control: str,
-    controller: Any,
-    first_step: float | None,
-    min_step: float,
-    max_step: float,
-    max_num_steps: int,
-    safety: float,
-    ifactor: float,
-    dfactor: float,
-    step_t: Any,
-    jump_t: Any,
-    step_size: float | None,
-    grid_constructor: Callable | None,
-    perturb: bool,
-    max_iters: int | None,
-    max_order: int | None,
-    solver: str | None,
-    cuda_graph: bool | str,
-    interp: str,
-    regularizers: Sequence[str],
-    dense: bool,
-    on_failure: str,
-    max_checkpoints: int | None,
-    every: int | None = None,
-    progress: bool = False,
-) -> Settings:
-    options = Options(
-        method=method,
-        control=StepControl(controller, safety, ifactor, dfactor, float(min_step), float(max_step), max_num_steps),
-        first_step=None if first_step is None else float(first_step),
-        step_t=stop_times("step_t", step_t),
-        jump_t=stop_times("jump_t", jump_t),
-        step_size=None if step_size is None else float(step_size),
-        grid_constructor=grid_constructor,
-        perturb=perturb,
-        max_iters=max_iters,
-        max_order=max_order,
-        solver=solver,
-        cuda_graph=_graph_mode(cuda_graph),
-        interp=interp,
-        progress="solve" if progress else "",
-    )
-    if progress:
-        find_tqdm()
-    _one_of("step_control", step_control, STEP_CONTROLS)
-    _one_of("on_failure", on_failure, FAILURES)
-    _one_of("gradient", gradient, GRADIENTS)
-    _check_checkpoints(max_checkpoints, gradient)
-    per_sample = step_control == "per_sample"
-    if per_sample and not options.adaptive:
-        raise ValueError(f"step_control='per_sample' needs an adaptive method, got {method!r}, which has no step control")
-    names = check_regularizers(regularizers, options.tableau, method, gradient)
-    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-    return Settings(options, gradient, per_sample, names, bool(dense), on_failure, max_checkpoints, every or 0)
-
-
-@lru_cache(maxsize=256, typed=True)
-def _same_settings(*given: Any) -> Settings:
-    return replace(_settings(*given), by_value=True)
-
-
-def _with_stops(settings: Settings, func: Any) -> Settings:
-    """Those with the times at which what func interpolates is not smooth."""
-    steps, jumps = stops_of(func) if settings.options.adaptive else ((), ())
-    return _stopping(settings, steps, jumps) if steps or jumps else settings
-
-
-@lru_cache(maxsize=256)
-def _stopping(settings: Settings, steps: tuple[float, ...], jumps: tuple[float, ...]) -> Settings:
-    options = settings.options
-    jumps = (*options.jump_t, *(time for time in jumps if time not in options.jump_t))
-    steps = tuple([time for time in dict.fromkeys((*options.step_t, *steps)) if time not in jumps])
-    return replace(settings, options=replace(options, step_t=steps, jump_t=jumps))
-
 
 _MADE = frozenset({"problem", "t", "grid", "backward"})
 
@@ -196,7 +82,7 @@ class Request:
         resume: the solution that it goes on from. valid, integrals, save: as of `solve`.
 
         Raises ValueError and TypeError for a wrong y0."""
-        self.settings, self.params, self.events, self.resume = _with_stops(settings, func), params, events, resume
+        self.settings, self.params, self.events, self.resume = with_stops(settings, func), params, events, resume
         self.valid, self.integrals_in_norm = valid, integrals_in_norm
         self.save = None if save is None else with_arguments(save, args)
         self.integrals = None if integrals is None else with_arguments(integrals, args)
@@ -317,24 +203,3 @@ def check_valid(valid: Any, structure: Structure, options: Options) -> Callable[
     if not options.adaptive:
         raise ValueError(f"valid needs an adaptive method, which can shorten its steps, got {options.method!r}")
     return lambda leaves: valid(structure.unflatten(leaves))
-
-
-def _check_checkpoints(limit: Any, gradient: str) -> None:
-    if limit is None:
-        return
-    if gradient != "checkpoint":
-        raise ValueError(f"max_checkpoints needs gradient='checkpoint', got gradient={gradient!r}")
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise ValueError(f"max_checkpoints must be a whole number of at least 1, got {limit!r}")
-
-
-def _graph_mode(value: Any) -> str:
-    if isinstance(value, str):
-        _one_of("cuda_graph", value, MODES)
-        return value
-    return "step" if value else ""
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

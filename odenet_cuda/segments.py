@@ -18,7 +18,7 @@ from .gradients.events import moved
 from .joined import joined
 from .ops import FIELDS
 from .problem import Field, OwnTimes, Structure, check_samples, check_state, check_times, with_arguments
-from .request import Settings
+from .settings import Settings
 from .solution import Solution
 from .step_control import SUCCESS
 

@@ -12,10 +12,11 @@ from .event import Event, Events, Jump, check_events, check_jumps
 from .interpolant import State
 from .methods import on_host
 from .problem import with_arguments
-from .request import Request, settings_of
+from .request import Request
 from .resume import check_resume
 from .saving import saved
 from .segments import goes_on, in_segments
+from .settings import settings_of
 from .solution import Solution
 from .transforms import between_graphs
 

@@ -15,11 +15,12 @@ from .gradients.gmres import gmres
 from .graphed.capture import no_cast_is_kept
 from .integrate import integrate
 from .interpolant import State
-from .methods import ADAPTIVE
+from .methods import ADAPTIVE, find_method
 from .ops import FIELDS
 from .outcome import failed, solution_of, stats_of
 from .problem import Problem
-from .request import Request, settings_of
+from .request import Request
+from .settings import settings_by_name
 from .solution import SolverError, Stats
 from .step_control import SUCCESS
 
@@ -56,8 +57,8 @@ def steady_state(
 
     func, args: as for `solve`; func is not to depend on t. rtol, atol: in the units of y for a unit of time.
     max_time, max_num_steps: until which it must have settled. method: adaptive, with func at the end of a step as its last
-        slope: "dopri5", "tsit5", "bosh3", and for stiff systems "rodas5p" or "rosenbrock23". step_rtol, step_atol: tolerances
-        of the steps, by default a hundredth of the others, but at least four units in the last place.
+        slope: "dopri5", "tsit5", "bosh3", and for stiff systems "rodas5p", "kvaerno5" and the like. step_rtol, step_atol:
+        tolerances of the steps, by default a hundredth of the others, but at least four units in the last place.
     valid: as of `solve`.
 
     y has gradients for all that func depends on, by the implicit function theorem: with func(y; theta) = 0 they are
@@ -75,23 +76,8 @@ def steady_state(
     >>> round(rest.y.item(), 4), round(rate.grad.item(), 4)
     (2.0, 1.0)
     """
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    if not 0 < max_time < math.inf:
-        raise ValueError(f"max_time must be a finite number above 0, got {max_time!r}")
-    if transforms.active():
-        raise NotImplementedError("steady_state is not served inside torch.func transforms and forward mode")
-    if method not in ADAPTIVE:
-        raise ValueError(f"method must be adaptive, got {method!r}")
-    settings = settings_of(
-        method, "direct", step_control, "I", None, 0.0, math.inf, max_num_steps, 0.9, 10.0, 0.2,
-        (), (), None, None, False, None, None, None, False, "method", (), False, "raise", None,
-    )  # fmt: skip
-    if not settings.options.tableau.fsal:
-        raise ValueError(
-            f"method must end its steps with func there: dopri5, tsit5, bosh3, rodas5p or rosenbrock23, got {method!r}"
-        )
+    _check(rtol, atol, max_time, method)
+    settings = settings_by_name(method=method, step_control=step_control, max_num_steps=max_num_steps)
     with torch.no_grad(), no_cast_is_kept():
         tolerances = step_rtol, step_atol
         request = Request(
@@ -105,6 +91,19 @@ def steady_state(
         leaves = _attached(problem, time, leaves)
     t, residual = (x if problem.per_sample else x[0] for x in (settled.t, settled.residual))
     return SteadyState(request.structure.unflatten(leaves), t, residual, stats_of(request, found))
+
+
+def _check(rtol: Any, atol: Any, max_time: Any, method: str) -> None:
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    if not 0 < max_time < math.inf:
+        raise ValueError(f"max_time must be a finite number above 0, got {max_time!r}")
+    if method not in ADAPTIVE or not find_method(method).fsal:
+        served = "dopri5, tsit5, bosh3, rodas5p, kvaerno5 or rosenbrock23"
+        raise ValueError(f"method must be adaptive and end its steps with the slope there: {served}, got {method!r}")
+    if transforms.active():
+        raise NotImplementedError("steady_state is not served inside torch.func transforms and forward mode")
 
 
 def _of_steps(y0: Any, rtol: float, atol: float, step_rtol: float | None, step_atol: float | None) -> tuple[float, float]:

@@ -15,8 +15,9 @@ from .integrate import refuse
 from .interpolant import Interpolant, State
 from .ops import FIELDS
 from .outcome import failed, stats_of
-from .request import Request, settings_of
+from .request import Request
 from .resume import check_resume
+from .settings import settings_by_name
 from .solution import Solution
 from .solvers.adaptive import AdaptiveSolver
 from .solvers.families import family_of
@@ -87,9 +88,10 @@ def steps(
     >>> bool(step.y0 >= 0.5)
     True
     """
-    settings = settings_of(
-        method, "direct", step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
-        step_t, jump_t, None, None, False, None, None, None, False, interp, (), True, "raise", None,
+    settings = settings_by_name(
+        method=method, step_control=step_control, controller=controller, first_step=first_step, min_step=min_step,
+        max_step=max_step, max_num_steps=max_num_steps, safety=safety, ifactor=ifactor, dfactor=dfactor, step_t=step_t,
+        jump_t=jump_t, interp=interp, dense=True,
     )  # fmt: skip
     if not settings.options.adaptive:
         raise ValueError(f"method must be adaptive for steps, got {method!r}: its steps are the times of its grid")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odenet_cuda import _C, solve
+from odenet_cuda import _C, Event, solve
 from odenet_cuda.gradients import augmented
 from odenet_cuda.solvers import adaptive
 
@@ -23,7 +23,7 @@ NOTHING = {
 # Methods of the stepper that launch one kernel each; the first two launch another for quadratures, where there are some.
 KERNELS = [
     "quadrature", "error_and_step_size", "stage", "step_size", "norm", "euler", "first_step", "dense_output", "advance",
-    "advance_and_stage",
+    "advance_and_stage", "error",
 ]  # fmt: skip
 
 
@@ -169,6 +169,78 @@ def test_the_host_waits_once(launches, monkeypatch, control, recorded):
         solution = solve(net, torch.linspace(-1, 1, 12, dtype=D).view(3, 4), t, gradient="direct", step_control=control)
     assert waits == ["cpu"]
     assert solution.ys.requires_grad == recorded
+
+
+def far_away(launches, control):
+    """An event that does not come, whose function's own launches do not count, and how often it was called."""
+    calls = []
+
+    def function(t, y):
+        calls.append(1)
+        return y.sum(1) + 100 if control == "per_sample" else y.sum() + 100
+
+    return Event(launches.outside(function)), calls
+
+
+MOST_OF_EVENTS = 70  # of small operations on [parts, rows, values], whatever the state, and of four points of the step
+
+
+@pytest.mark.parametrize("outputs", [2, 5])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_events_leave_the_step_as_it_is(launches, monkeypatch, control, outputs):
+    """The launches of a step are those without events, and those of looking at the events: four points and their values."""
+    monkeypatch.setattr("odenet_cuda.solvers.events.runs_ahead", lambda device: True)
+    event, calls = far_away(launches, control)
+    options = {"outputs": outputs, "step_control": control}
+    without = each_step(launches, Net(2, launches), **options)
+    found = []
+    for steps in (16, 32):
+        calls.clear()
+        found.append((counts(launches, Net(2, launches), steps, events=event, **options), len(calls)))
+    (few, called), (many, called_more) = found
+    more = {name: (many[name] - few.get(name, 0)) / 16 for name in many if many[name] != few.get(name, 0)}
+    assert 4 <= (called_more - called) / 16 <= 6  # steps past the end count too, at most one in ten and two
+    for name in ("error_and_step_size", "error", "step_size", "advance_and_stage", "dense_output"):
+        assert more.get(name, 0) == without.get(name, 0)
+    assert more.pop("stage") == without["stage"] + 4
+    others = {name: count for name, count in more.items() if name not in without}
+    assert sum(others.values()) <= MOST_OF_EVENTS
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_events_do_not_make_the_host_wait(launches, monkeypatch, control):
+    """In the solve it waits once, at its end, as without events."""
+    monkeypatch.setattr("odenet_cuda.solvers.events.runs_ahead", lambda device: True)
+    event, _ = far_away(launches, control)
+    waits, inside = [], adaptive.AdaptiveSolver.run
+
+    def counted(name):
+        method = getattr(torch.Tensor, name)
+        return lambda self: waits.append(name) or method(self)
+
+    def run(self, start=None):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in WAITS:
+                patch.setattr(torch.Tensor, name, counted(name))
+            return inside(self, start)
+
+    monkeypatch.setattr(adaptive.AdaptiveSolver, "run", run)
+    y0, net = torch.linspace(-1, 1, 12, dtype=D).view(3, 4), Net(2, launches)
+    for most in (0.1, 0.01):
+        waits.clear()
+        solve(net, y0, [0.0, 1.0], step_control=control, events=event, max_step=most)
+        assert waits == ["cpu"]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_domain_does_not_make_the_host_wait(launches, control):
+    """Looking at the domain costs a few small operations a step, beside its own function, and the decision a launch more."""
+    inside = lambda y: (y > -9).all(1) if control == "per_sample" else (y > -9).all()  # noqa: E731
+    without = each_step(launches, Net(2, launches), step_control=control)
+    found = each_step(launches, Net(2, launches), step_control=control, valid=launches.outside(inside))
+    assert found.pop("stage") == without["stage"]
+    assert found.pop("error") == found.pop("step_size") == found.pop("advance_and_stage") == 1
+    assert sum(found.values()) <= 25
 
 
 @pytest.mark.parametrize("seminorm", [False, True])

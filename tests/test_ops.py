@@ -1248,7 +1248,7 @@ WRONG = [
     pytest.param(replaced("error", 6, shorter), r"rtol must hold one number a leaf, 2, got 1", id="error-rtol-count"),
     pytest.param(replaced("error", 7, shorter), r"atol must hold one number a leaf, 2, got 1", id="error-atol-count"),
     pytest.param(
-        replaced("step_size", 0, longer), r"state must have shape \[20, rows\], got \[21, 3\]", id="step-size-state-shape"
+        replaced("step_size", 0, longer), r"state must have shape \[21, rows\], got \[22, 3\]", id="step-size-state-shape"
     ),
     pytest.param(replaced("step_size", 0, single), r"state must be float64", id="step-size-state-dtype"),
     pytest.param(replaced("step_size", 0, spread), r"state must be contiguous", id="step-size-state-not-contiguous"),
@@ -1338,7 +1338,7 @@ WRONG = [
         r"state must have shape \[fields, rows\], got \[3\]",
         id="dense-output-state-shape",
     ),
-    pytest.param(replaced("dense_output", 6, longer), r"state must have 60 elements, got 63", id="dense-output-state-size"),
+    pytest.param(replaced("dense_output", 6, longer), r"state must have 63 elements, got 66", id="dense-output-state-size"),
     pytest.param(replaced("dense_output", 7, single), r"t must be float64", id="dense-output-t-dtype"),
     pytest.param(
         replaced("advance", 0, whole, 0),

@@ -164,6 +164,23 @@ def test_every_with_save_and_failures(control, grad):
         assert torch.equal(caught.value.solution.ys["time"][:-1, 0], reached)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_beside_integrals_and_regularizers(control, grad):
+    """Which are further leaves of the solve, and no outputs."""
+    y0 = Y0.clone().requires_grad_(grad)
+    options = {"step_control": control, "integrals": lambda t, y: y, "regularizers": ["kinetic"], **OPTIONS}
+    with torch.set_grad_enabled(grad):
+        free = solve(oscillator, y0, [0.0, 1.0], **options)
+        for asked in ({"every": 2}, {"every": 2, "save": lambda t, y: 2 * y}, {"save": lambda t, y: 2 * y}):
+            found = solve(oscillator, y0, [0.0, 1.0], **asked, **options)
+            assert torch.equal(found.integrals, free.integrals) and found.ys.shape[1:] == Y0.shape
+            if grad:
+                grads = [torch.autograd.grad(x.integrals.sum() + x.regularizers["kinetic"].sum(), y0)[0] for x in (found, free)]
+                torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
+                free = solve(oscillator, y0, [0.0, 1.0], **options)
+
+
 def test_max_num_steps_counts_from_one_output_to_the_next():
     with torch.no_grad():
         t = torch.linspace(0, 3, 30, dtype=D)

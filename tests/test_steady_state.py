@@ -129,8 +129,8 @@ def test_refusals():
     for options, words in (
         ({"rtol": -1.0}, "rtol must be"),
         ({"max_time": 0.0}, "max_time must be"),
-        ({"method": "rk4"}, "method must be adaptive"),
-        ({"method": "fehlberg2"}, "method must end its steps"),
+        ({"method": "rk4"}, "method must be adaptive and end"),
+        ({"method": "fehlberg2"}, "method must be adaptive and end"),
         ({"valid": lambda y: (y > 2).all(1)}, "domain of valid"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -227,7 +227,8 @@ class Solves:
     def by_stepper(self, trial: Trial) -> tuple[list[Tensor], bool]:
         """The results, and whether they are of no use."""
         from .. import recorded
-        from ..request import Request, Settings
+        from ..request import Request
+        from ..settings import Settings
 
         comparison = self.comparison
         sources = self._sources(trial) if self.gradient else []  # func is given these

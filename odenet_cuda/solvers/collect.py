@@ -119,7 +119,7 @@ class EveryStep:
         going = self.t1 != self.times[0][2]
         there = going & (state[FIELDS["time"]] == self.t1)
         if there.any():
-            self._add(self.t1, there, [leaf.detach().clone() for leaf in last])
+            self._add(self.t1, there, [leaf.detach().clone() for leaf in last[: len(self.problem.state_leaves)]])
         length = self.count + (going & ~there)
         times = np.full((self.problem.rows, int(length.max())), np.nan)
         for index, rows, time in self.times:

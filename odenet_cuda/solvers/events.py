@@ -17,6 +17,7 @@ from ..event import Events
 from ..ops import FIELDS
 from ..problem import Problem, to_device
 from ..step_control import SUCCESS
+from .hooks import runs_ahead
 
 PARTS = 4  # of a step, at whose ends event functions are looked at
 
@@ -135,7 +136,7 @@ class EventWatch:
             kernels.stage(i, [])
             found.append(self.values(t, self.point).sign())
         signs = torch.stack(found)
-        on_host = signs.device.type == "cpu"
+        on_host = not runs_ahead(signs.device)
         if on_host and not self.some_wait and torch.equal(signs, self.signs.expand_as(signs)):
             return None
         crossed = self._crossed(signs, (dt != 0) & ~self.held)

@@ -34,6 +34,10 @@ class Progress:
         self.shown, self.steps, self.ended = 0.0, 0, False
         self.last: Any = None
 
+    def among(self, lookers: Sequence[Any], callbacks: dict[str, Callable] | None, adaptive: bool) -> tuple[Any, Any]:
+        """(lookers, callbacks) of the solve, with it among them."""
+        return ([*lookers, self], callbacks) if adaptive else (lookers, self.on_grid(callbacks))
+
     def after_step(self, host: np.ndarray, stepper: Any, state: Tensor) -> None:
         counts = (int(host[FIELDS[name]].max()) for name in ("num_accepted", "num_rejected"))
         self._look(host[FIELDS["time"]], host[FIELDS["last_dt"]], *counts)
