@@ -13,6 +13,7 @@ from .graphed.loops import Kind, solve_by_graph
 from .methods import ADAPTIVE, INTERPOLATIONS, adjusted, find_method
 from .problem import Problem, check_times
 from .ranges import marked
+from .solvers import short
 from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
 from .solvers.events import EventWatch
 from .solvers.families import family_of
@@ -110,7 +111,7 @@ def integrate(
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
     with torch.no_grad(), marked("solve"):
-        if len(problem.t) == 1 or all(leaf.numel() == 0 for leaf in problem.state_leaves):
+        if len(problem.t) == 1 or all([leaf.numel() == 0 for leaf in problem.state_leaves]):
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
@@ -139,6 +140,8 @@ def integrate(
         else:
             nodes, moves_with = grid or fixed_grid(options, problem.t)
             whole = is_whole(options.tableau)
+            if alone and not whole and short.serves(problem, options.tableau, nodes):
+                return short.solve(problem, options.tableau, nodes, options.perturb, start)
             solver: Any = SteppedSolver if whole else FixedSolver
             make = partial(solver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
             kind = fixed_kind(problem, options, nodes) if by_graph and not whole else None

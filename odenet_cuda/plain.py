@@ -14,11 +14,12 @@ from torch import Tensor
 from . import formulas
 from .formulas import SHORT
 from .problem import Problem, to_device
-from .solvers.fixed import Plan, plan_of, stage_times
+from .solvers.fixed import plan_of, stage_times
+from .solvers.short import Steps
 from .solvers.trajectory import End
 from .tableau import ButcherTableau, Method
 
-Func = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+Func = Callable[..., list[Tensor]]
 
 
 def solve_on_grid(
@@ -37,7 +38,8 @@ def solve_on_grid(
     times = to_device(stage_times(plan, tableau, problem.real, problem.direction if perturb else 0.0), problem.device)
     shifts = Shifts(problem, t)
     if shifts.zeros is None and not any([leaf.dtype in SHORT for leaf in y0]):
-        return _on_fixed_times(plan, tableau, times, perturb, func, y0)
+        states, y = Steps(plan, tableau, perturb, func).take(times, list(y0))
+        return [torch.stack(leaf) for leaf in zip(*states, strict=True)], y
     stages, points, fsal = tableau.stages, len(tableau.rows), tableau.fsal and not perturb
     y, slope, last = list(y0), None, len(nodes) - 2
     ys: list[list[Tensor]] = [[leaf] for leaf in y]
@@ -65,38 +67,6 @@ def solve_on_grid(
                 of_leaf.append(value)
         y, slope = point, slopes[-1] if fsal and len(slopes) == stages else None
     return [torch.stack(of_leaf) for of_leaf in ys], y
-
-
-def _on_fixed_times(
-    plan: Plan, tableau: ButcherTableau, times: Tensor, perturb: bool, func: Func, y0: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The same where neither times nor steps have a gradient: in as few operations as there are numbers in the tableau."""
-    stages, fsal = tableau.stages, tableau.fsal and not perturb
-    rows = [[(j, weight) for j, weight in enumerate(row) if weight != 0] for row in tableau.rows]
-    points, leaves, last = len(rows), range(len(y0)), len(plan.outputs) - 1
-    views, y, slope = times.unbind(0), list(y0), None
-    ys: list[list[Tensor]] = [y]
-    for step, dt in enumerate(plan.dts):
-        first, inside = step * stages, dict(plan.inside[step])
-        slopes, point = [func(views[first], y) if slope is None else slope], y
-        for i, row in enumerate(rows, 1):
-            point = [_combined(y[leaf], slopes, leaf, row, dt) for leaf in leaves]
-            if i < stages and (i < points or inside or step < last):
-                slopes.append(func(views[first + i], point))
-        for place in range(len(plan.outputs[step])):
-            weights = inside.get(place)
-            if weights is not None:
-                row = [(j, weight) for j, weight in enumerate(weights) if weight != 0]
-            ys.append(point if weights is None else [_combined(y[leaf], slopes, leaf, row, dt) for leaf in leaves])
-        y, slope = point, slopes[-1] if fsal and len(slopes) == stages else None
-    return [torch.stack([state[leaf] for state in ys]) for leaf in leaves], y
-
-
-def _combined(y0: Tensor, k: list[list[Tensor]], leaf: int, row: list[tuple[int, float]], dt: float) -> Tensor:
-    """y0 + dt sum_j a_j k_j of one leaf."""
-    for j, weight in row:
-        y0 = torch.add(y0, k[j][leaf], alpha=dt * weight)
-    return y0
 
 
 class Shifts:

@@ -1,5 +1,6 @@
 """What a solve gives back: Solution, its statistics, and the exception of a failed solve."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ class Stats:
         self.nfe = nfe
         self.nfe_backward = 0
         self.drift: Tensor | None = None  # [rows]
+        self.looks: list[Callable[[], None]] = []  # that are still to be added to it
         self._per_sample, self._state, self._steps, self._rows = per_sample, state, steps, rows
 
     @property
@@ -95,6 +97,8 @@ class Stats:
 
     @property
     def adjoint_drift(self) -> float | Tensor:
+        while self.looks:
+            self.looks.pop()()
         if self.drift is None:
             device = None if self._state is None else self._state.device
             return torch.zeros(self._rows, dtype=torch.float64, device=device) if self._per_sample else 0.0

@@ -150,7 +150,7 @@ ODENET_HD uint32_t signs(Vector<IntegerOf<T>> x) {
   if constexpr (sizeof(T) == 4) {
     return static_cast<unsigned short>(__builtin_ia32_cvtd2mask512(x));
   } else {
-    return static_cast<unsigned char>(__builtin_ia32_cvtq2mask512(x));
+    return static_cast<unsigned char>(__builtin_ia32_cvtq2mask512((Vector<long long>)x));
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {

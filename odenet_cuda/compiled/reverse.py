@@ -55,7 +55,7 @@ def adjoint(engine: Engine, backward: Any, ys: Sequence[Tensor], grad_ys: Sequen
     """The same by the adjoint equation, solved from each output back to the one before. backward: gradients.Adjoint."""
     problem, options = engine.problem, backward.options
     states = as_rows(ys, engine.batch, engine.y0, len(problem.t))
-    stats.drift = None
+    stats.drift, stats.looks = None, []
     grads = as_rows(grad_ys, engine.batch, engine.y0, len(problem.t))
     way = engine.kind.way(engine.plan, engine.kind.adjoint_control(options))
     constants, arguments = _sums(engine, way)
@@ -84,7 +84,7 @@ def adjoint(engine: Engine, backward: Any, ys: Sequence[Tensor], grad_ys: Sequen
             host = check(engine, state, piece)
             total += of_interval
         found, stored = engine.leaves(ends[-1][:, :n].contiguous()), engine.leaves(states[i - 1])
-        add_drift(stats, backward, problem, found, stored, failed if problem.per_sample else None)
+        add_drift(stats, (backward.rtol, backward.atol), problem.rows, found, stored, failed if problem.per_sample else None)
         a = ends[-1][:, n:] + grads[i - 1]
         engine.nfe_backward += evaluations(options, host, grid, piece)
     warn_of_drift(stats, None if options.adaptive else min(backward.rtol), False)

@@ -19,12 +19,11 @@ from ..ranges import marked
 from ..request import Request
 from ..sharding import train_together
 from ..solution import Solution
+from ..solvers.short import MOST, is_short
 from ..solvers.trajectory import Trajectory
 from ..tableau import ButcherTableau
 
 NAME = "plain"
-_MOST = 1 << 14  # numbers of a state: beyond, passes over memory cost more than calls
-_FEW = 40  # calls of func: with more, and without a gradient, what the kernels need at the start is made up for
 _ROUNDED = "there are numbers of 16 bits, whose gradients torch would add up in 16 bits"
 
 
@@ -36,7 +35,7 @@ def refusal(request: Request) -> str:
         return "the method is no explicit Runge-Kutta method"
     if len(problem.t) == 1 or problem.empty:
         return "there is nothing to solve"
-    if not request.records and (len(request.grid[0]) - 1) * request.options.tableau.stages > _FEW:
+    if not request.records and not is_short(request.options.tableau, request.grid[0]):
         return "nothing is recorded, in many steps"
     if request.records and settings.gradient != "direct":
         return f"gradient={settings.gradient!r} is no graph of torch"
@@ -52,8 +51,8 @@ def refusal(request: Request) -> str:
     ):
         if needed:
             return f"{name} needs what the kernels record"
-    if sum([leaf.numel() for leaf in problem.leaves]) > _MOST:
-        return f"the state has more than {_MOST} numbers"
+    if sum([leaf.numel() for leaf in problem.leaves]) > MOST:
+        return f"the state has more than {MOST} numbers"
     if any([leaf.dtype in SHORT for leaf in problem.leaves]) or torch._C._is_any_autocast_enabled():
         return _ROUNDED
     # a parameter that func happens not to use has a gradient of zeros there, which DDP waits for
@@ -76,7 +75,7 @@ def _solve(request: Request, field: Any) -> tuple[list[Tensor], list[Tensor]]:
     problem, options = request.problem, request.options
     assert request.grid is not None
     # Views: func may ask for gradients of what it is given, and the user's tensors are not to show it.
-    y0 = [leaf.view_as(leaf) for leaf in request.structure.leaves]
+    y0 = [leaf.view_as(leaf) for leaf in request.structure.leaves] if request.records else problem.leaves
     with marked("solve"):
         return plain.solve_on_grid(problem, options.tableau, *request.grid, options.perturb, field, y0, request.t)
 
@@ -84,7 +83,8 @@ def _solve(request: Request, field: Any) -> tuple[list[Tensor], list[Tensor]]:
 def _record(request: Request) -> tuple[list[Tensor], list[Tensor]] | str:
     """The outputs with their graph, or why the tape of the kernels is to be preferred."""
     field: Any = request.problem.field
-    looked = _Looked(field)
+    assert request.grid is not None
+    looked = _Looked(field, request.options.tableau.stages * (len(request.grid[0]) - 1))
     try:
         ys, last = _solve(request, looked)
     except _Rounded:
@@ -103,10 +103,10 @@ class _Rounded(Exception):
 class _Looked:
     """func over leaves, whose first result is looked at. given: the leaves of autograd that func was handed, by id."""
 
-    def __init__(self, field: Field):
+    def __init__(self, field: Field, calls: int):
         self.field = field
         self.given: dict[int, Tensor] = {}
-        self._first = True
+        self._first = calls > 1  # of one there is nothing to add up
 
     def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         self.given |= {id(x): x for x in (t, *y) if x.grad_fn is None}

@@ -8,6 +8,7 @@ it has slopes but no stages, and a stage whose weights b and e are both zero nee
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from .. import noise
 from ..formulas import rms_norm
 from ..held import Captured
 from ..integrate import Options, backward_grid, integrate
-from ..ops import FIELDS
+from ..ops import FIELDS, readable
 from ..problem import Field, Problem, aliased
 from ..products import real_product
 from ..ranges import in_range
 from ..solution import Solution, Stats, raise_failure
+from ..solvers.short import MOST
 from ..tableau import is_whole
 from .augmented import AugmentedField, PerSampleField, as_leaf
-from .autocast import autocast_state
+from .autocast import autocast_again, autocast_state
 from .drift import add_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
 from .of_times import TimeGradient
@@ -97,7 +99,7 @@ class _Adjoint(torch.autograd.Function):
             if not callable(shown):
                 raise TypeError(f"adjoint_options['norm'] of the result must be callable, got {shown!r}")
             adjoint = replace(adjoint, norm=shown, seminorm=False)
-        with torch.autocast(**ctx.autocast), params.again():
+        with autocast_again(ctx.autocast), params.again():
             field = problem.field.again()
             refuse_another(field, problem, problem.calls, "adjoint", " backwards")
             if let_go(ctx, "problem", "params"):
@@ -122,14 +124,13 @@ def solve_backwards(
     stats: Stats,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """(dL/dy0, dL/dt, dL/dparams). field: of the problem, for the calls on the way back."""
-    n = len(problem.state_leaves)
-    grad_ys, costs = cotangents_of(problem, ys, grad_outputs)
+    n, (grad_ys, costs) = len(problem.state_leaves), cotangents_of(problem, ys, grad_outputs)
     generators = noise.states(problem.device)
-    stats.drift = None
+    stats.drift, stats.looks, tolerances = None, [], (adjoint.rtol, adjoint.atol)
     field, params = _for_graphs(adjoint, field, params)
     per_sample, options = problem.per_sample, adjoint.options
     augmented = augmented_field(adjoint, problem, field, params, costs)
-    a = [torch.zeros_like(y[0]) for y in ys]
+    a: list[Tensor] = []
     integral = [as_leaf(torch.zeros_like(param)) for param in params]
     grad_t = TimeGradient(problem) if t_grad else None
     whole = isinstance(augmented, WholeField)
@@ -142,7 +143,7 @@ def solve_backwards(
         if failed is not None and others_at is None:
             continue
         y = [out[i] if others_at is None else out[i][others_at] for out in ys]
-        a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)]
+        a = [x + grad[i] for x, grad in zip(a, grad_ys, strict=True)] if a else [readable(grad[i]) for grad in grad_ys]
         if grad_t is not None:
             g = [*(grad[i] for grad in grad_ys), *costs_at(problem, costs, i)]
             grad_t.add(i, slope_product(field, problem, adjoint.options, i, y, g, others_at))
@@ -155,12 +156,13 @@ def solve_backwards(
         state = trajectory.host_state()
         if state is not None:
             stats.nfe_backward = field.nfe
-            reached = last_state(trajectory.last[: 2 * n], problem, stats)
-            raise_failure(state, reached, options.control.max_num_steps, trajectory)
+            most, reached = options.control.max_num_steps, last_state(trajectory.last[: 2 * n], problem, stats)
+            raise_failure(state, reached, most, trajectory)
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
-        add_drift(stats, adjoint, problem, trajectory.last[:n], [out[i - 1] for out in ys], backward.held)
+        waits = trajectory.state is None and not whole and sum([out.numel() for out in ys]) <= MOST
+        _look_back(stats, waits, tolerances, problem.rows, trajectory.last[:n], [out[i - 1] for out in ys], backward.held)
         sums = trajectory.sums if recorder is None else recorder.take()
         integral = [x + y for x, y in zip(integral, sums, strict=True)] if apart else trajectory.last[2 * n :]
     if grad_t is not None:
@@ -169,8 +171,17 @@ def solve_backwards(
     noise.warn_of_other_numbers(generators, problem.device, "adjoint")
     warn_of_drift(stats, None if options.adaptive else min(adjoint.rtol), whole)
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
-    total = None if grad_t is None else grad_t.total
-    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], total, grad_params
+    a = a or [torch.zeros_like(y[0]) for y in ys]
+    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], None if grad_t is None else grad_t.total, grad_params
+
+
+def _look_back(stats: Stats, waits: bool, *where: Any) -> None:
+    """How far the backward solve is from the stored states. waits: until somebody asks."""
+    look = partial(add_drift, stats, *where)
+    if waits:
+        stats.looks.append(look)  # on a short grid this would take a tenth of the time
+    else:
+        look()
 
 
 def cotangents_of(

@@ -33,8 +33,8 @@ class AugmentedField:
         self.costs = list(costs)  # cotangents of the running costs
         self.field, self.targets, self.quadrature_stages = field, Targets(params), quadrature_stages
         self.leaves, self.watch = len(like), Watch(params, chosen)
-        # Where func does not depend on something.
-        self.zeros = [*(torch.zeros_like(x) for x in like), *(as_leaf(torch.zeros_like(x)) for x in params)]
+        self.like = like
+        self._zeros: dict[int, Tensor] = {}
         self.convert = any(x.dtype in SHORT for x in params)
         self.none: list[Tensor | None] = [None] * len(self.params)
         self.recording = torch.enable_grad()
@@ -55,10 +55,17 @@ class AugmentedField:
         if self.convert:
             grads = [*grads[:n], *(grad if grad is None else as_leaf(grad) for grad in grads[n:])]
         slopes: list[Tensor | None] = [slope.detach() for slope in k[:n]]
-        slopes += [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
+        slopes += [self.zero(i) if grad is None else grad for i, grad in enumerate(grads)]
         if not with_params:
             slopes.extend(self.none)
         return slopes
+
+    def zero(self, i: int) -> Tensor:
+        """The product for the i-th of state and parameters where func does not depend on it."""
+        if i not in self._zeros:
+            like = self.like[i] if i < self.leaves else as_leaf(self.params[i - self.leaves])
+            self._zeros[i] = torch.zeros_like(like)
+        return self._zeros[i]
 
     def evaluate(self, t: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
         """func with its graph; y are the solver's own buffers and become its leaves."""
@@ -117,7 +124,7 @@ class PerSampleField(AugmentedField):
         grads = self.product(k, [*a, *self.costs], y, NOTHING, keep)
         if keep:
             self.kept[stage] = k, a
-        slopes = [zero if grad is None else grad for grad, zero in zip(grads, self.zeros, strict=False)]
+        slopes = [self.zero(i) if grad is None else grad for i, grad in enumerate(grads)]
         return [*(slope.detach() for slope in k[:n]), *slopes]
 
     @property

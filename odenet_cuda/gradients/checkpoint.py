@@ -23,7 +23,7 @@ from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..solvers.whole import WholeStep, mapped
 from ..stepper import Stepper
 from ..tableau import is_whole
-from .autocast import autocast_state
+from .autocast import autocast_again, autocast_state
 from .backward_walk import BackwardWalk
 from .failed import known_cotangents, with_nan
 from .one_by_one import one_by_one
@@ -69,14 +69,14 @@ class _Checkpoint(torch.autograd.Function):
         captured.check()
         grad_ys, spoilt = known_cotangents(problem, grad_ys)
         if torch.is_grad_enabled():
-            with torch.autocast(**ctx.autocast), captured.again():
+            with autocast_again(ctx.autocast), captured.again():
                 refuse_another(problem.field.again(), problem, problem.calls, "checkpoint", SECOND)
                 inputs = saved_inputs(ctx, problem, recorder)
                 found = second_gradients(recorder, problem, problem.field, inputs, captured.tensors, grad_ys)
             grad_y0, grad_t, others = with_nan(spoilt, problem, found[:count], found[count], found[count + 1 :])
             return None, None, None, None, None, None, grad_t, *grad_y0, *others
         let_go(ctx, "recorder", "captured", "problem")
-        with torch.autocast(**ctx.autocast), captured.again():
+        with autocast_again(ctx.autocast), captured.again():
             grads, stats.nfe_backward = way_back(recorder, problem, captured.tensors, grad_ys, t_grad, ctx.chosen)
         grad_y0, grad_t, grad_captured = with_nan(spoilt, problem, *grads)
         return None, None, None, None, None, None, grad_t.to(ctx.t_device), *grad_y0, *grad_captured

@@ -19,7 +19,7 @@ from ..problem import Problem
 from ..products import Targets
 from ..ranges import in_range
 from ..solvers.trajectory import Evaluation, Recorder, Step
-from .autocast import autocast_state
+from .autocast import autocast_again, autocast_state
 from .backward_walk import BackwardWalk
 from .failed import known_cotangents, with_nan
 from .one_by_one import one_by_one
@@ -67,7 +67,7 @@ class _Direct(torch.autograd.Function):
         grad_ys, spoilt = known_cotangents(problem, grad_ys)
         if torch.is_grad_enabled():
             captured.check()
-            with torch.autocast(**ctx.autocast), captured.again():
+            with autocast_again(ctx.autocast), captured.again():
                 calls = evaluations([recorder.tape[0], *recorder.tape[-1:]])
                 refuse_another(problem.field.again(), problem, [calls[0], calls[-1]], "direct", SECOND)
                 inputs = saved_inputs(ctx, problem, recorder)

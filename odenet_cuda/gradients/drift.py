@@ -6,13 +6,11 @@ trajectory. At each earlier output both are known (Gholami, Keutzer and Biros 20
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import formulas
-from ..problem import Problem
 from ..solution import Stats
 
 _TRUSTED = 1e3  # multiples of the tolerance
@@ -25,28 +23,27 @@ _warned = False
 
 def add_drift(
     stats: Stats,
-    adjoint: Any,
-    problem: Problem,
+    tolerances: tuple[Sequence[float], Sequence[float]],
+    rows: int,
     found: Sequence[Tensor],
     stored: Sequence[Tensor],
     held: Tensor | None = None,
 ) -> None:
-    """Takes in the states at an earlier output, of the backward solve and of the forward one. held: rows without the former."""
+    """Takes in the states at an earlier output, of the backward solve and of the forward one. tolerances: rtol and atol of the
+    former. held: rows without it."""
     ratios = []
-    for x, y, rtol, atol in zip(found, stored, adjoint.rtol, adjoint.atol, strict=True):
+    for x, y, rtol, atol in zip(found, stored, *tolerances, strict=True):
         eps = _ROUNDING * torch.finfo(y.dtype).eps
         x, y = formulas.widened(x), formulas.widened(y)
         if held is not None:
             y = torch.where(held.reshape(-1, *[1] * (y.dim() - 1)), x, y)  # they may have no number there
         size = y.abs()
-        scale = size * max(rtol, eps) + atol
-        if eps > rtol and size.numel():
-            scale += eps * size.amax()
-        z = (x - y) / scale
+        least = eps * size.amax() + atol if eps > rtol and size.numel() else atol
+        z = (x - y) / (size * max(rtol, eps) + least)
         if atol == 0:  # 0 / 0 is no error
             z = torch.nan_to_num(z)
-        columns = max(1, z.numel() // max(1, problem.rows))
-        ratios.append(torch.linalg.vector_norm(z.reshape(problem.rows, -1), dim=1, dtype=_WIDE[z.dtype]) * columns**-0.5)
+        columns = max(1, z.numel() // max(1, rows))
+        ratios.append(torch.linalg.vector_norm(z.reshape(rows, -1), dim=1, dtype=_WIDE[z.dtype]) * columns**-0.5)
     ratio = ratios[0] if len(ratios) == 1 else torch.stack(ratios).amax(0)
     if held is not None:
         ratio = ratio.masked_fill(held, 0.0)

@@ -29,7 +29,7 @@ from ..solvers.trajectory import Recorder, Step
 from ..tableau import Method, is_whole
 from .accumulator import Accumulator
 from .adjoint import Adjoint, at_rest, costs_at, cotangents_of, interval_before, last_state, slope_product
-from .autocast import autocast_state
+from .autocast import autocast_again, autocast_state
 from .failed import known_cotangents, stand_ins, with_nan
 from .of_times import TimeGradient
 from .one_by_one import one_by_one
@@ -75,7 +75,7 @@ class _Quadrature(torch.autograd.Function):
         adjoint, solution, stats, autocast, params = kept(ctx, "how")
         params.check()
         grad_ys, spoilt = known_cotangents(problem, grad_ys)
-        with torch.autocast(**autocast), params.again():
+        with autocast_again(autocast), params.again():
             field = problem.field.again()
             refuse_another(field, problem, problem.calls, "quadrature", " backwards")
             let_go(ctx, "how", "problem")

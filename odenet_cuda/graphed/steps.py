@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradients.autocast import autocast_again
 from ..gradients.backward_walk import BackwardWalk
 from ..gradients.checkpoint import Recomputation, way_back
 from ..integrate import Options
@@ -59,7 +60,7 @@ class GraphedSteps:
             func: Any = self.own.field
             field, captured = aliased(func, self.captured) or (func, list(self.captured))
             own = replace(self.own, field=field)
-            with torch.autocast(**self.cast):
+            with autocast_again(self.cast):
                 self.back = StepBack(own, self.recorder, self._steps()[-1], captured, self.solver.pool)
         return found
 
@@ -68,7 +69,7 @@ class GraphedSteps:
 
     def walk(self, grad_ys: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None], int]:
         """The gradients for y0 and for the captured tensors, and how often func was called."""
-        with torch.autocast(**self.cast):
+        with autocast_again(self.cast):
             if self.back is not None:
                 return self.back.walk(self._steps(), grad_ys)
             # No step was ever accepted.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..captured import Known, are_closed
 from ..gradients import checkpoint, direct
-from ..gradients.autocast import autocast_state
+from ..gradients.autocast import autocast_again, autocast_state
 from ..gradients.failed import known_cotangents, with_nan
 from ..gradients.one_by_one import one_by_one
 from ..gradients.release import kept, let_go
@@ -82,7 +82,7 @@ class GraphedSolve:
         self.solver.solve_again()
 
     def _walk(self) -> None:
-        with torch.autocast(**self.cast):
+        with autocast_again(self.cast):
             if self.kept is None:
                 y0, _, found = direct.way_back(self.recorder, self.own, Targets(self.captured), self.grads, False)
                 calls = 0
@@ -216,7 +216,7 @@ class _Graphed(torch.autograd.Function):
         ctx.captured.check(), lease.check()
         if torch.is_grad_enabled():
             problem, captured = ctx.problem, ctx.captured.tensors
-            with torch.autocast(**ctx.autocast), ctx.captured.again():
+            with autocast_again(ctx.autocast), ctx.captured.again():
                 inputs = saved_inputs(ctx, problem, graphed.recorder)
                 again = second_gradients(graphed.recorder, problem, problem.field, inputs, captured, grad_ys)
             return None, None, None, None, None, None, *again[:count], *again[count + 1 :]

@@ -71,7 +71,9 @@ class Problem:
     @property
     def interval(self) -> tuple[float, float]:
         """The first and the last time: of the row with the longest way where each has its own."""
-        t0, t1 = np.ravel(self.t[0]), np.ravel(self.t[-1])
+        if not self.own:
+            return self.t[0], self.t[-1]
+        t0, t1 = self.t[0], self.t[-1]
         longest = int(np.abs(t1 - t0).argmax())
         return float(t0[longest]), float(t1[longest])
 
@@ -113,6 +115,9 @@ class Problem:
     def time_beside(self, index: int, side: Any, rows: Tensor | None = None) -> Tensor:
         """t[index] as func sees it. side: +1: just after it in the direction of the solve, -1: just before, 0: itself; or one a
         row. rows: for each row the one whose time it gets, where it may have none itself."""
+        if self.device.type == "cpu" and not self.own and isinstance(side, float) and side == 0:
+            shape = (self.rows, *[1] * (self.leaves[0].dim() - 1)) if self.per_sample else ()
+            return torch.full(shape, self.t[index], dtype=self.real, device="cpu")
         time, direction = self.t[index], self.direction
         if self.own:
             side = np.zeros_like(time) + side

@@ -48,7 +48,7 @@ def check_times(t: Any, name: str = "t", batch: int | None = None) -> tuple[Tens
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{name} must be finite, got {values}")
     steps = [b - a for a, b in pairwise(values)]
-    if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
+    if steps and not (min(steps) > 0 or max(steps) < 0):
         raise ValueError(f"{name} must be strictly increasing or decreasing, got {values}")
     return t, values
 

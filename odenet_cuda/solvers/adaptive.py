@@ -86,8 +86,8 @@ class AdaptiveSolver:
         self.stop_times = step_t, jump_t
         stops = stop_table(problem, step_t, jump_t)
         self.on_jump = starts_on_jump(problem, stops)
-        self.jumps = bool((stops[..., 1, :] == STOPS["jump"]).sum() > np.sum(self.on_jump))
-        self.state, self.table, self.t = first_state(problem, stops)
+        self.jumps = bool(jump_t) and bool((stops[..., 1, :] == STOPS["jump"]).sum() > np.sum(self.on_jump))
+        self.state, self.table, self.t = first_state(problem, stops, self.on_jump)
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
         needed = self.jumps or bool(self.callbacks) or family.looks or (recorder is not None and not recorder.can_wait)
@@ -123,7 +123,7 @@ class AdaptiveSolver:
         with torch.no_grad():
             stops = stop_table(problem, *self.stop_times)
             self.on_jump = starts_on_jump(problem, stops)
-            for own, new in zip((self.state, self.table, self.t), first_state(problem, stops), strict=True):
+            for own, new in zip((self.state, self.table, self.t), first_state(problem, stops, self.on_jump), strict=True):
                 own.copy_(new)
             for own, leaf in zip(self.stepper.y0, problem.leaves, strict=True):
                 own.copy_(leaf)

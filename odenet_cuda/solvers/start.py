@@ -20,6 +20,8 @@ def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float
 
     Where func is discontinuous at t[0], that is the first: the first slope is that inside the interval. So is the last one.
     """
+    if not problem.own and not step_t and not jump_t:
+        return np.array([[problem.t[-1]], [STOPS["end"]]], dtype=np.float64)
     if not problem.own:
         return np.array(_stops(problem, problem.t[0], problem.t[-1], problem.direction, step_t, jump_t), dtype=np.float64)
     if not step_t and not jump_t:
@@ -47,12 +49,14 @@ def _stops(
 
 def starts_on_jump(problem: Problem, stops: np.ndarray) -> Any:
     """Whether func is discontinuous at t[0], by the table of stops; for each row where they have their own times."""
+    if not problem.own and stops.shape[-1] == 1:  # the end alone
+        return False
     return (stops[..., 0, 0] == problem.t[0]) & (stops[..., 1, 0] == STOPS["jump"])
 
 
-def first_state(problem: Problem, stops: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """The solver state before the first step, the table of stops, and the output times."""
-    host = initial_state(problem.t[0], problem.rows, problem.direction, starts_on_jump(problem, stops))
+def first_state(problem: Problem, stops: np.ndarray, on_jump: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The solver state before the first step, the table of stops, and the output times. on_jump: of `starts_on_jump`."""
+    host = initial_state(problem.t[0], problem.rows, problem.direction, on_jump)
     if problem.own:
         host[FIELDS["status"], problem.t.last == 0] = SUCCESS
     state, table, t = (
