@@ -20,6 +20,7 @@ from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .graphed.capture import MODES
 from .integrate import Grid, Options, fixed_grid, stop_times
 from .interpolated import stops_of
+from .mass import add_system
 from .problem import (
     Field,
     Problem,
@@ -170,14 +171,16 @@ class Request:
         adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
         compile: str | bool | None = None,
         events: Events | None = None,
+        system: tuple[Any, Any] = (None, None),
     ):
-        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
+        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it. system:
+        jac and mass, as of `solve`.
 
         Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params, self.events = _with_stops(settings, func), params, events
-        self.given = t, rtol, atol, norm, adjoint
+        self.given = t, rtol, atol, norm, adjoint, system
         self.structure = check_state(y0)
-        self.func = with_arguments(func, args)
+        self.func, self.extra = with_arguments(func, args), tuple(args)
         self.compiled, self.args = compiled_field(self.func, compile)
         self.prepared: dict[str, Any] = {}
 
@@ -188,7 +191,7 @@ class Request:
         return self.__dict__[name]
 
     def _make(self) -> None:
-        t, rtol, atol, norm, adjoint = self.given
+        t, rtol, atol, norm, adjoint, system = self.given
         settings, structure, func = self.settings, self.structure, self.func
         if isinstance(settings.options.tableau, ScipyMethod):
             for name, asked in (
@@ -217,6 +220,8 @@ class Request:
             check_zero_tolerance(problem)
         if running:
             problem = with_costs(problem, running)
+        if system[0] is not None or system[1] is not None:
+            add_system(problem, options, settings.gradient, *system, self.extra)
         grid = None
         if not options.adaptive:
             grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), self.t)
