@@ -178,7 +178,7 @@ class Request:
 
         Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params, self.events = _with_stops(settings, func), params, events
-        self.given = t, rtol, atol, norm, adjoint, system
+        self.given, self.system = (t, rtol, atol, norm, adjoint), system
         self.structure = check_state(y0)
         self.func, self.extra = with_arguments(func, args), tuple(args)
         self.compiled, self.args = compiled_field(self.func, compile)
@@ -191,7 +191,7 @@ class Request:
         return self.__dict__[name]
 
     def _make(self) -> None:
-        t, rtol, atol, norm, adjoint, system = self.given
+        t, rtol, atol, norm, adjoint = self.given
         settings, structure, func = self.settings, self.structure, self.func
         if isinstance(settings.options.tableau, ScipyMethod):
             for name, asked in (
@@ -220,8 +220,8 @@ class Request:
             check_zero_tolerance(problem)
         if running:
             problem = with_costs(problem, running)
-        if system[0] is not None or system[1] is not None:
-            add_system(problem, options, settings.gradient, *system, self.extra)
+        if any([given is not None for given in self.system]):
+            add_system(problem, options, settings.gradient, *self.system, self.extra)
         grid = None
         if not options.adaptive:
             grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), self.t)
