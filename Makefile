@@ -37,6 +37,27 @@ test-grid: $(SETUP)
 build-oldest: $(SETUP)
 	$(BIN)/python tests/oldest_torch.py
 
+# An sdist and a wheel, checked by twine, and tests of the wheel in a fresh environment, which downloads torch.
+WHEEL_SETUP ?= $(if $(SETUP),$(VENV)/publish)
+.PHONY: wheel
+wheel: $(WHEEL_SETUP)
+	$(BIN)/python tests/wheel.py --torch "$(TORCH)"
+
+$(VENV)/publish: $(VENV)/installed
+	$(BIN)/pip install --quiet build twine
+	touch $@
+
+# The documentation, in build/docs; every warning is an error.
+DOCS_SETUP ?= $(if $(SETUP),$(VENV)/docs)
+.PHONY: docs
+docs: $(DOCS_SETUP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[docs]"
+	touch $@
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -37,6 +37,7 @@ void add_layout(py::module_& m) {
   fields["steps_since_output"] = int{kStepsSinceOutput};
   fields["proposal"] = int{kProposal};
   fields["direction"] = int{kDirection};
+  fields["next_size"] = int{kNextSize};
   m.attr("fields") = fields;
   m.attr("num_fields") = int{kNumFields};
   status["running"] = int{kRunning};
@@ -44,6 +45,7 @@ void add_layout(py::module_& m) {
   status["underflow"] = int{kUnderflow};
   status["non_finite"] = int{kNonFinite};
   status["max_num_steps"] = int{kMaxSteps};
+  status["outside"] = int{kOutside};
   m.attr("status") = status;
   stops["step"] = int{kStopStep};
   stops["jump"] = int{kStopJump};

@@ -1,5 +1,6 @@
 """Differential equations as PyTorch layers, on fused C++/CUDA kernels."""
 
+from .attempts import Attempts
 from .block import ODEBlock
 from .compiled.compilation import set_compile
 from .compiled.field import CompiledField, compile
@@ -9,10 +10,14 @@ from .interpolated import Interpolated
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .solution import Solution, SolverError, Stats
 from .solve import solve
+from .steady_state import SteadyState, steady_state
+from .steps import AcceptedStep, steps
 from .version import VERSION
 
 __version__ = VERSION
 __all__ = [
+    "AcceptedStep",
+    "Attempts",
     "CompiledField",
     "Event",
     "Interpolant",
@@ -22,6 +27,7 @@ __all__ = [
     "Solution",
     "SolverError",
     "Stats",
+    "SteadyState",
     "compile",
     "odeint",
     "odeint_adjoint",
@@ -29,4 +35,6 @@ __all__ = [
     "odeint_event",
     "set_compile",
     "solve",
+    "steady_state",
+    "steps",
 ]

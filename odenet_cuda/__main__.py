@@ -1,4 +1,5 @@
-"""``python -m odenet_cuda``: what to paste into a bug report; with ``clear-cache``: empties the cache of compiled fields."""
+"""``python -m odenet_cuda``: what to paste into a bug report; ``clear-cache``: empties the cache of compiled fields; ``migrate
+FILE...``: what programs use of torchdiffeq, and what becomes of it here."""
 
 import os
 import platform
@@ -9,7 +10,7 @@ import sys
 import numpy
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, migrate
 from .compiled.build import cache_folder, clear_cache
 
 
@@ -46,8 +47,10 @@ def report() -> dict[str, str]:
 def main(arguments: list[str]) -> None:
     if arguments == ["clear-cache"]:
         print(f"removed {clear_cache()} compiled fields from {cache_folder()}")
+    elif arguments[:1] == ["migrate"]:
+        migrate.main(arguments[1:])
     elif arguments:
-        raise SystemExit(f"python -m odenet_cuda [clear-cache]: got {' '.join(arguments)}")
+        raise SystemExit(f"python -m odenet_cuda [clear-cache | migrate FILE...]: got {' '.join(arguments)}")
     else:
         for name, value in report().items():
             print(f"{name + ':':22}{value}")

@@ -1,5 +1,6 @@
 """ODEBlock: a differential equation as a layer."""
 
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils import _pytree as pytree
 from .compiled.compilation import check_compile, mode_of_blocks
 from .compiled.field import in_words
 from .methods import on_host
+from .printing import table
 from .solution import Solution, Stats
 from .solve import solve
 from .tracing import written_down
@@ -126,12 +128,24 @@ class ODEBlock(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stats": None, "_explained": "", "regularizers": {}}  # the last call is no part of a copy
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the layer, and its last call."""
+        rows = {"func": type(self.func).__name__, **dict(part.split("=", 1) for part in self._facts())}
+        if self.stats is not None:
+            rows |= {"nfe_forward": str(self.nfe_forward), "nfe_backward": str(self.nfe_backward), "served": self.explain()}
+        return table("ODEBlock", rows)
+
     def extra_repr(self) -> str:
+        return ", ".join(self._facts())
+
+    def _facts(self) -> list[str]:
         t = [round(x, 6) for x in self.t.detach().tolist()]
-        return (
-            f"t={t if len(t) <= 4 else f'{len(t)} times from {t[0]} to {t[-1]}'}, method={self.method!r}, rtol={self.rtol}, "
-            f"atol={self.atol}, gradient={self.gradient!r}, step_control={self.step_control!r}"
-        )
+        return [
+            f"t={t if len(t) <= 4 else f'{len(t)} times from {t[0]} to {t[-1]}'}",
+            *(f"{name}={getattr(self, name)!r}" for name in ("method", "rtol", "atol", "gradient", "step_control")),
+            *(["return_all=True"] if self.return_all else []),
+            *(f"{name}={reprlib.repr(value)}" for name, value in self.options.items()),
+        ]
 
 
 def _last(solution: Solution, leaf: Tensor) -> Tensor:

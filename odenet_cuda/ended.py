@@ -39,8 +39,9 @@ def watch_of(request: Request) -> EventWatch | None:
     problem, settings = request.problem, request.settings
     if request.events is None or len(problem.t) == 1 or problem.empty:
         return None
-    if settings.regularizers:
-        raise NotImplementedError("regularizers are not served with events: a running cost is known at the ends of steps alone")
+    if settings.regularizers or request.integrals is not None:
+        what = "integrals" if request.integrals is not None else "regularizers"
+        raise NotImplementedError(f"{what} are not served with events: a running cost is known at the ends of steps alone")
     return EventWatch(request.events, problem, request.options.tableau, request.structure.unflatten)
 
 

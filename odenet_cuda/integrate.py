@@ -1,7 +1,7 @@
 """Problem -> solver -> trajectory, with no thought of gradients."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -14,11 +14,14 @@ from .methods import ADAPTIVE, INTERPOLATIONS, adjusted, find_method
 from .problem import Problem, check_times
 from .ranges import marked
 from .solvers import short
-from .solvers.adaptive import AdaptiveSolver, AfterStep, runs_ahead, stop_table
+from .solvers.adaptive import AdaptiveSolver
 from .solvers.events import EventWatch
 from .solvers.families import family_of
 from .solvers.fixed import FixedSolver, outputs_of_steps, uniform_grid
+from .solvers.hooks import AfterStep, Looker, runs_ahead
+from .solvers.progress import Progress
 from .solvers.scipy_solver import ScipyMethod, ScipySolver
+from .solvers.start import Resumed, stop_table
 from .solvers.stepped import SteppedSolver
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
 from .step_control import StepControl
@@ -46,6 +49,7 @@ class Options:
     solver: str | None = None
     interp: str = "method"
     cuda_graph: str = ""  # or one of graphed.capture.MODES
+    progress: str = ""  # what it says goes on, where that is to be shown
 
     def __post_init__(self) -> None:
         adjusted(find_method(self.method), self.method, self.of_method)
@@ -71,7 +75,7 @@ class Options:
     @cached_property
     def backwards(self) -> "Options":
         """Those of the adjoint's solve where nothing else is asked for."""
-        return replace(self, interp="method")
+        return replace(self, interp="method", progress="backward" if self.progress else "")
 
     def on_side(self, problem: Problem, index: int) -> Any:
         """On which side of t[index] func is evaluated for a step that ends there, or for index 0 begins: 0, that is on it, but
@@ -104,9 +108,11 @@ def integrate(
     after_step: AfterStep | None = None,
     grid: Grid | None = None,
     events: EventWatch | None = None,
+    resumed: Resumed | None = None,
+    lookers: Sequence[Looker] = (),
 ) -> Trajectory:
     """Solves the problem. start: f(t0, y0), where it is known. grid: the nodes of a fixed method, see `fixed_grid`. events:
-    hold rows where they happen.
+    hold rows where they happen. resumed: where an adaptive solve goes on from. lookers: look at each of its steps.
 
     Does not raise when the solve fails: the solver state of the trajectory says so.
     """
@@ -115,8 +121,14 @@ def integrate(
             n = len(problem.leaves) - problem.quadratures
             ys = [leaf.expand(len(problem.t), *leaf.shape).clone() for leaf in problem.leaves[:n]]
             return Trajectory(ys=ys, last=[leaf.clone() for leaf in problem.leaves], state=None)
+        progress = Progress(problem, options.progress) if options.progress else None
+        if progress is not None and options.adaptive:
+            lookers = [*lookers, progress]
+        elif progress is not None:
+            callbacks = progress.on_grid(callbacks)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
-        alone = not callbacks and recorder is None and events is None and not options.jump_t
+        alone = not callbacks and recorder is None and events is None and not options.jump_t and resumed is None and not lookers
+        alone = alone and problem.valid is None
         by_graph = bool(options.cuda_graph) and alone and runs_ahead(problem.device)
         refuse(options, family_of(options.tableau).refusal(problem, recorder))
         if isinstance(options.tableau, ScipyMethod):
@@ -133,6 +145,8 @@ def integrate(
                 step_t=options.step_t,
                 jump_t=options.jump_t,
                 after_step=after_step,
+                resumed=resumed,
+                lookers=lookers,
                 **common,
             )
             refusal = "" if after_step is None else after_step.refusal
@@ -145,7 +159,13 @@ def integrate(
             solver: Any = SteppedSolver if whole else FixedSolver
             make = partial(solver, problem, options.tableau, nodes, moves_with, perturb=options.perturb, **common)
             kind = fixed_kind(problem, options, nodes) if by_graph and not whole else None
-        return make().run(start) if kind is None else solve_by_graph(problem, kind, make, start is not None)
+        if kind is not None:
+            return solve_by_graph(problem, kind, make, start is not None)
+        try:
+            return make().run(start)
+        finally:
+            if progress is not None:
+                progress.end()
 
 
 def refuse(options: Options, refusal: str) -> None:

@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import formulas
 from .tableau import Method
+
+State = TypeVar("State")  # the structure of y0: a tensor, or a tuple, list, dict or nest of them
 
 
 @dataclass
@@ -31,7 +33,7 @@ class DenseStep:
         return theta, inside if self.accept is None else inside & self.accept
 
 
-class Interpolant:
+class Interpolant(Generic[State]):
     """The solution at any time between the first and the last output: ``interpolant(t)``.
 
     t: a number or a tensor of any shape, times at which the state of all samples is given, in the structure of y0, each leaf
@@ -49,7 +51,7 @@ class Interpolant:
         steps: list[DenseStep],
         y0: list[Tensor],
         ends: tuple[Any, Any],
-        unflatten: Callable[[list[Tensor]], Any],
+        unflatten: Callable[[list[Tensor]], State],
         per_sample: bool = False,
     ):
         """ends: numbers, or float64 arrays [rows] where each has its own."""
@@ -60,7 +62,7 @@ class Interpolant:
         self._events: Tensor | None = None  # where events have ended the rows, [rows]
         self.gradient: Callable[[Tensor, list[Tensor]], list[Tensor]] | None = None  # attaches that of the solve to values
 
-    def __call__(self, t: float | Tensor, per_sample: bool = False) -> Any:
+    def __call__(self, t: float | Tensor, per_sample: bool = False) -> State:
         wanted = torch.as_tensor(t, dtype=torch.float64, device=self._y0[0].device)
         if per_sample:
             rows = len(self._y0[0]) if self._per_sample else 0

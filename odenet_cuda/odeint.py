@@ -4,12 +4,12 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from .interpolant import Interpolant
+from .interpolant import Interpolant, State
 from .methods import ADAPTIVE, IMPLICIT, MULTISTEP, find_method
 from .problem import Structure, parameters_of
 from .solve import solve
@@ -36,6 +36,34 @@ _SCIPY_OPTIONS = ("solver", "first_step", "max_step", "max_num_steps")
 _LIMITS: dict[str, tuple[str, ...]] = dict.fromkeys(IMPLICIT, ("max_iters",)) | dict.fromkeys(
     MULTISTEP, ("max_order", "max_iters")
 )
+
+
+@overload
+def odeint(
+    func: Callable,
+    y0: State,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: None = None,
+) -> State: ...
+
+
+@overload
+def odeint(
+    func: Callable,
+    y0: State,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable,
+) -> tuple[Tensor, State]: ...
 
 
 def odeint(
@@ -67,8 +95,46 @@ def odeint(
     chosen = method or "dopri5"
     state = Structure(y0, any_shape=True)
     by_name = _options(chosen, options)
-    run = partial(solve, func, method=chosen, rtol=rtol, atol=atol, **by_name)
+    run: Callable[..., Any] = partial(solve, func, method=chosen, rtol=rtol, atol=atol, **by_name)
     return run(state, t).ys if event_fn is None else until_event(run, event_fn, state, t, chosen, by_name)
+
+
+@overload
+def odeint_adjoint(
+    func: Callable,
+    y0: State,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: None = None,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_method: str | None = None,
+    adjoint_options: dict[str, Any] | None = None,
+    adjoint_params: Sequence[Tensor] | None = None,
+) -> State: ...
+
+
+@overload
+def odeint_adjoint(
+    func: Callable,
+    y0: State,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_method: str | None = None,
+    adjoint_options: dict[str, Any] | None = None,
+    adjoint_params: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, State]: ...
 
 
 def odeint_adjoint(
@@ -111,7 +177,7 @@ def odeint_adjoint(
         )
     adjoint_params = tuple(adjoint_params)
     state, by_name = Structure(y0, any_shape=True), _options(chosen, options)
-    run = partial(
+    run: Callable[..., Any] = partial(
         solve,
         func,
         method=chosen,
@@ -130,7 +196,7 @@ def odeint_adjoint(
 
 def odeint_dense(
     func: Callable,
-    y0: Any,
+    y0: State,
     t0: Any,
     t1: Any,
     *,
@@ -138,7 +204,7 @@ def odeint_dense(
     atol: Any = 1e-9,
     method: str | None = None,
     options: dict[str, Any] | None = None,
-) -> Interpolant:
+) -> Interpolant[State]:
     """The solution from t0 to t1 as a callable of t, a number or a tensor of times of any shape; see `Interpolant`.
 
     Its values have the gradient of the discrete solve where gradients are recorded; under torch.no_grad() it keeps less.
@@ -148,7 +214,7 @@ def odeint_dense(
     arguments = _options(chosen, options)
     if chosen not in ADAPTIVE and "interp" not in (options or {}):
         arguments["interp"] = "method"
-    state = Structure(y0, any_shape=True)
+    state: Any = Structure(y0, any_shape=True)
     interpolant = solve(func, state, t, method=chosen, rtol=rtol, atol=atol, dense=True, **arguments).interpolant
     assert interpolant is not None  # dense=True
     return interpolant
@@ -156,14 +222,14 @@ def odeint_dense(
 
 def odeint_event(
     func: Callable,
-    y0: Any,
+    y0: State,
     t0: Any,
     *,
     event_fn: Callable,
     reverse_time: bool = False,
     odeint_interface: Callable = odeint,
     **kwargs: Any,
-) -> Any:
+) -> tuple[Tensor, State]:
     """(event_t, solution) of `odeint` with ``event_fn``, from t0 on until the event, or, with reverse_time, from t0 back.
 
     t0: a time with one number; event_t has its type, and that of float64 where it is a number. odeint_interface: `odeint`,
@@ -174,12 +240,22 @@ def odeint_event(
     return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
 
 
+def known_options(method: str) -> frozenset[str]:
+    """The keys of options that this method takes; of others it warns."""
+    return frozenset([*_COMMON, *_keys_of(method), "dtype" if method in ADAPTIVE else "norm"])
+
+
+def _keys_of(method: str) -> Sequence[str]:
+    if method == "scipy_solver":
+        return _SCIPY_OPTIONS
+    return _ADAPTIVE_OPTIONS if method in ADAPTIVE else (*_FIXED_OPTIONS, *_LIMITS.get(method, ()))
+
+
 def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = True) -> dict[str, Any]:
     """What `solve` takes by name, from torchdiffeq's options; those that the method does not know are warned of."""
     find_method(method)
     given = dict(options or {})
-    known = _ADAPTIVE_OPTIONS if method in ADAPTIVE else (*_FIXED_OPTIONS, *_LIMITS.get(method, ()))
-    known = _SCIPY_OPTIONS if method == "scipy_solver" else known
+    known = _keys_of(method)
     if method in ADAPTIVE:
         dtype = given.pop("dtype", torch.float64)
         if dtype not in (torch.float32, torch.float64):

@@ -105,7 +105,8 @@ def first_step(
     size: float,
     phase: int,
 ) -> None:
-    """Plans the first step: as given (size > 0), or after Hairer, Norsett and Wanner I, II.4, in two phases.
+    """Plans the first step: as given (size > 0), or after Hairer, Norsett and Wanner I, II.4, in the phases 0 and 1. Phase 2
+    plans one of the size in the field "next_size", with which a solve goes on.
 
     norms: float64, [3, rows]: of y0, of f0 and (phase 1) of f1 - f0, scaled by the tolerance.
     """

@@ -1,10 +1,12 @@
 """From where a solve came to, to what the user gets: its Solution, its statistics, and its failure in words."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .attempts import attempts_of
 from .interpolant import Interpolant
 from .ops import FIELDS
 from .problem import Problem
@@ -34,15 +36,39 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
     if not problem.failed and not problem.own:
         return False
     last = solution_of(request, problem, ys, trajectory, None, stats)
+    _mark_missing(problem, state, ys)
+    if problem.failed and request.settings.on_failure == "raise":
+        raise_failure(state, last, request.options.control.max_num_steps, trajectory)
+    return problem.failed
+
+
+def _mark_missing(problem: Problem, state: Any, ys: list[Tensor]) -> None:
+    """Outputs that were not reached become NaN."""
     reached = torch.from_numpy(state[FIELDS["output_end"]]).to(ys[0].device)
     missing = torch.arange(len(problem.t), device=ys[0].device)[:, None] >= reached  # [T, rows]
     problem.missing = missing
     for out in ys:
         columns = [missing.shape[1], *[1] * (out.dim() - 2)] if out.dim() > 1 else []
         out.masked_fill_(missing.reshape(-1, *columns), math.nan)
-    if problem.failed and request.settings.on_failure == "raise":
-        raise_failure(state, last, request.options.control.max_num_steps, trajectory)
-    return problem.failed
+
+
+def known_of(problem: Problem, trajectory: Trajectory, values: list[Tensor]) -> list[Tensor]:
+    """Values at the end of the solve, NaN of the rows that failed."""
+    state = trajectory.host_state()
+    if not problem.failed or state is None:
+        return values
+    lost = torch.from_numpy(state[FIELDS["status"]] != SUCCESS).to(values[0].device)
+    masks = [lost.reshape(-1, *[1] * (x.dim() - 1)) if problem.per_sample else lost[0] for x in values]
+    return [torch.where(mask, math.nan, x) for mask, x in zip(masks, values, strict=True)]
+
+
+def interrupted(request: Request, trajectory: Trajectory) -> Solution:
+    """What a solve had come to when it was interrupted, without gradients."""
+    ys = [leaf.detach() for leaf in trajectory.ys]
+    _mark_missing(request.problem, trajectory.host_state(), ys)
+    solution = solution_of(request, request.problem, ys, trajectory, None, stats_of(request, trajectory))
+    solution.engine = "stepper"
+    return solution
 
 
 def solution_of(
@@ -62,11 +88,14 @@ def solution_of(
         device=problem.device,
         per_sample=problem.per_sample,
         state=trajectory.state,
+        slope=trajectory.slope,
     )
+    solution.method = request.options.method
     if request.settings.dense and recorder is not None:
         start = [y[0].clone() for y in ys]  # with a gradient, if there are no steps
         ends = problem.t[0], problem.t[-1]
         solution.interpolant = Interpolant(
             request.options.tableau, recorder.dense_steps, start, ends, unflatten, problem.per_sample
         )
+        solution.attempts = attempts_of(recorder.tried, problem.per_sample)
     return solution

@@ -14,14 +14,16 @@ from .gradients.polynomials import Polynomials
 from .graphed.capture import no_cast_is_kept
 from .held import Captured
 from .integrate import integrate
-from .outcome import failed, solution_of, stats_of
+from .outcome import failed, interrupted, known_of, solution_of, stats_of
 from .probe import Probe, new_recorder, probe_of
 from .problem import Problem, counter_of
 from .regularizers import OF_STEPS, RUNNING, StepCosts
 from .request import Request
+from .saving import collector_of, ends_alone, give, streams, with_every
 from .sharding import is_plain
-from .solution import Solution, Stats
+from .solution import Solution, SolverError, Stats
 from .solvers.checkpoints import Checkpoints
+from .solvers.collect import AtTimes, EveryStep
 from .solvers.events import EventWatch
 from .solvers.trajectory import Recorder, Trajectory
 
@@ -45,6 +47,10 @@ class _Solve:
     """probe: None where no gradients are recorded. late: tensors that func depends on, though not at the start."""
 
     def __init__(self, request: Request, probe: Probe | None, late: Sequence[Tensor]):
+        self.asked = request
+        self.collector: AtTimes | EveryStep | None = None
+        if streams(request) and not request.settings.every:
+            request = request.but(problem=ends_alone(request.problem))
         self.request, self.problem, self.probe, self.late = request, request.problem, probe, late
         self.watch: EventWatch | None = None  # of the solve, if events may end it
         self.captured = [] if probe is None else [*probe.captured, *late]
@@ -97,19 +103,43 @@ class _Solve:
         count = len(self.problem.state_leaves)
         step_costs = StepCosts(names, request.options.tableau, self.problem.per_sample, count) if names else None
         recorder = self._recorder(checkpoints, step_costs)
-        self.watch = ended.watch_of(request)
-        trajectory = integrate(
-            self._noted(recorder, noisy) if noisy else self.problem,
-            request.options,
-            callbacks=request.callbacks,
-            recorder=recorder,
-            start=None if self.probe is None else self.probe.start,
-            grid=request.grid,
-            events=self.watch,
-        )
+        self.watch, self.collector = ended.watch_of(request), collector_of(self.asked)
+        try:
+            trajectory = integrate(
+                self._noted(recorder, noisy) if noisy else self.problem,
+                request.options,
+                callbacks=request.callbacks,
+                recorder=recorder,
+                start=self._start(),
+                grid=request.grid,
+                events=self.watch,
+                resumed=request.resumed,
+                lookers=[] if self.collector is None else [self.collector],
+            )
+        except KeyboardInterrupt as interrupt:
+            until = vars(interrupt).pop("trajectory", None)
+            if until is not None and self.watch is None:
+                interrupt.solution = self._collected(interrupted(request, until), until)  # type: ignore[attr-defined]
+            raise
         if checkpoints is not None:
             recorder.last = [leaf.clone() for leaf in trajectory.last[: len(trajectory.ys)]]
         return trajectory, recorder, step_costs
+
+    def _start(self) -> Any:
+        """f(t0, y0), where it is known and the solve does not go on with the slope of another."""
+        resumed = self.request.resumed
+        if self.probe is None:
+            return None
+        if resumed is None or resumed.slope is None:
+            return self.probe.start
+        if self.gradient not in ("direct", "checkpoint"):
+            return None
+        if not self.request.options.tableau.fsal:
+            raise NotImplementedError(
+                f"resume: method={self.request.options.method!r} goes on with the last slope of the step before, which has no "
+                f"gradient={self.gradient!r} here; use gradient='adjoint' or 'quadrature', or solve without resume"
+            )
+        return self.probe.start
 
     def _recorder(self, checkpoints: Checkpoints | None, step_costs: StepCosts | None) -> Any:
         """What the solve must keep, or None."""
@@ -142,7 +172,15 @@ class _Solve:
         request, problem = self.request, self.problem
         stats, n = stats_of(request, trajectory), len(trajectory.ys)
         outputs = [*trajectory.ys, *trajectory.last[n:], *([] if step_costs is None else step_costs.sums(problem))]
-        has_failed = failed(request, problem, trajectory, outputs[:n], stats)
+        try:
+            has_failed = failed(request, problem, trajectory, outputs[:n], stats)
+        except SolverError as error:
+            self._collected(error.solution, trajectory)
+            raise
+        if isinstance(self.collector, EveryStep) and self.wanted:
+            self.request = request = with_every(request, self.collector, recorder, trajectory)
+            self.problem = problem = request.problem
+            outputs[:n] = trajectory.ys
         end = None if self.watch is None else ended.cut(request, self.watch, recorder, trajectory)
         if end is not None:
             self.request, self.problem, outputs = end.request, end.request.problem, trajectory.ys
@@ -159,9 +197,21 @@ class _Solve:
             ended.give(solution, request, end, outputs)
         elif request.events is not None:
             ended.without(request, solution)
+        if not self.wanted:
+            self._collected(solution, trajectory)
         names = [name for kind in (RUNNING, OF_STEPS) for name in request.settings.regularizers if name in kind]
+        if request.integrand is not None:
+            begin = n + sum([name in RUNNING for name in names])
+            found = [outputs.pop(begin) for _ in request.integrand.like]
+            solution.integrals = request.integrand.structure.unflatten(known_of(problem, trajectory, found))
         costs = dict(zip(names, outputs[n:], strict=True))
         solution.regularizers = {name: costs[name] for name in request.settings.regularizers}
+        return solution
+
+    def _collected(self, solution: Solution, trajectory: Trajectory) -> Solution:
+        """With the outputs that were collected, if some were."""
+        if self.collector is not None:
+            give(solution, self.collector, trajectory)
         return solution
 
     def _attached(

@@ -9,13 +9,13 @@ Means are over the elements of the whole state, under per-sample control over th
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .formulas import stage, widened
+from .integrals import Integrand, with_quadratures
 from .problem import Field, Problem, Structure
 from .solvers.trajectory import Step
 from .tableau import ButcherTableau
@@ -51,16 +51,24 @@ def mean_square(leaves: Sequence[Tensor], rows: int) -> Tensor:
 
 
 class CostField(Field):
-    """func and the rates of the running costs, which come as further leaves after the slopes."""
+    """func and the rates of running costs and of integrals, which come as further leaves after the slopes."""
 
-    def __init__(self, func: Any, structure: Structure, names: Sequence[str], per_sample: bool, noise: Sequence[Tensor] = ()):
+    def __init__(
+        self,
+        func: Any,
+        structure: Structure,
+        names: Sequence[str],
+        per_sample: bool,
+        noise: Sequence[Tensor] = (),
+        integrand: Integrand | None = None,
+    ):
         super().__init__(func, structure)
-        self.names, self.per_sample, self.noise = names, per_sample, noise
+        self.names, self.per_sample, self.noise, self.integrand = names, per_sample, noise, integrand
         if "jacobian" in names and not noise:
             self.noise = [torch.randn_like(leaf.detach()) for leaf in structure.leaves]
 
     def again(self) -> "CostField":
-        return CostField(self.func, self.structure, self.names, self.per_sample, self.noise)
+        return CostField(self.func, self.structure, self.names, self.per_sample, self.noise, self.integrand)
 
     def __call__(self, t: Tensor, y: Sequence[Tensor], stage: int = 0) -> list[Tensor]:
         rows = y[0].shape[0] if self.per_sample else 1
@@ -76,6 +84,8 @@ class CostField(Field):
         for name in self.names:
             rate = mean_square(k if name == "kinetic" else self._products(k, inputs, recording), rows)
             costs.append(rate if self.per_sample else rate[0])
+        if self.integrand is not None:
+            costs += self.integrand.rates(t, y)
         if "jacobian" in self.names and not recording:
             k = [slope.detach() for slope in k]
         return [*k, *costs]
@@ -96,15 +106,7 @@ def with_costs(problem: Problem, names: Sequence[str]) -> Problem:
     """The problem with the running costs as quadratures, whose errors do not count."""
     kind = torch.promote_types(problem.real, torch.float32)
     shape = [problem.rows] if problem.per_sample else []
-    costs = [torch.zeros(shape, dtype=kind, device=problem.device) for _ in names]
-    return replace(
-        problem,
-        leaves=[*problem.leaves, *costs],
-        rtol=[*problem.rtol, *[0.0] * len(costs)],
-        atol=[*problem.atol, *[1.0] * len(costs)],
-        quadratures=len(costs),
-        quadratures_in_norm=False,
-    )
+    return with_quadratures(problem, [torch.zeros(shape, dtype=kind, device=problem.device) for _ in names], False)
 
 
 class StepCosts:

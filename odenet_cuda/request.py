@@ -18,6 +18,7 @@ from .event import Events
 from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .graphed.capture import MODES
+from .integrals import Integrand, with_quadratures
 from .integrate import Grid, Options, fixed_grid, stop_times
 from .interpolated import stops_of
 from .mass import add_system
@@ -33,7 +34,12 @@ from .problem import (
     with_arguments,
 )
 from .regularizers import RUNNING, CostField, check_regularizers, with_costs
+from .resume import resumed_from
+from .solution import Solution
+from .solvers.domain import check_start
+from .solvers.progress import find_tqdm
 from .solvers.scipy_solver import ScipyMethod
+from .solvers.start import Resumed
 from .step_control import STEP_CONTROLS, StepControl
 
 GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
@@ -52,6 +58,7 @@ class Settings:
     dense: bool = False
     on_failure: str = "raise"
     max_checkpoints: int | None = None
+    every: int = 0  # accepted steps, of which the last is an output; 0: outputs are at given times
     by_value: bool = False  # whether it is the same object whenever the same is asked for
 
 
@@ -91,6 +98,8 @@ def _settings(
     dense: bool,
     on_failure: str,
     max_checkpoints: int | None,
+    every: int | None = None,
+    progress: bool = False,
 ) -> Settings:
     options = Options(
         method=method,
@@ -106,7 +115,10 @@ def _settings(
         solver=solver,
         cuda_graph=_graph_mode(cuda_graph),
         interp=interp,
+        progress="solve" if progress else "",
     )
+    if progress:
+        find_tqdm()
     _one_of("step_control", step_control, STEP_CONTROLS)
     _one_of("on_failure", on_failure, FAILURES)
     _one_of("gradient", gradient, GRADIENTS)
@@ -115,7 +127,9 @@ def _settings(
     if per_sample and not options.adaptive:
         raise ValueError(f"step_control='per_sample' needs an adaptive method, got {method!r}, which has no step control")
     names = check_regularizers(regularizers, options.tableau, method, gradient)
-    return Settings(options, gradient, per_sample, names, bool(dense), on_failure, max_checkpoints)
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+    return Settings(options, gradient, per_sample, names, bool(dense), on_failure, max_checkpoints, every or 0)
 
 
 @lru_cache(maxsize=256, typed=True)
@@ -149,13 +163,15 @@ class Request:
 
     The rest is checked and made when it is first asked for, which an engine that served such a solve before may not do.
     problem: to be solved. t: the times, perhaps with a gradient. grid: of a method without step control. backward: the solve of
-    the adjoint. Asking for them raises ValueError and TypeError as `solve` does.
+    the adjoint. resumed: where it goes on from, if another solve ended there. Asking raises ValueError and TypeError as `solve`
+    does.
     """
 
     problem: Problem
     t: Tensor
     grid: Grid | None
     backward: Adjoint | None
+    resumed: Resumed | None
 
     def __init__(
         self,
@@ -171,13 +187,22 @@ class Request:
         adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
         compile: str | bool | None = None,
         events: Events | None = None,
+        resume: Solution | None = None,
+        valid: Callable[[Any], Any] | None = None,
+        integrals: Callable[..., Any] | None = None,
+        integrals_in_norm: bool = False,
+        save: Callable[..., Any] | None = None,
         system: tuple[Any, Any] = (None, None),
     ):
-        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it. system:
-        jac and mass, as of `solve`.
+        """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
+        resume: the solution that it goes on from. valid, integrals, save: as of `solve`; system: jac and mass.
 
         Raises ValueError and TypeError for a wrong y0."""
-        self.settings, self.params, self.events = _with_stops(settings, func), params, events
+        self.settings, self.params, self.events, self.resume = _with_stops(settings, func), params, events, resume
+        self.valid, self.integrals_in_norm = valid, integrals_in_norm
+        self.save = None if save is None else with_arguments(save, args)
+        self.integrals = None if integrals is None else with_arguments(integrals, args)
+        self.integrand: Integrand | None = None
         self.given, self.system = (t, rtol, atol, norm, adjoint), system
         self.structure = check_state(y0)
         self.func, self.extra = with_arguments(func, args), tuple(args)
@@ -205,7 +230,8 @@ class Request:
             check_samples(structure)
         self.t, values = check_times(t, batch=structure.leaves[0].shape[0] if per_sample else None)
         running = [name for name in settings.regularizers if name in RUNNING]
-        of = CostField(func, structure, running, per_sample) if running else Field(func, structure)
+        costly = running or self.integrals is not None
+        of = CostField(func, structure, running, per_sample) if costly else Field(func, structure)
         of.with_gradients = settings.gradient == "direct" and torch.is_grad_enabled()
         problem = Problem(
             field=of,
@@ -215,13 +241,18 @@ class Request:
             rtol=check_tolerance("rtol", rtol, structure),
             atol=check_tolerance("atol", atol, structure),
             norm=None if norm is None else lambda leaves: norm(structure.unflatten(leaves[: len(structure.leaves)])),
+            valid=check_valid(self.valid, structure, options),
         )
         if options.adaptive and norm is None:
             check_zero_tolerance(problem)
+        if problem.valid is not None:
+            check_start(problem)
         if running:
             problem = with_costs(problem, running)
         if any([given is not None for given in self.system]):
             add_system(problem, options, settings.gradient, *self.system, self.extra)
+        if self.integrals is not None:
+            problem = self._with_integrals(problem)
         grid = None
         if not options.adaptive:
             grid = fixed_grid(options, values, func, structure.unflatten(structure.leaves), self.t)
@@ -232,7 +263,16 @@ class Request:
                     "adjoint_options['norm'] must not be given for gradient='quadrature': it solves a alone backwards"
                 )
             backward = adjoint_setup(func, problem, structure, options, *adjoint, self.params is not None)
-        self.problem, self.grid, self.backward = problem, grid, backward
+        self.problem, self.grid, self.backward, self.resumed = problem, grid, backward, None
+        if self.resume is not None:
+            self.resumed = resumed_from(self.resume, problem, structure, options.method, options.first_step, options.adaptive)
+
+    def _with_integrals(self, problem: Problem) -> Problem:
+        if self.integrals_in_norm and problem.quadratures:
+            raise ValueError("integrals_in_norm does not go with regularizers, whose errors do not count")
+        field: Any = problem.field
+        field.integrand = self.integrand = Integrand(self.integrals, problem, self.structure.unflatten)  # type: ignore[arg-type]
+        return with_quadratures(problem, self.integrand.like, self.integrals_in_norm)
 
     @classmethod
     def of(
@@ -248,7 +288,7 @@ class Request:
         field: Any = problem.field
         request = cls(field.func, structure, t, (), settings, problem.rtol, problem.atol, compile=False)
         request.settings = settings  # as they are: the stops of this problem are known
-        request.problem, request.t, request.grid, request.backward = problem, t, grid, backward
+        request.problem, request.t, request.grid, request.backward, request.resumed = problem, t, grid, backward, None
         return request
 
     def but(self, **changed: Any) -> "Request":
@@ -270,6 +310,17 @@ class Request:
     def callbacks(self) -> dict[str, Callable]:
         """Those of func, by name; they are looked for, and perhaps warned of, once."""
         return find_callbacks(self.func, self.structure, self.options.adaptive)
+
+
+def check_valid(valid: Any, structure: Structure, options: Options) -> Callable[[list[Tensor]], Any] | None:
+    """As a function of leaves. Raises TypeError and ValueError."""
+    if valid is None:
+        return None
+    if not callable(valid):
+        raise TypeError(f"valid must be callable as valid(y), got {type(valid).__name__}")
+    if not options.adaptive:
+        raise ValueError(f"valid needs an adaptive method, which can shorten its steps, got {options.method!r}")
+    return lambda leaves: valid(structure.unflatten(leaves))
 
 
 def _check_checkpoints(limit: Any, gradient: str) -> None:

@@ -32,6 +32,11 @@ class RosenbrockStep:
     m: tuple[float, ...]
     ends_in_y1: bool  # the last stage is evaluated there
 
+    @property
+    def calls(self) -> int:
+        """Of func, after the first slope of a solve."""
+        return len(self.a) + (not self.ends_in_y1)
+
     def __call__(
         self,
         field: Callable[..., Any],
@@ -63,6 +68,12 @@ class RosenbrockStep:
         last = as_leaves(slope, y0) if self.ends_in_y1 else field(t[-1], y1, len(u) + 1)
         size = torch.where(h == 0, 1, h)
         return y1, [*[as_leaves(x / size, y0) for x in u], last], None
+
+
+def rosenbrock_of(method: Any) -> RosenbrockStep | None:
+    """The numbers of a Rosenbrock method; None of another."""
+    step = getattr(method, "step", None)
+    return step if isinstance(step, RosenbrockStep) else None
 
 
 def _sum(start: Tensor, weights: tuple[float, ...], u: list[Tensor]) -> Tensor:

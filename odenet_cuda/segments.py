@@ -40,11 +40,13 @@ def in_segments(
     jumps: Sequence[Jump],
     max_events: Any,
     settings: Settings,
+    refused: Sequence[tuple[str, bool]] = (),
 ) -> Solution:
-    """run: solves from a state at times, until events. Raises ValueError, TypeError and NotImplementedError as `solve` does."""
+    """run: solves from a state at times, until events. refused: what else is not served, and whether it is asked for. Raises
+    ValueError, TypeError and NotImplementedError as `solve` does."""
     if not isinstance(max_events, int) or isinstance(max_events, bool) or max_events < 1:
         raise ValueError(f"max_events must be a whole number of at least 1, got {max_events!r}")
-    for name, asked in (("dense=True", settings.dense), ("regularizers", settings.regularizers)):
+    for name, asked in (("dense=True", settings.dense), ("regularizers", settings.regularizers), *refused):
         if asked:
             raise NotImplementedError(f"{name} is not served where events or jumps change the state")
     structure = check_state(y0)

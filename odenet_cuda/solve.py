@@ -9,8 +9,12 @@ from torch import Tensor
 from .compiled.compilation import check_compile
 from .engines import serve
 from .event import Event, Events, Jump, check_events, check_jumps
+from .interpolant import State
 from .methods import on_host
+from .problem import with_arguments
 from .request import Request, settings_of
+from .resume import check_resume
+from .saving import saved
 from .segments import goes_on, in_segments
 from .solution import Solution
 from .transforms import between_graphs
@@ -19,7 +23,7 @@ from .transforms import between_graphs
 @between_graphs(lambda *args, method="dopri5", **kwargs: on_host(method))
 def solve(
     func: Callable[..., Any],
-    y0: Any,
+    y0: State,
     t: Any,
     *,
     args: Sequence[Any] = (),
@@ -62,7 +66,14 @@ def solve(
     events: Event | Sequence[Event] | None = None,
     max_events: int = 100,
     jumps: Jump | Sequence[Jump] = (),
-) -> Solution:
+    resume: Solution | None = None,
+    valid: Callable[[Any], Any] | None = None,
+    integrals: Callable[..., Any] | None = None,
+    integrals_in_norm: bool = False,
+    save: Callable[..., Any] | None = None,
+    every: int | None = None,
+    progress: bool = False,
+) -> Solution[State]:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and gives the state at every t.
 
     func: called as ``func(t, y)``; returns dy/dt in the structure of y. t is a 0-dimensional tensor of y's real type, under
@@ -130,8 +141,29 @@ def solve(
         see `Event`. The Solution then has `event_t`, `event_y` and `event_index`, with first derivatives, and `ys` is NaN after
         an event that ends it. max_events: the last of so many does, for each sample.
     jumps: changes of the state at known times, see `Jump`.
+    resume: a Solution of the same func, method and step control, from which this solve goes on as one long solve would have,
+        to the bit: with its step size, the memory of its controller and its last slope. It may have reached its end, or
+        max_num_steps, or been interrupted: then it is the ``solution`` of the SolverError or of the KeyboardInterrupt. y0 is
+        its y_last, or None; what has its value and a gradient, ``ys[-1]`` say, has one here too. t begins with its t_last:
+        ``solve(func, None, solution.times_ahead(t), resume=solution)``. Where a gradient is recorded, func is called once more,
+        at the start.
+    valid: ``valid(y)``, whether a state lies in the domain that the solution may not leave (populations, concentrations): a
+        bool, under per-sample control bool [batch], a row for each sample. A step that ends outside is rejected and tried again
+        with half its size; within a step func may still be called there.
+    progress: show how far the solve has come, its step size, steps and rejections, and so for solves of the adjoint, by tqdm
+        (``pip install odenet-cuda[progress]``). On CUDA the host waits for each step.
+    save: ``save(t, y)``, or ``save(t, y, *args)``, gives what ys is to hold of each output: a tensor or a nest of them, under
+        per-sample control with a row for each sample. Under ``torch.no_grad()`` adaptive solves keep no states then, and on
+        CUDA the host waits for each step; else states are kept, for gradients need them, and save is part of the graph.
+    every: an output at every so many accepted steps of the state, or of each sample, beside the first and the last time: t
+        holds these two, and `Solution.t` those of the outputs, under per-sample control [batch, T]. On CUDA the host waits for
+        each step. Where they lie is taken as given by gradients.
+    integrals: ``integrals(t, y)``, or ``integrals(t, y, *args)``: a tensor or a nest of them, under per-sample control with a
+        row for each sample, whose integral over time is `Solution.integrals`, with gradients by every method. Its error does
+        not count in the choice of the steps; with integrals_in_norm it does, by the tolerances of the first leaf.
 
     Raises ValueError, TypeError: an argument is wrong; the message names it. NotImplementedError: not part of this version.
+    ImportError: progress without tqdm.
     SolverError: the solve failed; it has the sample, the time, the step and the last accepted state.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4 to II.6.
@@ -145,19 +177,32 @@ def solve(
     settings = settings_of(
         method, gradient, step_control, controller, first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor,
         step_t, jump_t, step_size, grid_constructor, perturb, max_iters, max_order, solver, cuda_graph, interp,
-        regularizers, dense, on_failure, max_checkpoints,
+        regularizers, dense, on_failure, max_checkpoints, every, progress,
     )  # fmt: skip
     if compile is not None:
         check_compile(compile)
-    system = jac, mass
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
+    more: dict[str, Any] = {"resume": resume, "valid": valid, "system": (jac, mass)}
+    more |= {"integrals": integrals, "integrals_in_norm": integrals_in_norm}
+    if resume is not None:
+        check_resume(resume)
+        y0 = resume.y_last if y0 is None else y0
 
     def run(y0: Any, t: Any, ends: Events | None) -> Solution:
-        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, system))
+        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more))
 
     if goes_on(ends, changes) and mass is not None:
         raise NotImplementedError("mass is not served where events or jumps change the state")
     if goes_on(ends, changes):
-        return in_segments(run, func, y0, t, args, ends, changes, max_events, settings)
+        refused = ("resume", resume is not None), ("integrals", integrals is not None), ("every", every is not None)
+        try:
+            solution = in_segments(run, func, y0, t, args, ends, changes, max_events, settings, refused)
+        except KeyboardInterrupt as interrupt:
+            vars(interrupt).pop("solution", None)  # of one segment
+            raise
+        if save is not None:
+            saved(solution, with_arguments(save, args), settings.per_sample, t if isinstance(t, Tensor) else None)
+        return solution
+    more["save"] = save
     return run(y0, t, ends)

@@ -18,6 +18,7 @@ STEP_CONTROLS = ("joint", "per_sample")
 
 RUNNING, SUCCESS = STATUS["running"], STATUS["success"]
 UNDERFLOW, NON_FINITE, MAX_NUM_STEPS = STATUS["underflow"], STATUS["non_finite"], STATUS["max_num_steps"]
+OUTSIDE = STATUS["outside"]
 # Of a step on a grid that cannot be made.
 NOT_CONVERGED, SINGULAR, NON_FINITE_JACOBIAN = 101, 102, 103
 SCIPY_FAILED = 104  # see `solvers.scipy_solver`

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from .problem import Field, Problem, Structure
 from .solvers.checkpoints import Checkpoints
 from .solvers.trajectory import Recorder, Trajectory
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 _functorch = torch._C._functorch
 _BATCHED = (
     "torch.vmap over an adaptive solve cannot be combined with other transforms around or inside of it; give the samples as "
@@ -46,10 +47,10 @@ def _compiler_watches() -> bool:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
-def between_graphs(adaptive: Callable[..., bool]) -> Callable[[Callable], Callable]:
+def between_graphs(adaptive: Callable[..., bool]) -> Callable[[Function], Function]:
     """For functions that torch.compile must not look into where `adaptive` says so of their arguments."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Function) -> Function:
         # As torch.compiler.disable, which loads the compiler at once: that takes longer than all the rest of an import.
         outside: Any = _disable_dynamo(function)
         outside._torchdynamo_disable = True
@@ -61,7 +62,7 @@ def between_graphs(adaptive: Callable[..., bool]) -> Callable[[Callable], Callab
                 return outside(*args, **kwargs)
             return function(*args, **kwargs)
 
-        return wrapper
+        return cast(Function, wrapper)
 
     return decorate
 

@@ -74,6 +74,17 @@ def test_methods(emulated, method):
     compare(odenet_cuda.compile(Net()), rows(10, 2), TIMES, rtol=1e-4, atol=1e-4, **options)
 
 
+@pytest.mark.parametrize("control", ["per_sample", "joint"])
+def test_rosenbrock_method(emulated, control):
+    """A thread solves the systems of its sample, where fields of many operations have several threads too."""
+
+    def turning(t, y):
+        a, b = y.unbind(1)
+        return torch.stack([40 * b - a**3, -40 * a - b], 1)
+
+    compare(odenet_cuda.compile(turning), rows(10, 2), TIMES, method="rodas5p", rtol=1e-4, atol=1e-4, step_control=control)
+
+
 def test_jumps_and_slices(emulated, monkeypatch):
     """A call that ends before the solve does goes on where it was, in blocks some of whose samples have ended too."""
     monkeypatch.setattr(ways, "_SLICE", 1e-9)
@@ -362,7 +373,7 @@ KINDS = [(kind, "dopri5") for kind in ("per_sample", "joint", "adjoint_per_sampl
 KINDS += [("grid", "rk4"), ("adjoint_grid", "rk4")]
 
 
-COMPILED = [("alone", *kind, ["sm_90"]) for kind in KINDS]
+COMPILED = [("alone", *kind, ["sm_90"]) for kind in [*KINDS, ("per_sample", "rodas5p"), ("joint", "rosenbrock23")]]
 COMPILED += [("float32", "per_sample", "dopri5", ["sm_90"]), ("float32", "adjoint_joint", "dopri5", ["sm_90"])]
 COMPILED += [("tf32", "reverse", "dopri5", ["sm_90"]), ("bf16", "adjoint_joint", "dopri5", ["sm_80", "sm_90", "sm_100"])]
 

@@ -101,13 +101,13 @@ RECORDED += [{"gradient": "direct", "dense": True}, {"gradient": "quadrature"}]
 def test_recorded_steps(y0, ahead, monkeypatch, way, method, control):
     """What a gradient needs of the steps is learnt after the solve; values, gradients and statistics are the same."""
     found = []
-    looked = adaptive.AdaptiveSolver._looked_at_step
+    looked = adaptive.AdaptiveSolver.looked_at_step
     if way["gradient"] != "quadrature":
-        monkeypatch.setattr(adaptive.AdaptiveSolver, "_looked_at_step", None)
+        monkeypatch.setattr(adaptive.AdaptiveSolver, "looked_at_step", None)
     for undo in (False, True):
         if undo:
             monkeypatch.undo()
-            assert adaptive.AdaptiveSolver._looked_at_step is looked
+            assert adaptive.AdaptiveSolver.looked_at_step is looked
         net, start = Net(wanted=True), y0.clone().requires_grad_()
         times = T.clone().requires_grad_(way["gradient"] != "quadrature" and "regularizers" not in way)
         options = {"method": method, "rtol": 1e-4, "atol": 1e-5, "max_step": 0.2, "step_control": control}

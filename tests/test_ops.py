@@ -509,6 +509,7 @@ class Row(dict):
         self.update(accept=float(accept), last_time=self["time"], last_dt=self["dt"])
         self.update(accepted_dt=self["dt"] if accept else 0.0)
         size *= self.factor(ratio, accept)
+        self["next_size"] = min(max(size, self.control.min_step), self.control.max_step)
         self["steps_since_output"] += 1
         if accept:
             self["num_accepted"] += 1
@@ -538,6 +539,8 @@ class Row(dict):
         if math.isnan(d0) or math.isnan(d1):
             self.end("non_finite")
             return
+        if phase == 2:
+            size = self["next_size"]
         if size <= 0:
             h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
             if h0 == 0 or math.isnan(h0):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -123,3 +124,28 @@ def test_build_errors_are_one_sentence(environment, words, tmp_path):
     assert built.returncode != 0
     assert words in built.stderr
     assert "Traceback" not in built.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_are_there(page):
+    """Its links, and the paths that it mentions."""
+    path = ROOT / page
+    if not path.exists():
+        pytest.skip("needs the checkout")
+    text = path.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    named = re.findall(r"`((?:csrc|odenet_cuda|tests|docs|benchmarks|examples)/[\w./]+)`", text)
+    assert links
+    missing = [name for name in [*links, *named] if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_names_that_contributing_mentions():
+    """Its examples are there."""
+    from odenet_cuda import tableaus
+    from odenet_cuda.compiled import decompositions, operations, pointwise
+    from odenet_cuda.solvers import families
+
+    assert tableaus.BOSH3.order == 3 and families.FAMILIES
+    assert pointwise.TEXTS["hypot"] == "hypotenuse({0}, {1})" and operations.OPERATIONS["clone"] is operations._same
+    assert decompositions

@@ -90,35 +90,33 @@ namespace ODENET_LEVEL {
   }
 #endif
 
-#define ODENET_FUNCTION(name)                                       \
-  ODENET_HD float name(float x) {                                   \
-    return name##_of(x);                                            \
-  }                                                                 \
-  ODENET_HD double name(double x) {                                 \
-    return name##_of(x);                                            \
-  }                                                                 \
-  template <class T, int W>                                         \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {                  \
-    Pack<T, W> r;                                                   \
-    ODENET_UNROLL                                                   \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = name##_of(x.v[h]); \
-    return r;                                                       \
+#define ODENET_FUNCTION(name)                           \
+  ODENET_HD float name(float x) {                       \
+    return name##_of(x);                                \
+  }                                                     \
+  ODENET_HD double name(double x) {                     \
+    return name##_of(x);                                \
+  }                                                     \
+  template <class T, int W>                             \
+  ODENET_HD Pack<T, W> name(const Pack<T, W>& x) {      \
+    Pack<T, W> r;                                       \
+    ODENET_EACH(r.vectors, r.v[h] = name##_of(x.v[h])); \
+    return r;                                           \
   }
-#define ODENET_FUNCTION_2(name)                                             \
-  ODENET_OF_2(name, float, name##f, ODENET_MVEC(name, vv))                  \
-  ODENET_OF_2(name, double, name, ODENET_MVEC_DOUBLE(name, vv))             \
-  ODENET_HD float name(float x, float y) {                                  \
-    return name##_of(x, y);                                                 \
-  }                                                                         \
-  ODENET_HD double name(double x, double y) {                               \
-    return name##_of(x, y);                                                 \
-  }                                                                         \
-  template <class T, int W>                                                 \
-  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) {     \
-    Pack<T, W> r;                                                           \
-    ODENET_UNROLL                                                           \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = name##_of(x.v[h], y.v[h]); \
-    return r;                                                               \
+#define ODENET_FUNCTION_2(name)                                         \
+  ODENET_OF_2(name, float, name##f, ODENET_MVEC(name, vv))              \
+  ODENET_OF_2(name, double, name, ODENET_MVEC_DOUBLE(name, vv))         \
+  ODENET_HD float name(float x, float y) {                              \
+    return name##_of(x, y);                                             \
+  }                                                                     \
+  ODENET_HD double name(double x, double y) {                           \
+    return name##_of(x, y);                                             \
+  }                                                                     \
+  template <class T, int W>                                             \
+  ODENET_HD Pack<T, W> name(const Pack<T, W>& x, const Pack<T, W>& y) { \
+    Pack<T, W> r;                                                       \
+    ODENET_EACH(r.vectors, r.v[h] = name##_of(x.v[h], y.v[h]));         \
+    return r;                                                           \
   }
 #define ODENET_LANE_FUNCTION(name)                                      \
   ODENET_LIBRARY_FUNCTION(name)                                         \
@@ -201,8 +199,7 @@ ODENET_HD Pack<T, W> abs(const Pack<T, W>& x) {
   Pack<T, W> r;
   using V = typename Mask<T, W>::V;
   const V sign = V{} + (typename Mask<T, W>::Integer{1} << (8 * sizeof(T) - 1));
-  ODENET_UNROLL
-  for (int h = 0; h < r.vectors; ++h) r.v[h] = (Vector<T>)((V)x.v[h] & ~sign);
+  ODENET_EACH(r.vectors, r.v[h] = (Vector<T>)((V)x.v[h] & ~sign));
   return r;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "start.h"
+#include "step.h"
 #include "team.h"
 
 namespace odenet {

@@ -17,6 +17,10 @@
 #define ODENET_HD __host__ __device__ __forceinline__
 #define ODENET_CALLED __host__ __device__ __noinline__
 #define ODENET_WHOLE ODENET_HD
+#elif defined(__GNUC__) && !defined(__OPTIMIZE__)  // at -O0 it takes most of the compiler's time, and brings nothing
+#define ODENET_HD inline
+#define ODENET_CALLED __attribute__((noinline))
+#define ODENET_WHOLE inline
 #else
 #define ODENET_HD inline __attribute__((always_inline))
 #define ODENET_CALLED __attribute__((noinline))

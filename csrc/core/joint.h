@@ -72,25 +72,25 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
   JointStep<M, P, Team> step{team, in};
   if (in.begun == 0) {
     step.r = first_row(s, 0);
-    const auto norms = [&](Tile<M, P>& x, int64_t tile, double* sums) {
-      for (int leaf = 0; leaf < M::leaves; ++leaf) {
-        P d[3];
-        start_squares<M>(in, x.y, x.k[0], x.k[1], leaf, d[0], d[1], d[2]);
-        for (int i = 0; i < 3; ++i) sums[i * M::leaves + leaf] += own_sum(d[i], tile, in.batch);
-      }
-    };
-    tiles.each([&](Tile<M, P>& x, int64_t tile, double* sums) {
-      begin_tile(in, x, tile);
-      norms(x, tile, sums);
-      if (in.tape_count != nullptr) in.tape_count[place_of(tile)] = 0;
-    });
-    const double d0 = joint_norm<M>(in, tiles, 0), d1 = joint_norm<M>(in, tiles, 1);
-    if (!(in.first_step > 0)) {
-      plan_first_step(s, step.r, d0, d1, 0.0, 0.0, 0);
+    double d0 = 0, d1 = 0;
+    for (bool starts = true;; starts = false) {  // then the slope after an Euler step
       tiles.each([&](Tile<M, P>& x, int64_t tile, double* sums) {
-        euler(in, x, P(T(step.r[kStepEnd])), P(T(step.r[kDt])));
-        norms(x, tile, sums);
+        if (starts) {
+          begin_tile(in, x, tile);
+          if (in.tape_count != nullptr) in.tape_count[place_of(tile)] = 0;
+        } else {
+          euler(in, x, P(T(step.r[kStepEnd])), P(T(step.r[kDt])));
+        }
+        for (int leaf = 0; leaf < M::leaves; ++leaf) {
+          P d[3];
+          start_squares<M>(in, x.y, x.k[0], x.k[1], leaf, d[0], d[1], d[2]);
+          for (int i = 0; i < 3; ++i) sums[i * M::leaves + leaf] += own_sum(d[i], tile, in.batch);
+        }
       });
+      if (!starts) break;
+      d0 = joint_norm<M>(in, tiles, 0), d1 = joint_norm<M>(in, tiles, 1);
+      if (in.first_step > 0) break;
+      plan_first_step(s, step.r, d0, d1, 0.0, 0.0, 0);
     }
     plan_first_step(s, step.r, d0, d1, joint_norm<M>(in, tiles, 2), in.first_step, 1);
     step.first = stage_time<T>(step.r, 0.0);
@@ -105,23 +105,24 @@ ODENET_HD int64_t solve_joint(const Team& team, const SolveCall& in, Tiles& tile
     step.fresh = step.before[kJumped];
     if (step.fresh != 0) step.first = stage_time<T>(step.before, 0.0);
   };
-  for (int64_t i = 0; i < in.max_steps && step.r.running(); ++i) {
+  for (int64_t i = 0;; ++i) {
+    const bool ends = i == in.max_steps || !step.r.running();
     tiles.each([&](Tile<M, P>& x, int64_t tile, double* sums) {
       step.finish(x, tile);
-      step.attempt(x, tile, sums);
+      if (ends) {
+        end_tile(in, x, tile);
+      } else {
+        step.attempt(x, tile, sums);
+      }
     });
     next();
+    if (ends) break;
     step.last = stage_time<T>(step.r, 1.0);
     step.r[kErrorRatio] = joint_norm<M>(in, tiles, 0);
     control_step(s, step.r);
     step.accepted = step.r[kAccept] != 0;
     step.before = step.r;
   }
-  tiles.each([&](Tile<M, P>& x, int64_t tile, double*) {
-    step.finish(x, tile);
-    end_tile(in, x, tile);
-  });
-  next();
   if (tiles.leads()) {
     Kept<M, P>& kept = *static_cast<Kept<M, P>*>(in.tiles);
     kept.fresh = step.fresh;

@@ -1,7 +1,8 @@
 // A pack: one number for each of several samples, the lanes. On the CPU it is a few native vectors, whose operators
 // work lane by lane; with one lane it is the number itself, as it is on CUDA, where every thread is a lane.
 //
-// Code over packs has no branch on a number: it selects, and asks `any` where work can be left out.
+// Code over packs has no branch on a number: it selects, and asks `any` where work can be left out. What is done to
+// each vector is written out: a loop would keep packs in memory until late, which takes the compiler's time.
 #pragma once
 
 #include "vector.h"
@@ -81,10 +82,7 @@ struct Mask {
   V v[vectors];
 
   Mask() = default;
-  ODENET_HD Mask(bool value) {
-    ODENET_UNROLL
-    for (int h = 0; h < vectors; ++h) v[h] = V{} - Integer{value};
-  }
+  ODENET_HD Mask(bool value) { ODENET_EACH(vectors, v[h] = V{} - Integer{value}); }
   template <class U>
   ODENET_HD Mask(const Mask<U, W>& other) {
     resize<Integer, IntegerOf<U>, W>(v, other.v);
@@ -106,8 +104,7 @@ struct Pack {
   // As vectors: of its own g++ copies it in pieces of sixteen bytes.
   ODENET_HD Pack(const Pack& other) { *this = other; }
   ODENET_HD Pack& operator=(const Pack& other) {
-    ODENET_UNROLL
-    for (int h = 0; h < vectors; ++h) v[h] = other.v[h];
+    ODENET_EACH(vectors, v[h] = other.v[h]);
     return *this;
   }
 };
@@ -125,22 +122,19 @@ struct Lanes<Pack<T, W>> {
   template <class T, int W>                                                    \
   ODENET_HD Pack<T, W> operator op(const Pack<T, W>& x, const Pack<T, W>& y) { \
     Pack<T, W> r;                                                              \
-    ODENET_UNROLL                                                              \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];             \
+    ODENET_EACH(r.vectors, r.v[h] = x.v[h] op y.v[h]);                         \
     return r;                                                                  \
   }                                                                            \
   template <class T, int W>                                                    \
   ODENET_HD Pack<T, W> operator op(const Pack<T, W>& x, T y) {                 \
     Pack<T, W> r;                                                              \
-    ODENET_UNROLL                                                              \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y;                  \
+    ODENET_EACH(r.vectors, r.v[h] = x.v[h] op y);                              \
     return r;                                                                  \
   }                                                                            \
   template <class T, int W>                                                    \
   ODENET_HD Pack<T, W> operator op(T x, const Pack<T, W>& y) {                 \
     Pack<T, W> r;                                                              \
-    ODENET_UNROLL                                                              \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x op y.v[h];                  \
+    ODENET_EACH(r.vectors, r.v[h] = x op y.v[h]);                              \
     return r;                                                                  \
   }
 ODENET_PACK_OPERATOR(+)
@@ -151,8 +145,7 @@ ODENET_PACK_OPERATOR(/)
 template <class T, int W>
 ODENET_HD Pack<T, W> operator-(const Pack<T, W>& x) {
   Pack<T, W> r;
-  ODENET_UNROLL
-  for (int h = 0; h < r.vectors; ++h) r.v[h] = -x.v[h];
+  ODENET_EACH(r.vectors, r.v[h] = -x.v[h]);
   return r;
 }
 template <class T, int W>
@@ -164,8 +157,7 @@ ODENET_HD Pack<T, W>& operator+=(Pack<T, W>& x, const Pack<T, W>& y) {
   template <class T, int W>                                                    \
   ODENET_HD Mask<T, W> operator op(const Pack<T, W>& x, const Pack<T, W>& y) { \
     Mask<T, W> r;                                                              \
-    ODENET_UNROLL                                                              \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];             \
+    ODENET_EACH(r.vectors, r.v[h] = x.v[h] op y.v[h]);                         \
     return r;                                                                  \
   }                                                                            \
   template <class T, int W>                                                    \
@@ -188,8 +180,7 @@ ODENET_PACK_COMPARISON(!=)
   template <class T, int W>                                                    \
   ODENET_HD Mask<T, W> operator op(const Mask<T, W>& x, const Mask<T, W>& y) { \
     Mask<T, W> r;                                                              \
-    ODENET_UNROLL                                                              \
-    for (int h = 0; h < r.vectors; ++h) r.v[h] = x.v[h] op y.v[h];             \
+    ODENET_EACH(r.vectors, r.v[h] = x.v[h] op y.v[h]);                         \
     return r;                                                                  \
   }
 ODENET_MASK_OPERATOR(&)
@@ -198,8 +189,7 @@ ODENET_MASK_OPERATOR(|)
 template <class T, int W>
 ODENET_HD Mask<T, W> operator!(const Mask<T, W>& x) {
   Mask<T, W> r;
-  ODENET_UNROLL
-  for (int h = 0; h < r.vectors; ++h) r.v[h] = ~x.v[h];
+  ODENET_EACH(r.vectors, r.v[h] = ~x.v[h]);
   return r;
 }
 template <class T, int W>
@@ -209,8 +199,7 @@ ODENET_HD Mask<T, W> negate(const Mask<T, W>& x) {
 template <class T, int W>
 ODENET_HD bool any(const Mask<T, W>& x) {
   typename Mask<T, W>::V some = x.v[0];
-  ODENET_UNROLL
-  for (int h = 1; h < x.vectors; ++h) some |= x.v[h];
+  ODENET_EACH_AFTER_FIRST((Mask<T, W>::vectors), some |= x.v[h]);
 #if defined(__AVX512F__) && !defined(__clang__)
   using Words = Vector<long long>;
   return __builtin_ia32_ptestmq512((Words)some, (Words)some, static_cast<unsigned char>(-1)) != 0;
@@ -232,8 +221,7 @@ ODENET_HD bool all(const Mask<T, W>& x) {
 template <class T, int W>
 ODENET_HD Pack<T, W> select(const Mask<T, W>& which, const Pack<T, W>& x, const Pack<T, W>& y) {
   Pack<T, W> r;
-  ODENET_UNROLL
-  for (int h = 0; h < r.vectors; ++h) r.v[h] = which.v[h] ? x.v[h] : y.v[h];
+  ODENET_EACH(r.vectors, r.v[h] = which.v[h] ? x.v[h] : y.v[h]);
   return r;
 }
 template <class T, int W>
@@ -246,8 +234,7 @@ template <class T, int W>
 ODENET_HD uint32_t bits_of(const Mask<T, W>& x) {
   constexpr int of_vector = kVectorBytes / int(sizeof(T));
   uint32_t bits = 0;
-  ODENET_UNROLL
-  for (int h = 0; h < x.vectors; ++h) bits |= signs<T>(x.v[h]) << (h * of_vector);
+  ODENET_EACH((Mask<T, W>::vectors), bits |= signs<T>(x.v[h]) << (h * of_vector));
   return bits;
 }
 
@@ -302,8 +289,7 @@ ODENET_HD Pack<To, W> convert(const Pack<T, W>& x) {
 template <class T, int W>
 ODENET_HD Pack<T, W> fused(const Pack<T, W>& x, const Pack<T, W>& y, const Pack<T, W>& z) {
   Pack<T, W> r;
-  ODENET_UNROLL
-  for (int h = 0; h < r.vectors; ++h) r.v[h] = fused(x.v[h], y.v[h], z.v[h]);
+  ODENET_EACH(r.vectors, r.v[h] = fused(x.v[h], y.v[h], z.v[h]));
   return r;
 }
 template <class T, int W>
@@ -314,8 +300,7 @@ ODENET_HD Pack<T, W> fused(const Pack<T, W>& x, T y, const Pack<T, W>& z) {
 // Counts the lanes that are set.
 template <class T, int W>
 ODENET_HD void add_ones(Pack<IntegerOf<T>, W>& count, const Mask<T, W>& mask) {
-  ODENET_UNROLL
-  for (int h = 0; h < mask.vectors; ++h) count.v[h] -= mask.v[h];
+  ODENET_EACH((Mask<T, W>::vectors), count.v[h] -= mask.v[h]);
 }
 
 // body(i) for the lanes that are set, in their order.

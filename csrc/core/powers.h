@@ -91,15 +91,13 @@ ODENET_HD double power_of_two(double x) {
 template <class T, int W>
 ODENET_HD Pack<T, W> binary_log(const Pack<T, W>& x) {
   Pack<T, W> r;
-  ODENET_UNROLL
-  for (int h = 0; h < r.vectors; ++h) r.v[h] = log2_of<T, Vector<IntegerOf<T>>>(x.v[h]);
+  ODENET_EACH(r.vectors, r.v[h] = log2_of<T, Vector<IntegerOf<T>>>(x.v[h]));
   return r;
 }
 template <class T, int W>
 ODENET_HD Pack<T, W> power_of_two(const Pack<T, W>& x) {
   Pack<T, W> r;
-  ODENET_UNROLL
-  for (int h = 0; h < r.vectors; ++h) r.v[h] = exp2_of<T, Vector<IntegerOf<T>>>(x.v[h]);
+  ODENET_EACH(r.vectors, r.v[h] = exp2_of<T, Vector<IntegerOf<T>>>(x.v[h]));
   return r;
 }
 #endif

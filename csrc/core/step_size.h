@@ -32,10 +32,12 @@ enum Field : int {
   kStepsSinceOutput,
   kProposal,   // step size the controller asked for, before landing shortened it
   kDirection,  // +1: time increases, -1: it decreases
+  kNextSize,   // step size that the controller goes on with, also where the row has ended: a solve that resumes begins so
   kNumFields
 };
 
-enum Status : int { kRunning, kSuccess, kUnderflow, kNonFinite, kMaxSteps };
+// kOutside: no step is small enough to end in the domain of the user; written by whoever knows that.
+enum Status : int { kRunning, kSuccess, kUnderflow, kNonFinite, kMaxSteps, kOutside };
 enum Stop : int { kStopStep, kStopJump, kStopEnd, kStopEndJump };  // the last: the end lies on a discontinuity
 
 struct Controller {
@@ -167,6 +169,7 @@ ODENET_HD double step_factor(const Controller& q, const Row& r, double ratio, bo
 // After a running row's step was accepted or rejected: the outputs and stops that it has come to, its end, or the next
 // step, of that size. smallest: the step was of the least size allowed.
 ODENET_HD void go_on(const StepSize& s, Row& r, bool accept, bool smallest, double next) {
+  r[kNextSize] = next;
   if (accept) {
     r[kTime] = r[kStepEnd];
     r[kJumped] = 0;
@@ -236,11 +239,12 @@ ODENET_HD D first_size(const D& h0, const D& d1, const D& d2, const Root& root) 
 }
 
 // Phase 0 plans the Euler step, whose end the caller evaluates; phase 1 the step to try. A given first step, size > 0,
-// replaces both.
+// replaces both. Phase 2 plans that of kNextSize alone.
 ODENET_HD void plan_first_step(const StepSize& s, Row& r, double d0, double d1, double d2, double given, int phase) {
   const Controller& q = s.controller;
   if (r.running() && (d0 != d0 || d1 != d1)) end_row(r, kNonFinite);
   if (!r.running()) return;
+  if (phase == 2) return plan_step(r, clamp_step(q, r[kNextSize]));
   if (given > 0) return plan_step(r, clamp_step(q, given));
   const double h0 = size_of_euler(d0, d1, r[kDirection] * (r.stop - r[kTime]));
   if (phase == 0) {

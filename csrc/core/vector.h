@@ -15,6 +15,31 @@
 #define ODENET_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// A statement for each vector h of a pack, of which there are 1, 2 or 4; the second: but for the first of them.
+#define ODENET_EACH(count, ...)                  \
+  do {                                           \
+    {                                            \
+      constexpr int h = 0;                       \
+      __VA_ARGS__;                               \
+    }                                            \
+    ODENET_EACH_AFTER_FIRST(count, __VA_ARGS__); \
+  } while (false)
+#define ODENET_EACH_AFTER_FIRST(count, ...) \
+  do {                                      \
+    if constexpr (count > 1) {              \
+      constexpr int h = 1;                  \
+      __VA_ARGS__;                          \
+    }                                       \
+    if constexpr (count > 2) {              \
+      constexpr int h = 2;                  \
+      __VA_ARGS__;                          \
+    }                                       \
+    if constexpr (count > 3) {              \
+      constexpr int h = 3;                  \
+      __VA_ARGS__;                          \
+    }                                       \
+  } while (false)
+
 namespace odenet {
 namespace ODENET_LEVEL {
 
@@ -148,7 +173,7 @@ template <class T>
 ODENET_HD uint32_t signs(Vector<IntegerOf<T>> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    return static_cast<unsigned short>(__builtin_ia32_cvtd2mask512(x));
+    return static_cast<unsigned short>(__builtin_ia32_cvtd2mask512((Vector<int>)x));
   } else {
     return static_cast<unsigned char>(__builtin_ia32_cvtq2mask512((Vector<long long>)x));
   }

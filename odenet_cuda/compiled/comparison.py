@@ -14,13 +14,12 @@ from ..ops import FIELDS
 from ..problem import Field, Problem, Structure, with_arguments
 from ..solution import SolverError
 from ..step_control import SUCCESS
+from ..tableau import ButcherTableau
 from .attach import Sources, attach
-from .differences import Difference, Unchecked, Unsettled, distance, worst_of
+from .differences import Difference, Unchecked, distance, worst_of
 from .engine import Engine
-from .marks import same_bits
 
 _CHANGE = 4
-_TRIES = 4  # comparisons that another thread disturbs
 _ROWS = 64  # samples among which those of the trials are
 _MANY = 1 << 18  # numbers in a state, of which not all are compared again
 _STEP = 0.1  # of the state, about: what a step of a trial changes
@@ -37,33 +36,6 @@ class Trial:
     steps: int
 
 
-def settled(engine: Engine, args: Sequence[Any], compare: Callable[[int], Difference | None]) -> Difference | None:
-    """What compare(seed) finds for both seeds, for a field may have a kink where one trial begins; and where they differ, the
-    same once more, while nobody changes what func reads. Raises Unsettled where another thread does each time."""
-    found = compare(0) and compare(1)
-    for _ in range(_TRIES):
-        if found is None:
-            return None
-        before, last = _read_by(engine, args), found
-        found = compare(0) and compare(1)
-        alike = found is not None and found.what == last.what and not abs(found.largest - last.largest) > 0.01 * last.largest
-        if alike and before is not None and _same(before, _read_by(engine, args)):
-            return found
-    raise Unsettled("what func reads changes while it is compared")
-
-
-def _read_by(engine: Engine, args: Sequence[Any]) -> list[tuple[Tensor, int]] | None:
-    """What the program is given, if what it was read with is still so: values, and how often they have been written."""
-    if not engine.plan.guards.hold(args):
-        return None
-    tensors = [place(args) for place in engine.plan.places.values()]
-    return [(x.detach().clone(), 0 if x.is_inference() else x._version) for x in tensors]
-
-
-def _same(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]] | None) -> bool:
-    return now is not None and all(x[1] == y[1] and same_bits(x[0], y[0]) for x, y in zip(before, now, strict=True))
-
-
 class Comparison:
     """Trials of one library, by the compiled field and by the stepper."""
 
@@ -74,6 +46,10 @@ class Comparison:
         self.whole = engine.plan.whole
         self.shrink = 0.3**seed
         self.t0, self.t1 = engine.problem.interval
+        self.span, self.direction = abs(self.t1 - self.t0), -1.0 if self.t1 < self.t0 else 1.0
+        self.implicit = not isinstance(engine.kind.tableau, ButcherTableau)
+        if self.implicit:  # func does not depend on the time, and far from zero no two times are as close as steps must be
+            self.t1 = self.t0
         eps = torch.finfo(self.dtype).eps
         if engine.cuda and engine.matmul != "float32" and self.dtype == torch.float32:
             eps = {"tf32": 2.0**-11, "bf16": 2.0**-8}[engine.matmul]
@@ -85,6 +61,8 @@ class Comparison:
         conclusive, trials = False, self._trials()
         step = self._step(trials[0])
         for trial in trials:
+            if self.implicit:  # a larger one may meet a matrix that is singular
+                step = self._step(trial)
             found, finite = self._compare(trial, step, gradient, backward)
             conclusive = conclusive or finite
             if found is not None:
@@ -154,7 +132,7 @@ class Comparison:
 
     def _step(self, trial: Trial, watched: AbstractContextManager | None = None) -> float:
         """The size of a step that changes the state by a tenth, without magnifying rounding where the field is stiff."""
-        t, span = trial.t[0], abs(self.t1 - self.t0)
+        t, span = trial.t[0], self.span
         moved = [leaf + 0.01 * (leaf.abs().amax() + 1e-3) * self._noise(leaf) for leaf in trial.leaves]
         with watched or nullcontext():
             slopes = self._slopes(t, trial.leaves, trial.args)
@@ -198,9 +176,9 @@ class Comparison:
         return replace(options, control=control, first_step=first, step_t=(), jump_t=(), step_size=None, grid_constructor=None)
 
     def _compare(self, trial: Trial, step: float, gradient: str, backward: Any) -> tuple[Difference | None, bool]:
-        engine, direction = self.engine, -1.0 if self.t1 < self.t0 else 1.0
+        engine, direction = self.engine, self.direction
         begin, dt = trial.t[0], direction * step
-        if direction * (self.t1 - begin) < trial.steps * step:  # func is not called beyond the end
+        if not self.implicit and direction * (self.t1 - begin) < trial.steps * step:  # func is not called beyond the end
             begin = self.t1 - trial.steps * dt
         nodes = [begin + i * dt for i in range(trial.steps)] + [begin + trial.steps * dt]
         trial = replace(trial, t=[begin, begin + 0.4 * dt, nodes[-1]])

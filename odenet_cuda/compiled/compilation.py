@@ -17,7 +17,6 @@ from .plans import Plans
 from .refusals import MOST_AHEAD, WORTH
 
 _MOST_KEPT = 256  # of funcs
-_MOST_CODES = 1024
 MADE_ANEW = (
     "func is made anew for every few solves, and would be read anew each time: keep it, and hand what differs to it in args"
 )
@@ -37,6 +36,8 @@ class Compilation(NamedTuple):
 
 class _Kept:
     """Of a func that lives, by id: of a method that of its object, and its function."""
+
+    MOST_CODES = 1024  # of the class: func may go when the names of the module are gone, at the end of a process
 
     def __init__(self) -> None:
         self.plans: dict[Any, tuple[weakref.ref, Plans]] = {}
@@ -60,7 +61,7 @@ class _Kept:
     def _gone(self, key: Any, code: Any) -> None:
         found = self.plans.pop(key, None)
         if found is not None and (found[1].debt or code in self.debts):
-            if len(self.debts) >= _MOST_CODES:
+            if len(self.debts) >= self.MOST_CODES:
                 self.debts.clear()
             self.debts[code] = max(0, self.debts.get(code, 0) + found[1].debt)
 

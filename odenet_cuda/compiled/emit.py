@@ -4,11 +4,13 @@ The same text is compiled for the CPU, where P is a pack of lanes, and for CUDA,
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..tableau import ButcherTableau
+from ..rosenbrock import rosenbrock_of
+from ..tableau import ButcherTableau, Method, StepFunction
 from .function_text import needed_for
 from .functions import Function, functions_for
 from .program import Program, Refs
@@ -84,24 +86,40 @@ def _table(name: str, arguments: str, entries: list[tuple[str, float]]) -> str:
     return f"  ODENET_HD static constexpr double {name}({arguments}) {{\n" + "\n".join(lines) + "\n    return 0;\n  }\n"
 
 
-def _method(tableau: ButcherTableau) -> str:
-    s = tableau.stages
-    a = [(f"i == {i} && j == {j}", tableau.a[i][j]) for i in range(s) for j in range(i)]
+def _method(method: Method) -> str:
+    s, tableau = method.stages, method
+    step = rosenbrock_of(method)
+    if isinstance(method, ButcherTableau):
+        a = _triangle(method.a)
+        family = "  static constexpr bool implicit = false;\n"
+    else:  # beside the slopes of its stages stand those at both ends
+        assert step is not None
+        a = _triangle(((), *[(0.0, *row) for row in step.a]))
+        family = (
+            f"  static constexpr bool implicit = true, ends_in_y1 = {'true' if step.ends_in_y1 else 'false'};\n"
+            f"  static constexpr double gamma = {step.gamma!r};\n"
+            + _table("g", "int i, int j", _triangle(((), *[(0.0, *row) for row in step.g])))
+        )
     p = [(f"j == {j} && d == {d}", tableau.p[j][d]) for j in range(s) for d in range(len(tableau.p[0]))]
     one = {name: [(f"j == {j}", values[j]) for j in range(s)] for name, values in (("b", tableau.b), ("c", tableau.c))}
     one["e"] = [(f"j == {j}", tableau.e[j]) for j in range(s)] if tableau.e else []
     return (
         f"  static constexpr int stages = {s}, degree = {len(tableau.p[0])};\n"
         f"  static constexpr bool fsal = {'true' if tableau.fsal else 'false'};\n"
+        + family
         + _table("a", "int i, int j", a)
         + "".join(_table(name, "int j", entries) for name, entries in one.items())
         + _table("p", "int j, int d", p)
     )
 
 
+def _triangle(rows: Sequence[Sequence[float]]) -> list[tuple[str, float]]:
+    return [(f"i == {i} && j == {j}", weight) for i, row in enumerate(rows) for j, weight in enumerate(row)]
+
+
 def emit(
     program: Program,
-    tableau: ButcherTableau,
+    tableau: Method,
     leaf_sizes: list[int],
     title: str,
     target: Target,
@@ -113,7 +131,8 @@ def emit(
     taps, _, _ = tap_layout(program)
     ends = [(f"i == {i}", float(end)) for i, end in enumerate(np.cumsum(leaf_sizes).tolist())]
     leaf_end = "".join(f"    if ({condition}) return {int(value)};\n" for condition, value in ends)
-    functions, memory = functions_for(program, taps, target.solve, kept[0], target.team)
+    implicit = isinstance(tableau, StepFunction)
+    functions, memory = functions_for(program, taps, target.solve, kept[0], target.team, implicit)
     timed = any(re.search(r"\bt\b", function.text.text) for function in functions)
     bodies = "".join([_body(function, target.team is not None and target.team.groups > 1) for function in functions])
     if backward:

@@ -12,6 +12,7 @@ from ..integrate import Grid, Options
 from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem
 from ..ranges import marked
+from ..rosenbrock import rosenbrock_of
 from ..solvers.fixed import calls_on_grid
 from ..solvers.trajectory import Trajectory
 from .marks import Unreadable, same_bits
@@ -217,7 +218,9 @@ def evaluations(options: Options, host: Any, grid: Grid | None, problem: Problem
         if options.jump_t:
             low, high = np.minimum(problem.t[0], problem.t[-1]), np.maximum(problem.t[0], problem.t[-1])
             jumps = sum(bool(np.any((low < jump) & (jump < high))) for jump in options.jump_t)
-        return tries * (tableau.stages - 1) + (1 if options.first_step else 2) + jumps
+        step = rosenbrock_of(tableau)
+        calls = tableau.stages - 1 if step is None else step.calls
+        return tries * calls + (1 if options.first_step else 2) + jumps
     assert grid is not None
     return calls_on_grid(tableau, grid[0], problem.t, problem.direction, options.perturb)
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ..problem import Structure
 from .constants import Layout, sources_of
+from .function_text import needed_for
 from .lower import Lowering
 from .marks import Marks, same_bits
 from .memory import has_memory
@@ -94,6 +95,12 @@ class FieldProgram:
             else self.program.buffers[s.out].size * 4
             for s in self.program.statements
         )
+
+    @property
+    def timed(self) -> bool:
+        """Whether the slopes depend on the time."""
+        _, used = needed_for(self.program, [self.program.slopes], set())
+        return any([self.program.buffers[b].name == "t" for b in used])
 
     # Constants
 

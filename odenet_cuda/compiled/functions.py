@@ -25,16 +25,18 @@ class Function:
 
 
 def functions_for(
-    program: Program, taps: Refs, solve: str, kept: dict[int, int], team: Team | None
+    program: Program, taps: Refs, solve: str, kept: dict[int, int], team: Team | None, implicit: bool = False
 ) -> tuple[list[Function], Memory | None]:
-    """For one of emit.SOLVES. Raises TooLarge."""
+    """For one of emit.SOLVES. implicit: the method needs rows of df/dy. Raises TooLarge."""
     if team is None:
-        return _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args)), None
+        return _functions(program, taps, solve, kept, lambda *args: FunctionText(program, *args), implicit), None
+    if implicit and team.groups > 1:
+        raise TooLarge("a thread solves the systems of a sample")
     scratch = max(0 if solve in ("per_sample", "joint", "grid") else team.slabs, team.sums if solve.endswith("joint") else 0)
     scratch = max(scratch, team.lanes)  # bytes in which they are dealt samples
     if team.groups == 1:
         memory = Memory(team, bytes=scratch)
-        return _functions(program, taps, solve, kept, lambda *args: AloneText(memory, program, *args)), memory
+        return _functions(program, taps, solve, kept, lambda *args: AloneText(memory, program, *args), implicit), memory
     memory = Memory(team)
     texts: list[TeamText] = []
 
@@ -52,10 +54,14 @@ def functions_for(
     return functions, memory
 
 
-def _functions(program: Program, taps: Refs, solve: str, kept: dict[int, int], write: Writer) -> list[Function]:
+def _functions(
+    program: Program, taps: Refs, solve: str, kept: dict[int, int], write: Writer, implicit: bool = False
+) -> list[Function]:
     head = "const SolveCall& in, const P& t, const P* y, const P* arguments"
     slope, gradient = [("dy", program.slopes)], [("gy", program.products), ("taps", taps)]
     functions = [Function("field", f"{head}, P* dy, P*", write(slope))]
+    if implicit:
+        functions.append(Function("row", f"{head}, const P* g, P* gy", write(gradient[:1])))
     if solve == "reverse":
         functions += [
             Function("product", f"{head}, const P* g, P* gy, P* taps", write(gradient)),

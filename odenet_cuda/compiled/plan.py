@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from ..problem import Structure
-from ..tableau import ButcherTableau
+from ..tableau import Method
 from .build import load as load_text
 from .check import check_program
 from .compilers import Refused
@@ -57,8 +57,8 @@ class Plan(FieldProgram):
         self.guards = reading.guards(args, self.recording, self.rows.places)
         self._guard_tensors(args, marks)
         self._check_guards(marks)
-        self.libraries: dict[Any, tuple[ButcherTableau, _C.Library]] = {}
-        self.refused: dict[Any, tuple[ButcherTableau, str]] = {}  # the same of libraries that there are not, and why
+        self.libraries: dict[Any, tuple[Method, _C.Library]] = {}
+        self.refused: dict[Any, tuple[Method, str]] = {}  # the same of libraries that there are not, and why
         self.trusted: set[Any] = set()  # those that have been checked, see self_check.py
         self.zeros: list[Place] = []  # tensors of func that were zero then
         self.teams: dict[Any, Team] = {}
@@ -119,29 +119,30 @@ class Plan(FieldProgram):
 
     # Libraries
 
-    def team(self, solves: tuple[str, ...], batch: int, card: Card, matmul: str) -> Team:
-        """The first that suits so many samples on this card and whose memory holds what these kinds of solve share."""
+    def team(self, solves: tuple[str, ...], batch: int, card: Card, matmul: str, implicit: bool = False) -> Team:
+        """The first that suits so many samples on this card and whose memory holds what these kinds of solve share. implicit:
+        these are solves by a method that needs rows of df/dy."""
         teams = teams_for(self.program, self.dtype.itemsize, batch, card, matmul)
-        key = solves, tuple(teams)
+        key = solves, tuple(teams), implicit
         if key not in self.teams:
-            self.teams[key] = next(team for team in teams if self._suits(solves, team))
+            self.teams[key] = next(team for team in teams if self._suits(solves, team, implicit))
         return self.teams[key]
 
-    def _suits(self, solves: tuple[str, ...], team: Team) -> bool:
+    def _suits(self, solves: tuple[str, ...], team: Team, implicit: bool) -> bool:
         try:
             for solve in solves:
-                functions_for(self.program, tap_layout(self.program)[0], solve, {}, team)
+                functions_for(self.program, tap_layout(self.program)[0], solve, {}, team, implicit)
         except TooLarge:
             return False
         return True
 
-    def source(self, tableau: ButcherTableau, target: Target) -> str:
+    def source(self, tableau: Method, target: Target) -> str:
         kept = kept_buffers(self.program)
         if target.team or kept[1] * tableau.stages * 128 > _MOST_BYTES:
             kept = {}, 0
         return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target, kept)
 
-    def build(self, wanted: list[tuple[ButcherTableau, Target]]) -> None:
+    def build(self, wanted: list[tuple[Method, Target]]) -> None:
         """Compiles these, those that are missing side by side. Raises NoCompiler."""
         missing = [pair for pair in wanted if (id(pair[0]), pair[1]) not in self.libraries]
         if len(missing) < 2:
@@ -151,7 +152,7 @@ class Plan(FieldProgram):
         with ThreadPoolExecutor(len(missing)) as pool:
             list(pool.map(lambda pair: self.load(*pair), missing))
 
-    def load(self, tableau: ButcherTableau, target: Target) -> _C.Library:
+    def load(self, tableau: Method, target: Target) -> _C.Library:
         key = (id(tableau), target)
         if key in self.refused:
             raise Refused(self.refused[key][1], quiet=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..problem import Structure
-from .comparison import Comparison, settled
+from .comparison import Comparison
 from .compilation import Compilation
 from .differences import Unsettled
 from .engine import Engine
@@ -29,6 +29,7 @@ from .leaks import summary
 from .marks import Unreadable
 from .memory import has_memory
 from .reach import Reach
+from .settled import settled
 from .writes import Watched, kept, memory_of
 
 

@@ -16,13 +16,14 @@ import torch
 from ..problem import Structure
 from ..version import VERSION
 from . import build
-from .comparison import Comparison, settled
+from .comparison import Comparison
 from .compilers import NoCompiler, Refused
 from .differences import Difference, Unchecked
 from .engine import Engine
 from .leaks import summary
 from .marks import without_hooks
 from .reach import Reach
+from .settled import settled
 from .teams import card_of
 from .writes import kept
 

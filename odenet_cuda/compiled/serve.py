@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 from ..callbacks import CALLBACKS, find_callbacks
 from ..integrate import Grid, Options
 from ..problem import Problem, Structure
+from ..rosenbrock import rosenbrock_of
 from ..tableau import ButcherTableau
 from . import self_check
 from .attach import Sources
@@ -28,6 +29,7 @@ from .recheck import recheck
 from .trace import Unreadable
 
 _NOTHING = "there is nothing to solve"
+_MOST_IMPLICIT = 32  # numbers of a system, whose matrix lies on the stack of a thread
 _warned = False
 
 
@@ -67,6 +69,8 @@ def prepare(
         adjoint = backward.options if how == "adjoint" else None
         if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
             raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
+        if rosenbrock_of(options.tableau) is not None and (refusal := _of_rosenbrock(plan, how)):
+            return refusal
         engine = Engine(plan, problem, options, args, grid, field.matmul, how, adjoint)
         engine.sources, engine.backward, engine.called = sources, backward, called
         if engine.kind.trusted is None:
@@ -108,13 +112,26 @@ def _find(plans: Plans, problem: Problem, find: Callable[[], Plan]) -> tuple[Pla
 
 def _of_options(problem: Problem, options: Options, backward: Any) -> list[str]:
     why = []
-    if not all([isinstance(x.tableau, ButcherTableau) for x in (options, *([] if backward is None else [backward.options]))]):
-        why.append("the method is no explicit Runge-Kutta method")
+    if not isinstance(options.tableau, ButcherTableau) and rosenbrock_of(options.tableau) is None:
+        why.append(f"steps of method={options.method!r} are not compiled")
+    if backward is not None and not isinstance(backward.options.tableau, ButcherTableau):
+        why.append(f"backward steps of adjoint_method={backward.options.method!r} are not compiled")
     if problem.norm is not None or not problem.fused_error:
         why.append("a norm of the user, or tolerances that are tensors")
     if options.perturb:
         why.append("perturb=True needs it")
     return why
+
+
+def _of_rosenbrock(plan: Plan, gradient: str) -> str:
+    """gradient: "" where none is wanted."""
+    if plan.timed:
+        return "func depends on the time, and df/dt, which a Rosenbrock method needs, is not compiled"
+    if plan.state > _MOST_IMPLICIT:
+        return f"a sample has {plan.state} numbers: compiled systems have at most {_MOST_IMPLICIT}"
+    if gradient not in ("", "adjoint"):
+        return f"gradient={gradient!r} of a Rosenbrock method needs second derivatives of func, which are not compiled"
+    return ""
 
 
 def _of_torch(t: Tensor, gradient: str) -> list[str]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from .. import _C
 from ..integrate import Grid, Options
 from ..problem import Problem, to_device
-from ..solvers.adaptive import stop_table
-from ..tableau import ButcherTableau
+from ..solvers.start import stop_table
+from ..tableau import Method, StepFunction
 from .emit import Target
 from .plan import Plan
 from .teams import Card
@@ -60,9 +60,9 @@ class Kind:
         # A sample alone has a step of its own whatever the control.
         self._apart: bool = like._apart if like is not None else per_sample or (batch == 1 and card is None)
         self.control = _control(options, self._apart)
-        self.tableau: ButcherTableau = options.tableau
+        self.tableau: Method = options.tableau
         self.taped = gradient not in ("", "adjoint")
-        self.wanted: list[tuple[ButcherTableau, Target]] = []
+        self.wanted: list[tuple[Method, Target]] = []
         self._targets: dict[str, Target] = {}
         if like is not None:
             self._targets = like._targets
@@ -88,7 +88,8 @@ class Kind:
             return Target(dtype, "one" if self.batch == 1 else "pack", solve)
         taped = self.taped and solve in (self.control, "reverse")  # the tape is written and read by the same threads
         solves = (self.control, "reverse") if taped else (solve,)
-        return Target(dtype, "one", solve, plan.team(solves, self.batch, self.card, self.matmul))
+        implicit = solve == self.control and isinstance(self.tableau, StepFunction)
+        return Target(dtype, "one", solve, plan.team(solves, self.batch, self.card, self.matmul, implicit))
 
     def way(self, plan: Plan, solve: str) -> "Way":
         """One of its solves: what control is, "reverse", or what adjoint_control gives. Raises NoCompiler."""

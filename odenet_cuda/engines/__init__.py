@@ -8,7 +8,8 @@ need lies below them: `recorded.py`, `outcome.py`, `probe.py`.
 from typing import Protocol
 
 from ..request import Request
-from ..solution import Solution
+from ..saving import saved
+from ..solution import Solution, SolverError
 from . import compiled, graphed, plain, stepper, transformed
 
 
@@ -30,10 +31,21 @@ def serve(request: Request) -> Solution:
         if not refusal:
             if request.compiled is not None:
                 request.compiled.plans.served = engine.NAME, refusals  # now, for func may raise
-            found = engine.solve(request)
+            try:
+                found = engine.solve(request)
+            except SolverError as error:
+                _save(request, error.solution)
+                raise
             if not isinstance(found, str):
                 found.engine, found.explanation = engine.NAME, refusals
+                _save(request, found)
                 return found
             refusal = found
         refusals[engine.NAME] = refusal
     raise AssertionError("the stepper serves what the others refuse")
+
+
+def _save(request: Request, solution: Solution) -> None:
+    """The outputs as they were asked for, where the engine has given states."""
+    if request.save is not None and not solution.saved:
+        saved(solution, request.save, request.settings.per_sample, request.t)

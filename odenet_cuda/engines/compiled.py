@@ -23,8 +23,20 @@ def refusal(request: Request) -> str:
     field = request.compiled
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
+    if any([given is not None for given in request.system]):
+        return "jac and mass are no part of what is compiled"
     if request.events is not None:
         return "events are no part of what is compiled yet"
+    if request.valid is not None:
+        return "valid: what is compiled rejects steps by their error alone"
+    if request.integrals is not None:
+        return "integrals are no part of what is compiled"
+    if request.save is not None or request.settings.every:
+        return "save and every: what is compiled writes states at given times"
+    if request.options.progress:
+        return "progress: what is compiled tells of no step"
+    if request.resume is not None:
+        return "resume: what is compiled begins every solve anew"
     kind = key_of(request)
     chosen = None if request.settings.gradient == "direct" else request.params
     engine = again(field, kind, request.structure, request.args, chosen)
@@ -66,9 +78,11 @@ def solve(request: Request) -> Solution:
         outputs = attach(engine, gradient, engine.backward, outputs, stats, lambda: _by_stepper(request))
     unflatten, state = request.structure.unflatten, trajectory.state
     last = unflatten(trajectory.last)
-    return Solution(
+    solution = Solution(
         unflatten(outputs), problem.t, stats, last, device=problem.device, per_sample=problem.per_sample, state=state
     )
+    solution.method = request.options.method
+    return solution
 
 
 def _by_stepper(request: Request) -> list[Tensor]:

@@ -19,10 +19,10 @@ from ..outcome import failed, solution_of, stats_of
 from ..probe import probe_of
 from ..request import Request
 from ..solution import Solution
-from ..solvers.adaptive import runs_ahead
 from ..solvers.checkpoints import Checkpoints
 from ..solvers.families import family_of
 from ..solvers.fixed import calls_on_grid
+from ..solvers.hooks import runs_ahead
 from ..solvers.trajectory import Recorder
 
 NAME = "graphed"
@@ -37,6 +37,10 @@ def refusal(request: Request) -> str:
         return "the state is not on CUDA"
     if request.events is not None:
         return "no graph holds events"
+    if request.settings.every or request.options.progress:
+        return "no graph holds every or progress"
+    if request.resume is not None or request.valid is not None:
+        return "no graph holds resume or valid"
     if gradient not in ("direct", "checkpoint") or not request.records:
         return "the gradient needs nothing of the steps: their loops have graphs of their own"
     return ""
@@ -66,6 +70,7 @@ def _reason(request: Request, calls: int) -> str:
     refusals = {
         "dense=True": settings.dense,
         "regularizers": bool(settings.regularizers),
+        "integrals": request.integrals is not None,
         "callbacks of func": bool(request.callbacks),
         "a gradient for t": request.t.requires_grad,
         "times of each sample": problem.own,

@@ -46,6 +46,9 @@ def refusal(request: Request) -> str:
         ("dense=True", settings.dense),
         ("events", request.events is not None),
         ("regularizers", settings.regularizers),
+        ("integrals", request.integrals is not None),
+        ("every", bool(request.settings.every)),
+        ("progress", bool(request.options.progress)),
         ("adjoint_params", request.params is not None),
         ("callbacks of func", request.callbacks),
     ):

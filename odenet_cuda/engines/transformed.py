@@ -28,6 +28,10 @@ def _traced(request: Request) -> bool:
 
 def solve(request: Request) -> Solution:
     """Raises NotImplementedError where a transform cannot see through what was asked for."""
+    asked = {"resume": request.resume, "valid": request.valid, "integrals": request.integrals}
+    for name, given in {**asked, "every": request.settings.every or None}.items():
+        if given is not None:
+            raise NotImplementedError(f"{name} is not served inside torch.func transforms, forward mode and torch.compile")
     problem, settings, options, structure = request.problem, request.settings, request.options, request.structure
     if options.adaptive and _traced(request):
         raise NotImplementedError(ADAPTIVE)

@@ -8,7 +8,6 @@ it has slopes but no stages, and a stage whose weights b and e are both zero nee
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from ..problem import Field, Problem, aliased
 from ..products import real_product
 from ..ranges import in_range
 from ..solution import Solution, Stats, raise_failure
-from ..solvers.short import MOST
 from ..tableau import is_whole
 from .augmented import AugmentedField, PerSampleField, as_leaf
 from .autocast import autocast_again, autocast_state
-from .drift import add_drift, warn_of_drift
+from .drift import note_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
 from .of_times import TimeGradient
 from .one_by_one import one_by_one
@@ -126,9 +124,9 @@ def solve_backwards(
     """(dL/dy0, dL/dt, dL/dparams). field: of the problem, for the calls on the way back."""
     n, (grad_ys, costs) = len(problem.state_leaves), cotangents_of(problem, ys, grad_outputs)
     generators = noise.states(problem.device)
-    stats.drift, stats.looks, tolerances = None, [], (adjoint.rtol, adjoint.atol)
+    stats.drift, stats.looks = None, []
     field, params = _for_graphs(adjoint, field, params)
-    per_sample, options = problem.per_sample, adjoint.options
+    per_sample, options, tolerances = problem.per_sample, adjoint.options, (adjoint.rtol, adjoint.atol)
     augmented = augmented_field(adjoint, problem, field, params, costs)
     a: list[Tensor] = []
     integral = [as_leaf(torch.zeros_like(param)) for param in params]
@@ -161,8 +159,10 @@ def solve_backwards(
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
-        waits = trajectory.state is None and not whole and sum([out.numel() for out in ys]) <= MOST
-        _look_back(stats, waits, tolerances, problem.rows, trajectory.last[:n], [out[i - 1] for out in ys], backward.held)
+        stored = [out[i - 1] for out in ys]
+        note_drift(
+            stats, trajectory.state is None and not whole, tolerances, problem.rows, trajectory.last[:n], stored, backward.held
+        )
         sums = trajectory.sums if recorder is None else recorder.take()
         integral = [x + y for x, y in zip(integral, sums, strict=True)] if apart else trajectory.last[2 * n :]
     if grad_t is not None:
@@ -171,17 +171,8 @@ def solve_backwards(
     noise.warn_of_other_numbers(generators, problem.device, "adjoint")
     warn_of_drift(stats, None if options.adaptive else min(adjoint.rtol), whole)
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
-    a = a or [torch.zeros_like(y[0]) for y in ys]
-    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], None if grad_t is None else grad_t.total, grad_params
-
-
-def _look_back(stats: Stats, waits: bool, *where: Any) -> None:
-    """How far the backward solve is from the stored states. waits: until somebody asks."""
-    look = partial(add_drift, stats, *where)
-    if waits:
-        stats.looks.append(look)  # on a short grid this would take a tenth of the time
-    else:
-        look()
+    grad_y0 = [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)] if a else [grad[0] for grad in grad_ys]
+    return grad_y0, None if grad_t is None else grad_t.total, grad_params
 
 
 def cotangents_of(
@@ -215,7 +206,7 @@ def costs_at(problem: Problem, costs: Sequence[Tensor], i: int) -> list[Tensor]:
     if not problem.own:
         return list(costs) if i == problem.last_output else []
     here = torch.from_numpy(problem.last_output == i).to(problem.device)
-    return [torch.where(here, cost, 0) for cost in costs]
+    return [torch.where(here.reshape(-1, *[1] * (cost.dim() - 1)), cost, 0) for cost in costs]
 
 
 def augmented_field(

@@ -80,6 +80,7 @@ def _options(options: Options, method: str | None, given: dict[str, Any]) -> Opt
         max_order=options.max_order if kept else None,
         cuda_graph=options.cuda_graph,
         interp="method",
+        progress="backward" if options.progress else "",
     )
     control: dict[str, Any] = {name: getattr(options.control, name) for name in StepControl.__dataclass_fields__}
     for name, value in given.items():

@@ -38,10 +38,7 @@ class WholeField(AugmentedField):
         with torch.enable_grad():
             k = self.watch.evaluate(self.field, t, y)
             grads = self.differentiable(k, cotangents, y, recording)
-        slopes: list[Tensor | None] = [
-            *k[:n],
-            *(self.zero(i) if grad is None else -grad for i, grad in enumerate(grads)),
-        ]
+        slopes: list[Tensor | None] = [*k[:n], *(self.zero(i) if grad is None else -grad for i, grad in enumerate(grads))]
         return slopes if recording else [slope if slope is None else slope.detach() for slope in slopes]
 
     def differentiable(
@@ -63,7 +60,7 @@ class StepIntegral(Recorder):
         super().__init__(method, backward.t, backward.per_sample, len(backward.leaves))
         self.problem, self.field, self.nodes = backward, field, method.nodes
         self.every_slope = self.at_once = True
-        self.integral = Accumulator(field.params, len(self.nodes), backward.device)
+        self.integral = Accumulator(field.params, len(self.nodes), field.like[0].device)
 
     def _keep(self, t0: float | Tensor, t1: float | Tensor, step: Step) -> None:
         field, problem = self.field, self.problem

@@ -90,11 +90,11 @@ def solve_by_graph(problem: Problem, kind: Kind, make: Callable[..., Any], calle
     wanted = solver.captures
     found = solver.run(start)
     counter_of(problem.field).nfe -= called
-    ys, last = ([leaf.clone() for leaf in leaves] for leaves in (found.ys, found.last))
+    ys, last, slope = ([leaf.clone() for leaf in leaves] for leaves in (found.ys, found.last, found.slope))
     state = None if found.state is None else found.state.clone()
     call = None if found.call is None or problem.quadratures else found.call.copy()
     if solver.captures:
         graphs.give(key, solver, Fence(problem.device))
     elif wanted:
         graphs.set_mark(key, NEVER)
-    return Trajectory(ys=ys, last=last, state=state, sums=found.sums, call=call, seen=found.seen)
+    return Trajectory(ys=ys, last=last, state=state, sums=found.sums, call=call, seen=found.seen, slope=slope)

@@ -23,7 +23,8 @@ class Problem:
     """An initial value problem over leaves.
 
     leaves: y0, detached, each contiguous. t: output times, strictly monotone: numbers, or `OwnTimes`. rtol, atol: one number or
-    tensor a leaf. norm: the user's, of leaves, or None for the largest of the leaves' RMS norms. quadratures: how many of the
+    tensor a leaf. norm: the user's, of leaves, or None for the largest of the leaves' RMS norms. valid:
+    the user's, of state leaves, whether a step may end there. quadratures: how many of the
     last leaves func does not depend on; they have slopes but no stages. quadratures_in_norm: whether their error counts. signs:
     of the slopes of each leaf, -1 where field gives them for the opposite direction of time; none: all +1. held: bool [rows],
     those that take no part and stay at t[0]. missing: after a solve, the outputs that rows did not reach or have no time for,
@@ -38,6 +39,7 @@ class Problem:
     rtol: list[Any]
     atol: list[Any]
     norm: Callable[[list[Tensor]], Any] | None = None
+    valid: Callable[[list[Tensor]], Any] | None = None
     quadratures: int = 0
     quadratures_in_norm: bool = True
     signs: list[float] | None = None

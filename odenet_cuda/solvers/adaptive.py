@@ -7,7 +7,7 @@ the loop looks into it after each step; on CUDA it runs ahead (`ahead`). Only wh
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,49 +19,22 @@ from ..ranges import marked
 from ..step_control import RUNNING, StepControl
 from ..stepper import Stepper
 from . import ahead
+from .domain import domain_of
 from .events import EventWatch
 from .families import family_of
+from .hooks import AfterStep, Callbacks, Looker, runs_ahead, some
+from .interruption import BETWEEN, DECIDED, DECIDING, MOVING, until_now
 from .norms import write_norm
-from .start import first_state, plan_first_step, starts_on_jump, stop_table
+from .start import Resumed, first_slope, first_state, plan_first_step, plan_resumed, starts_on_jump, stop_table
 from .stiffness import StiffnessLook
 from .trajectory import Evaluation, Recorder, Trajectory
-
-
-class AfterStep(Protocol):
-    """Adds something up over the steps. calls: of func, that it makes for each. refusal: why no graph can hold it, or ""."""
-
-    @property
-    def calls(self) -> int: ...
-    @property
-    def refusal(self) -> str: ...
-
-    def add(self, t0: Tensor, y0: list[Tensor], dt: Tensor) -> None:
-        """After a step, before the move to the next. t0: as func sees it. dt: [rows], 0 where the step was not accepted."""
-
-    def take(self) -> list[Tensor]:
-        """The sums, which begin anew."""
-
-    def resume(self, field: Any) -> Any:
-        """The field of another solve that the same captured step makes: itself, for it adds up where it did, but as that
-        other one calls func."""
-
-
-def some(host: np.ndarray, name: str, value: int) -> bool:
-    """Whether the field of the solver state has this value in some row."""
-    row = host[FIELDS[name]]
-    return row[0] == value if len(row) == 1 else bool((row == value).any())
-
-
-def runs_ahead(device: torch.device) -> bool:
-    """Whether the host may be ahead of what it knows there."""
-    return device.type == "cuda"
 
 
 class AdaptiveSolver:
     """One adaptive solve, and after `reset` another of the same kind.
 
     method: the data of one of `FAMILIES`. graph: where the host runs ahead, capture a "step" and replay it, or let the device
-    "loop" over it.
+    "loop" over it. resumed: where another solve ended, from which this one goes on.
     """
 
     def __init__(
@@ -77,11 +50,14 @@ class AdaptiveSolver:
         recorder: Recorder | None = None,
         after_step: AfterStep | None = None,
         events: EventWatch | None = None,
+        resumed: Resumed | None = None,
+        lookers: Sequence[Looker] = (),
         graph: str = "",
     ):
         self.problem, self.method, self.first_step = problem, method, first_step
         self.recorder: Any = recorder  # None: nothing is recorded
-        self.after_step, self.callbacks, self.events = after_step, callbacks or {}, events
+        self.after_step, self.events, self.resumed, self.lookers = after_step, events, resumed, lookers
+        self.callbacks = Callbacks(callbacks, problem.per_sample) if callbacks else None
         device, family = problem.device, family_of(method)
         self.stop_times = step_t, jump_t
         stops = stop_table(problem, step_t, jump_t)
@@ -90,7 +66,7 @@ class AdaptiveSolver:
         self.state, self.table, self.t = first_state(problem, stops, self.on_jump)
         self.dt, self.ratio = self.state[FIELDS["dt"]], self.state[FIELDS["error_ratio"]]
         self.host_view = self.state.numpy() if device.type == "cpu" else None
-        needed = self.jumps or bool(self.callbacks) or family.looks or (recorder is not None and not recorder.can_wait)
+        needed = self.jumps or bool(callbacks or lookers) or family.looks or (recorder is not None and not recorder.can_wait)
         self.looks = needed or not runs_ahead(device)
         self.recording = recorder is not None and recorder.slopes
         self.captures = bool(graph) and not (self.looks or self.recording or family.no_graph)
@@ -112,7 +88,9 @@ class AdaptiveSolver:
         self.outputs = [out.data_ptr() for out in self.ys] if len(problem.t) > 2 else []
         self.replay: Callable[[], None] | None = None  # a captured step
         self.pool: tuple[Any, ...] = ()  # whose memory it works in
+        self.domain = domain_of(problem, control, method)
         self.expected = 0  # steps, by the last solve
+        self.phase = BETWEEN
         self.stiffness = StiffnessLook(problem, method)
 
     def reset(self, problem: Problem, first_step: float | None) -> None:
@@ -130,15 +108,22 @@ class AdaptiveSolver:
 
     def run(self, start: Evaluation | None = None) -> Trajectory:
         """start: f(t0, y0), where the caller already has it."""
-        if not self.looks:
-            return ahead.run(self, start)
-        self.start(start)
-        done = self.problem.own and not bool((self.state[FIELDS["status"]] == RUNNING).any())
-        while not done:
-            with marked("step"):
-                done = self._looked_at_step()
-            self.stiffness.after_step(self)
-        return self.trajectory()
+        try:
+            if not self.looks:
+                return ahead.run(self, start)
+            self.start(start)
+            done = self.problem.own and not bool((self.state[FIELDS["status"]] == RUNNING).any())
+            while not done:
+                with marked("step"):
+                    done = self.looked_at_step()
+                self.stiffness.after_step(self)
+            return self.trajectory()
+        except KeyboardInterrupt as interrupt:
+            interrupt.trajectory = until_now(self)  # type: ignore[attr-defined]
+            raise
+        finally:
+            for looker in self.lookers:
+                looker.end()
 
     def start(self, start: Evaluation | None) -> None:
         """f(t0, y0) and the first step to try."""
@@ -147,7 +132,7 @@ class AdaptiveSolver:
             out[0] = leaf
         stepper.times.copy_(problem.start_time(self.on_jump).reshape(-1))
         if start is None:
-            start = self._evaluate_start()
+            start = first_slope(self)
         if self.recorder is not None:
             self.recorder.start(start, 0)
         k0 = [slope if slope is None else slope.detach() for slope in start.k]
@@ -159,31 +144,40 @@ class AdaptiveSolver:
                     own.copy_(new)
             k0 = stepper.k[0]
         stepper.kernels.bind_slopes(0, stepper.set_slopes(0, k0, not self.recording))
-        plan_first_step(problem, stepper, self.state, self.in_norm, self.first_step, lambda t, y: self._evaluate(t, y).k)
+        if self.resumed is not None:
+            plan_resumed(stepper, self.state, self.resumed)
+        else:
+            plan_first_step(problem, stepper, self.state, self.in_norm, self.first_step, lambda t, y: self._evaluate(t, y).k)
         self.family.begin()
 
-    def _looked_at_step(self) -> bool:
+    def looked_at_step(self) -> bool:
         """A step that the host looks at; whether it was the last."""
         stepper, outputs = self.stepper, self.outputs
-        if self.callbacks:
-            self._call("callback_step", "time", "dt")
+        if self.callbacks is not None:
+            self.callbacks.before(self.state, stepper.y0)
         times, evaluations, addresses = self.attempt()
+        self.phase = DECIDING
         self.decide(addresses)
+        self.phase = DECIDED
         if self.events is not None:
             self.events.after_step(self.state, stepper)
         host = self.host_view if self.host_view is not None else self.state.cpu().numpy()
         if self.recorder is not None:
             self.recorder.step(host, evaluations, stepper.k, stepper.y0, times)
-        if self.callbacks:
-            self._called_after(host)
+        if self.callbacks is not None:
+            self.callbacks.after(host, self.state, stepper.y0)
         if outputs and (host[FIELDS["output_begin"]] < host[FIELDS["output_end"]]).any():
             stepper.kernels.dense_output(outputs)
         if self.after_step is not None:
             self.call_after_step()
+        for looker in self.lookers:
+            looker.after_step(host, stepper, self.state)
+        self.phase = MOVING
         if not self.swaps:
             self.advance()
         elif host[FIELDS["accept"], 0]:
             self.family.swap()
+        self.phase = BETWEEN
         if self.jumps:
             self._restart(host)
         return not some(host, "status", RUNNING)
@@ -192,7 +186,9 @@ class AdaptiveSolver:
         """One step, whatever becomes of it: nothing on the host depends on that."""
         stepper = self.stepper
         times, evaluations, addresses = self.attempt()
+        self.phase = DECIDING
         self.decide(addresses)
+        self.phase = DECIDED
         if self.events is not None:
             self.events.after_step(self.state, stepper)
         if self.outputs:
@@ -201,14 +197,18 @@ class AdaptiveSolver:
             self.call_after_step()
         if self.recording:
             self.unseen.append((self.state.clone(), (evaluations, list(stepper.k), stepper.y0, times)))
+        self.phase = MOVING
         self.advance()
+        self.phase = BETWEEN
 
     def trajectory(self) -> Trajectory:
         if len(self.problem.t) == 2:
             for out, leaf in zip(self.ys, self.stepper.y0, strict=False):
                 out[1] = leaf
         sums = [] if self.after_step is None else self.after_step.take()
-        return Trajectory(ys=self.ys, last=self.stepper.y0, state=self.state, sums=sums, call=self._call_at_end())
+        slope = [] if self.problem.quadratures else [leaf.detach() for leaf in self.stepper.k[0]]
+        call = self._call_at_end()
+        return Trajectory(ys=self.ys, last=self.stepper.y0, state=self.state, sums=sums, call=call, slope=slope)
 
     def _call_at_end(self) -> Evaluation | None:
         """f(t1, y1), where it was the last stage, of one call for all rows."""
@@ -238,14 +238,21 @@ class AdaptiveSolver:
         """The error, whether the step is accepted, and the next. addresses: slopes that are not bound yet."""
         problem, stepper, error = self.problem, self.stepper, self.family.error()
         kernels = stepper.kernels
-        if error is None and problem.fused_error:
+        if error is None and problem.fused_error and self.domain is None:
             kernels.error_and_step_size(addresses)
             return
-        kernels.quadrature(addresses)
-        ends = [*stepper.y[-1], *stepper.q1]
-        read: Any = (stepper.k, self.method.e, self.dt) if error is None else ([error], [1.0], None)
-        write_norm(self.ratio, problem, self.in_norm, stepper.y0, ends, *read)
+        if error is None and problem.fused_error:
+            kernels.error(addresses)
+        else:
+            kernels.quadrature(addresses)
+            ends = [*stepper.y[-1], *stepper.q1]
+            read: Any = (stepper.k, self.method.e, self.dt) if error is None else ([error], [1.0], None)
+            write_norm(self.ratio, problem, self.in_norm, stepper.y0, ends, *read)
+        if self.domain is not None:
+            self.domain.before(self.state, stepper.y[-1])
         kernels.step_size()
+        if self.domain is not None:
+            self.domain.after(self.state)
 
     def advance(self) -> None:
         """Rows whose step was accepted move on, on the device."""
@@ -279,9 +286,9 @@ class AdaptiveSolver:
         self._held[0].copy_(stepper.times)
         return self._held[1]
 
-    # ---- calls of func that are no stage, and callbacks ---------------------------------------------------------------
+    # ---- calls of func that are no stage ---------------------------------------------------------------
 
-    def _evaluate_start(self) -> Evaluation:
+    def evaluate_start(self) -> Evaluation:
         """f at the time of stage 0 and the start of the step."""
         view, y0 = self.stepper.views[0], self.stepper.y0[: self.stepper.n]
         return self._evaluate(view, y0)
@@ -297,28 +304,13 @@ class AdaptiveSolver:
         if not jumped.any():
             return
         stepper = self.stepper
-        evaluation = self._evaluate_start()
+        evaluation = self.evaluate_start()
         mask = torch.from_numpy(jumped).to(self.problem.device)
         if self.recorder is not None:
             self.recorder.restart(evaluation, mask if self.problem.per_sample else None)
-        k0 = [
-            torch.where(self._mask(mask, new), new.detach(), old) for new, old in zip(evaluation.k, stepper.k[0], strict=True)
-        ]
+        k0 = [torch.where(self.mask(mask, new), new.detach(), old) for new, old in zip(evaluation.k, stepper.k[0], strict=True)]
         stepper.kernels.bind_slopes(0, stepper.set_slopes(0, k0, False))
         self.family.restart(mask)
 
-    def _mask(self, mask: Tensor, leaf: Tensor) -> Tensor:
+    def mask(self, mask: Tensor, leaf: Tensor) -> Tensor:
         return mask.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else mask[0]
-
-    def _called_after(self, host: Any) -> None:
-        for name, accepted in (("callback_accept_step", 1), ("callback_reject_step", 0)):
-            if some(host, "accept", accepted):
-                self._call(name, "last_time", "last_dt")
-
-    def _call(self, name: str, field_t: str, field_dt: str) -> None:
-        callback = self.callbacks.get(name)
-        if callback is not None:
-            t, dt = self.state[FIELDS[field_t]].clone(), self.state[FIELDS[field_dt]].abs()
-            if not self.problem.per_sample:
-                t, dt = t[0], dt[0]
-            callback(t, [leaf.clone() for leaf in self.stepper.y0], dt)

@@ -35,9 +35,9 @@ def uniform_grid(t: list[float], step_size: float) -> list[float]:
 class Plan:
     """What is known of all steps of a grid before it is solved on.
 
-    dts: [steps]. times: of all stages, [steps * stages], in float64; rounded: in float32. outputs: of each step those that fall
-    into it, in order, as (index, theta, None). landed: of each step the place among them of the one at its end, -1 without one.
-    inside: of each step the places of the others, with their weights in the interpolant.
+    dts: [steps]. times: of all stages, [steps * stages], float64; rounded: float32. outputs: of each step, in order, as (index,
+    theta, None). landed: of each step the place among them of the one at its end, -1 without one. inside: of each the places of
+    the others, with their weights in the interpolant.
     """
 
     dts: list[float]
@@ -82,10 +82,8 @@ def _make_plan(nodes: list[float], t: list[float], direction: float, tableau: Me
 def stage_times(plan: Plan, tableau: Method, real: torch.dtype, beside: float) -> Tensor:
     """Times at which the stages are evaluated, [steps * stages], in memory of their own. beside: the direction of the solve
     where those at the ends of a step lie just inside, else 0."""
-    if torch.compiler.is_compiling():
-        times = torch.from_numpy(plan.times).to(real, copy=True)
-    else:
-        times = torch.from_numpy((plan.rounded if real is torch.float32 else plan.times).copy()).to(real)
+    exact = real is not torch.float32 or torch.compiler.is_compiling()
+    times = torch.from_numpy(plan.times if exact else plan.rounded).to(real, copy=True)
     if beside:
         c, beyond = np.tile(tableau.c, len(plan.dts)), torch.full_like(times, math.copysign(math.inf, beside))
         later, earlier = torch.nextafter(times, beyond), torch.nextafter(times, -beyond)

@@ -1,6 +1,8 @@
-"""The start of an adaptive solve: the solver state, where steps must end, and the size of the first step."""
+"""The start of an adaptive solve: the solver state, where steps must end, and the size of the first step, or that with which
+an earlier solve would have gone on."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,16 @@ from ..problem import Problem, times_as_tensor, to_device
 from ..step_control import SUCCESS, initial_state
 from ..stepper import Stepper
 from .norms import write_norm
+from .trajectory import Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class Resumed:
+    """Where another solve ended. state: of the solver, [NUM_FIELDS, rows]. slope: the first of its next step, a tensor a leaf,
+    or None where it is not known."""
+
+    state: Tensor
+    slope: list[Tensor] | None
 
 
 def stop_table(problem: Problem, step_t: Sequence[float], jump_t: Sequence[float]) -> np.ndarray:
@@ -100,3 +112,30 @@ def plan_first_step(
     stepper.set_slopes(1, k1, True)
     norm(stepper.k[:2], [-1.0, 1.0], norms[2])
     stepper.kernels.first_step(norms.data_ptr(), 0.0, 1)
+
+
+def first_slope(solver: Any) -> Evaluation:
+    """f(t0, y0) of this `AdaptiveSolver`, or the slope with which the solve that it resumes would have gone on: that is not
+    evaluated again, but for rows that stand on a discontinuity of func."""
+    kept = None if solver.resumed is None else solver.resumed.slope
+    if kept is None:
+        found: Evaluation = solver.evaluate_start()
+        return found
+    stepper, rows = solver.stepper, solver.problem.rows
+    if np.any(solver.on_jump):
+        found = solver.evaluate_start()
+        mask = torch.from_numpy(np.zeros(rows, dtype=bool) | solver.on_jump).to(solver.problem.device)
+        kept = [torch.where(solver.mask(mask, new), new, old) for new, old in zip(found.k, kept, strict=True)]
+    return Evaluation(stepper.views[0], stepper.y0[: stepper.n], kept)
+
+
+def plan_resumed(stepper: Stepper, state: Tensor, resumed: Resumed) -> None:
+    """The first step to try is the one with which the other solve would have gone on, and its controller goes on from what it
+    remembers."""
+    for name in _REMEMBERED:
+        state[FIELDS[name]].copy_(resumed.state[FIELDS[name]])
+    norms = torch.zeros(3, state.shape[1], dtype=torch.float64, device=state.device)
+    stepper.kernels.first_step(norms.data_ptr(), 0.0, 2)
+
+
+_REMEMBERED = "inverse1", "inverse2", "error_ratio", "next_size"

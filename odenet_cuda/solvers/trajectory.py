@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attempts import TOLD
 from ..interpolant import DenseStep
 from ..ops import FIELDS
 from ..problem import OwnTimes, to_device
@@ -20,8 +21,8 @@ class Trajectory:
     """ys: outputs, a leaf [len(t), ...]. last: the last accepted state. state: the solver state, None without error control.
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
     the next solve may write. steps: taken on a grid, 0 for all. system: that of a step on a grid that failed, see `StepFailed`.
-    words: why it failed, where no code says so.
-    seen: the state as a NumPy array, once the host has waited."""
+    words: why it failed, where no code says so. seen: the state as a NumPy array, once the host has waited. slope: with which
+    the next step would begin, a tensor a leaf; none where it is not known."""
 
     ys: list[Tensor]
     last: list[Tensor]
@@ -32,6 +33,7 @@ class Trajectory:
     system: int | None = None
     words: str = ""
     seen: Any = None
+    slope: Sequence[Tensor] = ()
 
     def host_state(self) -> Any:
         """The state as a NumPy array; None without one. The host waits for the device once."""
@@ -149,6 +151,7 @@ class Recorder:
         self.every_slope = dense  # whether that at the end of the last step is needed too
         self.tape: list[Step | Evaluation] = []
         self.dense_steps: list[DenseStep] = []
+        self.tried: list[np.ndarray] = []  # what `Attempts` tells of each step that was tried, where dense
         self._first: Any = None
         self._mode = torch.enable_grad() if graphs else torch.no_grad()
         self.owned = False  # the states that it is handed are its own: nobody writes into them
@@ -201,6 +204,8 @@ class Recorder:
         """After an adaptive step, before the move to the next. host: the solver state. slopes: [stages][leaves]."""
         if self.drawn and not host[_ACCEPT, 0]:
             self.drawn.clear()
+        if self.dense:
+            self.tried.append(host[TOLD])
         if self.per_sample:
             self._step_of_rows(host, evaluations, slopes, y0, times)
         elif host[_ACCEPT, 0]:

@@ -94,7 +94,7 @@ class WholeSteps:
     @staticmethod
     def refusal(problem: Problem, recorder: Any) -> str:
         if problem.quadratures:
-            return "has no slopes for running costs: the regularizers 'kinetic' and 'jacobian' need an explicit method"
+            return "has no slopes for integrals: they and the regularizers 'kinetic' and 'jacobian' need an explicit method"
         if recorder is not None and recorder.step_costs is not None:
             return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
         if recorder is not None and recorder.checkpoints is not None and recorder.tableau.memory:

@@ -1,0 +1,119 @@
+// The step of a Rosenbrock method, for stiff systems (Hairer and Wanner, Solving Ordinary Differential Equations II,
+// IV.7): all stages solve linear systems with one matrix, that of each lane.
+//
+//   (1 - gamma dt f_y) k_i = gamma (f(y0 + dt sum_j a_ij k_j) + sum_j g_ij k_j),   y1 = y0 + dt sum_i b_i k_i
+//
+// k_0 = f(t0, y0) and the last slope, f(t1, y1), stand beside the k_i, so that error, interpolant and control are those
+// of explicit methods. Only for an f that does not depend on the time.
+#pragma once
+
+#include "tile.h"
+
+namespace odenet {
+namespace ODENET_LEVEL {
+
+// A matrix as lower and upper triangle. rows: which row each was exchanged with. The diagonal holds its reciprocals.
+template <class P, int N>
+struct Factors {
+  P at[N][N], rows[N];
+};
+
+template <class P>
+ODENET_HD void exchange(const MaskOf<P>& which, P& x, P& y) {
+  const P kept = x;
+  x = select(which, y, x);
+  y = select(which, kept, y);
+}
+
+// In place, each lane by its own largest pivots. A matrix that is singular gives what is no number.
+template <class P, int N>
+ODENET_CALLED void factorise(Factors<P, N>& f) {
+  using T = Number<P>;
+  for (int c = 0; c < N; ++c) {
+    P largest = abs(f.at[c][c]), row(static_cast<T>(c));
+    for (int r = c + 1; r < N; ++r) {
+      const MaskOf<P> larger = largest < abs(f.at[r][c]);
+      largest = select(larger, abs(f.at[r][c]), largest);
+      row = select(larger, P(static_cast<T>(r)), row);
+    }
+    f.rows[c] = row;
+    for (int r = c + 1; r < N; ++r) {
+      const MaskOf<P> here = row == static_cast<T>(r);
+      if (!any(here)) continue;
+      for (int j = 0; j < N; ++j) exchange(here, f.at[c][j], f.at[r][j]);
+    }
+    f.at[c][c] = T(1) / f.at[c][c];
+    for (int r = c + 1; r < N; ++r) {
+      f.at[r][c] = f.at[r][c] * f.at[c][c];
+      for (int j = c + 1; j < N; ++j) f.at[r][j] = fused(-f.at[r][c], f.at[c][j], f.at[r][j]);
+    }
+  }
+}
+
+// x = the solution for the right side x.
+template <class P, int N>
+ODENET_CALLED void solve_factorised(const Factors<P, N>& f, P* x) {
+  using T = Number<P>;
+  for (int c = 0; c < N; ++c) {
+    for (int r = c + 1; r < N; ++r) {
+      const MaskOf<P> here = f.rows[c] == static_cast<T>(r);
+      if (any(here)) exchange(here, x[c], x[r]);
+    }
+    for (int r = c + 1; r < N; ++r) x[r] = fused(-f.at[r][c], x[c], x[r]);
+  }
+  for (int c = N - 1; c >= 0; --c) {
+    x[c] = x[c] * f.at[c][c];
+    for (int r = 0; r < c; ++r) x[r] = fused(-f.at[r][c], x[c], x[r]);
+  }
+}
+
+// 1 - gamma dt f_y, row by row: each is a product with a unit vector.
+template <class M, class P>
+ODENET_CALLED void matrix_of_step(const SolveCall& in, const Tile<M, P>& x, const P& dt, Factors<P, M::state>& f) {
+  using T = Number<P>;
+  const P scale = dt * T(-M::gamma);
+  P one[M::state];
+  for (int n = 0; n < M::state; ++n) one[n] = P(T(0));
+  for (int r = 0; r < M::state; ++r) {
+    one[r] = P(T(1));
+    M::row(in, P(T(0)), x.y, x.arguments, one, f.at[r]);
+    one[r] = P(T(0));
+    for (int j = 0; j < M::state; ++j) f.at[r][j] = f.at[r][j] * scale;
+    f.at[r][r] = f.at[r][r] + T(1);
+  }
+}
+
+template <class M, class P>
+ODENET_HD void try_rosenbrock(const SolveCall& in, Tile<M, P>& x, const P& dt) {
+  using T = Number<P>;
+  constexpr int N = M::state, S = M::stages;
+  const P none(T(0));
+  Factors<P, N> f;
+  matrix_of_step(in, x, dt, f);
+  factorise(f);
+  P slope[N];
+  unrolled<S - 2>([&](auto before) {
+    constexpr int i = before + 1;
+    if constexpr (i == 1) {
+      for (int n = 0; n < N; ++n) x.k[i][n] = slope[n] = x.k[0][n];
+    } else {
+      P y[N];
+      for (int n = 0; n < N; ++n) y[n] = fused(dt, weigh<i>(x.k, n, [](int j) { return M::a(i, j); }), x.y[n]);
+      M::field(in, none, y, x.arguments, slope, x.taps[0]);
+      for (int n = 0; n < N; ++n) x.k[i][n] = slope[n] + weigh<i>(x.k, n, [](int j) { return M::g(i, j); });
+    }
+    solve_factorised(f, x.k[i]);
+    for (int n = 0; n < N; ++n) x.k[i][n] = x.k[i][n] * T(M::gamma);
+  });
+  for (int n = 0; n < N; ++n) {
+    x.y1[n] = fused(dt, weigh<S - 1>(x.k, n, [](int j) { return M::b(j); }), x.y[n]);
+  }
+  if constexpr (M::ends_in_y1) {
+    for (int n = 0; n < N; ++n) x.k[S - 1][n] = slope[n];
+  } else {
+    M::field(in, none, x.y1, x.arguments, x.k[S - 1], x.taps[0]);
+  }
+}
+
+}  // namespace ODENET_LEVEL
+}  // namespace odenet
