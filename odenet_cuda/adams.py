@@ -142,7 +142,7 @@ def _adams(implicit: bool) -> StepFunction:
         p=hermite(b),
         p_order=3,
         step=AdamsStep(implicit),
-        scaled=implicit,
+        takes=("tolerance",) if implicit else (),
         memory=MOST - 2,
     )
 

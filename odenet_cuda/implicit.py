@@ -45,10 +45,11 @@ class ImplicitStep:
         y0: Leaves,
         k0: Leaves,
         tolerance: Leaves | None = None,
+        jac: Callable[..., Tensor] | None = None,
     ) -> tuple[Leaves, list[Leaves], None]:
         recording = torch.is_grad_enabled()
         tolerance = tolerance if self.adaptive else None
-        newton = Newton(field, dt.detach(), tolerance, self.max_iters, self.adaptive)
+        newton = Newton(field, dt.detach(), tolerance, self.max_iters, self.adaptive, jac)
         # On a grid from y0 itself: k0 may lead far away where f is stiff, and there is no smaller step to try.
         slopes, guess = [k0], [x.detach() if self.adaptive else torch.zeros_like(x) for x in k0]
         for group in self.groups:
@@ -59,7 +60,7 @@ class ImplicitStep:
                 known = [[leaf.detach() for leaf in y] for y in base]
                 found = newton.solve([x.detach() for x in times], stages, known, among, [guess] * len(group))
             if recording:
-                found = with_graph(field, dt, times, stages, base, among, found, self.second)
+                found = with_graph(field, dt, times, stages, base, among, found, self.second, jac)
             slopes += found
             guess = [leaf.detach() for leaf in found[-1]]
         y1 = combined(y0, dt, self.b, slopes)
@@ -102,7 +103,7 @@ def implicit(
         step=step,
         e=error,
         second=replace(step, second=True),
-        scaled=step.adaptive,
+        takes=("tolerance", "jac") if step.adaptive else ("jac",),
         nodes=tuple([(x, w, row) for x, w, row in zip((0.0, *nodes), weights, rows, strict=False) if w != 0]),
     )
 

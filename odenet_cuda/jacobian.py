@@ -44,13 +44,15 @@ def linearize(
     by_time: bool = True,
     apart: bool = True,
     differentiable: bool = True,
+    jac: Callable[..., Tensor] | None = None,
 ) -> Linearized:
     """By reverse mode: as many products as a system has numbers, each for all systems at once.
 
     rows: of step control. Under joint control samples on axis 0 of all leaves, which have another axis, are systems of their
     own if func does not couple them, unless `apart` is False. That is looked at every time, by one more product with random
     signs; where it does, the whole state is one system. by_time: df/dt is wanted. Where gradients are recorded k has a graph,
-    and, if they are to be `differentiable`, so have dy and dt. Raises ValueError where func cannot be differentiated,
+    and, if they are to be `differentiable`, so have dy and dt. jac: df/dy as the user gives it, [samples, n, n], or [n, n] of
+    the whole state; used but where dy must have a graph. Raises ValueError where func cannot be differentiated,
     NotImplementedError where a system has more than MOST numbers or the state is not float32 or float64.
     """
     if any([leaf.dtype not in (torch.float32, torch.float64) for leaf in y]):
@@ -63,6 +65,10 @@ def linearize(
         if by_time and not (recording and t.requires_grad):
             t = t.detach().requires_grad_()
         slopes = field(t, y, stage)
+        if jac is not None and not again:
+            if by_time and not slopes[0].requires_grad:
+                _refuse_time(field, t, y, slopes)
+            return _given(jac, slopes, t, y, by_time, recording)
         systems = rows if rows > 1 else _samples(y) if apart else 1
         k = flat(slopes, systems)
         if not k.requires_grad:
@@ -75,6 +81,76 @@ def linearize(
             dy = _by_y(k, y, 1, again)
         dt = _by_t(k, t, again) if by_time else None
         return Linearized(systems, k if recording else k.detach(), dy, dt)
+
+
+def _given(
+    jac: Callable[..., Tensor], slopes: list[Tensor], t: Tensor, y: Sequence[Tensor], by_time: bool, recording: bool
+) -> Linearized:
+    """With df/dy as the user gives it."""
+    with torch.no_grad():
+        dy = jac(t.detach(), [leaf.detach() for leaf in y])
+    systems = 1 if dy.dim() == 2 else len(dy)
+    k, dy, dt = flat(slopes, systems), dy.reshape(systems, *dy.shape[-2:]), None
+    if by_time and k.requires_grad:
+        dt = _by_t(k, t, False)
+    return Linearized(systems, k if recording else k.detach(), dy, dt)
+
+
+def _refuse_time(field: Callable[..., Any], t: Tensor, y: Sequence[Tensor], k: Sequence[Tensor]) -> None:
+    """Where what func returns has no graph, it must not depend on the time: df/dt would be missing."""
+    with torch.no_grad():
+        step = torch.finfo(t.dtype).eps ** 0.5
+        other = field(t.detach() * (1 + step) + step, [leaf.detach() for leaf in y], 0)
+    if not all([torch.equal(a, b.detach()) for a, b in zip(other, k, strict=True)]):
+        raise ValueError(
+            "func depends on the time, but what it returns has no graph by which this method could differentiate it: write it "
+            "in torch's operations, or use method='kvaerno5', which needs df/dy alone"
+        )
+
+
+def checked_jac(jac: Callable[..., Any], y0: Sequence[Tensor], rows: int) -> Callable[..., Tensor]:
+    """The user's jac over leaves, with its result checked. rows: of per-sample control, else 0. Raises TypeError, ValueError
+    where that is wrong, or the state has several leaves."""
+    if not callable(jac):
+        raise TypeError(f"jac must be callable as jac(t, y), got {type(jac).__name__}")
+    if len(y0) != 1:
+        raise ValueError(f"jac is served for a state that is one tensor, got {len(y0)} leaves")
+    leaf, samples = y0[0], rows or _samples(y0)
+    n = leaf.numel() // max(samples, 1)
+    allowed = [] if leaf.dim() < 2 else [[samples, n, n]]
+    if not rows:
+        allowed.append([leaf.numel(), leaf.numel()])
+
+    def call(t: Tensor, y: Sequence[Tensor]) -> Tensor:
+        found = jac(t, y[0])
+        if not isinstance(found, Tensor):
+            raise TypeError(f"jac must return a tensor, got {type(found).__name__}")
+        if list(found.shape) not in allowed:
+            raise ValueError(f"jac must return df/dy of shape {' or '.join(map(str, allowed))}, got {list(found.shape)}")
+        return found.to(leaf.device, leaf.dtype)
+
+    return call
+
+
+def refuse_other_jac(jac: Callable[..., Tensor], t: Tensor, y: Sequence[Tensor], k: Sequence[Tensor]) -> None:
+    """k: of func, at y, perhaps with a graph. Raises ValueError where jac is not its derivative: one product tells."""
+    if not k[0].requires_grad or not y[0].requires_grad:
+        return
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    w = torch.randn(k[0].shape, generator=generator, dtype=torch.float64, device="cpu").to(k[0].device, k[0].dtype)
+    (right,) = torch.autograd.grad(k[0], y[0], w, retain_graph=True, materialize_grads=True)
+    with torch.no_grad():
+        dy = jac(t.detach(), [y[0].detach()])
+        dy = dy[None] if dy.dim() == 2 else dy
+        found = (w.reshape(len(dy), 1, -1) @ dy).reshape(right.shape)
+        size = (w.abs().reshape(len(dy), 1, -1) @ dy.abs()).reshape(right.shape)
+        apart = (found - right).abs() > 1e-3 * (size + right.abs())
+    if bool(apart.any()):
+        place = tuple(int(i) for i in apart.nonzero()[0])
+        raise ValueError(
+            "jac must give df/dy, [..., i, j] the derivative of slope i by number j of y: at the start a product with it "
+            f"is {float(found[place]):.6g} at {list(place)}, and {float(right[place]):.6g} by func itself"
+        )
 
 
 def _samples(y: Sequence[Tensor]) -> int:

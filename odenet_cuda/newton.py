@@ -71,12 +71,14 @@ class Newton:
     iterations contract quickly with it: Hairer and Wanner, Solving Ordinary Differential Equations II, IV.8. Each system has
     its own, and ends by itself, so that it is what it is alone. tolerance: atol + rtol |y0| of the leaves, to a part of which
     stages are solved; None: to rounding. rejects: where a system cannot be solved its slopes become NaN; else StepFailed is
-    raised.
+    raised. jac: see `linearize`.
     """
 
-    def __init__(self, field: Callable[..., Any], dt: Tensor, tolerance: Leaves | None, max_iters: int, rejects: bool):
+    def __init__(
+        self, field: Callable[..., Any], dt: Tensor, tolerance: Leaves | None, max_iters: int, rejects: bool, jac: Any = None
+    ):
         self.field, self.dt, self.rows, self.tolerance = field, dt, len(dt), tolerance
-        self.max_iters, self.rejects, self.apart = max_iters, rejects, True
+        self.max_iters, self.rejects, self.apart, self.jac = max_iters, rejects, True, jac
         self.dy: Tensor | None = None  # [systems, m, n, n]
         self.a: Rows = ()
         self.factors: Any = None
@@ -91,41 +93,43 @@ class Newton:
         stale: Tensor | None = None
         active: Tensor | None = None
         before: Tensor | None = None
+        slow = _SLOW if self.tolerance is None else _SLOWER
         for _ in range(self.max_iters):
             points = [combined(y, self.dt, row, k) for y, row in zip(base, a, strict=True)]
-            slopes, anew = self._evaluate(times, stages, points, stale)
-            if anew or active is None:
-                active, before = torch.ones(len(slopes), dtype=torch.bool, device=slopes.device), None
+            slopes, fresh = self._evaluate(times, stages, points, stale)
+            if active is None or before is None or len(active) != len(slopes):
+                active, before = torch.ones_like(fresh), torch.full_like(slopes[:, 0, 0], torch.inf)
             old = torch.stack([flat(of_stage, len(slopes)) for of_stage in k], 1)
             change = solved(self.factors, slopes - old)
             size = self._size(change, points)
-            active = self._without_broken(active, size, slopes)
-            new = torch.where(active[:, None, None] | ~torch.isfinite(size)[:, None, None], old + change, old)
+            wild = active & ~fresh & ~(size < before)  # an old matrix led astray: from there once more with a new one
+            broken = self._broken(active & ~wild, size, slopes)
+            new = torch.where((active & ~wild)[:, None, None], old + change, old)
             k = [as_leaves(new[:, i], k[i]) for i in range(len(k))]
-            ended = self._ended(size, before)
-            rate = None if before is None else size / before
-            active, before = active & ~ended, size
+            rate = size / before
+            active = active & ~broken & ~(self._ended(size, rate) & ~wild)
             if not bool(active.any()):
                 return k
-            stale = (
-                None if rate is None else active & (rate > (_SLOW if self.tolerance is None else _SLOWER))
-            )  # how well the matrix does is seen by the next change
+            stale = active & (wild | (rate > slow))  # how well a matrix does is seen by the change after its own
+            before = torch.where(wild, before, size)
         return self._given_up(active, k)
 
     def _evaluate(
         self, times: Sequence[Tensor], stages: Sequence[int], points: Sequence[Leaves], stale: Tensor | None
-    ) -> tuple[Tensor, bool]:
-        """(the slopes [systems, m, n]; whether systems are not what they were). stale: those whose matrix is made anew."""
+    ) -> tuple[Tensor, Tensor]:
+        """(the slopes [systems, m, n]; for which systems the matrix is that of these points). stale: whose is made anew."""
         if self.dy is not None and (stale is None or not bool(stale.any())):
             found = [self.field(t, y, i) for t, y, i in zip(times, points, stages, strict=True)]
-            return torch.stack([flat(k, len(self.dy)) for k in found], 1), False
-        near = jacobians(self.field, times, points, self.rows, stages, apart=self.apart)
+            none = torch.zeros(len(self.dy), dtype=torch.bool, device=self.dy.device)
+            return torch.stack([flat(k, len(self.dy)) for k in found], 1), none
+        near = jacobians(self.field, times, points, self.rows, stages, apart=self.apart, jac=self.jac)
         dy = torch.stack([x.dy for x in near], 1)
         self.apart = self.rows > 1 or near[0].systems > 1
-        anew = self.dy is None or self.dy.shape != dy.shape
-        self.dy = dy if anew or stale is None or self.dy is None else torch.where(stale[:, None, None, None], dy, self.dy)
-        self.factors = _factors(self.dy, self.dt, self.a)
-        return torch.stack([x.k for x in near], 1), anew
+        fresh = torch.ones(len(dy), dtype=torch.bool, device=dy.device)
+        if self.dy is not None and stale is not None and self.dy.shape == dy.shape:  # else func couples samples after all
+            dy, fresh = torch.where(stale[:, None, None, None], dy, self.dy), stale
+        self.dy, self.factors = dy, _factors(dy, self.dt, self.a)
+        return torch.stack([x.k for x in near], 1), fresh
 
     def _size(self, change: Tensor, points: Sequence[Leaves]) -> Tensor:
         """That of a change of the stages, in units of what may remain, [systems]."""
@@ -138,17 +142,18 @@ class Newton:
             return largest / rounding
         return (moved / torch.maximum(_ENOUGH * flat(self.tolerance, systems), rounding[:, None])[:, None]).amax((1, 2))
 
-    def _ended(self, size: Tensor, before: Tensor | None) -> Tensor:
-        """Which systems are solved: the next change would be a part of this one."""
-        if before is None:
-            return size <= (1e-3 if self.tolerance is not None else 1.0)
-        rate = size / before
-        ended = (size <= 1) | ((rate < 0.5) & (rate / (1 - rate) * size <= 1))
+    def _ended(self, size: Tensor, rate: Tensor) -> Tensor:
+        """Which systems are solved: the next change would be a part of this one. rate: of this to the last, 0 where it is the
+        first."""
+        first = rate == 0
+        ended = (size <= (1e-3 if self.tolerance is not None else 1.0)) | ~first & (size <= 1)
+        ended |= ~first & (rate < 0.5) & (rate / (1 - rate) * size <= 1)
         if self.tolerance is None:  # rounding in func keeps it from less
             ended |= (rate >= 0.5) & (size <= torch.finfo(size.dtype).eps ** (-1 / 3))
         return ended
 
-    def _without_broken(self, active: Tensor, size: Tensor, slopes: Tensor) -> Tensor:
+    def _broken(self, active: Tensor, size: Tensor, slopes: Tensor) -> Tensor:
+        """Which of them have no number; these end so, or StepFailed is raised."""
         broken = active & ~torch.isfinite(size)
         if bool(broken.any()) and not self.rejects:
             first = int(broken.nonzero()[0])
@@ -160,7 +165,7 @@ class Newton:
             elif int(self.factors[2][first]) != 0:
                 code = SINGULAR
             raise StepFailed(code, first if len(size) > 1 else None)
-        return active & ~broken
+        return broken
 
     def _given_up(self, active: Tensor | None, k: list[Leaves]) -> list[Leaves]:
         assert active is not None
@@ -180,6 +185,7 @@ def with_graph(
     a: Rows,
     k: list[Leaves],
     second: bool,
+    jac: Any = None,
 ) -> list[Leaves]:
     """The slopes that solve the equations, with a graph to base, dt and all that func depends on: by one more iteration, whose
     derivative is that of the implicit function theorem. second: so that its derivative has one too, by two that are recorded
@@ -187,7 +193,7 @@ def with_graph(
     k = [[leaf.detach() for leaf in of_stage] for of_stage in k]
     for _ in range(2 if second else 1):
         points = [combined(y, dt, row, k) for y, row in zip(base, a, strict=True)]
-        near = jacobians(field, times, points, len(dt), stages, differentiable=second)
+        near = jacobians(field, times, points, len(dt), stages, differentiable=second, jac=None if second else jac)
         with torch.set_grad_enabled(second):
             factors = factorised(near, dt, a)
         old = torch.stack([flat(of_stage, near[0].systems) for of_stage in k], 1)

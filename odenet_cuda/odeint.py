@@ -262,6 +262,7 @@ def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = T
             raise ValueError(f"options['dtype'], the type of time, must be torch.float64, got {dtype}")
     else:
         given.pop("norm", None)
+    known = (*known, *(name for name in ("jac", "mass") if name in getattr(find_method(method), "takes", ())))
     unknown = {name: given.pop(name) for name in list(given) if name not in known and name not in _COMMON}
     if unknown:
         warnings.warn(f"{method}: Unexpected arguments {unknown}", stacklevel=3)

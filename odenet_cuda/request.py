@@ -17,6 +17,7 @@ from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .integrals import Integrand, with_quadratures
 from .integrate import Grid, Options, fixed_grid
+from .mass import add_system
 from .problem import (
     Field,
     Problem,
@@ -77,9 +78,10 @@ class Request:
         integrals: Callable[..., Any] | None = None,
         integrals_in_norm: bool = False,
         save: Callable[..., Any] | None = None,
+        system: tuple[Any, Any] = (None, None),
     ):
         """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
-        resume: the solution that it goes on from. valid, integrals, save: as of `solve`.
+        resume: the solution that it goes on from. valid, integrals, save: as of `solve`; system: jac and mass.
 
         Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params, self.events, self.resume = with_stops(settings, func), params, events, resume
@@ -87,9 +89,9 @@ class Request:
         self.save = None if save is None else with_arguments(save, args)
         self.integrals = None if integrals is None else with_arguments(integrals, args)
         self.integrand: Integrand | None = None
-        self.given = t, rtol, atol, norm, adjoint
+        self.given, self.system = (t, rtol, atol, norm, adjoint), system
         self.structure = check_state(y0)
-        self.func = with_arguments(func, args)
+        self.func, self.extra = with_arguments(func, args), tuple(args)
         self.compiled, self.args = compiled_field(self.func, compile)
         self.prepared: dict[str, Any] = {}
 
@@ -133,6 +135,8 @@ class Request:
             check_start(problem)
         if running:
             problem = with_costs(problem, running)
+        if any([given is not None for given in self.system]):
+            add_system(problem, options, settings.gradient, *self.system, self.extra)
         if self.integrals is not None:
             problem = self._with_integrals(problem)
         grid = None

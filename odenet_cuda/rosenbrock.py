@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .jacobian import as_leaves, flat, linearize
+from .mass import for_systems
 from .tableau import StepFunction
 
 Rows = tuple[tuple[float, ...], ...]
@@ -20,7 +21,8 @@ class RosenbrockStep:
 
         (I - gamma dt f_y) u_i = gamma (dt f(t0 + c_i dt, y0 + sum_j a_ij u_j) + sum_j g_ij u_j + d_i dt^2 f_t)
 
-    and y1 = y0 + sum_i m_i u_i. The first stage is at (t0, y0); its slope is there. Called as `StepFunction.step`.
+    and y1 = y0 + sum_i m_i u_i. With a mass matrix M it stands in place of I, and before the sum of the g_ij u_j. The first
+    stage is at (t0, y0); its slope is there. Called as `StepFunction.step`.
     """
 
     gamma: float
@@ -36,12 +38,21 @@ class RosenbrockStep:
         return len(self.a) + (not self.ends_in_y1)
 
     def __call__(
-        self, field: Callable[..., Any], t: list[Tensor], dt: Tensor, y0: list[Tensor], k0: list[Tensor]
+        self,
+        field: Callable[..., Any],
+        t: list[Tensor],
+        dt: Tensor,
+        y0: list[Tensor],
+        k0: list[Tensor],
+        jac: Callable[..., Tensor] | None = None,
+        mass: Tensor | None = None,
     ) -> tuple[list[Tensor], list[list[Tensor]], None]:
-        near = linearize(field, t[0], y0, len(dt))
+        near = linearize(field, t[0], y0, len(dt), jac=jac)
         start, slope = flat(y0, near.systems), flat(k0, near.systems)
         h = dt.to(start.dtype)[:, None]
         one = torch.eye(start.shape[1], dtype=start.dtype, device=start.device)
+        if mass is not None:
+            one = for_systems(mass, len(one))
         # A matrix that is singular gives a step that is no number, which is rejected.
         factors, pivots, _ = torch.linalg.lu_factor_ex(one - self.gamma * h[:, :, None] * near.dy)
         by_time = None if near.dt is None else h * h * near.dt
@@ -49,7 +60,7 @@ class RosenbrockStep:
         for i, (a, g, d) in enumerate(zip(self.a, self.g, self.d, strict=True)):
             if i > 0:
                 slope = flat(field(t[i + 1], as_leaves(_sum(start, a, u), y0), i + 1), near.systems)
-            right = _sum(h * slope, g, u)
+            right = _sum(h * slope, g, u) if mass is None else h * slope + _sum(torch.zeros_like(slope), g, u) @ mass.T
             if by_time is not None and d != 0:
                 right = right + d * by_time
             u.append(torch.linalg.lu_solve(factors, pivots, self.gamma * right[:, :, None])[:, :, 0])
@@ -89,7 +100,14 @@ def rosenbrock(
     none = (0.0,) * len(p[0])
     step = RosenbrockStep(gamma, a, g, d, m, c[-1] == 1 and (*a[-1], 0.0) == m)
     return StepFunction(
-        order=order, c=(0.0, *c, 1.0), b=(0.0, *m, 0.0), e=(0.0, *error, 0.0), p=(none, *p, none), p_order=p_order, step=step
+        order=order,
+        c=(0.0, *c, 1.0),
+        b=(0.0, *m, 0.0),
+        e=(0.0, *error, 0.0),
+        p=(none, *p, none),
+        p_order=p_order,
+        step=step,
+        takes=("jac", "mass"),
     )
 
 

@@ -49,6 +49,8 @@ def solve(
     max_iters: int | None = None,
     max_order: int | None = None,
     solver: str | None = None,
+    jac: Callable[..., Tensor] | None = None,
+    mass: Tensor | None = None,
     cuda_graph: bool | str = False,
     interp: str = "method",
     norm: Callable | None = None,
@@ -109,6 +111,11 @@ def solve(
         12; the higher, the smaller the steps with which they are stable, of explicit_adams above all.
     solver: of scipy_solver: "LSODA", the default, "Radau", "BDF", "RK45", "RK23" or "DOP853", with gradient="adjoint" alone,
         whose backward solve is by rodas5p, dopri5, bosh3 or dopri8, by its kind.
+    jac: for implicit and stiff methods, ``jac(t, y, *args)`` gives df/dy as a tensor, [batch, n, n] with a row of n numbers a
+        sample, or [n, n] of the whole state; else it comes from torch. A solve that records gradients asks it only where no
+        derivative of it is needed. mass: for rodas5p and rosenbrock23, the constant matrix M [n, n] of M dy/dt = func(t, y),
+        which may be singular: then y0 must fulfil the equations without a derivative, and these must determine the rest (index
+        1). With gradient="direct" or "checkpoint".
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
@@ -177,7 +184,7 @@ def solve(
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
-    more: dict[str, Any] = {"resume": resume, "valid": valid}
+    more: dict[str, Any] = {"resume": resume, "valid": valid, "system": (jac, mass)}
     more |= {"integrals": integrals, "integrals_in_norm": integrals_in_norm}
     if resume is not None:
         check_resume(resume)
@@ -186,6 +193,8 @@ def solve(
     def run(y0: Any, t: Any, ends: Events | None) -> Solution:
         return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more))
 
+    if goes_on(ends, changes) and mass is not None:
+        raise NotImplementedError("mass is not served where events or jumps change the state")
     if goes_on(ends, changes):
         refused = ("resume", resume is not None), ("integrals", integrals is not None), ("every", every is not None)
         try:

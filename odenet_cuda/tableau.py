@@ -112,7 +112,8 @@ class StepFunction:
     `StepFailed`, or on an adaptive way gives an end that is no number, which is rejected.
     order, c, b, e, p, p_order: as in `ButcherTableau`; the step size goes by the error to the power of 1 / order.
     second: the same step, where gradients of gradients are wanted, None: `step` itself.
-    scaled: whether it is given ``tolerance=``, atol + rtol |y0| of each leaf, or None where it is not known.
+    takes: what its step is given besides, by name, where it is known: "tolerance", atol + rtol |y0| of each leaf; "jac", the
+    user's df/dy, a function of (t, leaves), see `jacobian.linearize`; "mass", the matrix M of M dy/dt = f, [n, n].
     memory: how many slopes before k_0 it is given besides, ``past=[(dt, k), ...]``, the last first: of the steps before, each
     with the slope at its start. At first there are fewer.
     nodes: of quadrature over a step, (c, weight, row): the integral of g(t, y) is dt sum_i weight_i g(t0 + c_i dt, Y_i) with
@@ -129,7 +130,7 @@ class StepFunction:
     step: Callable[..., Any]
     e: tuple[float, ...] = ()
     second: Callable[..., Any] | None = None
-    scaled: bool = False
+    takes: tuple[str, ...] = ()
     memory: int = 0
     nodes: tuple[Node, ...] = ()
     stages: int = field(init=False)

@@ -331,7 +331,7 @@ def test_what_is_refused():
         solve(lambda t, y: -y.detach(), y0, t, method="gl4")
     with pytest.raises(NotImplementedError, match="up to n = 2048"):
         solve(lambda t, y: -y, torch.ones(3000), t, method="implicit_euler")
-    with pytest.raises(NotImplementedError, match="no slopes for running costs"):
+    with pytest.raises(NotImplementedError, match="no slopes for integrals"):
         solve(lambda t, y: -y, y0, t, method="gl4", regularizers=("kinetic",))
     with pytest.raises(NotImplementedError, match=r"method='gl4' decides by numbers that torch\.func transforms"):
         torch.func.grad(lambda y: solve(lambda t, y: -y, y, t, method="gl4").ys.sum())(y0)

@@ -122,8 +122,7 @@ def solve_backwards(
     stats: Stats,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """(dL/dy0, dL/dt, dL/dparams). field: of the problem, for the calls on the way back."""
-    n = len(problem.state_leaves)
-    grad_ys, costs = cotangents_of(problem, ys, grad_outputs)
+    n, (grad_ys, costs) = len(problem.state_leaves), cotangents_of(problem, ys, grad_outputs)
     generators = noise.states(problem.device)
     stats.drift, stats.looks = None, []
     field, params = _for_graphs(adjoint, field, params)
@@ -155,13 +154,15 @@ def solve_backwards(
         state = trajectory.host_state()
         if state is not None:
             stats.nfe_backward = field.nfe
-            reached = last_state(trajectory.last[: 2 * n], problem, stats)
-            raise_failure(state, reached, options.control.max_num_steps, trajectory)
+            most, reached = options.control.max_num_steps, last_state(trajectory.last[: 2 * n], problem, stats)
+            raise_failure(state, reached, most, trajectory)
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a = trajectory.last[n : 2 * n]
         stored = [out[i - 1] for out in ys]
-        note_drift(stats, trajectory.state is None, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
+        note_drift(
+            stats, trajectory.state is None and not whole, tolerances, problem.rows, trajectory.last[:n], stored, backward.held
+        )
         sums = trajectory.sums if recorder is None else recorder.take()
         integral = [x + y for x, y in zip(integral, sums, strict=True)] if apart else trajectory.last[2 * n :]
     if grad_t is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..captured import Known, Walk
+from ..mass import check_consistent
 from ..ops import FIELDS
 from ..problem import Problem, counter_of
 from ..stepper import Stepper
@@ -48,9 +49,12 @@ def mapped(
 def arguments(method: StepFunction, problem: Problem, y0: Sequence[Tensor], past: Sequence[Any]) -> dict[str, Any]:
     """What its step is given by name."""
     more: dict[str, Any] = {"past": past} if method.memory else {}
-    if method.scaled:
+    if "tolerance" in method.takes:
         parts = zip(y0, problem.rtol, problem.atol, strict=False)
         more["tolerance"] = [(atol + rtol * leaf.detach().abs()).expand_as(leaf) for leaf, rtol, atol in parts]
+    for name in ("jac", "mass"):
+        if getattr(problem, name) is not None:
+            more[name] = getattr(problem, name)
     return more
 
 
@@ -98,7 +102,8 @@ class WholeSteps:
         return ""
 
     def begin(self) -> None:
-        pass
+        if self.problem.mass is not None:
+            check_consistent(self.problem, self.stepper.k[0])
 
     def step(self, field: Callable[..., Any], times: Tensor, views: list[Tensor]) -> tuple[Sequence[Any], list[int]]:
         """The solver's buffers hold copies of what the function gave: a graph may hang on that."""
