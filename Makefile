@@ -16,6 +16,13 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The files that see most without a C++ compiler: about a minute on two cores.
+QUICK := house plain methods dtypes solve errors hidden_state events odeint_parity transforms checkpoint stepper families \
+	regularizers per_sample dense times_per_sample stiff failed_rows restarts adjoint_drift
+.PHONY: test-quick
+test-quick: $(SETUP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
+
 # The C++ kernels under sanitizers; a quarter of an hour. Needs g++.
 .PHONY: test-sanitize
 test-sanitize: $(SETUP)

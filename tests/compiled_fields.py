@@ -62,6 +62,10 @@ class Flow(nn.Module):
         return torch.cat([dz, -trace[:, None]], 1)
 
 
+def decay(t: Tensor, y: Tensor) -> Tensor:
+    return -y
+
+
 def lorenz(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
     """p: [batch, 3], one row a sample."""
     a, b, c = y.unbind(-1)

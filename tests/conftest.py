@@ -63,6 +63,12 @@ def quick_compiler():
 
 
 @pytest.fixture
+def compiled_quickly(monkeypatch):
+    """The same for one test, which is not skipped where there is no compiler."""
+    monkeypatch.setenv("ODENET_CXXFLAGS", "-O0")
+
+
+@pytest.fixture
 def one_thread():
     """Systems of a few numbers are solved faster without others."""
     threads = torch.get_num_threads()

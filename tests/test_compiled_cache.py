@@ -4,9 +4,11 @@ import dataclasses
 import errno
 import fcntl
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -98,7 +100,7 @@ def leftovers(cache: Path) -> list[str]:
 def test_second_process_compiles_nothing(cache, tmp_path):
     """The folder is the user's alone; a compiler that fails is no trouble where all is cached."""
     works, log = compiler(tmp_path)
-    assert run(cache, CXX=works)[0] == "compiled"
+    assert run(cache, CXX=works) == ("compiled", "")
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert compiles(log) == len(libraries(cache)) == 1 and leftovers(cache) == []
     assert run(cache, CXX=works)[0] == "compiled"
@@ -127,6 +129,49 @@ def test_compiler_that_fails(cache, tmp_path, mode):
     assert compiles(log) == 1
     assert libraries(cache) == [] and leftovers(cache) == []
     assert run(cache)[0] == "compiled"
+
+
+INTERRUPTED = """
+import signal, torch, odenet_cuda
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+y0 = torch.full((3, 1), 2.0, requires_grad={gradient})
+field = odenet_cuda.compile(lambda t, y: -y * 1.5)
+try:
+    odenet_cuda.solve(field, y0, [0.0, 1.0])
+except KeyboardInterrupt:
+    print(field.explain())
+odenet_cuda.solve(field, y0, [0.0, 1.0])
+print(field.explain())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("gradient", [False, True], ids=["one library", "two side by side"])
+def test_interrupted_while_it_compiles(cache, tmp_path, gradient):
+    """Ctrl-C, which reaches the compilers too, is KeyboardInterrupt at once; no half is left, and the next solve compiles."""
+    program, begun = tmp_path / "waits.sh", tmp_path / "begun"
+    count = 1 + gradient
+    program.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) exec {build.find_compiler()[0][0]} --version;; esac\n'
+        f"echo . >> {begun}\n[ $(wc -l < {begun}) -gt {count} ] || exec sleep 100\n"
+        f'exec {build.find_compiler()[0][0]} "$@"\n'
+    )
+    program.chmod(0o755)
+    environment = {**os.environ, "ODENET_CACHE": str(cache), "ODENET_CXXFLAGS": "-O0", "CXX": str(program)}
+    command = [sys.executable, "-c", INTERRUPTED.format(gradient=gradient)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    try:
+        while compiles(begun) < count and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.2)  # until the shell is the program that sleeps
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert out.splitlines() == ["not solved yet", "compiled"] and err == ""
+        assert len(libraries(cache)) == count and leftovers(cache) == []
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_no_compiler(cache, tmp_path):

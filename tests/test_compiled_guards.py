@@ -1502,7 +1502,7 @@ def assert_fresh_as_float32(field):
     torch.testing.assert_close(slopes(field, 0.0, y).float(), expected, rtol=1e-6, atol=1e-6)  # float32 beside float64
 
 
-def test_func_replaced():
+def test_func_replaced(compiled_quickly):
     """Of a field and of a block."""
     field = odenet_cuda.compile(lambda t, y: -y)
     assert_fresh(field)
@@ -2245,7 +2245,7 @@ class Appending(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Noise, ActNorm])
-def test_a_first_call_that_writes(make):
+def test_a_first_call_that_writes(make, compiled_quickly):
     """The reading leaves nothing; the stepper's call makes it from the user's data; then the field is read."""
     func = make()
     field = odenet_cuda.compile(func)
@@ -2275,7 +2275,7 @@ def test_a_func_that_writes_always():
 # ---- compiled ----
 
 
-def test_changes_compiled():
+def test_changes_compiled(compiled_quickly):
     """One chain of changes, solved, with gradients: as the stepper."""
     f = OneNet(k=1.0)
     f.forward = lambda t, y: torch.tanh(f.net(y)) * f.k

@@ -342,7 +342,7 @@ def test_modules(name):
 
 @pytest.mark.parametrize("control", ["joint", "per_sample"])
 @pytest.mark.parametrize("name", ["weight_norm", "ConcatSquash", "Embedded", "Hyper"])
-def test_modules_compiled(name, control):
+def test_modules_compiled(name, control, compiled_quickly):
     """Gradients for parameters beside the stepper's: sums over samples, and what torch and the kernel make of them."""
     if name == "Hyper" and control == "per_sample":
         pytest.skip("its weights would differ from sample to sample, which the stepper does not serve")

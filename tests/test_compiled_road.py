@@ -31,7 +31,7 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def quickly_compiled(monkeypatch):
     require_compiler()
-    monkeypatch.setenv("ODENET_CXXFLAGS", "-O1")
+    monkeypatch.setenv("ODENET_CXXFLAGS", "-O0")
 
 
 def gradients(func, sources, solver=odeint_adjoint, **options):

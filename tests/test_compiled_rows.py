@@ -21,7 +21,7 @@ BATCH = 70  # more numbers than a state has that may be read as one sample
 @pytest.fixture(autouse=True)
 def quickly_compiled(monkeypatch):
     require_compiler()
-    monkeypatch.setenv("ODENET_CXXFLAGS", "-O1")
+    monkeypatch.setenv("ODENET_CXXFLAGS", "-O0")
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from torch import nn
 import odenet_cuda
 from odenet_cuda import engines, request, solve
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")  # it is not the machine code that is tried here
+
 D = torch.float64
 GRIDS = [
     {},

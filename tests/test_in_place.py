@@ -7,6 +7,8 @@ from torch import Tensor, nn
 import odenet_cuda
 from odenet_cuda import solve
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")  # it is not the machine code that is tried here
+
 D = torch.float64
 TIMES = [0.0, 0.4, 1.0]
 CONTROLS = {"joint": {}, "per_sample": {"step_control": "per_sample"}, "grid": {"method": "rk4"}}

@@ -129,6 +129,6 @@ def test_times_of_float32_meet_jumps_that_are_written_out():
 
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 @pytest.mark.parametrize("step_control", ["joint", "per_sample"])
-def test_compiled(gradient, step_control):
+def test_compiled(gradient, step_control, compiled_quickly):
     for place in PLACES:
         compare(place, "right", 1, 1e-8, compiled=True, gradient=gradient, step_control=step_control)

@@ -77,7 +77,7 @@ def assert_fresh(field, y0=None, t=T, options=OPTIONS, compiled=True):
 @pytest.fixture(autouse=True)
 def quickly_compiled(monkeypatch):
     """What is prepared does not depend on how well the machine code is."""
-    monkeypatch.setenv("ODENET_CXXFLAGS", "-O1")
+    monkeypatch.setenv("ODENET_CXXFLAGS", "-O0")
 
 
 def prepared(func=None):

@@ -28,6 +28,8 @@ class Network(nn.Module):
         return torch.tanh(self.layer(y)) * torch.cos(t)
 
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")  # it is not the machine code that is tried here
+
 FUNC = Network().requires_grad_(False)  # torch.jit.trace keeps no weights of a function that require a gradient
 GRID = {"method": "rk4", "step_size": 0.25}
 CALLS = {

@@ -17,6 +17,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -32,6 +33,7 @@ from .compilers import (
     CUDA_FLAGS,
     LEVEL_FLAGS,
     Capability,
+    Interrupted,
     NoCompiler,
     Refused,
     compiler_flags,
@@ -168,7 +170,7 @@ def _find(command: Command, key: str) -> _C.Library:
     global _warned
     try:
         return _find_in(cache_folder(), command, key)
-    except Refused:
+    except (Refused, Interrupted):
         raise
     except (OSError, NoCompiler) as error:
         folder = _own_folder(os.getpid())
@@ -255,6 +257,8 @@ def _compile(command: Command, path: Path) -> None:
             run = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=False)
         except subprocess.TimeoutExpired:
             raise Refused(f"{name} took longer than {_SECONDS} s") from None
+        if run.returncode == -signal.SIGINT:  # that of a terminal reaches it too
+            raise Interrupted(f"{name} was interrupted")
         if run.returncode != 0:
             if full := re.search("No space left on device|Disk quota exceeded", run.stderr):
                 raise OSError(f"{name} failed: {full[0]}")

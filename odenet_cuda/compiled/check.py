@@ -215,22 +215,17 @@ def _check_at(
     arrays = [plan.array(node, seen).cpu().clone().numpy() for node in plan.program.constants]
     with np.errstate(all="ignore"):
         results = run_program(plan.program, inputs, [a if a.dtype == bool else a.astype(float) for a in arrays])
-    wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) : -1])]
     by_time = results.pop()  # of a common time func gives the sum over the samples
-    if by_time.size:
-        results.append(by_time if t.dim() else by_time.sum(0, keepdims=True))
-        wanted.append(found[-1].detach().double().cpu().reshape(-1, 1).numpy())
-    results += [results[0]] * len(alone)
-    wanted += [flat(slopes) for slopes in alone]
-    tolerance = 1e-9 if plan.dtype == torch.float64 else 1e-3  # some 1e7 roundings
-    names = (
-        "slopes",
-        "products",
-        "products",
-        *["df/dt"] * bool(by_time.size),
-        *["slopes where no gradient is wanted"] * len(alone),
-    )
-    for what, got, expected in zip(names, results, wanted, strict=True):
+    results += [results[0]] * len(alone) + [by_time if t.dim() else by_time.sum(0, keepdims=True)] * bool(by_time.size)
+    wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) : -1]), *map(flat, alone)]
+    wanted += [found[-1].detach().double().cpu().reshape(-1, 1).numpy()] * bool(by_time.size)
+    _compare(results, wanted, plan.dtype, ["slopes where no gradient is wanted"] * len(alone) + ["df/dt"] * bool(by_time.size))
+
+
+def _compare(results: list[np.ndarray], wanted: list[np.ndarray], dtype: torch.dtype, further: Sequence[str]) -> None:
+    """Raises Unreadable where they differ. further: names of those after the slopes and products."""
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3  # some 1e7 roundings
+    for what, got, expected in zip(["slopes", "products", "products", *further], results, wanted, strict=True):
         # Where func is not finite, float32 and the NumPy here may differ in how; elsewhere each sample has its own scale.
         known = np.isfinite(expected)
         scale = 1 + np.abs(np.where(known, expected, 0)).max(1, initial=0, keepdims=True)

@@ -58,6 +58,12 @@ class Refused(NoCompiler):
         self.quiet = quiet
 
 
+class Interrupted(NoCompiler):
+    """The user has ended it: it is asked again."""
+
+    quiet = True
+
+
 def include_folder() -> Path:
     """What lies in it is `core/`: beside the package where it is installed, in csrc/ in a source tree."""
     here = Path(__file__).resolve().parent.parent

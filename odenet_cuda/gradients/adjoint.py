@@ -158,11 +158,9 @@ def solve_backwards(
             raise_failure(state, reached, most, trajectory)
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
-        a = trajectory.last[n : 2 * n]
-        stored = [out[i - 1] for out in ys]
-        note_drift(
-            stats, trajectory.state is None and not whole, tolerances, problem.rows, trajectory.last[:n], stored, backward.held
-        )
+        a, stored = trajectory.last[n : 2 * n], [out[i - 1] for out in ys]
+        late = trajectory.state is None and not whole
+        note_drift(stats, late, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
         sums = trajectory.sums if recorder is None else recorder.take()
         integral = [x + y for x, y in zip(integral, sums, strict=True)] if apart else trajectory.last[2 * n :]
     if grad_t is not None:
