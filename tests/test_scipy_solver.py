@@ -105,7 +105,6 @@ def test_block():
         ({"gradient": "adjoint", "events": odenet_cuda.Event(lambda t, y: y.sum())}, "events: not served"),
         ({"method": "dopri5", "gradient": "adjoint", "adjoint_method": "scipy_solver"}, "cannot be an adjoint_method"),
     ],
-    ids=str,
 )
 def test_what_is_refused(how: dict[str, Any], words: str):
     with pytest.raises(NotImplementedError, match=words):
