@@ -9,7 +9,7 @@ from problems import FIXED_METHODS
 from torch import nn
 
 import odenet_cuda
-from odenet_cuda import engines, request, solve
+from odenet_cuda import engines, settings, solve
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")  # it is not the machine code that is tried here
 
@@ -229,18 +229,18 @@ def test_a_solve_keeps_nothing_alive(options, compiled):
 
 
 def test_equal_options_have_the_same_settings():
-    given = ["dopri5", "direct", "joint", "I", None, 0.0, 1.0, 100, 0.9, 10.0, 0.2, (), (), None, None, False, False, "method"]
-    given += [(), False, "raise", None]
-    first = request.settings_of(*given)
-    assert request.settings_of(*given) is first
-    assert request.settings_of(*given[:7], 101, *given[8:]) is not first
+    given = ["dopri5", "direct", "joint", "I", None, 0.0, 1.0, 100, 0.9, 10.0, 0.2, (), (), None, None, False]
+    given += [None, None, None, False, "method", (), False, "raise", None]
+    first = settings.settings_of(*given)
+    assert settings.settings_of(*given) is first
+    assert settings.settings_of(*given[:7], 101, *given[8:]) is not first
     stops = torch.tensor([0.5])
     changed = [*given[:11], stops, *given[12:]]
-    before = request.settings_of(*changed)
+    before = settings.settings_of(*changed)
     stops += 0.1  # a tensor's numbers may change: it is read at every call
-    assert before.options.step_t == (0.5,) and request.settings_of(*changed).options.step_t == (float(stops[0]),)
+    assert before.options.step_t == (0.5,) and settings.settings_of(*changed).options.step_t == (float(stops[0]),)
     changed[11] = [0.25]
-    assert request.settings_of(*changed).options.step_t == (0.25,)
+    assert settings.settings_of(*changed).options.step_t == (0.25,)
 
 
 def test_settings_do_not_confuse_numbers_with_truth():
