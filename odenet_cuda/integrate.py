@@ -150,7 +150,7 @@ def _run(
         kind = adaptive_kind(problem, options, refusal) if by_graph else None
     else:
         nodes, moves_with = grid or fixed_grid(options, problem.t)
-        if alone and short.serves(problem, options.tableau, nodes):
+        if alone and not by_graph and short.serves(problem, options.tableau, nodes):
             return short.solve(problem, options.tableau, nodes, options.perturb, start)
         whole = is_whole(options.tableau)
         solver: Any = SteppedSolver if whole else FixedSolver

@@ -159,18 +159,18 @@ def solve_backwards(
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
         a, stored = trajectory.last[n : 2 * n], [out[i - 1] for out in ys]
-        late = trajectory.state is None and not whole
-        note_drift(stats, late, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
+        note_drift(stats, state is None and not whole, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
         sums = trajectory.sums if recorder is None else recorder.take()
         integral = [x + y for x, y in zip(integral, sums, strict=True)] if apart else trajectory.last[2 * n :]
+    a = a or [torch.zeros_like(grad[0]) for grad in grad_ys]  # there was nothing to solve
     if grad_t is not None:
         grad_t.add(0, -slope_product(field, problem, adjoint.options, 0, [out[0] for out in ys], [*a, *costs]))
     stats.nfe_backward = field.nfe
     noise.warn_of_other_numbers(generators, problem.device, "adjoint")
     warn_of_drift(stats, None if options.adaptive else min(adjoint.rtol), whole)
     grad_params = [x.to(param.dtype) for x, param in zip(integral, params, strict=True)]
-    grad_y0 = [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)] if a else [grad[0] for grad in grad_ys]
-    return grad_y0, None if grad_t is None else grad_t.total, grad_params
+    total = None if grad_t is None else grad_t.total
+    return [x + grad[0] for x, grad in zip(a, grad_ys, strict=True)], total, grad_params
 
 
 def cotangents_of(
