@@ -85,6 +85,28 @@ def test_rows_are_exchanged(control: str):
         assert torch.equal(torch.as_tensor(found.stats.num_rejected), torch.as_tensor(expected.stats.num_rejected))
 
 
+@pytest.mark.parametrize("n", [2, 3, 7, 32])
+def test_one_step_through_dense_systems(n: int):
+    """Of a size with which every column looks for its pivot, each sample in its own rows: y1 in closed form."""
+    generator = torch.Generator().manual_seed(n)
+    a = torch.randn(9, n, n, generator=generator, dtype=D) * 30.0
+    y0 = torch.randn(9, n, generator=generator, dtype=D)
+
+    def linear(t: Tensor, y: Tensor, a: Tensor) -> Tensor:
+        return (a * y[:, None, :]).sum(2)
+
+    options: Any = dict(method="rosenbrock23", first_step=1.0, min_step=1.0, max_step=1.0, step_control="per_sample")
+    found, expected = both(linear, y0, [0.0, 1.0], args=(a,), **options)
+    assert found.stats.num_accepted.tolist() == [1] * 9
+    gamma = 1 / (2 + 2**0.5)
+    inverse = torch.linalg.inv(torch.eye(n, dtype=D) - gamma * a)
+    first = inverse @ (a @ y0[:, :, None])
+    middle = a @ (y0[:, :, None] + first / 2)
+    second = inverse @ (middle - first) + first
+    y1 = (y0[:, :, None] + second)[:, :, 0]
+    assert torch.allclose(found.ys[-1], y1, rtol=1e-9, atol=1e-9) and torch.allclose(expected.ys[-1], y1, rtol=1e-9, atol=1e-9)
+
+
 def test_a_sample_is_that_of_any_batch():
     y0, k = torch.tensor([[1.0, 0.0, 0.0]], dtype=D).repeat(40, 1), rates(40)
     func = odenet_cuda.compile(Robertson())

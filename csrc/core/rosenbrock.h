@@ -54,11 +54,13 @@ ODENET_CALLED void factorise(Factors<P, N>& f) {
 template <class P, int N>
 ODENET_CALLED void solve_factorised(const Factors<P, N>& f, P* x) {
   using T = Number<P>;
-  for (int c = 0; c < N; ++c) {
+  for (int c = 0; c < N; ++c) {  // all exchanges first: later ones have moved what is below the diagonal
     for (int r = c + 1; r < N; ++r) {
       const MaskOf<P> here = f.rows[c] == static_cast<T>(r);
       if (any(here)) exchange(here, x[c], x[r]);
     }
+  }
+  for (int c = 0; c < N; ++c) {
     for (int r = c + 1; r < N; ++r) x[r] = fused(-f.at[r][c], x[c], x[r]);
   }
   for (int c = N - 1; c >= 0; --c) {
