@@ -280,6 +280,6 @@ def _adjoint_options(method: str, given: dict[str, Any], params: Sequence[Tensor
             "an adjoint parameter does not require a gradient: it is left out of the adjoint and of its norm", stacklevel=3
         )
     defaults = {name: parameter.default for name, parameter in inspect.signature(solve).parameters.items()}
-    names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb", "max_iters", "max_order", "solver")
+    names = (*_ADAPTIVE_OPTIONS, "step_size", "grid_constructor", "perturb", "max_iters", "max_order")
     filled = {name: defaults[name] for name in names if name != "norm"}
     return {**filled, **_options(method, given, fixed_interp=False), **({} if norm is None else {"norm": norm})}
