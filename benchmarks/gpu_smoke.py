@@ -106,6 +106,7 @@ def cases() -> Iterator[tuple[str, float, dict[str, Any]]]:
         yield f"compiled, a thread a sample, {control}", 1e-5, {**ALONE, **TIGHT, **own, "gradient": "direct"}
         yield f"compiled, several threads, {control}", 1e-3, {**WIDE, **LOOSE, **own, "gradient": "direct"}
         yield f"compiled, several threads, adjoint, {control}", 1e-2, {**WIDE, **LOOSE, **own, "gradient": "adjoint"}
+        yield f"compiled, rodas5p, {control}", 1e-5, {**ALONE, **TIGHT, **own, "method": "rodas5p"}
     for matmul, limit in (("tf32", 1e-2), ("bf16", 5e-2)):
         own = {"method": "rk4", "step_size": 0.25, "compiled": {"matmul": matmul}}
         yield f"compiled, {matmul}", limit, {**WIDE, **own, "gradient": "direct"}
