@@ -341,7 +341,7 @@ def test_prepared_fields(monkeypatch):
 def test_the_smoke_test():
     """A case that is right, one too far apart, one that raises; those that are compiled are prepared."""
     named = {name: options for name, _, options in smoke.cases()}
-    assert len(named) == 33
+    assert len(named) == 35
     options = named["direct, per_sample"]
     good = smoke.run_case("a case", 1e-6, options, "cpu", 60)
     assert good["good"] and good["apart"] == 0 and good["warnings"] == []
@@ -349,4 +349,4 @@ def test_the_smoke_test():
     bad = smoke.run_case("a case", 1.0, {**options, "method": "no such method"}, "cpu", 60)
     assert not bad["good"] and "no such method" in bad["error"]
     prepared = [name for name, _ in smoke.compiled_solves()]
-    assert prepared == [f"smoke: {name}" for name, options in named.items() if "compiled" in options] and len(prepared) == 8
+    assert prepared == [f"smoke: {name}" for name, options in named.items() if "compiled" in options] and len(prepared) == 10

@@ -210,6 +210,15 @@ def test_adjoint_by_an_explicit_method():
         assert torch.allclose(x, y, rtol=1e-6, atol=1e-9)
 
 
+def test_without_a_gradient_its_way_does_not_matter():
+    """The backward steps of a stiff method are not compiled: that is said where a gradient is wanted."""
+    field, y0 = odenet_cuda.compile(lambda t, y: -y), torch.ones(2, 1, dtype=D)
+    for start, engine in ((y0, "compiled"), (y0.clone().requires_grad_(), "stepper")):
+        solution = solve(field, start, [0.0, 1.0], method="rodas5p", gradient="adjoint")
+        assert solution.engine == engine, solution.explanation
+    assert "backward steps" in solution.explanation["compiled"]
+
+
 def test_what_is_refused_in_words():
     y0 = torch.ones(2, 1, dtype=D)
     with torch.no_grad():

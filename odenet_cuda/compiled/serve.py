@@ -58,7 +58,7 @@ def prepare(
         if kind.empty or len(problem.t) == 1 or (problem.own and not problem.last_output.any()):
             return _NOTHING
         why = [f"{name} needs it" for name in needs] + kind.refusals
-        why += _of_options(problem, options, backward) + _of_torch(t, gradient)
+        why += _of_options(problem, options) + _of_torch(t, gradient)
         if may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
             why.append("callbacks of func need it")
         if why:
@@ -68,6 +68,8 @@ def prepare(
         sources = Sources(plan, structure, args, chosen, t)
         how = gradient if sources.wanted else ""
         adjoint = backward.options if how == "adjoint" else None
+        if adjoint is not None and not isinstance(adjoint.tableau, ButcherTableau):
+            return f"backward steps of adjoint_method={adjoint.method!r} are not compiled"
         if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
             raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
         if rosenbrock and (refusal := _of_rosenbrock(plan, how)):
@@ -111,12 +113,10 @@ def _find(plans: Plans, problem: Problem, find: Callable[[], Plan]) -> tuple[Pla
     return plan, 1
 
 
-def _of_options(problem: Problem, options: Options, backward: Any) -> list[str]:
+def _of_options(problem: Problem, options: Options) -> list[str]:
     why = []
     if not isinstance(options.tableau, ButcherTableau) and rosenbrock_of(options.tableau) is None:
         why.append(f"steps of method={options.method!r} are not compiled")
-    if backward is not None and not isinstance(backward.options.tableau, ButcherTableau):
-        why.append(f"backward steps of adjoint_method={backward.options.method!r} are not compiled")
     if problem.norm is not None or not problem.fused_error:
         why.append("a norm of the user, or tolerances that are tensors")
     if options.perturb:
