@@ -120,9 +120,9 @@ def solve(
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
         besides (counting its calls, say) is then done a few times only. The last 16 graphs are kept, with their memory, until
-        ``odenet_cuda.graphed.capture.graphs.clear()``. Not where every step needs the host: jump_t, callbacks,
-        max_checkpoints of adaptive methods, gradient="quadrature". An adaptive gradient="direct" is computed as "checkpoint"
-        is. No GPU has run this yet.
+        ``odenet_cuda.graphed.capture.graphs.clear()``. Not where every step needs the host: jump_t, callbacks, valid, resume,
+        every, progress, max_checkpoints of adaptive methods, gradient="quadrature". An adaptive gradient="direct" is computed
+        as "checkpoint" is. No GPU has run this yet.
     interp: outputs inside a step from the "method"'s own interpolant, "linear", or "cubic" (Hermite).
     norm: of the scaled error, a function of the state; default: the largest of the leaves' root mean squares.
     regularizers: costs of the trajectory to give as `Solution.regularizers`, with gradients: "kinetic", "jacobian" (Finlay et
