@@ -30,7 +30,9 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
     state = trajectory.host_state()
     if state is None:
         return False
-    look_after(problem, request.options.tableau, state, trajectory.last[: len(ys)])
+    # What one solve of a compiled field leaves for the next holds no func.
+    whole = lambda: problem if problem.field is not None else request.problem  # noqa: E731
+    look_after(whole, request.options.tableau, state, trajectory.last[: len(ys)])
     status = state[FIELDS["status"]]
     problem.failed = not (status[0] == SUCCESS if len(status) == 1 else (status == SUCCESS).all())
     if not problem.failed and not problem.own:

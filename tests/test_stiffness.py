@@ -127,8 +127,20 @@ def test_before_a_failure():
     assert any("func is stiff" in str(one.message) for one in caught)
 
 
-def test_compiled_solves_say_it_at_their_end():
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_compiled_solves_say_it_at_their_end(gradient: str, own: bool):
+    """The first, and one like it, which is given what the first left; that looks too where there is nothing to say."""
     field = odenet_cuda.compile(lambda t, y: -2000 * (y - t * t))
-    with torch.no_grad(), pytest.warns(UserWarning, match="func is stiff: after"):
-        solution = solve(field, torch.ones(3, 2), [0.0, 0.8], rtol=1e-4, atol=1e-4)
-    assert solution.engine == "compiled"
+    t: Any = torch.tensor([[0.0, 0.8]] * 3, dtype=D) if own else [0.0, 0.8]
+    y0 = torch.ones(3, 2, requires_grad=True)
+    how: Any = dict(rtol=1e-4, atol=1e-4, gradient=gradient, step_control="per_sample" if own else "joint")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="func is stiff"):
+            solution = solve(field, y0, t, **how)
+        assert solution.engine == "compiled", solution.explanation
+        stiffness._warned = False
+    field = odenet_cuda.compile(lambda t, y: torch.stack([y[:, 1], -9e4 * y[:, 0]], 1))
+    for _ in range(2):
+        solution = solve(field, y0, t, **how)
+        assert solution.engine == "compiled" and int(torch.as_tensor(solution.stats.num_accepted).max()) > stiffness.FIRST_LOOK

@@ -68,11 +68,7 @@ def prepare(
         sources = Sources(plan, structure, args, chosen, t)
         how = gradient if sources.wanted else ""
         adjoint = backward.options if how == "adjoint" else None
-        if adjoint is not None and not isinstance(adjoint.tableau, ButcherTableau):
-            return f"backward steps of adjoint_method={adjoint.method!r} are not compiled"
-        if adjoint is not None and problem.per_sample and options.adaptive and not adjoint.tableau.fsal:
-            raise Unreadable("the stepper's per-sample adjoint by this method evaluates the first stage of a step anew")
-        if rosenbrock and (refusal := _of_rosenbrock(plan, how)):
+        if refusal := _of_way_back(problem, options, adjoint) or (_of_rosenbrock(plan, how) if rosenbrock else ""):
             return refusal
         engine = Engine(plan, problem, options, args, grid, field.matmul, how, adjoint)
         engine.sources, engine.backward, engine.called = sources, backward, called
@@ -122,6 +118,16 @@ def _of_options(problem: Problem, options: Options) -> list[str]:
     if options.perturb:
         why.append("perturb=True needs it")
     return why
+
+
+def _of_way_back(problem: Problem, options: Options, adjoint: Options | None) -> str:
+    """adjoint: of the backward solve, where a gradient is wanted so."""
+    if adjoint is None:
+        return ""
+    if not isinstance(adjoint.tableau, ButcherTableau):
+        return f"backward steps of adjoint_method={adjoint.method!r} are not compiled"
+    anew = problem.per_sample and options.adaptive and not adjoint.tableau.fsal
+    return "the stepper's per-sample adjoint by this method evaluates the first stage of a step anew" if anew else ""
 
 
 def _of_rosenbrock(plan: Plan, gradient: str) -> str:

@@ -7,7 +7,7 @@ the method's interval of stability, where the tolerance does not hold the step b
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -68,12 +68,16 @@ class StiffnessLook:
             look(solver.problem, solver.method, state, y, state[FIELDS["status"]] == RUNNING, state[FIELDS["last_dt"]])
 
 
-def look_after(problem: Problem, method: Any, state: np.ndarray, last: Sequence[Tensor]) -> None:
-    """After a solve that nobody looked at. state: of the solver, on the host."""
+def look_after(find: Callable[[], Problem], method: Any, state: np.ndarray, last: Sequence[Tensor]) -> None:
+    """After a solve that nobody looked at. find: gives the problem, with its field. state: of the solver, on the host."""
     tried = state[FIELDS["num_accepted"]] + state[FIELDS["num_rejected"]]
-    if _warned or tried.max() < FIRST_LOOK or not StiffnessLook(problem, method).next:
+    if _warned or tried.max() < FIRST_LOOK:
         return
-    look(problem, method, state, last, tried >= FIRST_LOOK, state[FIELDS["proposal"]])
+    problem = find()
+    if not StiffnessLook(problem, method).next:
+        return
+    steps = np.abs(state[FIELDS["next_size"]]) * state[FIELDS["direction"]]  # the last one may have been cut to end in time
+    look(problem, method, state, last, tried >= FIRST_LOOK, steps)
 
 
 def look(
