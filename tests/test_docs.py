@@ -77,3 +77,12 @@ def test_fences():
         assert len(fences) % 2 == 0, page
         assert all(word in ("python", "text", "bash") or word.startswith("{") for word in fences[::2]), (page, fences[::2])
         assert len(blocks(page)) == fences.count("python"), page
+
+
+def test_every_page_is_listed_once():
+    """As Sphinx would say, which the tests do not have."""
+    for index in (ROOT / "docs").rglob("index.md"):
+        trees = re.findall(r"```{toctree}\n(.*?)```", index.read_text(), re.S)
+        pages = [line.strip() for tree in trees for line in tree.split("\n") if line.strip() and not line.startswith(":")]
+        assert len(pages) == len(set(pages)), index
+        assert all((index.parent / f"{page}.md").exists() for page in pages), index
