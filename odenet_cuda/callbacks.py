@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -11,16 +12,19 @@ from .problem import Structure, parted
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 _NAMES = {suffix: frozenset([name + suffix for name in CALLBACKS]) for suffix in ("", "_adjoint")}
+_PLAIN = nn.Module.__getattr__, nn.Module.__getattribute__
 
 
-def _has_none(owner: Any, names: frozenset[str]) -> bool:
-    """Whether a look at its class and its own attributes shows that it has no callbacks; to ask a Module for what it has not
-    takes it ten times as long."""
-    kind = type(owner)
-    if getattr(kind, "__getattr__", None) is not nn.Module.__getattr__ or torch.compiler.is_compiling():
-        return False
-    by_itself = not (names.isdisjoint(owner.__dict__) and names.isdisjoint(owner._modules))
-    return not by_itself and not any([hasattr(kind, name) for name in names])
+def may_have_callbacks(func: Any, suffix: str = "") -> bool:
+    """Not where a Module or a function is sure to have none: that takes a while to ask by their attributes."""
+    kind, names = type(func), _NAMES[suffix]
+    if kind is FunctionType:
+        return not names.isdisjoint(func.__dict__)
+    if not isinstance(func, nn.Module) or (kind.__getattr__, kind.__getattribute__) != _PLAIN:
+        return True
+    own = func.__dict__
+    held = own, own["_modules"], own["_parameters"], own["_buffers"]
+    return not all(map(names.isdisjoint, held)) or any([hasattr(kind, name) for name in names])
 
 
 def find_callbacks(func: Callable, structure: Structure, adaptive: bool, suffix: str = "") -> dict[str, Callable]:
@@ -28,7 +32,7 @@ def find_callbacks(func: Callable, structure: Structure, adaptive: bool, suffix:
     found: dict[str, Callable] = {}
     # For Dynamo of torch 2.11 an object whose attributes are another's has every attribute: the other is asked.
     owner = parted(func)[0]
-    if _has_none(owner, _NAMES[suffix]):
+    if not torch.compiler.is_compiling() and not may_have_callbacks(owner, suffix):
         return found
     for name in CALLBACKS:
         callback = getattr(owner, name + suffix, None)

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from compile_native import require_compiler
 from torch import Tensor, nn
 
 import odenet_cuda
 from odenet_cuda import SolverError, solve
-from odenet_cuda.compiled.compilers import NoCompiler, find_compiler
 from odenet_cuda.methods import STIFF
 from odenet_cuda.rosenbrock import rosenbrock_of
 
@@ -21,10 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module", autouse=True)
 def needs_compiler():
     """Skips all where there is no C++ compiler."""
-    try:
-        find_compiler()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
+    require_compiler()
 
 
 class Robertson(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..callbacks import may_have_callbacks
 from ..gradients.adjoint_setup import NOT_GIVEN
 from ..problem import Problem, Structure
 from ..tracing import torch_is_plain
@@ -21,7 +22,6 @@ from .compilation import Compilation
 from .engine import Engine
 from .marks import Unreadable
 from .plans import key_of_state, same_as
-from .serve import may_have_callbacks
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _NUMBERS = frozenset({float, int})

@@ -86,11 +86,11 @@ def _table(name: str, arguments: str, entries: list[tuple[str, float]]) -> str:
     return f"  ODENET_HD static constexpr double {name}({arguments}) {{\n" + "\n".join(lines) + "\n    return 0;\n  }\n"
 
 
-def _method(method: Method) -> str:
-    s, tableau = method.stages, method
-    step = rosenbrock_of(method)
-    if isinstance(method, ButcherTableau):
-        a = _triangle(method.a)
+def _method(tableau: Method) -> str:
+    s = tableau.stages
+    step = rosenbrock_of(tableau)
+    if isinstance(tableau, ButcherTableau):
+        a = _triangle(tableau.a)
         family = "  static constexpr bool implicit = false;\n"
     else:  # beside the slopes of its stages stand those at both ends
         assert step is not None

@@ -4,14 +4,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._device import DeviceContext
 
-from ..callbacks import CALLBACKS, find_callbacks
+from ..callbacks import find_callbacks, may_have_callbacks
 from ..integrate import Grid, Options
 from ..problem import Problem, Structure
 from ..rosenbrock import rosenbrock_of
@@ -159,19 +158,3 @@ def _modes() -> bool:
         return True
     modes = range(torch._C._len_torch_function_stack())
     return bool(modes) and any([not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in modes])
-
-
-def may_have_callbacks(func: Any) -> bool:
-    """Not where a Module or a function is sure to have none: that takes a while to ask by their attributes."""
-    kind = type(func)
-    if kind is FunctionType:
-        return not _UNNAMED(func.__dict__)
-    if not isinstance(func, nn.Module) or (kind.__getattr__, kind.__getattribute__) != _PLAIN:
-        return True
-    own = func.__dict__
-    held = own, own["_modules"], own["_parameters"], own["_buffers"]
-    return not all(map(_UNNAMED, held)) or any([hasattr(kind, name) for name in CALLBACKS])
-
-
-_PLAIN = nn.Module.__getattr__, nn.Module.__getattribute__
-_UNNAMED = frozenset(CALLBACKS).isdisjoint

@@ -158,7 +158,7 @@ def solve_backwards(
             raise_failure(state, reached, most, trajectory)
             if not per_sample:  # the next interval goes on with the step size this one ended with
                 options = replace(options, first_step=float(state[FIELDS["proposal"], 0]))
-        a, stored = trajectory.last[n : 2 * n], [out.detach()[i - 1] for out in ys]  # without the graph that keeps `stats`
+        a, stored = trajectory.last[n : 2 * n], [out.detach()[i - 1] for out in ys]  # without the graph, which keeps `stats`
         note_drift(stats, state is None and not whole, tolerances, problem.rows, trajectory.last[:n], stored, backward.held)
         sums = trajectory.sums if recorder is None else recorder.take()
         integral = [x + y for x, y in zip(integral, sums, strict=True)] if apart else trajectory.last[2 * n :]

@@ -20,7 +20,7 @@ _FAR = 0.05  # of a state, on a grid
 _ROUNDING = 64  # units in the last place, of rounding over a solve: where they are more than the tolerance, they count
 _WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 _WIDE |= {dtype: torch.float64 for dtype in (torch.float32, torch.float64)}
-_FEW = 1024
+_FEW = 1024  # numbers of a state
 _warned = False
 
 
@@ -55,12 +55,12 @@ def add_drift(
 
 def note_drift(stats: Stats, on_grid: bool, *given: Any) -> None:
     """As `add_drift`; of few numbers on a grid when somebody asks for it, for it would take a tenth of the time."""
-    look = partial(add_drift, stats, *given)
-    found: Sequence[Tensor] = given[2]
+    tolerances, rows, found, stored, held = given
     if on_grid and sum([x.numel() for x in found]) <= _FEW:
-        stats.looks.append(look)
+        stored = [y.clone() for y in stored]  # the outputs are the user's, who may write into them
+        stats.looks.append(partial(add_drift, stats, tolerances, rows, found, stored, held))
     else:
-        look()
+        add_drift(stats, *given)
 
 
 def warn_of_drift(stats: Stats, rtol: float | None, waited: bool) -> None:
