@@ -1,6 +1,8 @@
 """The ways to run a solve: which one serves, what the others answer, and that they agree."""
 
+import ast
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -226,6 +228,17 @@ def test_a_solve_keeps_nothing_alive(options, compiled):
 
 
 # ---- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_solve_hands_its_options_on_by_their_names():
+    """By place, for that is done at every call: each in the place of its own name, and with one default."""
+    calls = [x for x in ast.walk(ast.parse(inspect.getsource(solve))) if isinstance(x, ast.Call)]
+    (call,) = [x for x in calls if getattr(x.func, "id", "") == "settings_of"]
+    assert [getattr(x, "id", None) for x in call.args] == list(settings._PARAMETERS)
+    defaults = inspect.signature(solve).parameters
+    assert {name: defaults[name].default for name in settings._PARAMETERS} == {
+        name: parameter.default for name, parameter in settings._PARAMETERS.items()
+    }
 
 
 def test_equal_options_have_the_same_settings():
