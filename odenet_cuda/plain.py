@@ -45,14 +45,14 @@ def solve_on_grid(
     ys: list[list[Tensor]] = [[leaf] for leaf in y]
     for step, (t0, t1) in enumerate(pairwise(nodes)):
         at_t0, at_t1 = (shifts.of(None if index is None else (index, None)) for index in moves_with[step : step + 2])
-        dt: Any = sum_of(t1 - t0, difference_of(at_t1, at_t0))
+        dt, move = t1 - t0, difference_of(at_t1, at_t0)
         views = times[step * stages : (step + 1) * stages].unbind(0)
         if slope is None:
             slope = func(shifts.moved(views[0], at_t0), y)
         slopes, point, outputs = [slope], y, plan.outputs[step]
         inside = [x for x in outputs if x[1] != 1.0 or (shifts.zeros is not None and moves_with[step + 1] != x[0])]
         for i, row in enumerate(tableau.rows, 1):
-            point = [stage(leaf, [of[j] for of in slopes], row, dt) for j, leaf in enumerate(y)]
+            point = [combined(leaf, [of[j] for of in slopes], row, dt, _times(move, row)) for j, leaf in enumerate(y)]
             if i < stages and (i < points or inside or step < last):
                 c = tableau.c[i]
                 shift = sum_of(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1)
@@ -61,8 +61,9 @@ def solve_on_grid(
             values = point
             if output in inside:
                 index, theta, _ = output
-                part = sum_of(theta * (t1 - t0), difference_of(shifts.of((index, None)), at_t0))
-                values = [dense_output(tableau, leaf, [of[j] for of in slopes], part / dt, dt) for j, leaf in enumerate(y)]
+                base, weights = (point, []) if theta == 1.0 else (y, formulas.interpolant_weights(tableau, theta))
+                moves = moves_inside(tableau, theta, dt, move, difference_of(shifts.of((index, None)), at_t0))
+                values = [combined(leaf, [of[j] for of in slopes], weights, dt, moves) for j, leaf in enumerate(base)]
             for of_leaf, value in zip(ys, values, strict=True):
                 of_leaf.append(value)
         y, slope = point, slopes[-1] if fsal and len(slopes) == stages else None
@@ -108,6 +109,30 @@ def sum_of(x: Any, y: Any) -> Any:
 
 def difference_of(x: Any, y: Any) -> Any:
     return x if y is None else -y if x is None else x - y
+
+
+def combined(y0: Tensor, k: Sequence[Tensor], row: Sequence[Any], dt: float, moves: Sequence[Any]) -> Tensor:
+    """y0 + dt sum_j row_j k_j, to the bit as without the moves: zeros, one for each slope, with the derivatives that the
+    weights have by t. None: it does not move."""
+    total = stage(y0, k, row, dt)
+    for weight, slope in zip(moves, k, strict=False):
+        if weight is not None:
+            wide = formulas.widened(slope)
+            total = (formulas.widened(total) + formulas.per_row(weight, wide) * wide).to(y0.dtype)
+    return total
+
+
+def _times(move: Tensor | None, row: Sequence[float]) -> list[Tensor | None]:
+    return [None if move is None or weight == 0 else move * weight for weight in row]
+
+
+def moves_inside(tableau: Method, theta: Any, dt: float, move: Tensor | None, part: Tensor | None) -> Sequence[Tensor | None]:
+    """As `combined` takes them, of an output at t0 + theta dt. move, part: zeros that move as dt, and as theta dt."""
+    if move is None and part is None:
+        return ()
+    whole = sum_of(dt, move)
+    weights = [whole * weight for weight in formulas.interpolant_weights(tableau, sum_of(theta * dt, part) / whole)]
+    return [weight - weight.detach() if isinstance(weight, Tensor) else None for weight in weights]
 
 
 def stage(y0: Tensor, k: Sequence[Tensor], a: Sequence[float], dt: Any) -> Tensor:

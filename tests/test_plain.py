@@ -66,6 +66,20 @@ def test_same_as_the_kernels(method, grid, t_grad):
         torch.testing.assert_close(x, y, rtol=ROUNDING[D], atol=ROUNDING[D])
 
 
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+@pytest.mark.parametrize("grid", [name for name in GRIDS if name != "nodes"])  # where an output moves and its node does not
+@pytest.mark.parametrize("method", ["euler", "heun3", "rk4"])
+def test_a_gradient_for_t_changes_no_other_number(method, grid, gradient):
+    """To the bit."""
+
+    def way(func, y0, t):
+        return solve(func, y0, t, method=method, gradient=gradient, **GRIDS[grid]).ys
+
+    without, with_t = ([x for (x,) in differentiated([way], torch.float32, t_grad)] for t_grad in (False, True))
+    assert all(torch.equal(x, y) for x, y in zip(without, with_t[:3], strict=True))
+    assert with_t[3].abs().max() > 0.1
+
+
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 def test_types(dtype):
     for x, y in differentiated(both("rk4", {"step_size": 0.3}), dtype, False):
