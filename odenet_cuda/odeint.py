@@ -12,6 +12,7 @@ from torch import Tensor
 from .interpolant import Interpolant, State
 from .methods import ADAPTIVE, IMPLICIT, MULTISTEP, find_method
 from .problem import Structure, parameters_of
+from .problem.field import own_tensors
 from .solve import solve
 from .until_event import until_event
 
@@ -90,12 +91,22 @@ def odeint(
 
     Returns a tensor [len(t), *y0.shape], or the structure of y0 with such leaves; with event_fn (event_t, solution), where
     solution holds the start and the event. Both have gradients with the event moving, for y0, t[0], and what func and event_fn
-    depend on. Raises as `solve` does, and SolverError where no event comes.
+    depend on. "scipy_solver" gives values without a gradient, as there, and warns where one may be wanted. Raises as `solve`
+    does, and SolverError where no event comes.
     """
     chosen = method or "dopri5"
     state = Structure(y0, any_shape=True)
     by_name = _options(chosen, options)
     run: Callable[..., Any] = partial(solve, func, method=chosen, rtol=rtol, atol=atol, **by_name)
+    if chosen == "scipy_solver" and "gradient" not in by_name and event_fn is None and isinstance(t, Tensor):
+        if torch.is_grad_enabled() and any([x.requires_grad for x in (*state.leaves, *own_tensors(func)[0], t)]):
+            warnings.warn(
+                "method='scipy_solver' solves outside of torch: this result has no gradient. Use odeint_adjoint for one, or "
+                "solve under torch.no_grad()",
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            return run(state, t).ys
     return run(state, t).ys if event_fn is None else until_event(run, event_fn, state, t, chosen, by_name)
 
 

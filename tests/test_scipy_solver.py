@@ -3,6 +3,7 @@
 import importlib
 import math
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -89,6 +90,18 @@ def test_block():
     torch.testing.assert_close(block(y0), right, rtol=1e-4, atol=1e-4)
     block(y0).sum().backward()
     assert block.nfe_backward > 0
+
+
+def test_values_of_a_func_with_parameters():
+    """As torchdiffeq gives them, where nobody has switched gradients off; solve refuses."""
+    func, y0, t = Net(), torch.tensor([[1.0, -0.5]], dtype=D), torch.tensor([0.0, 0.4, 1.0], dtype=D)
+    with pytest.warns(UserWarning, match="this result has no gradient. Use odeint_adjoint"):
+        found = odeint(func, y0, t, method="scipy_solver")
+    assert not found.requires_grad
+    torch.testing.assert_close(found, odeint(func, y0, t).detach(), rtol=1e-6, atol=1e-6)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(odeint(func, y0, t, method="scipy_solver"), found)
 
 
 # ---- what ends in words ----
