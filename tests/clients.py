@@ -47,8 +47,8 @@ CLIENTS = {
             "tests/odeint_tests.py",
         ),
         excused={
-            "tests.norm_tests.TestNorms.test_adjoint_norm": "reads, for a tuple state, what lies two nodes up in the graph, and "
-            "expects the state there as one vector",
+            "tests.norm_tests.TestNorms.test_adjoint_norm": "reads, for a tuple state, what is two nodes up in the graph, "
+            "and expects the state there as one vector",
         },
         programs=(
             "examples/ode_demo.py --niters 20",

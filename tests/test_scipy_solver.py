@@ -163,7 +163,7 @@ def test_programs_find_methods_by_name(monkeypatch: pytest.MonkeyPatch, name: st
     monkeypatch.setitem(sys.modules, "torchdiffeq", odenet_cuda)
     theirs = importlib.import_module("torchdiffeq")
     options = {"solver": "LSODA"} if name == "scipy_solver" else {"step_size": 0.05} if name in ON_GRID else None
-    func, y0, t = Net(), torch.tensor([[1.0, -0.5]], dtype=D), torch.tensor([0.0, 1.0], dtype=D)
+    func, y0, t = Net(), torch.tensor([[1.0, -0.5]], dtype=D), torch.tensor([0.5, 1.5], dtype=D)
     if name == "explicit_adams":
         options = {"step_size": 0.05, "max_order": 4}
     ys = theirs.odeint_adjoint(func, y0, t, method=name, options=options, rtol=1e-5, atol=1e-6)

@@ -36,6 +36,8 @@ class SteppedSolver:
         recorder: Recorder | None = None,
         events: EventWatch | None = None,
     ):
+        if check := getattr(method.step, "check", None):
+            check(nodes)
         self.problem, self.method, self.nodes, self.moves_with = problem, method, nodes, moves_with
         self.perturb, self.events = perturb, events
         self.recorder: Any = recorder  # None: nothing is recorded
