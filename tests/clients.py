@@ -152,6 +152,8 @@ def look(name: str, folder: Path, programs: bool) -> list[str]:
     print(f"{name:12} torchdiffeq {plain}, {seconds[0]:.0f} s; odenet_cuda {alias_too}, {seconds[1]:.0f} s", flush=True)
     for one in differ:
         print(f"    torchdiffeq alone passes {one}")
+    for one in [one for one, how in found[0].items() if how == "failed"]:
+        print(f"    torchdiffeq fails {one}; odenet_cuda: {found[1].get(one, 'not run')}")
     for one, reason in client.excused.items():
         print(f"    excused: {one}: {reason}")
     return differ

@@ -9,7 +9,7 @@ import pytest
 from odenet_cuda.compiled import compilation
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-NAMES = ("bouncing_ball", "cnf_densities", "flow_matching", "lotka_volterra", "pendulum", "robertson", "sweep")
+NAMES = ("bouncing_ball", "cnf_densities", "few_steps", "flow_matching", "lotka_volterra", "pendulum", "robertson", "sweep")
 MOST_LINES = 200
 
 
@@ -18,6 +18,7 @@ def test_runs_short(name, tmp_path, quick_compiler, one_thread, monkeypatch, cap
     """As a program in which nobody has called `set_compile`. What is compiled is not optimised: that takes time."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
+    pytest.importorskip("sklearn")
     monkeypatch.setattr(compilation, "_asked", None)
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
     monkeypatch.setattr(sys, "argv", [name, "--short", "--out", str(tmp_path)])
