@@ -1,6 +1,6 @@
 """An ODE-Net beside a residual network on 1,797 real handwritten digits: accuracy, memory, function evaluations.
 
-    python examples/odenet_digits.py [--seeds 3] [--epochs 16] [--out demo_results]
+    python examples/odenet_digits.py [--seeds 3] [--epochs 16] [--out demo_results] [--tensorboard FOLDER]
 
 Both networks have the same stem and head. Between them one has a stack of residual blocks y + g(y), the other an ODEBlock
 whose field is one such block that also sees the time. Training images are shifted at random by up to one pixel. The test
@@ -125,8 +125,21 @@ def accuracy(network: Network, images: Tensor, labels: Tensor) -> float:
         return (network(images).argmax(1) == labels).double().mean().item()
 
 
-def train(name: str, seed: int, epochs: int, images: Tensor, labels: Tensor, bar: tqdm) -> tuple[Network, dict[str, Any]]:
-    """The network after the last epoch, and its mean NFE a training step in every epoch."""
+def writer_of(folder: Path | None) -> Any:
+    """What writes scalars for TensorBoard into this folder, or None."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+def train(
+    name: str, seed: int, epochs: int, images: Tensor, labels: Tensor, bar: tqdm, writer: Any
+) -> tuple[Network, dict[str, Any]]:
+    """The network after the last epoch, and its mean NFE a training step in every epoch. writer: see `writer_of`."""
     torch.manual_seed(seed)
     network = NETWORKS[name]()
     batches = len(images) // BATCH  # an incomplete last batch is left out; each epoch leaves out other images
@@ -150,6 +163,8 @@ def train(name: str, seed: int, epochs: int, images: Tensor, labels: Tensor, bar
         for key, values in steps.items():
             if values:
                 history[key].append(statistics.fmean(values))
+                if writer is not None:
+                    writer.add_scalar(f"{name}, seed {seed}/{key}", history[key][-1], epoch + 1)
         bar.set_description(f"seed {seed}, {name}, epoch {epoch + 1}, loss {history['loss'][-1]:.3f}")
     history["seconds"] = time.perf_counter() - begin
     return network, history
@@ -245,10 +260,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each network (3)")
     parser.add_argument("--epochs", type=int, default=16, help="epochs of each training (16)")
     parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder of the plots (demo_results)")
+    parser.add_argument("--tensorboard", type=Path, help="folder for the loss and NFE of each epoch, for TensorBoard")
     arguments = parser.parse_args()
     if arguments.seeds < 1 or arguments.epochs < 1:
         parser.error("--seeds and --epochs must be at least 1")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    writer = writer_of(arguments.tensorboard)
     begin = time.perf_counter()
     # The tensors are small: a second thread gains little, and costs much when other work wants its core.
     torch.set_num_threads(1)
@@ -261,10 +278,12 @@ def main() -> None:
     with tqdm(total=total, unit="step") as bar:
         for seed in range(arguments.seeds):
             for name in NETWORKS:
-                network, history = train(name, seed, arguments.epochs, train_x, train_y, bar)
+                network, history = train(name, seed, arguments.epochs, train_x, train_y, bar, writer)
                 parameters = sum(parameter.numel() for parameter in network.parameters())
                 result = {"seed": seed, "accuracy": accuracy(network, test_x, test_y), "parameters": parameters, **history}
                 results[name].append(result)
+    if writer is not None:
+        writer.close()
 
     rows = [
         {

@@ -9,7 +9,17 @@ import pytest
 from odenet_cuda.compiled import compilation
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-NAMES = ("bouncing_ball", "cnf_densities", "few_steps", "flow_matching", "lotka_volterra", "pendulum", "robertson", "sweep")
+NAMES = (
+    "bouncing_ball",
+    "cnf_densities",
+    "doses",
+    "few_steps",
+    "flow_matching",
+    "lotka_volterra",
+    "pendulum",
+    "robertson",
+    "sweep",
+)
 MOST_LINES = 200
 
 
