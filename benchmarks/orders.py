@@ -119,7 +119,7 @@ KINDS = {
     "adaptive, for stiff systems": list(STIFF),
     "on a grid, explicit": list(FIXED),
     "on a grid, implicit": list(IMPLICIT),
-    "of many steps": list(MULTISTEP),
+    "of many steps": list(MULTISTEP),  # ab2 and dpmpp_2m, whose first step is one of Euler, are measured in the tests
 }
 
 

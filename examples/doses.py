@@ -3,7 +3,7 @@
     python examples/doses.py [--short] [--compare] [--out demo_results]
 
 One compartment with absorption of first order. Each of 60 subjects takes doses of its own at times of its own, a `Jump`, and
-gives blood four to eight times. Parameters are typical * exp(eta), eta normal and of each subject. What is believed of eta is a
+gives blood four to eight times, three of them early. Parameters are typical * exp(eta), eta normal and of each subject. What is believed of eta is a
 Gaussian for each subject (Kingma and Welling 2014), fitted with the population through the solve: all subjects are one call.
 """
 
@@ -35,9 +35,9 @@ class Study(nn.Module):
         doses = 0.5 + 12.0 * number + 2.0 * torch.rand(SUBJECTS, 7)
         self.doses = torch.where(number < count, doses, torch.nan).double()
         self.amounts = 50.0 + 100.0 * torch.rand(SUBJECTS, 7)
-        seen, place = torch.randint(4, 9, (SUBJECTS, 1)), torch.arange(8)
-        t = (3.0 + (WEEK - 4.0) * torch.rand(SUBJECTS, 8)).sort(1).values
-        t = torch.where(place < seen, t, torch.nan).double()
+        early = doses[:, :1] + 0.3 + 3.0 * torch.rand(SUBJECTS, 3)  # while the first dose is absorbed
+        t = torch.cat([early, 6.0 + (WEEK - 8.0) * torch.rand(SUBJECTS, 5)], 1).sort(1).values
+        t = torch.where(torch.arange(8) < torch.randint(4, 9, (SUBJECTS, 1)), t, torch.nan).double()
         self.t = torch.cat([torch.zeros(SUBJECTS, 1, dtype=torch.float64), t], 1)
         self.field = compile(kinetics)
 

@@ -140,9 +140,10 @@ def compare(denoiser: Denoiser, noise: Tensor, label: Tensor) -> None:
 
 
 def draw(found: list[tuple[str, Tensor]], path) -> None:
-    figure, axes = plt.subplots(1, len(found), figsize=(2.4 * len(found), 2.7), layout="constrained")
-    for axis, (name, x) in zip(axes, found, strict=True):
-        sheet = x[: 8 * CLASSES].reshape(8, CLASSES, 8, 8).permute(0, 2, 1, 3).reshape(64, 8 * CLASSES)
+    figure, axes = plt.subplots(2, len(found) // 2, figsize=(12, 4.6), layout="constrained")
+    for axis, (name, x) in zip(axes.flat, found, strict=True):
+        apart = nn.functional.pad(x[: 4 * CLASSES].view(-1, 8, 8), (1, 1, 1, 1), value=-1.0)
+        sheet = apart.view(4, CLASSES, 10, 10).permute(0, 2, 1, 3).reshape(40, 10 * CLASSES)
         axis.imshow(sheet, cmap="gray", vmin=-1, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_title(name, fontsize=9)

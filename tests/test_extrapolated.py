@@ -79,6 +79,16 @@ def test_order(method: str, backwards: bool):
     assert all(1.8 < order < 2.5 for order in orders), (errors, orders)
 
 
+@every_method
+def test_order_inside_steps(method: str):
+    errors = []
+    for steps in (64, 128, 256):
+        t = torch.linspace(1, 3, 2 * steps + 1, dtype=D)
+        found = odeint(mixture, NOISE / 20, t, method=method, options={"step_size": 2 / steps})[1::2]
+        errors.append((found - odeint(mixture, NOISE / 20, t, rtol=1e-11, atol=1e-11)[1::2]).abs().max().item())
+    assert all(1.8 < math.log2(a / b) < 2.5 for a, b in pairwise(errors)), errors
+
+
 def test_one_gaussian_in_few_steps():
     """x(sigma) of a single Gaussian is known; eight calls come within 3 % of it, Euler's are four times as far."""
     spread = 0.5
