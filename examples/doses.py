@@ -3,8 +3,9 @@
     python examples/doses.py [--short] [--compare] [--out demo_results]
 
 One compartment with absorption of first order. Each of 60 subjects takes doses of its own at times of its own, a `Jump`, and
-gives blood four to eight times, three of them early. Parameters are typical * exp(eta), eta normal and of each subject. What is believed of eta is a
-Gaussian for each subject (Kingma and Welling 2014), fitted with the population through the solve: all subjects are one call.
+gives blood four to eight times, three of them early. Parameters are typical * exp(eta), eta normal and of each subject. What
+is believed of eta is a Gaussian for each subject (Kingma and Welling 2014), fitted with the population through the solve: all
+subjects are one call.
 """
 
 import math
