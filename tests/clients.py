@@ -70,7 +70,18 @@ CLIENTS = {
     "torchflows": Client(
         "https://github.com/davidnabergoj/torchflows",
         "10b6d6e167c1d974c54dc0d75d964428e44420f3",
-        tests=("test/test_cnf_event_shapes.py", "test/test_cnf_tolerance.py", "test/test_ddnf.py", "test/test_ot_flow.py"),
+        tests=tuple(
+            f"test/test_{name}.py"
+            for name in (
+                "cnf_event_shapes",
+                "cnf_tolerance",
+                "ddnf",
+                "deepcopy",
+                "ot_flow",
+                "stochastic_log_det_estimation",
+                "fit",
+            )
+        ),
     ),
 }
 
