@@ -12,7 +12,7 @@ from .ops import FIELDS
 from .problem import Problem
 from .request import Request
 from .solution import Solution, Stats, raise_failure
-from .solvers.stiffness import look_after
+from .solvers.stiffness import Looks, look_after
 from .solvers.trajectory import Recorder, Trajectory
 from .step_control import SUCCESS
 
@@ -32,7 +32,8 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
         return False
     # What one solve of a compiled field leaves for the next holds no func.
     whole = lambda: problem if problem.field is not None else request.problem  # noqa: E731
-    look_after(whole, request.options.tableau, state, trajectory.last[: len(ys)])
+    looks = Looks() if request.compiled is None else request.compiled.plans.looks
+    look_after(whole, request.options.tableau, state, trajectory.last[: len(ys)], looks)
     status = state[FIELDS["status"]]
     problem.failed = not (status[0] == SUCCESS if len(status) == 1 else (status == SUCCESS).all())
     if not problem.failed and not problem.own:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .compiled.compilation import check_compile
-from .engines import serve
+from .engines import serve, serve_events
 from .event import Event, Events, Jump, check_events, check_jumps
 from .interpolant import State
 from .methods import on_host
@@ -190,15 +190,24 @@ def solve(
         check_resume(resume)
         y0 = resume.y_last if y0 is None else y0
 
+    def request(y0: Any, t: Any, ends: Events | None) -> Request:
+        return Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more)
+
     def run(y0: Any, t: Any, ends: Events | None) -> Solution:
-        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more))
+        return serve(request(y0, t, ends))
+
+    def by_stepper(y0: Any, t: Any, ends: Events | None) -> Solution:
+        return serve(request(y0, t, ends).but(compiled=None))
+
+    def at_once(y0: Any, check: Callable[[Any], Solution]) -> Solution | None:
+        return None if changes else serve_events(request(y0, t, ends), max_events, lambda: check(by_stepper))
 
     if goes_on(ends, changes) and mass is not None:
         raise NotImplementedError("mass is not served where events or jumps change the state")
     if goes_on(ends, changes):
         refused = ("resume", resume is not None), ("integrals", integrals is not None), ("every", every is not None)
         try:
-            solution = in_segments(run, func, y0, t, args, ends, changes, max_events, settings, refused)
+            solution = in_segments(run, at_once, func, y0, t, args, ends, changes, max_events, settings, refused)
         except KeyboardInterrupt as interrupt:
             vars(interrupt).pop("solution", None)  # of one segment
             raise

@@ -1,7 +1,7 @@
 """Solves of a compiled field: the whole of one, forwards, in a call of its library. The way back: see reverse.py."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,9 +153,10 @@ class Engine:
         grid: Grid | None,
         keep: bool = False,
         sums: tuple[Tensor, Tensor] | None = None,
+        bind: Callable[[Any], None] | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """The outputs [len(t), batch, columns], the solver state, and the same as a NumPy array where the host has it. sums:
-        where gradients of constants [chunks, size] and arguments are added up."""
+        where gradients of constants [chunks, size] and arguments are added up. bind: is handed the call."""
         batch, columns = y0.shape
         host = None
         if self.cuda:
@@ -169,6 +170,8 @@ class Engine:
         if sums is not None:
             constants, arguments = sums
             call.bind_gradients(0, 0, arguments.data_ptr(), constants.data_ptr(), constants.shape[1])
+        if bind is not None:
+            bind(call)
         if keep:
             self._run_and_keep(way, call, grid)
             if way.solve == "per_sample":  # a record has steps of several samples

@@ -14,19 +14,18 @@ from ..outcome import failed
 from ..problem import times_as_tensor
 from ..request import Request
 from ..solution import Solution, Stats
+from . import with_events
 
 NAME = "compiled"
 
 
-def refusal(request: Request) -> str:
-    """Why func is not solved so; else what it needs is ready in `request.prepared`."""
+def refusal(request: Request, most: int = 1) -> str:
+    """Why func is not solved so; else what it needs is ready in `request.prepared`. most: see `with_events`."""
     field = request.compiled
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
     if any([given is not None for given in request.system]):
         return "jac and mass are no part of what is compiled"
-    if request.events is not None:
-        return "events are no part of what is compiled yet"
     if request.valid is not None:
         return "valid: what is compiled rejects steps by their error alone"
     if request.integrals is not None:
@@ -37,6 +36,8 @@ def refusal(request: Request) -> str:
         return "progress: what is compiled tells of no step"
     if request.resume is not None:
         return "resume: what is compiled begins every solve anew"
+    if request.events is not None:
+        return with_events.refusal(request, most)
     kind = key_of(request)
     chosen = None if request.settings.gradient == "direct" else request.params
     engine = again(field, kind, request.structure, request.args, chosen)
@@ -64,7 +65,9 @@ def refusal(request: Request) -> str:
     return ""
 
 
-def solve(request: Request) -> Solution:
+def solve(request: Request) -> Solution | str:
+    if request.events is not None:
+        return with_events.solve(request)
     engine, gradient = request.prepared.pop(NAME), request.settings.gradient
     problem, grid, wanted = engine.problem, engine.grid, engine.sources.wanted
     trajectory = engine.solve(keep=wanted and gradient != "adjoint")

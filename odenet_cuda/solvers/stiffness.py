@@ -68,10 +68,26 @@ class StiffnessLook:
             look(solver.problem, solver.method, state, y, state[FIELDS["status"]] == RUNNING, state[FIELDS["last_dt"]])
 
 
-def look_after(find: Callable[[], Problem], method: Any, state: np.ndarray, last: Sequence[Tensor]) -> None:
+class Looks:
+    """When to look at the solves of one func, ever more rarely: a look may cost as much as thousands of compiled steps."""
+
+    def __init__(self) -> None:
+        self.steps = self.seen = 0  # of the solves of many; when they were last looked at
+
+    def due(self, tried: int) -> bool:
+        if _warned or tried < FIRST_LOOK:
+            return False
+        self.steps += tried
+        if self.steps < 2 * self.seen:
+            return False
+        self.seen = self.steps
+        return True
+
+
+def look_after(find: Callable[[], Problem], method: Any, state: np.ndarray, last: Sequence[Tensor], looks: Looks) -> None:
     """After a solve that nobody looked at. find: gives the problem, with its field. state: of the solver, on the host."""
     tried = state[FIELDS["num_accepted"]] + state[FIELDS["num_rejected"]]
-    if _warned or tried.max() < FIRST_LOOK:
+    if not looks.due(int(tried.max())):
         return
     problem = find()
     if not StiffnessLook(problem, method).next:
