@@ -1,6 +1,6 @@
 """A readable func with readable events, whole in one call of its library; see `compiled.py`, which asks this."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,9 @@ from .. import ended, recorded
 from ..compiled.attach import Sources
 from ..compiled.engine import evaluations
 from ..compiled.event_solve import EventSolve, Found, Log, prepare_events
+from ..gradients.events import moved
 from ..outcome import failed, solution_of
+from ..problem import Problem, Structure
 from ..request import Request
 from ..solution import Solution, Stats
 from ..solvers.events import Crossing, EventValues
@@ -114,12 +116,36 @@ def _with_gradient(request: Request, found: EventSolve, trajectory: Trajectory, 
 
     watch: Any = _Found(request, log, [x[0] for x in found.engine.leaves(log.rows_of_y[:1])])
     end = ended.cut(request, watch, None, trajectory)
-    problem = replace(end.request.problem, missing=None)
-    there = end.request.but(events=None, problem=problem, given=(end.request.t, *request.given[1:]))
-    solution = serve(there)
-    solution.stats = stats
-    ended.give(solution, request, end, request.structure.flatten(solution.ys))
+    problem, structure, t = replace(end.request.problem, missing=None), request.structure, end.request.t
+    times = _Times(problem, t) if t.requires_grad else None
+    if times is not None:
+        t, leaves = t.detach(), times.move(structure.leaves, 0, -1.0)
+        structure = Structure(structure.unflatten(leaves), any_shape=structure.any_shape)
+    solution = serve(end.request.but(events=None, problem=problem, structure=structure, t=t, given=(t, *request.given[1:])))
+    solution.stats, outputs = stats, structure.flatten(solution.ys)
+    if times is not None:
+        at_times = [times.move([y[i] for y in outputs], i, 1.0) for i in range(1, len(outputs[0]))]
+        outputs = [torch.stack([y[0], *of_leaf]) for y, *of_leaf in zip(outputs, *at_times, strict=True)]
+    ended.give(solution, request, end, outputs)
     return solution
+
+
+class _Times:
+    """Times of a solve that have a gradient: the state there moves with them along the solution, as with its adjoint."""
+
+    def __init__(self, problem: Problem, t: Tensor):
+        self.problem, self.field = problem, problem.field.again()  # type: ignore[attr-defined]
+        of_rows = t if t.dim() == 2 else t.expand(problem.rows, -1)
+        self.t = of_rows.to(problem.device, torch.float64)
+
+    def move(self, leaves: Sequence[Tensor], i: int, sign: float) -> list[Tensor]:
+        """The state at the i-th time, or where the solve begins so much earlier as that is later: sign -1."""
+        t = torch.nan_to_num(self.t[:, i])
+        with torch.no_grad():
+            rate = self.field(self.problem.time_views(t.detach().to(self.problem.real)[None])[0], [x.clone() for x in leaves])
+        missing = self.t[:, i].isnan()
+        rate = [k.masked_fill(missing.reshape(-1, *[1] * (k.dim() - 1)), 0.0) if self.problem.per_sample else k for k in rate]
+        return moved(leaves, rate, sign * (t - t.detach()))
 
 
 def _expected(request: Request, by_stepper: Callable[[], Solution] | None) -> Found:
