@@ -28,7 +28,7 @@ class Event:
     quarter at whose end it is not zero. Of several events the first in time counts, of several at one time the first that was
     given.
 
-    Where func is compiled, fn and apply are read with it, if they can be.
+    Where func is a compiled field, fn and apply are read with it, if they can be.
     """
 
     fn: Callable[..., Tensor]

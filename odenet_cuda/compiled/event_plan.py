@@ -76,6 +76,7 @@ def _as_one(value: Any, like: Any) -> Any:
 
 def found_with(plans: Plans, func: Callable, events: Sequence[Event]) -> WithEvents:
     """plans: of func. Raises Unreadable."""
+    plans.begin(func)
     for found in plans.with_events:
         if found.are(events):
             return found

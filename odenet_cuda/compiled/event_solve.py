@@ -90,7 +90,7 @@ class EventSolve:
         with LOCK:
             t, index, y = expected()
         count = min(_COMPARED, len(t), log.capacity)
-        have = torch.arange(log.capacity)[:count, None] < log.count
+        have = torch.arange(count, device="cpu")[:, None] < log.count
         same = torch.equal(torch.where(have, log.index[:count], -1), index[:count])
         eps = torch.finfo(y.dtype).eps ** 0.5
         for ours, theirs in ((log.t, t), (log.rows_of_y, y)):
@@ -124,8 +124,8 @@ def prepare_events(
 ) -> EventSolve | str:
     """What serves the solve, or why nothing does."""
     try:
-        if field.why:
-            return field.why
+        if not field.named:  # what is read with events keeps func alive
+            return "events are compiled of fields that were compiled by name: see odenet_cuda.compile"
         if not isinstance(options.tableau, ButcherTableau) or not options.adaptive:
             return f"events between steps of method={options.method!r} are looked at by the stepper"
         if problem.device.type != "cpu":

@@ -116,13 +116,17 @@ class Plans:
             found = self._kinds[key] = KindOfState(key, structure, on_cuda)
         return found
 
-    def find(self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any]) -> Plan:
-        """Raises Unreadable."""
+    def begin(self, func: Any) -> None:
+        """What was read of another than this is forgotten. Raises Unreadable where it is not to be read."""
         if self._read_of is None or not self._read_of(func):
             self.reset()
             self._read_of = same_as(func)
         if self._distrust:
             raise Unreadable(self._distrust)
+
+    def find(self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any]) -> Plan:
+        """Raises Unreadable."""
+        self.begin(func)
         key, whole = kind.kinds
         readings = self._readings.get(key) or self._readings.setdefault(key, Readings())
         batch = structure.leaves[0].shape[0] if structure.leaves[0].dim() else None

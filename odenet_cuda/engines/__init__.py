@@ -8,10 +8,11 @@ need lies below them: `recorded.py`, `outcome.py`, `probe.py`.
 from collections.abc import Callable
 from typing import Protocol
 
+from .. import compiled_events
 from ..request import Request
 from ..saving import saved
 from ..solution import Solution, SolverError
-from . import compiled, graphed, plain, stepper, transformed, with_events
+from . import compiled, graphed, plain, stepper, transformed
 
 
 class Engine(Protocol):
@@ -52,7 +53,7 @@ def serve_events(request: Request, most: int, by_stepper: Callable[[], Solution]
     if request.compiled is None or not transformed.refusal(request) or compiled.refusal(request, most):
         return None
     request.compiled.plans.served = compiled.NAME, {}
-    found = with_events.solve(request, by_stepper)
+    found = compiled_events.solve(request, compiled.alone, by_stepper)
     if isinstance(found, str):
         return None
     found.engine = compiled.NAME

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import recorded
+from .. import compiled_events, recorded
 from ..compiled.again import again, keep, key_of
 from ..compiled.attach import attach
 from ..compiled.engine import evaluations
@@ -14,13 +14,12 @@ from ..outcome import failed
 from ..problem import times_as_tensor
 from ..request import Request
 from ..solution import Solution, Stats
-from . import with_events
 
 NAME = "compiled"
 
 
 def refusal(request: Request, most: int = 1) -> str:
-    """Why func is not solved so; else what it needs is ready in `request.prepared`. most: see `with_events`."""
+    """Why func is not solved so; else what it needs is ready in `request.prepared`. most: see `compiled_events`."""
     field = request.compiled
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
@@ -37,7 +36,7 @@ def refusal(request: Request, most: int = 1) -> str:
     if request.resume is not None:
         return "resume: what is compiled begins every solve anew"
     if request.events is not None:
-        return with_events.refusal(request, most)
+        return compiled_events.refusal(request, most)
     kind = key_of(request)
     chosen = None if request.settings.gradient == "direct" else request.params
     engine = again(field, kind, request.structure, request.args, chosen)
@@ -67,7 +66,7 @@ def refusal(request: Request, most: int = 1) -> str:
 
 def solve(request: Request) -> Solution | str:
     if request.events is not None:
-        return with_events.solve(request)
+        return compiled_events.solve(request, alone)
     engine, gradient = request.prepared.pop(NAME), request.settings.gradient
     problem, grid, wanted = engine.problem, engine.grid, engine.sources.wanted
     trajectory = engine.solve(keep=wanted and gradient != "adjoint")
@@ -86,6 +85,12 @@ def solve(request: Request) -> Solution | str:
     )
     solution.method = request.options.method
     return solution
+
+
+def alone(request: Request) -> Solution:
+    """By this engine, or by the stepper."""
+    found = "" if refusal(request) else solve(request)
+    return recorded.solve(request) if isinstance(found, str) else found
 
 
 def _by_stepper(request: Request) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A readable func with readable events, whole in one call of its library; see `compiled.py`, which asks this."""
+"""A compiled field with readable events, whole in one call of its library; see `engines/compiled.py`, which asks this."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ended, recorded
-from ..compiled.attach import Sources
-from ..compiled.engine import evaluations
-from ..compiled.event_solve import EventSolve, Found, Log, prepare_events
-from ..gradients.events import moved
-from ..outcome import failed, solution_of
-from ..problem import Problem, Structure
-from ..request import Request
-from ..solution import Solution, Stats
-from ..solvers.events import Crossing, EventValues
-from ..solvers.trajectory import Trajectory
+from . import ended, recorded
+from .compiled.attach import Sources
+from .compiled.engine import evaluations
+from .compiled.event_solve import EventSolve, Found, Log, prepare_events
+from .gradients.events import moved
+from .outcome import failed, solution_of
+from .problem import Problem, Structure
+from .request import Request
+from .solution import Solution, Stats
+from .solvers.events import Crossing, EventValues
+from .solvers.trajectory import Trajectory
 
 _NAME = "events"
 
@@ -32,8 +32,10 @@ def refusal(request: Request, most: int = 1) -> str:
     for name, asked in (("dense=True", settings.dense), ("regularizers", bool(settings.regularizers))):
         if asked:
             return f"{name} with events needs the stepper"
-    if events.from_zero and bool((_values(request).values(problem.start_time(False), problem.state_leaves) == 0).any()):
-        return "an event function is zero at the start"
+    with torch.no_grad():
+        values = EventValues(events, problem, request.structure.unflatten)
+        if events.from_zero and bool((values.values(problem.start_time(False), problem.state_leaves) == 0).any()):
+            return "an event function is zero at the start"
     structure, options = request.structure, request.options
     found = prepare_events(request.compiled, request.args, problem, options, structure, request.t, events, most)
     if isinstance(found, str):
@@ -45,9 +47,11 @@ def refusal(request: Request, most: int = 1) -> str:
     return ""
 
 
-def solve(request: Request, by_stepper: Callable[[], Solution] | None = None) -> Solution | str:
-    """To the first event, or without gradients to the last of `most`; the Solution then has those of each row one by one.
-    by_stepper: the same solve by the stepper."""
+def solve(
+    request: Request, run: Callable[[Request], Solution], by_stepper: Callable[[], Solution] | None = None
+) -> Solution | str:
+    """To the first event, or without gradients to the last of `most`; the Solution then has those of each row one by one. run:
+    solves a request without events. by_stepper: the same solve by the stepper."""
     found, wanted = request.prepared.pop(_NAME)
     trajectory, log = found.run()
     if bool((log.count < 0).any()):
@@ -59,7 +63,7 @@ def solve(request: Request, by_stepper: Callable[[], Solution] | None = None) ->
     stats = Stats(nfe, problem.per_sample, trajectory.state, 0, problem.rows)
     failed(request, problem, trajectory, trajectory.ys, stats)
     if wanted:
-        return _with_gradient(request, found, trajectory, log, stats)
+        return _with_gradient(request, found, trajectory, log, stats, run)
     solution = solution_of(request, problem, trajectory.ys, trajectory, None, stats)
     _add(solution, request, found, log)
     return solution
@@ -68,7 +72,7 @@ def solve(request: Request, by_stepper: Callable[[], Solution] | None = None) ->
 def _add(solution: Solution, request: Request, found: EventSolve, log: Log) -> None:
     """The events of the solve. Of one that goes on behind them, all of them, the k-th of each row at k."""
     count = int(log.count.max())
-    have = torch.arange(max(count, 1))[:, None] < log.count
+    have = torch.arange(max(count, 1), device="cpu")[:, None] < log.count
     t = torch.where(have, log.t[: len(have)], torch.nan)
     index = torch.where(have, log.index[: len(have)], -1)
     leaves = found.engine.leaves(log.rows_of_y[: len(have)])
@@ -83,11 +87,6 @@ def _add(solution: Solution, request: Request, found: EventSolve, log: Log) -> N
     elif count == 0:
         t, index, y = t[:0], index[:0], [x[:0] for x in y]
     solution.event_t, solution.event_index, solution.event_y = t, index, request.structure.unflatten(y)
-
-
-def _values(request: Request) -> EventValues:
-    assert request.events is not None
-    return EventValues(request.events, request.problem, request.structure.unflatten)
 
 
 class _Found(EventValues):
@@ -110,10 +109,15 @@ class _Found(EventValues):
         return Crossing(found, index, index.clamp(min=0), t, torch.ones_like(t), y, rate)
 
 
-def _with_gradient(request: Request, found: EventSolve, trajectory: Trajectory, log: Log, stats: Stats) -> Solution:
+def _with_gradient(
+    request: Request,
+    found: EventSolve,
+    trajectory: Trajectory,
+    log: Log,
+    stats: Stats,
+    run: Callable[[Request], Solution],
+) -> Solution:
     """The solve to the events once more, as one to given times, from which the gradient comes."""
-    from . import serve
-
     watch: Any = _Found(request, log, [x[0] for x in found.engine.leaves(log.rows_of_y[:1])])
     end = ended.cut(request, watch, None, trajectory)
     problem, structure, t = replace(end.request.problem, missing=None), request.structure, end.request.t
@@ -121,7 +125,7 @@ def _with_gradient(request: Request, found: EventSolve, trajectory: Trajectory, 
     if times is not None:
         t, leaves = t.detach(), times.move(structure.leaves, 0, -1.0)
         structure = Structure(structure.unflatten(leaves), any_shape=structure.any_shape)
-    solution = serve(end.request.but(events=None, problem=problem, structure=structure, t=t, given=(t, *request.given[1:])))
+    solution = run(end.request.but(events=None, problem=problem, structure=structure, t=t, given=(t, *request.given[1:])))
     solution.stats, outputs = stats, structure.flatten(solution.ys)
     if times is not None:
         at_times = [times.move([y[i] for y in outputs], i, 1.0) for i in range(1, len(outputs[0]))]
