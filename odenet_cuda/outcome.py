@@ -14,7 +14,7 @@ from .request import Request
 from .solution import Solution, Stats, raise_failure
 from .solvers.stiffness import Looks, look_after
 from .solvers.trajectory import Recorder, Trajectory
-from .step_control import SUCCESS
+from .step_control import SUCCESS, succeeded
 
 
 def stats_of(request: Request, trajectory: Trajectory) -> Stats:
@@ -34,8 +34,7 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
     whole = lambda: problem if problem.field is not None else request.problem  # noqa: E731
     looks = Looks() if request.compiled is None else request.compiled.plans.looks
     look_after(whole, request.options.tableau, state, trajectory.last[: len(ys)], looks)
-    status = state[FIELDS["status"]]
-    problem.failed = not (status[0] == SUCCESS if len(status) == 1 else (status == SUCCESS).all())
+    problem.failed = not succeeded(state)
     if not problem.failed and not problem.own:
         return False
     last = solution_of(request, problem, ys, trajectory, None, stats)

@@ -19,7 +19,7 @@ from .. import noise
 from ..formulas import per_row
 from ..ops import FIELDS
 from ..problem import Problem, counter_of
-from ..step_control import RUNNING
+from ..step_control import RUNNING, most_tried
 from ..tableau import ButcherTableau
 
 FIRST_LOOK = 2000  # steps tried
@@ -86,9 +86,9 @@ class Looks:
 
 def look_after(find: Callable[[], Problem], method: Any, state: np.ndarray, last: Sequence[Tensor], looks: Looks) -> None:
     """After a solve that nobody looked at. find: gives the problem, with its field. state: of the solver, on the host."""
-    tried = state[FIELDS["num_accepted"]] + state[FIELDS["num_rejected"]]
-    if not looks.due(int(tried.max())):
+    if not looks.due(most_tried(state)):
         return
+    tried = state[FIELDS["num_accepted"]] + state[FIELDS["num_rejected"]]
     problem = find()
     if not StiffnessLook(problem, method).next:
         return
