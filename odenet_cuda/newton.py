@@ -71,7 +71,7 @@ class Newton:
     iterations contract quickly with it: Hairer and Wanner, Solving Ordinary Differential Equations II, IV.8. Each system has
     its own, and ends by itself, so that it is what it is alone. tolerance: atol + rtol |y0| of the leaves, to a part of which
     stages are solved; None: to rounding. rejects: where a system cannot be solved its slopes become NaN; else StepFailed is
-    raised. jac: see `linearize`.
+    raised. jac: see `linearize`, also a pattern.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ def with_graph(
     k = [[leaf.detach() for leaf in of_stage] for of_stage in k]
     for _ in range(2 if second else 1):
         points = [combined(y, dt, row, k) for y, row in zip(base, a, strict=True)]
-        near = jacobians(field, times, points, len(dt), stages, differentiable=second, jac=None if second else jac)
+        near = jacobians(field, times, points, len(dt), stages, differentiable=second, jac=jac)
         with torch.set_grad_enabled(second):
             factors = factorised(near, dt, a)
         old = torch.stack([flat(of_stage, near[0].systems) for of_stage in k], 1)

@@ -262,7 +262,8 @@ def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = T
             raise ValueError(f"options['dtype'], the type of time, must be torch.float64, got {dtype}")
     else:
         given.pop("norm", None)
-    known = (*known, *(name for name in ("jac", "mass") if name in getattr(find_method(method), "takes", ())))
+    takes = getattr(find_method(method), "takes", ())
+    known = (*known, *(name for name in ("jac", "mass", "jac_sparsity") if name.removesuffix("_sparsity") in takes))
     unknown = {name: given.pop(name) for name in list(given) if name not in known and name not in _COMMON}
     if unknown:
         warnings.warn(f"{method}: Unexpected arguments {unknown}", stacklevel=3)

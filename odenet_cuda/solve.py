@@ -10,6 +10,7 @@ from .compiled.compilation import check_compile
 from .engines import serve
 from .event import Event, Events, Jump, check_events, check_jumps
 from .interpolant import State
+from .mass import System
 from .methods import on_host
 from .problem import with_arguments
 from .request import Request
@@ -51,6 +52,7 @@ def solve(
     solver: str | None = None,
     jac: Callable[..., Tensor] | None = None,
     mass: Tensor | None = None,
+    jac_sparsity: Tensor | None = None,
     cuda_graph: bool | str = False,
     interp: str = "method",
     norm: Callable | None = None,
@@ -115,7 +117,9 @@ def solve(
         sample, or [n, n] of the whole state; else it comes from torch. A solve that records gradients asks it only where no
         derivative of it is needed. mass: for rodas5p and rosenbrock23, the constant matrix M [n, n] of M dy/dt = func(t, y),
         which may be singular: then y0 must fulfil the equations without a derivative, and these must determine the rest (index
-        1). With gradient="direct" or "checkpoint".
+        1). With gradient="direct" or "checkpoint". jac_sparsity: for wide states, where df/dy may be other than 0, [n, n], dense
+        or sparse, for systems of n numbers up to 8,192: df/dy then takes as many products as the pattern has colours, not n. A
+        pattern that misses an entry raises ValueError.
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
@@ -184,7 +188,7 @@ def solve(
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
-    more: dict[str, Any] = {"resume": resume, "valid": valid, "system": (jac, mass)}
+    more: dict[str, Any] = {"resume": resume, "valid": valid, "system": System(jac, mass, jac_sparsity)}
     more |= {"integrals": integrals, "integrals_in_norm": integrals_in_norm}
     if resume is not None:
         check_resume(resume)

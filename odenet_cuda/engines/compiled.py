@@ -24,7 +24,7 @@ def refusal(request: Request) -> str:
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
     if any([given is not None for given in request.system]):
-        return "jac and mass are no part of what is compiled"
+        return "jac, jac_sparsity and mass are no part of what is compiled"
     if request.events is not None:
         return "events are no part of what is compiled yet"
     if request.valid is not None:
