@@ -78,6 +78,7 @@ class WholeSteps:
     """Steps of a `StepFunction`; see `families.Family`."""
 
     looks: ClassVar[bool] = True  # what the function does on the host may depend on the step
+    steers: ClassVar[bool] = False
     no_way_back: ClassVar[str] = ""
     no_graph: ClassVar[str] = "decides on the host"
 
