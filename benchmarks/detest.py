@@ -34,7 +34,7 @@ except ImportError:
 
 TOLERANCES = (1e-3, 1e-6, 1e-9, 1e-12)
 STIFF_TOLERANCES = (1e-4, 1e-7, 1e-10)
-EXPLICIT, IMPLICIT = ("bosh3", "dopri5", "tsit5", "dopri8"), ("rosenbrock23", "rodas5p", "kvaerno3", "kvaerno5")
+EXPLICIT, IMPLICIT = ("bosh3", "dopri5", "tsit5", "dopri8"), ("rosenbrock23", "rodas5p", "kvaerno3", "kvaerno5", "bdf")
 LOW_ORDER = ("bosh3", "rosenbrock23", "kvaerno3")  # not where they take tens of thousands of steps
 THEIRS, THEIR_STIFF = ("RK45", "DOP853", "LSODA", "Radau", "BDF"), ("Radau", "BDF", "LSODA")
 MOST_STEPS = 50_000

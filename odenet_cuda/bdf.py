@@ -76,8 +76,8 @@ def coefficients(device: torch.device) -> dict[str, Tensor]:
 
 
 def rescaled(differences: Tensor, order: Tensor, factor: Tensor) -> Tensor:
-    """Those of a step `factor` times as long, through the same polynomial. differences: [DIFFERENCES, systems, n]; order, factor:
-    [systems] or [1]. Of those beyond the order nothing changes."""
+    """Those of a step `factor` times as long, through the same polynomial. differences: [DIFFERENCES, systems, n]; order and
+    factor: [systems] or [1]. Of those beyond the order nothing changes."""
     device, size = differences.device, MOST + 1
     index = torch.arange(size, dtype=torch.float64, device=device)
     i, j = index[:, None], index[None, :]

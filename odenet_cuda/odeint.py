@@ -36,6 +36,7 @@ _SCIPY_OPTIONS = ("solver", "first_step", "max_step", "max_num_steps")
 _LIMITS: dict[str, tuple[str, ...]] = dict.fromkeys(IMPLICIT, ("max_iters",)) | dict.fromkeys(
     MULTISTEP, ("max_order", "max_iters")
 )
+_LIMITS["bdf"] = ("max_order",)
 
 
 @overload
@@ -248,7 +249,7 @@ def known_options(method: str) -> frozenset[str]:
 def _keys_of(method: str) -> Sequence[str]:
     if method == "scipy_solver":
         return _SCIPY_OPTIONS
-    return _ADAPTIVE_OPTIONS if method in ADAPTIVE else (*_FIXED_OPTIONS, *_LIMITS.get(method, ()))
+    return (*(_ADAPTIVE_OPTIONS if method in ADAPTIVE else _FIXED_OPTIONS), *_LIMITS.get(method, ()))
 
 
 def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = True) -> dict[str, Any]:

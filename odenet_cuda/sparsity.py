@@ -1,5 +1,5 @@
-"""df/dy of a known pattern of zeros, from a few products: columns that share no line, or lines that share no column, come in one
-product with the sum of their directions (Curtis, Powell and Reid 1974, doi 10.1093/imamat/13.1.117).
+"""df/dy of a known pattern of zeros, from a few products: columns that share no line, or lines that share no column, come in
+one product with the sum of their directions (Curtis, Powell and Reid 1974, doi 10.1093/imamat/13.1.117).
 """
 
 from collections.abc import Callable, Sequence
@@ -56,8 +56,8 @@ class Sparsity:
         if bool(apart.any()):
             column = int(apart.nonzero()[0, 1])
             raise ValueError(
-                f"jac_sparsity must be True wherever df/dy may be other than 0: column {column} of df/dy has entries outside of "
-                f"it, which add up to {float((right - found)[apart][0]):.3g} in a product"
+                f"jac_sparsity must be True wherever df/dy may be other than 0: column {column} of df/dy has entries outside "
+                f"of it, which add up to {float((right - found)[apart][0]):.3g} in a product"
             )
 
     @property

@@ -92,7 +92,7 @@ def test_gradients(method: str, gradient: str):
         y0 = torch.linspace(0.1, 0.9, 5, dtype=D, requires_grad=True)
         rate = torch.tensor(2.0, dtype=D, requires_grad=True)
         how = {"method": method, "gradient": gradient, "rtol": 1e-6, "atol": 1e-8, "jac_sparsity": sparsity}
-        ys = solve(lambda t, y: diffusion(t, y, rate), y0, [0.0, 0.2], **how).ys
+        ys = solve(diffusion, y0, [0.0, 0.2], args=(rate,), **how).ys
         found.append(torch.autograd.grad(ys[-1].square().sum(), [y0, rate]))
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)

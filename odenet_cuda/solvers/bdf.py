@@ -101,7 +101,7 @@ class BdfSteps:
             own.copy_(leaf)
         addresses: list[int] = []
         for j in range(1, MOST + 2):
-            x = slope if j > MOST else torch.where((j <= k)[:, None], after[j], 0.0) * over
+            x = slope if j > MOST else torch.where((k >= j)[:, None], after[j], 0.0) * over
             stepper.kernels.bind_slopes(j - 1, addresses)
             addresses = stepper.set_slopes(j, as_leaves(x, like), True)
         self.after = after
@@ -133,9 +133,9 @@ class BdfSteps:
         k, old = self.order[:, None], self.differences
         new = [old[-1]] * DIFFERENCES
         for j in range(DIFFERENCES - 1, -1, -1):
-            x = old[j] if j == DIFFERENCES - 1 else torch.where(j <= k, old[j] + new[j + 1], old[j])
-            x = torch.where(j == k + 1, d, x)
-            new[j] = torch.where(j == k + 2, d - old[j - 1], x) if j else x
+            x = old[j] if j == DIFFERENCES - 1 else torch.where(k >= j, old[j] + new[j + 1], old[j])
+            x = torch.where(k + 1 == j, d, x)
+            new[j] = torch.where(k + 2 == j, d - old[j - 1], x) if j else x
         return torch.stack(new)
 
     # ---- Newton's method -------------------------------------------------------------------------------------------------
