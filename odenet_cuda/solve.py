@@ -90,8 +90,8 @@ def solve(
     method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
         "rosenbrock23", or "kvaerno5" and "kvaerno3", or "bdf", all of which differentiate func; on a grid "euler", "midpoint",
         "heun2", "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler", "implicit_midpoint",
-        "trapezoid", "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and "implicit_adams" (also
-        "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
+        "trapezoid", "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and
+        "implicit_adams" (also "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
