@@ -90,6 +90,11 @@ def linearize(
         return Linearized(systems, k if recording else k.detach(), dy, dt)
 
 
+def products(jac: Known, n: int) -> int:
+    """How many of func df/dy of n numbers takes; of the user's it is not known."""
+    return n if jac is None else len(jac.directions) if isinstance(jac, Sparsity) else 0
+
+
 def _given(
     jac: Callable[..., Tensor], slopes: list[Tensor], t: Tensor, y: Sequence[Tensor], by_time: bool, recording: bool
 ) -> Linearized:

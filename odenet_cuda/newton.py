@@ -71,15 +71,23 @@ class Newton:
     iterations contract quickly with it: Hairer and Wanner, Solving Ordinary Differential Equations II, IV.8. Each system has
     its own, and ends by itself, so that it is what it is alone. tolerance: atol + rtol |y0| of the leaves, to a part of which
     stages are solved; None: to rounding. rejects: where a system cannot be solved its slopes become NaN; else StepFailed is
-    raised. jac: see `linearize`, also a pattern.
+    raised. jac: see `linearize`, also a pattern. dy: to begin with, of the step before.
     """
 
     def __init__(
-        self, field: Callable[..., Any], dt: Tensor, tolerance: Leaves | None, max_iters: int, rejects: bool, jac: Any = None
+        self,
+        field: Callable[..., Any],
+        dt: Tensor,
+        tolerance: Leaves | None,
+        max_iters: int,
+        rejects: bool,
+        jac: Any = None,
+        dy: Tensor | None = None,
     ):
         self.field, self.dt, self.rows, self.tolerance = field, dt, len(dt), tolerance
-        self.max_iters, self.rejects, self.apart, self.jac = max_iters, rejects, True, jac
-        self.dy: Tensor | None = None  # [systems, m, n, n]
+        self.max_iters, self.rejects, self.jac = max_iters, rejects, jac
+        self.apart = dy is None or self.rows > 1 or len(dy) > 1
+        self.dy = dy  # [systems, m, n, n]
         self.a: Rows = ()
         self.factors: Any = None
 

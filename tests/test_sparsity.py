@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from odenet_cuda import ODEBlock, compile, odeint, solve
+from odenet_cuda import ODEBlock, compile, jacobian, odeint, solve
 from odenet_cuda.jacobian import linearize
 from odenet_cuda.sparsity import Sparsity, coloured
 
@@ -119,6 +119,22 @@ def test_wider_than_without():
         solve(diffusion, y0, [0.0, 1e-4], **how)
     ys = solve(diffusion, y0, [0.0, 1e-4], first_step=1e-4, jac_sparsity=band(2100).to_sparse(), **how).ys
     assert bool(ys[-1].isfinite().all())
+
+
+def test_wide_systems_keep_df_dy_over_steps(monkeypatch):
+    """kvaerno's, where it takes many products; a row is still what it is alone, and the next solve begins anew."""
+    made, by_y = [], jacobian._by_y
+    monkeypatch.setattr(jacobian, "_by_y", lambda *given: made.append(1) or by_y(*given))
+    y0 = torch.linspace(0.1, 0.9, 80, dtype=D).reshape(2, 40)
+    how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-6, "atol": 1e-8, "step_control": "per_sample"}
+    with torch.no_grad():
+        found = solve(diffusion, y0, [0.0, 1.0], **how)
+        assert len(made) < int(found.stats.num_accepted.max()) / 3
+        assert torch.equal(solve(diffusion, y0, [0.0, 1.0], **how).ys, found.ys)
+        alone = solve(diffusion, y0[:1], [0.0, 1.0], **how)
+        torch.testing.assert_close(alone.ys[:, 0], found.ys[:, 0], rtol=1e-12, atol=1e-14)
+        right = solve(diffusion, y0, [0.0, 1.0], **{**how, "method": "rodas5p", "rtol": 1e-9, "atol": 1e-11})
+    torch.testing.assert_close(found.ys, right.ys, rtol=1e-5, atol=1e-6)
 
 
 # ---- what ends in words ----
