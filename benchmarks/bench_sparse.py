@@ -78,6 +78,7 @@ def main() -> None:
         ("rodas5p, no pattern", ours, None),
         ("rodas5p", ours, pattern),
         ("kvaerno5", ours, pattern),
+        ("bdf", ours, pattern),
         ("BDF, no pattern", theirs, None),
         ("BDF", theirs, band),
         ("Radau", theirs, band),

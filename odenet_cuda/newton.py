@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .factors import Factors
 from .formulas import per_row
 from .jacobian import Linearized, as_leaves, flat, linearize
 from .step_control import NON_FINITE, NON_FINITE_JACOBIAN, NOT_CONVERGED, SINGULAR
@@ -44,24 +45,20 @@ def jacobians(
     return found
 
 
-def factorised(near: Sequence[Linearized], h: Tensor, a: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """I - h a_ij df/dy(Y_i) of all stages together, [systems, m n, m n], as factors. a: of these stages alone. h: [rows]."""
-    return _factors(torch.stack([x.dy for x in near], 1), h, a)
-
-
-def _factors(dy: Tensor, h: Tensor, a: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """dy: [systems, m, n, n]."""
+def factorised(dy: Tensor, h: Tensor, a: Rows, known: Any = None) -> Factors:
+    """I - h a_ij df/dy(Y_i) of all stages together, [systems, m n, m n]. dy: [systems, m, n, n]. a: of these stages alone. h:
+    [rows]. known: of df/dy."""
     systems, m, n, _ = dy.shape
+    if m == 1:
+        return Factors(dy[:, 0], h.to(dy.dtype) * a[0][0], known)
     weights = dy.new_tensor(a)[None, :, :, None, None] * h.to(dy.dtype).reshape(-1, 1, 1, 1, 1)
     matrix = (weights * dy[:, :, None]).permute(0, 1, 3, 2, 4).reshape(systems, m * n, m * n)
-    one = torch.eye(m * n, dtype=dy.dtype, device=dy.device)
-    factors: tuple[Tensor, Tensor, Tensor] = torch.linalg.lu_factor_ex(one - matrix)
-    return factors
+    return Factors(matrix, matrix.new_ones(1))
 
 
-def solved(factors: tuple[Tensor, Tensor, Tensor], right: Tensor) -> Tensor:
+def solved(factors: Factors, right: Tensor) -> Tensor:
     """right: [systems, m, n]."""
-    return torch.linalg.lu_solve(factors[0], factors[1], right.reshape(len(right), -1, 1)).reshape(right.shape)
+    return factors.solve(right.reshape(len(right), -1)).reshape(right.shape)
 
 
 class Newton:
@@ -96,7 +93,7 @@ class Newton:
     ) -> list[Leaves]:
         """The slopes. base: y_i without them. a: of these stages among themselves. k: to begin with."""
         if self.dy is not None and a != self.a:
-            self.factors = _factors(self.dy, self.dt, a)
+            self.factors = factorised(self.dy, self.dt, a, self.jac)
         self.a = a
         stale: Tensor | None = None
         active: Tensor | None = None
@@ -136,7 +133,7 @@ class Newton:
         fresh = torch.ones(len(dy), dtype=torch.bool, device=dy.device)
         if self.dy is not None and stale is not None and self.dy.shape == dy.shape:  # else func couples samples after all
             dy, fresh = torch.where(stale[:, None, None, None], dy, self.dy), stale
-        self.dy, self.factors = dy, _factors(dy, self.dt, self.a)
+        self.dy, self.factors = dy, factorised(dy, self.dt, self.a, self.jac)
         return torch.stack([x.k for x in near], 1), fresh
 
     def _size(self, change: Tensor, points: Sequence[Leaves]) -> Tensor:
@@ -170,7 +167,7 @@ class Newton:
                 pass
             elif self.dy is not None and not bool(torch.isfinite(self.dy[first]).all()):
                 code = NON_FINITE_JACOBIAN
-            elif int(self.factors[2][first]) != 0:
+            elif int(self.factors.info[first]) != 0:
                 code = SINGULAR
             raise StepFailed(code, first if len(size) > 1 else None)
         return broken
@@ -203,7 +200,7 @@ def with_graph(
         points = [combined(y, dt, row, k) for y, row in zip(base, a, strict=True)]
         near = jacobians(field, times, points, len(dt), stages, differentiable=second, jac=jac)
         with torch.set_grad_enabled(second):
-            factors = factorised(near, dt, a)
+            factors = factorised(torch.stack([x.dy for x in near], 1), dt, a)
         old = torch.stack([flat(of_stage, near[0].systems) for of_stage in k], 1)
         change = solved(factors, torch.stack([x.k for x in near], 1) - old)
         new = old + (change - change.detach())  # what is solved to a tolerance has the same values without a graph

@@ -3,26 +3,32 @@ one product with the sum of their directions (Curtis, Powell and Reid 1974, doi 
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blocks import Blocks, blocks_of
+
 MOST = 8192  # numbers of one system
+NARROW_FROM = 128  # numbers, from which on systems of a narrow pattern are solved in blocks
 _SEED = 0x5EED  # of the directions by which a wrong pattern is found
 
 
 class Sparsity:
     """The pattern of df/dy, [n, n], coloured.
 
-    lines, columns: of its entries, [entries]. by_lines: products are with lines, v^T J, else with columns, J v, each of which
-    takes two of the former. colour: of each entry, the product that it comes from. directions: [products, n].
+    lines, columns: of its entries, [entries]; places: in [n * n]. by_lines: products are with lines, v^T J, else with columns,
+    J v, each of which takes two of the former. colour: of each entry, the product that it comes from. directions: [products,
+    n]. blocks: by which systems with it are solved, None where it is too wide.
     """
 
     def __init__(self, pattern: Tensor):
         """pattern: bool [n, n], on the device of the state."""
         self.n = len(pattern)
         self.lines, self.columns = pattern.nonzero(as_tuple=True)
+        self.places = self.lines * self.n + self.columns
         lines, columns = self.lines.tolist(), self.columns.tolist()
         of_lines, of_columns = coloured(self.n, lines, columns), coloured(self.n, columns, lines)
         self.by_lines = max(of_lines, default=0) <= 2 * max(of_columns, default=0)
@@ -39,20 +45,25 @@ class Sparsity:
         for direction in self.directions.to(like.dtype):
             v = direction.expand_as(like)
             found.append(product(v, differentiable) if push is None else push(v, differentiable))
-        systems, places = len(like), self.columns if self.by_lines else self.lines
-        entries = torch.stack(found, 0)[self.colour, :, places]  # [entries, systems]
-        dy = like.new_zeros(systems, self.n * self.n).index_copy(1, self.lines * self.n + self.columns, entries.T)
+        systems = len(like)
+        entries = torch.stack(found, 0)[self.colour, :, self.columns if self.by_lines else self.lines]  # [entries, systems]
+        dy = like.new_zeros(systems, self.n * self.n).index_copy(1, self.places, entries.T)
         dy = dy.reshape(systems, self.n, self.n)
-        self._check(product, dy.detach(), like)
+        self._check(product, entries.detach().T, like)
         return dy
 
-    def _check(self, product: Callable[[Tensor, bool], Tensor], dy: Tensor, like: Tensor) -> None:
+    @cached_property
+    def blocks(self) -> Blocks | None:
+        return blocks_of(self.n, self.lines, self.columns) if self.n >= NARROW_FROM else None
+
+    def _check(self, product: Callable[[Tensor, bool], Tensor], entries: Tensor, like: Tensor) -> None:
         """By one more product, with random numbers."""
         generator = torch.Generator("cpu").manual_seed(_SEED)
         w = torch.rand(self.n, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype) + 0.5
         right = product(w.expand_as(like), False).detach()
-        found, size = (w @ dy), (w @ dy.abs())
-        apart = (found - right).abs() > torch.finfo(dy.dtype).eps ** 0.5 * (size + right.abs())
+        parts = w[self.lines] * entries  # [systems, entries]
+        found, size = [torch.zeros_like(like).index_add(1, self.columns, x) for x in (parts, parts.abs())]
+        apart = (found - right).abs() > torch.finfo(like.dtype).eps ** 0.5 * (size + right.abs())
         if bool(apart.any()):
             column = int(apart.nonzero()[0, 1])
             raise ValueError(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from odenet_cuda import ODEBlock, compile, jacobian, odeint, solve
+from odenet_cuda.factors import Factors
 from odenet_cuda.jacobian import linearize
 from odenet_cuda.sparsity import Sparsity, coloured
 
@@ -135,6 +136,61 @@ def test_wide_systems_keep_df_dy_over_steps(monkeypatch):
         torch.testing.assert_close(alone.ys[:, 0], found.ys[:, 0], rtol=1e-12, atol=1e-14)
         right = solve(diffusion, y0, [0.0, 1.0], **{**how, "method": "rodas5p", "rtol": 1e-9, "atol": 1e-11})
     torch.testing.assert_close(found.ys, right.ys, rtol=1e-5, atol=1e-6)
+
+
+# ---- narrow patterns, in blocks ----
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(128, 400), st.integers(0, 6), st.integers(0, 2**32 - 1), st.booleans())
+def test_systems_of_a_narrow_pattern(n: int, width: int, seed: int, apart: bool):
+    """In any order of the numbers, also where these fall apart into several chains."""
+    generator = torch.Generator().manual_seed(seed)
+    pattern = band(n, width, width)
+    if apart:
+        pattern[n // 3 :, : n // 3] = pattern[: n // 3, n // 3 :] = False
+    order = torch.randperm(n, generator=generator)
+    sparsity = Sparsity(pattern[order][:, order])
+    assert sparsity.blocks is not None
+    dy = torch.randn(2, n, n, dtype=D, generator=generator) * pattern[order][:, order]
+    c, right = torch.tensor([0.05, 0.3], dtype=D), torch.randn(2, n, dtype=D, generator=generator)
+    with torch.no_grad():
+        factors = Factors(dy, c, sparsity)
+        found = factors.solve(right)
+    assert factors.blocks is not None
+    matrix = torch.eye(n, dtype=D) - c[:, None, None] * dy
+    left = (matrix @ found[:, :, None])[:, :, 0] - right
+    assert float(left.abs().max()) < 1e-8 * (1 + float(found.abs().max()))
+
+
+def test_blocks_that_are_singular():
+    """Of a matrix that is not: those systems are solved as a whole."""
+    n = 132
+    sparsity, ring = Sparsity(band(n)), torch.diag(torch.ones(n - 1, dtype=D), 1) + torch.diag(torch.ones(n - 1, dtype=D), -1)
+    dy, right = torch.stack([torch.eye(n, dtype=D) - ring, -ring / 4]), torch.randn(2, n, dtype=D)
+    with torch.no_grad():
+        factors = Factors(dy, torch.ones(2, dtype=D), sparsity)
+        found = factors.solve(right)
+    assert factors.whole.tolist() == [True, False] and sparsity.blocks.size == 19
+    matrix = torch.eye(n, dtype=D) - dy
+    torch.testing.assert_close((matrix @ found[:, :, None])[:, :, 0], right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["rodas5p", "kvaerno5", "bdf", "implicit_euler"])
+def test_the_same_solve_in_blocks(method: str):
+    y0 = torch.linspace(0.1, 0.9, 300, dtype=D).reshape(2, 150)
+    step = {"step_size": 0.05} if method == "implicit_euler" else {"rtol": 1e-6, "atol": 1e-8}
+    with torch.no_grad():
+        found = solve(diffusion, y0, [0.0, 0.1], method=method, jac_sparsity=band(150), **step)
+        right = solve(diffusion, y0, [0.0, 0.1], method=method, **step)
+    torch.testing.assert_close(found.ys, right.ys, rtol=1e-5, atol=1e-6)
+
+
+def test_two_species_in_two_rows():
+    """Whose numbers are far apart as they lie, and near in another order."""
+    one = torch.eye(100, dtype=torch.bool)
+    sparsity = Sparsity(torch.cat([torch.cat([band(100), one], 1), torch.cat([one, band(100)], 1)]))
+    assert sparsity.blocks is not None and len(sparsity.directions) <= 6
 
 
 # ---- what ends in words ----

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..bdf import DIFFERENCES, MOST, BdfMethod, coefficients, rescaled
+from ..factors import Factors
 from ..jacobian import as_leaves, flat, linearize
 from ..ops import FIELDS
 from ..problem import Problem
@@ -66,7 +67,7 @@ class BdfSteps:
         self.differences = y0.new_zeros(DIFFERENCES, *y0.shape)
         self._first(torch.ones(rows, dtype=torch.bool, device=self.dt.device))
         self.fresh = torch.ones(self.systems, dtype=torch.bool, device=self.dt.device)
-        self.factors: tuple[Tensor, Tensor] | None = None
+        self.factors: Factors | None = None
         self.factored = torch.zeros(self.systems, dtype=torch.float64, device=self.dt.device)  # c of the factors
 
     def _first(self, rows: Tensor) -> None:
@@ -166,7 +167,7 @@ class BdfSteps:
         for left in range(MOST_ITERATIONS, 0, -1):
             slope = flat(field(t, as_leaves(predicted + d, like), 1), self.systems)
             right = c * slope - psi - d
-            change = torch.linalg.lu_solve(*self.factors, right[:, :, None])[:, :, 0]
+            change = self.factors.solve(right)
             size = (change / scale).double().square().mean(1).sqrt()
             rate, first = size / before, left == MOST_ITERATIONS
             if not first:
@@ -190,16 +191,9 @@ class BdfSteps:
         other = ~((c - self.factored).abs() <= _SAME * c.abs())
         if self.factors is not None and not bool(other.any()):
             return
-        which = torch.ones_like(other) if self.factors is None else other
-        dy = self.dy if bool(which.all()) else self.dy[which]
-        one = torch.eye(dy.shape[-1], dtype=dy.dtype, device=dy.device)
-        found = torch.linalg.lu_factor_ex(one - c[which].to(dy.dtype)[:, None, None] * dy)
-        if self.factors is None or len(dy) == self.systems:
-            self.factors = found[0], found[1]
-        else:
-            for own, new in zip(self.factors, found[:2], strict=True):
-                own[which] = new
-        self.factored = torch.where(which, c, self.factored)
+        self.factored = c if self.factors is None else torch.where(other, c, self.factored)
+        given = self.dy, self.factored, self.problem.jac
+        self.factors = Factors(*given) if self.factors is None else self.factors.renewed(other, *given)
 
     def _renew(self, field: Callable[..., Any], t: Tensor, y: Tensor, which: Tensor) -> bool:
         """df/dy at y, of these systems; False where func couples them after all: then the state is one system."""
