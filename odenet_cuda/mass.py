@@ -23,6 +23,12 @@ class System(NamedTuple):
     mass: Any = None
     jac_sparsity: Any = None
 
+    @property
+    def named(self) -> str:
+        """What is given, as the start of a sentence."""
+        names = [name for name, given in zip(self._fields, self, strict=True) if given is not None]
+        return " and ".join(names) + (" are" if len(names) > 1 else " is")
+
     def refuse(self, options: Any, gradient: str) -> None:
         """Raises ValueError where the method takes no such, NotImplementedError where one is not served."""
         takes = getattr(options.tableau, "takes", ())

@@ -36,6 +36,7 @@ from .solution import Solution
 from .solvers.domain import check_start
 from .solvers.scipy_solver import ScipyMethod
 from .solvers.start import Resumed
+from .transforms import under_vmap
 
 _MADE = frozenset({"problem", "t", "grid", "backward"})
 
@@ -136,6 +137,8 @@ class Request:
         if running:
             problem = with_costs(problem, running)
         if any([given is not None for given in self.system]):
+            if under_vmap():
+                raise NotImplementedError(f"{self.system.named} not served under torch.vmap; give the samples as one batch")
             add_system(problem, options, settings.gradient, self.system, self.extra)
         if self.integrals is not None:
             problem = self._with_integrals(problem)

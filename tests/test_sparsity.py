@@ -1,5 +1,6 @@
 """df/dy by a known pattern of zeros: colours, products, solves and their gradients, and patterns that are wrong."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -228,6 +229,15 @@ def test_patterns_that_are_refused():
         solve(diffusion, y0, [0.0, 1.0], jac=lambda t, y: y, jac_sparsity=torch.ones(3, 3), **how)
     with pytest.raises(NotImplementedError, match="up to n = 8192"):
         solve(diffusion, torch.ones(8193, dtype=D), [0.0, 1.0], jac_sparsity=torch.zeros(8193, 1).expand(8193, 8193), **how)
+
+
+def test_not_under_vmap():
+    known = {"jac": lambda t, y: -torch.eye(3, dtype=D)}, {"jac_sparsity": torch.eye(3)}, {"mass": torch.eye(3)}
+    for what, method in itertools.product(known, ("rodas5p", "bdf")):
+        if method == "rodas5p" or "mass" not in what:
+            run = lambda y, what=what, method=method: solve(lambda t, y: -y, y, [0.0, 1.0], method=method, **what).ys  # noqa: E731
+            with pytest.raises(NotImplementedError, match=r"(jac|jac_sparsity|mass) is not served under torch\.vmap"):
+                torch.func.vmap(run)(torch.ones(2, 3, dtype=D))
 
 
 def test_a_compiled_field_leaves_it_to_the_stepper():
