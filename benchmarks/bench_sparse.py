@@ -1,6 +1,6 @@
 """A wide stiff system with a known pattern: Fisher's equation in 1,000 cells, beside no pattern and scipy with its pattern.
 
-    python benchmarks/bench_sparse.py [--json FILE] [--cells N]
+    python benchmarks/bench_sparse.py [--json FILE] [--cells N] [--write]
 
 y' = 25 n^2 / 10^4 * second difference + y (1 - y), a front that runs from the left, to t = 2. error: the largest at the end, to
 a solve at a thousandth of the tolerance. products: with df/dy, a step. Seconds on the processor, one thread.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import print_machine, print_table, save
+from measure import print_machine, print_table, save, write_tables
 from torch import Tensor
 
 import odenet_cuda
@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="also write the results there")
     parser.add_argument("--cells", type=int, default=1000)
+    parser.add_argument("--write", action="store_true", help="also into results/")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print_machine()
@@ -95,8 +96,11 @@ def main() -> None:
                 "ms a step": 1e3 * spent / row["steps"],
             }
         )
-    print_table(f"Fisher's equation, {n} cells, rtol = atol = 1e-6", rows)
+    title = f"Fisher's equation, {n} cells, rtol = atol = 1e-6"
+    print_table(title, rows)
     save(arguments.json, {"sparse": rows})
+    if arguments.write:
+        write_tables("sparse", "A front in many cells", "python benchmarks/bench_sparse.py --write", [(title, rows)])
 
 
 if __name__ == "__main__":

@@ -11,18 +11,16 @@ or is far from the tolerance stands there too.
 """
 
 import argparse
-import datetime
 import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from initial_values import DETEST, ROBER_AT_40, ROBER_BY_RATES, STIFF, InitialValues, rober_by_rates
-from measure import machine, print_machine, print_table
+from measure import print_machine, print_table, write_tables
 
 import odenet_cuda
 from odenet_cuda import jacobian
@@ -182,10 +180,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print_machine()
-    day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    about = ", ".join(f"{name} {value}" for name, value in machine().items())
-    lines = [f"# DETEST and the stiff set, on {day}", "", "By `python benchmarks/detest.py --write`; what is measured, its "
-             "docstring says.", "", about, ""]  # fmt: skip
     tables: list[tuple[str, list[dict[str, Any]]]] = []
     for letter in "" if arguments.stiff else "ABCDE":
         tables.append((f"DETEST {letter}", class_rows(letter, TOLERANCES[1:2] if arguments.quick else TOLERANCES)))
@@ -195,12 +189,8 @@ def main() -> None:
         print_table(*tables[-1])
     tables.append(("Gradients of ROBER at t = 40 by its rates", rate_rows(GRADIENT_TOLERANCES)))
     print_table(*tables[-1])
-    for title, rows in tables:
-        columns = list(rows[0])
-        lines += [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows] + [""]
     if arguments.write:
-        (Path(__file__).parent / "results" / f"detest-{day}.md").write_text("\n".join(lines))
+        write_tables("detest", "DETEST and the stiff set", "python benchmarks/detest.py --write", tables)
 
 
 if __name__ == "__main__":
