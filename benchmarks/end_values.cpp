@@ -1,6 +1,6 @@
-// End values of problems without a closed form, in 113-bit arithmetic, by extrapolation (Hairer, Norsett and Wanner I, II.9, and Hairer and
-// Wanner II, IV.9): Gragg's method for those that are not stiff, the linearly implicit Euler method for the others. Each is solved at two
-// tolerances and orders; the digits in which both agree are right.
+// End values of problems without a closed form, in 113-bit arithmetic, by extrapolation (Hairer, Norsett and Wanner I,
+// II.9, and Hairer and Wanner II, IV.9): Gragg's method for those that are not stiff, the linearly implicit Euler
+// method for the others. Each is solved at two tolerances and orders; the digits in which both agree are right.
 //
 //   g++ -O2 -std=gnu++17 benchmarks/end_values.cpp -lquadmath -o /tmp/end_values && /tmp/end_values
 #include <quadmath.h>
@@ -134,11 +134,12 @@ static State end_of(const Field& f, State y, Real end, bool stiff, int columns, 
 }
 
 static void pollu(Real, const State& y, State& k) {
-  const Real r[] = {.35Q * y[0], 26.6Q * y[1] * y[3], 1.23e4Q * y[4] * y[1], 8.6e-4Q * y[6], 8.2e-4Q * y[6],
-                    1.5e4Q * y[6] * y[5], 1.3e-4Q * y[8], 2.4e4Q * y[8] * y[5], 1.65e4Q * y[10] * y[1], 9e3Q * y[10] * y[0],
-                    .022Q * y[12], 1.2e4Q * y[9] * y[1], 1.88Q * y[13], 1.63e4Q * y[0] * y[5], 4.8e6Q * y[2],
-                    3.5e-4Q * y[3], .0175Q * y[3], 1e8Q * y[15], 4.44e11Q * y[15], 1.24e3Q * y[16] * y[5],
-                    2.1Q * y[18], 5.78Q * y[18], .0474Q * y[0] * y[3], 1.78e3Q * y[18] * y[0], 3.12Q * y[19]};
+  const Real r[] = {
+      .35Q * y[0],          26.6Q * y[1] * y[3],  1.23e4Q * y[4] * y[1], 8.6e-4Q * y[6],         8.2e-4Q * y[6],
+      1.5e4Q * y[6] * y[5], 1.3e-4Q * y[8],       2.4e4Q * y[8] * y[5],  1.65e4Q * y[10] * y[1], 9e3Q * y[10] * y[0],
+      .022Q * y[12],        1.2e4Q * y[9] * y[1], 1.88Q * y[13],         1.63e4Q * y[0] * y[5],  4.8e6Q * y[2],
+      3.5e-4Q * y[3],       .0175Q * y[3],        1e8Q * y[15],          4.44e11Q * y[15],       1.24e3Q * y[16] * y[5],
+      2.1Q * y[18],         5.78Q * y[18],        .0474Q * y[0] * y[3],  1.78e3Q * y[18] * y[0], 3.12Q * y[19]};
   k = {-r[0] - r[9] - r[13] - r[22] - r[23] + r[1] + r[2] + r[8] + r[10] + r[11] + r[21] + r[24],
        -r[1] - r[2] - r[8] - r[11] + r[0] + r[20],
        -r[14] + r[0] + r[16] + r[18] + r[21],
@@ -174,7 +175,8 @@ static void rober(Real, const State& y, State& k) {
     const Real* s = &y[3 * i];
     const Real one = a * s[0], two = i == 0 ? b * y[1] * y[2] : b * (s[1] * y[2] + y[1] * s[2]),
                three = i == 0 ? c * y[1] * y[1] : 2 * c * y[1] * s[1];
-    const Real r[] = {one + (i == 1 ? a * y[0] : 0), two + (i == 2 ? b * y[1] * y[2] : 0), three + (i == 3 ? c * y[1] * y[1] : 0)};
+    const Real r[] = {one + (i == 1 ? a * y[0] : 0), two + (i == 2 ? b * y[1] * y[2] : 0),
+                      three + (i == 3 ? c * y[1] * y[1] : 0)};
     k[3 * i] = r[1] - r[0];
     k[3 * i + 1] = r[0] - r[1] - r[2];
     k[3 * i + 2] = r[2];
@@ -224,21 +226,27 @@ static void show(const char* name, const Field& f, const State& y0, Real end, bo
 
 int main() {
   setvbuf(stdout, nullptr, _IOLBF, 0);
-  show("DETEST E2", [](Real, const State& y, State& k) { k = {y[1], (1 - y[0] * y[0]) * y[1] - y[0]}; }, {2, 0}, 20, false, 1e-3Q);
-  show("DETEST E3",
-       [](Real t, const State& y, State& k) { k = {y[1], y[0] * y[0] * y[0] / 6 - y[0] + 2 * sinq(2.78535Q * t)}; }, {0, 0}, 20,
-       false, 1e-3Q);
-  const State planets = {.000954786104043Q, .000285583733151Q, .0000437273164546Q, .0000517759138449Q, .00000277777777778Q};
-  show("DETEST C5",
-       [&](Real, const State& y, State& k) { bodies(planets, 3, 2.95912208286Q, 1.00000597682Q, y, k); },
-       {3.42947415189Q,    3.35386959711Q,   1.35494901715Q,   6.64145542550Q,    5.97156957878Q,   2.18231499728Q,
-        11.2630437207Q,    14.6952576794Q,   6.27960525067Q,   -30.1552268759Q,   1.65699966404Q,   1.43785752721Q,
-        -21.1238353380Q,   28.4465098142Q,   15.3882659679Q,   -.557160570446Q,   .505696783289Q,   .230578543901Q,
-        -.415570776342Q,   .365682722812Q,   .169143213293Q,   -.325325669158Q,   .189706021964Q,   .0877265322780Q,
-        -.0240476254170Q,  -.287659532608Q,  -.117219543175Q,  -.176860753121Q,   -.216393453025Q,  -.0148647893090Q},
-       20, false, 1e-3Q);
-  show("PLEI", [](Real, const State& y, State& k) { bodies({1, 2, 3, 4, 5, 6, 7}, 2, 1, 0, y, k); },
-       {3, 3, 3, -3, -1, 2, -3, 0, 2, 0, -2, -4, 2, 4, 0, 0, 0, 0, 0, 0, 0, -1.25Q, 0, 1, 1.75Q, 0, -1.5Q, 0}, 3, false, 1e-3Q);
+  show(
+      "DETEST E2", [](Real, const State& y, State& k) { k = {y[1], (1 - y[0] * y[0]) * y[1] - y[0]}; }, {2, 0}, 20,
+      false, 1e-3Q);
+  show(
+      "DETEST E3",
+      [](Real t, const State& y, State& k) { k = {y[1], y[0] * y[0] * y[0] / 6 - y[0] + 2 * sinq(2.78535Q * t)}; },
+      {0, 0}, 20, false, 1e-3Q);
+  const State planets = {.000954786104043Q, .000285583733151Q, .0000437273164546Q, .0000517759138449Q,
+                         .00000277777777778Q};
+  show(
+      "DETEST C5", [&](Real, const State& y, State& k) { bodies(planets, 3, 2.95912208286Q, 1.00000597682Q, y, k); },
+      {3.42947415189Q,   3.35386959711Q,  1.35494901715Q,  6.64145542550Q,  5.97156957878Q,  2.18231499728Q,
+       11.2630437207Q,   14.6952576794Q,  6.27960525067Q,  -30.1552268759Q, 1.65699966404Q,  1.43785752721Q,
+       -21.1238353380Q,  28.4465098142Q,  15.3882659679Q,  -.557160570446Q, .505696783289Q,  .230578543901Q,
+       -.415570776342Q,  .365682722812Q,  .169143213293Q,  -.325325669158Q, .189706021964Q,  .0877265322780Q,
+       -.0240476254170Q, -.287659532608Q, -.117219543175Q, -.176860753121Q, -.216393453025Q, -.0148647893090Q},
+      20, false, 1e-3Q);
+  show(
+      "PLEI", [](Real, const State& y, State& k) { bodies({1, 2, 3, 4, 5, 6, 7}, 2, 1, 0, y, k); },
+      {3, 3, 3, -3, -1, 2, -3, 0, 2, 0, -2, -4, 2, 4, 0, 0, 0, 0, 0, 0, 0, -1.25Q, 0, 1, 1.75Q, 0, -1.5Q, 0}, 3, false,
+      1e-3Q);
   show("ROBER, and by the logarithms of its rates", rober, {1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, 40, true, 1e-8Q);
   show("POLLU", pollu, {0, .2Q, 0, .04Q, 0, 0, .1Q, .3Q, .01Q, 0, 0, 0, 0, 0, 0, 0, .007Q, 0, 0, 0}, 60, true, 1e-10Q);
   show("E5 of the stiff set", e5, {1.76e-3Q, 0, 0, 0}, 1e11Q, true, 1e-20Q);

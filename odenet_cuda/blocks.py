@@ -86,7 +86,7 @@ class BlockFactors:
 
     def __init__(self, blocks: Blocks, dy: Tensor, c: Tensor):
         self.blocks, systems, size = blocks, len(dy), blocks.size
-        matrix = dy.new_zeros(systems, blocks.count * 3 * size * size).index_copy(1, blocks.entries, -c[:, None] * dy)
+        matrix = dy.new_zeros(systems, blocks.count * 3 * size * size).index_copy_(1, blocks.entries, -c[:, None] * dy)
         matrix = matrix.reshape(systems, blocks.count, 3, size, size)
         matrix[:, :, 1].diagonal(dim1=-2, dim2=-1).add_(1)
         left, on, right = matrix.unbind(2)

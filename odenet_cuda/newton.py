@@ -128,7 +128,7 @@ class Newton:
             none = torch.zeros(len(self.dy), dtype=torch.bool, device=self.dy.device)
             return torch.stack([flat(k, len(self.dy)) for k in found], 1), none
         near = jacobians(self.field, times, points, self.rows, stages, apart=self.apart, jac=self.jac)
-        dy = torch.stack([x.dy for x in near], 1)
+        dy = near[0].dy[:, None] if len(near) == 1 else torch.stack([x.dy for x in near], 1)  # a wide one is not copied
         self.apart = self.rows > 1 or near[0].systems > 1
         fresh = torch.ones(len(dy), dtype=torch.bool, device=dy.device)
         if self.dy is not None and stale is not None and self.dy.shape == dy.shape:  # else func couples samples after all

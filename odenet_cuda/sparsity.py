@@ -47,7 +47,7 @@ class Sparsity:
             found.append(product(v, differentiable) if push is None else push(v, differentiable))
         systems = len(like)
         entries = torch.stack(found, 0)[self.colour, :, self.columns if self.by_lines else self.lines]  # [entries, systems]
-        dy = like.new_zeros(systems, self.n * self.n).index_copy(1, self.places, entries.T)
+        dy = like.new_zeros(systems, self.n * self.n).index_copy_(1, self.places, entries.T)
         dy = dy.reshape(systems, self.n, self.n)
         self._check(product, entries.detach().T, like)
         return dy
