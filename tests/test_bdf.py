@@ -268,7 +268,7 @@ def test_refusals():
     y0 = torch.ones(2, dtype=D, requires_grad=True)
     func = lambda t, y: -y  # noqa: E731
     for gradient in ("direct", "checkpoint"):
-        with pytest.raises(NotImplementedError, match=r"keeps no graphs.*gradient='quadrature' or 'adjoint'"):
+        with pytest.raises(NotImplementedError, match=r"keeps no graphs.*gradient='quadrature', or 'adjoint'"):
             solve(func, y0, [0.0, 1.0], gradient=gradient, **STIFF)
     with pytest.raises(NotImplementedError, match="cannot be an adjoint_method"):
         solve(func, y0, [0.0, 1.0], gradient="adjoint", adjoint_method="bdf")
