@@ -161,7 +161,7 @@ def rate_rows(tolerances: tuple[float, ...]) -> list[dict[str, Any]]:
                 row: dict[str, Any] = {"method": method, "gradient": gradient, "rtol": f"{rtol:.0e}", "y": "", "by rates": ""}
                 try:
                     y, log_k = rober_by_rates(lambda f, y0, t, how=how: odenet_cuda.solve(f, y0, t, **how).ys[-1])
-                    row["y"] = f"{float((y / known - 1).abs().max()):.1e}"
+                    row["y"] = f"{float((y.detach() / known - 1).abs().max()):.1e}"
                     found = [torch.autograd.grad(y[i], log_k, retain_graph=True)[0] for i in range(3)]
                     row["by rates"] = f"{float((torch.stack(found, 1) / right - 1).abs().max()):.1e}"
                 except odenet_cuda.SolverError as error:
