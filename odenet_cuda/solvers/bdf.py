@@ -52,7 +52,10 @@ class BdfSteps:
         if recorder is not None and recorder.step_costs is not None:
             return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
         if recorder is not None and (recorder.graphs or recorder.checkpoints is not None):
-            return "keeps no graphs of its steps, which depend on those before: use gradient='quadrature', or 'adjoint' (odeint_adjoint)"
+            return (
+                "keeps no graphs of its steps, which depend on those before: use gradient='quadrature', or 'adjoint' "
+                "(odeint_adjoint)"
+            )
         return ""
 
     # ---- the state of the family -----------------------------------------------------------------------------------------
