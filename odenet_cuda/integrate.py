@@ -53,6 +53,10 @@ class Options:
 
     def __post_init__(self) -> None:
         adjusted(find_method(self.method), self.method, self.of_method)
+        if self.method == "bdf" and self.control.controller != "I":
+            raise ValueError(
+                f"controller must be 'I' for method='bdf', whose steps are its own, got {self.control.controller!r}"
+            )
         if self.interp not in INTERPOLATIONS:
             raise ValueError(f"interp must be one of {tuple(INTERPOLATIONS)}, got {self.interp!r}")
         for name in ("first_step", "step_size"):

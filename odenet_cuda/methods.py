@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 from .adams import MULTISTEP
+from .bdf import BDF, BdfMethod
 from .implicit import IMPLICIT
 from .kvaerno import KVAERNO3, KVAERNO5
 from .rosenbrock import RODAS5P, ROSENBROCK23
@@ -23,7 +24,7 @@ EXPLICIT: dict[str, ButcherTableau] = {
 # For stiff systems. Each is the data of a family of `solvers.families`.
 STIFF: dict[str, Any] = {"rodas5p": RODAS5P, "rosenbrock23": ROSENBROCK23, "kvaerno5": KVAERNO5, "kvaerno3": KVAERNO3}
 FIXED: dict[str, ButcherTableau] = {"euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN2, "heun3": HEUN3, "rk4": RK4}
-ADAPTIVE: dict[str, Any] = {**EXPLICIT, **STIFF, "scipy_solver": ScipyMethod()}
+ADAPTIVE: dict[str, Any] = {**EXPLICIT, **STIFF, "bdf": BDF, "scipy_solver": ScipyMethod()}
 STEPPED: dict[str, Any] = {**IMPLICIT, **MULTISTEP}  # on a grid, each step one function
 ON_GRID: dict[str, Any] = {**FIXED, **STEPPED}
 
@@ -47,6 +48,8 @@ def adjusted(method: Any, name: str, options: tuple[tuple[str, Any], ...]) -> An
         return method
     if isinstance(method, ScipyMethod) and [key for key, _ in options] == ["solver"]:
         return ScipyMethod(options[0][1])
+    if isinstance(method, BdfMethod) and [key for key, _ in options] == ["max_order"]:
+        return replace(method, max_order=options[0][1])
     for key, value in options:
         if not isinstance(method, StepFunction) or not hasattr(method.step, key) or name in ADAPTIVE:
             raise ValueError(f"{key} is no option of method={name!r}, got {value!r}")

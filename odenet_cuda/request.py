@@ -17,7 +17,7 @@ from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .integrals import Integrand, with_quadratures
 from .integrate import Grid, Options, fixed_grid
-from .mass import add_system
+from .mass import NOTHING, System, add_system
 from .problem import (
     Field,
     Problem,
@@ -36,6 +36,7 @@ from .solution import Solution
 from .solvers.domain import check_start
 from .solvers.scipy_solver import ScipyMethod
 from .solvers.start import Resumed
+from .transforms import under_vmap
 
 _MADE = frozenset({"problem", "t", "grid", "backward"})
 
@@ -78,10 +79,10 @@ class Request:
         integrals: Callable[..., Any] | None = None,
         integrals_in_norm: bool = False,
         save: Callable[..., Any] | None = None,
-        system: tuple[Any, Any] = (None, None),
+        system: System = NOTHING,
     ):
         """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
-        resume: the solution that it goes on from. valid, integrals, save: as of `solve`; system: jac and mass.
+        resume: the solution that it goes on from. valid, integrals, save: as of `solve`; system: what is known of it.
 
         Raises ValueError and TypeError for a wrong y0."""
         self.settings, self.params, self.events, self.resume = with_stops(settings, func), params, events, resume
@@ -136,7 +137,9 @@ class Request:
         if running:
             problem = with_costs(problem, running)
         if any([given is not None for given in self.system]):
-            add_system(problem, options, settings.gradient, *self.system, self.extra)
+            if under_vmap():
+                raise NotImplementedError(f"{self.system.named} not served under torch.vmap; give the samples as one batch")
+            add_system(problem, options, settings.gradient, self.system, self.extra)
         if self.integrals is not None:
             problem = self._with_integrals(problem)
         grid = None

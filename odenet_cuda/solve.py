@@ -10,6 +10,7 @@ from .compiled.compilation import check_compile
 from .engines import serve, serve_events
 from .event import Event, Events, Jump, check_events, check_jumps
 from .interpolant import State
+from .mass import System
 from .methods import on_host
 from .problem import with_arguments
 from .request import Request
@@ -51,6 +52,7 @@ def solve(
     solver: str | None = None,
     jac: Callable[..., Tensor] | None = None,
     mass: Tensor | None = None,
+    jac_sparsity: Tensor | None = None,
     cuda_graph: bool | str = False,
     interp: str = "method",
     norm: Callable | None = None,
@@ -86,10 +88,10 @@ def solve(
         control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
         outputs there are NaN, and nothing is solved for it after its last time.
     method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
-        "rosenbrock23", or "kvaerno5" and "kvaerno3", all of which differentiate func; on a grid "euler", "midpoint", "heun2",
-        "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler", "implicit_midpoint", "trapezoid",
-        "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and "implicit_adams" (also
-        "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
+        "rosenbrock23", or "kvaerno5" and "kvaerno3", or "bdf", all of which differentiate func; on a grid "euler", "midpoint",
+        "heun2", "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler", "implicit_midpoint",
+        "trapezoid", "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and
+        "implicit_adams" (also "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
@@ -107,15 +109,17 @@ def solve(
     step_t, jump_t: times at which a step must end; func is discontinuous at those of jump_t.
     step_size, grid_constructor: the grid of a method without error control, else t itself; ``grid_constructor(func, y0, t)``
         returns the times of the grid. perturb: evaluate at the ends of a step just inside it. max_iters: iterations in which
-        an implicit method must have solved a step, 100, and of the corrector of implicit_adams, 4. max_order: of Adams methods,
-        12; the higher, the smaller the steps with which they are stable, of explicit_adams above all.
+        an implicit method must have solved a step, 100, and of the corrector of implicit_adams, 4. max_order: of bdf, 5, and of
+        Adams methods, 12; the higher, the smaller the steps with which they are stable, of explicit_adams above all.
     solver: of scipy_solver: "LSODA", the default, "Radau", "BDF", "RK45", "RK23" or "DOP853", with gradient="adjoint" alone,
         whose backward solve is by rodas5p, dopri5, bosh3 or dopri8, by its kind.
     jac: for implicit and stiff methods, ``jac(t, y, *args)`` gives df/dy as a tensor, [batch, n, n] with a row of n numbers a
         sample, or [n, n] of the whole state; else it comes from torch. A solve that records gradients asks it only where no
         derivative of it is needed. mass: for rodas5p and rosenbrock23, the constant matrix M [n, n] of M dy/dt = func(t, y),
         which may be singular: then y0 must fulfil the equations without a derivative, and these must determine the rest (index
-        1). With gradient="direct" or "checkpoint".
+        1). With gradient="direct" or "checkpoint". jac_sparsity: for wide states, where df/dy may be other than 0, [n, n],
+        dense or sparse, for systems of n numbers up to 8,192: df/dy then takes as many products as the pattern has colours,
+        not n. A pattern that misses an entry raises ValueError.
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
@@ -184,7 +188,7 @@ def solve(
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
-    more: dict[str, Any] = {"resume": resume, "valid": valid, "system": (jac, mass)}
+    more: dict[str, Any] = {"resume": resume, "valid": valid, "system": System(jac, mass, jac_sparsity)}
     more |= {"integrals": integrals, "integrals_in_norm": integrals_in_norm}
     if resume is not None:
         check_resume(resume)

@@ -61,8 +61,9 @@ class StepControl:
         if self.min_step > self.max_step:
             raise ValueError(f"min_step must not exceed max_step, {self.max_step}, got {self.min_step}")
 
-    def constants(self, order: int) -> list[float]:
-        """The numbers of the kernels' ``Controller``, in its order."""
+    def constants(self, order: int, steers: bool = False) -> list[float]:
+        """The numbers of the kernels' ``Controller``, in its order. steers: the method may make a step smaller that was
+        accepted."""
         p, i, d = CONTROLLERS[self.controller] if isinstance(self.controller, str) else self.controller
         plain = p == 0 and d == 0
         return [
@@ -73,7 +74,7 @@ class StepControl:
             (p + i + d) / order,
             -(p + 2 * d) / order,
             d / order,
-            1.0 if plain else float(self.dfactor),
+            1.0 if plain and not steers else float(self.dfactor),
             float(self.min_step),
             float(self.max_step),
             float(self.max_num_steps),

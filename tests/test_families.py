@@ -96,7 +96,7 @@ class TwoStep(StepFunction):
 class TwoStepSteps:
     """before, size: the slope and the size of the last step of each row; a row that begins, or begins anew, has size 0."""
 
-    looks, calls = False, 1
+    looks, steers, calls = False, False, 1
     no_way_back, no_graph = "knows no integrals of parameters: give another adjoint_method", "moves on in Python"
 
     def __init__(self, method, problem, stepper, state, recorder, ahead):

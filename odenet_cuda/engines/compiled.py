@@ -24,7 +24,7 @@ def refusal(request: Request, most: int = 1) -> str:
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
     if any([given is not None for given in request.system]):
-        return "jac and mass are no part of what is compiled"
+        return "jac, jac_sparsity and mass are no part of what is compiled"
     if request.valid is not None:
         return "valid: what is compiled rejects steps by their error alone"
     if request.integrals is not None:

@@ -68,8 +68,6 @@ def solve(request: Request) -> Solution:
 def _mapped(request: Request) -> Solution:
     """An adaptive solve under torch.vmap: the mapped axis is that of the samples under per-sample control."""
     problem = request.problem
-    if problem.jac is not None:
-        raise NotImplementedError("jac is not served under torch.vmap; give the samples as one batch")
     if problem.per_sample or problem.norm is not None:
         what = "step_control='per_sample'" if problem.per_sample else "norm"
         raise NotImplementedError(

@@ -34,9 +34,10 @@ def adjoint_setup(
     norm = given.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
         raise ValueError(f"adjoint_options['norm'] must be 'seminorm' or callable, got {norm!r}")
-    if isinstance(options.tableau, ScipyMethod) and method in (None, options.method):
-        solver = given.pop("solver", None)
-        method = options.tableau.backward if solver is None else ScipyMethod(solver).backward
+    other = getattr(options.tableau, "backward", None)  # of one that cannot go backwards itself
+    if other is not None and method in (None, options.method):
+        solver = given.pop("solver", None) if isinstance(options.tableau, ScipyMethod) else None
+        method = other if solver is None else ScipyMethod(solver).backward
     same = method is None and not given and not torch.compiler.is_compiling()
     backward = options.backwards if same else _options(options, method, given)
     if problem.per_sample and not backward.adaptive:
