@@ -82,7 +82,7 @@ class ODEBlock(nn.Module):
         self._explained = ""
         self.regularizers: dict[str, Tensor] = {}
 
-    @between_graphs(lambda self, y0, t=None: on_host(self.method))
+    @between_graphs(lambda self, y0, t=None: on_host(self.method) or self.gradient == "reversible")
     def forward(self, y0: Any, t: Any = None) -> Any:
         """t: times of this call, in place of those of the block, as `solve` takes them: with ``step_control="per_sample"`` also
         [batch, T], and then the state given is that at the last time of each sample."""

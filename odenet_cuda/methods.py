@@ -9,6 +9,7 @@ from .implicit import IMPLICIT
 from .kvaerno import KVAERNO3, KVAERNO5
 from .rosenbrock import RODAS5P, ROSENBROCK23
 from .solvers.scipy_solver import ScipyMethod
+from .symplectic import SYMPLECTIC
 from .tableau import ButcherTableau, StepFunction
 from .tableaus import ADAPTIVE_HEUN, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG2, HEUN2, HEUN3, MIDPOINT, RK4, TSIT5
 
@@ -24,7 +25,7 @@ EXPLICIT: dict[str, ButcherTableau] = {
 STIFF: dict[str, Any] = {"rodas5p": RODAS5P, "rosenbrock23": ROSENBROCK23, "kvaerno5": KVAERNO5, "kvaerno3": KVAERNO3}
 FIXED: dict[str, ButcherTableau] = {"euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN2, "heun3": HEUN3, "rk4": RK4}
 ADAPTIVE: dict[str, Any] = {**EXPLICIT, **STIFF, "scipy_solver": ScipyMethod()}
-STEPPED: dict[str, Any] = {**IMPLICIT, **MULTISTEP}  # on a grid, each step one function
+STEPPED: dict[str, Any] = {**IMPLICIT, **MULTISTEP, **SYMPLECTIC}  # on a grid, each step one function
 ON_GRID: dict[str, Any] = {**FIXED, **STEPPED}
 
 # With each interpolant for outputs inside a step, made once: torch.compile does not follow the checks of a tableau.

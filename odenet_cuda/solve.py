@@ -21,7 +21,7 @@ from .solution import Solution
 from .transforms import between_graphs
 
 
-@between_graphs(lambda *args, method="dopri5", **kwargs: on_host(method))
+@between_graphs(lambda *args, method="dopri5", gradient="", **kwargs: on_host(method) or gradient == "reversible")
 def solve(
     func: Callable[..., Any],
     y0: State | None,

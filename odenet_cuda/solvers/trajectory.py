@@ -22,7 +22,7 @@ class Trajectory:
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
     the next solve may write. steps: taken on a grid, 0 for all. system: that of a step on a grid that failed, see `StepFailed`.
     words: why it failed, where no code says so. seen: the state as a NumPy array, once the host has waited. slope: with which
-    the next step would begin, a tensor a leaf; none where it is not known."""
+    the next step would begin, a tensor a leaf; none where it is not known. pair: the last state of both halves of a coupled scheme."""
 
     ys: list[Tensor]
     last: list[Tensor]
@@ -34,6 +34,7 @@ class Trajectory:
     words: str = ""
     seen: Any = None
     slope: Sequence[Tensor] = ()
+    pair: Sequence[Tensor] = ()
 
     def host_state(self) -> Any:
         """The state as a NumPy array; None without one. The host waits for the device once."""
@@ -135,7 +136,7 @@ class Recorder:
         leaves: int,
         *,
         graphs: bool = False,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: Any = None,
         dense: bool = False,
         t_grad: bool = False,
         carried: bool = False,
