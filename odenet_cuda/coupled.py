@@ -9,6 +9,7 @@ z = y at the start: McCallum and Foster 2024, arXiv:2410.11648. Its order is tha
     z0 = z1 + psi_-h(t1, y1),    y0 = (y1 - (1 - l) z0 - psi_h(t0, z0)) / l.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +24,7 @@ from .solvers.trajectory import Evaluation, Trajectory
 from .tableau import ButcherTableau, StepFunction
 
 COUPLING = 0.999
+_APART = 0.5  # of the size of y: more than the error of a coarse grid
 _ROUNDING = 8  # units in the last place, which are no sign of a distance
 
 
@@ -103,6 +105,22 @@ def of_one(callbacks: dict[str, Callable] | None, n: int) -> dict[str, Callable]
 
 
 def uncoupled(trajectory: Trajectory, n: int) -> Trajectory:
-    """That of y; the last state of both besides."""
+    """That of y; the last state of both besides. On a grid a warning where they have left each other."""
+    if trajectory.state is None:
+        _warn_apart(trajectory.last[:n], trajectory.last[n:])
     pair = [leaf.clone() for leaf in trajectory.last]
     return replace(trajectory, ys=trajectory.ys[:n], last=trajectory.last[:n], slope=(), call=None, pair=pair)
+
+
+def _warn_apart(y: Sequence[Tensor], z: Sequence[Tensor]) -> None:
+    """On a grid nothing holds the two states together."""
+    norm = torch.linalg.vector_norm
+    ratios = torch.stack([norm(a - b).double() / norm(a).double().clamp_min(1e-300) for a, b in zip(y, z, strict=True)])
+    ratio = float(ratios.amax())
+    if not ratio <= _APART:
+        warnings.warn(
+            f"the two states of gradient='reversible' ended {ratio:.3g} times their size apart, so ys cannot be trusted: where "
+            "func contracts, their distance grows with every step of the grid. Use a smaller step_size or an adaptive method, "
+            "a smaller adjoint_options={'coupling': 0.99}, or gradient='checkpoint', whose memory max_checkpoints bounds",
+            stacklevel=2,
+        )

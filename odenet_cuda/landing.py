@@ -10,9 +10,7 @@ def lands(method: Any) -> bool:
     return isinstance(method, StepFunction) and method.lands
 
 
-def with_outputs(
-    nodes: list[float], moves_with: list[int | None], t: list[float]
-) -> tuple[list[float], list[int | None]]:
+def with_outputs(nodes: list[float], moves_with: list[int | None], t: list[float]) -> tuple[list[float], list[int | None]]:
     """The grid with a node at each time of t: one that lies there up to rounding, or another one."""
     if nodes == t:
         return nodes, moves_with
@@ -32,7 +30,7 @@ def with_outputs(
 
 
 def refuse_what_is_between(request: Any, options: Any, own_times: bool) -> None:
-    """Raises NotImplementedError for what needs values inside a step, or what is carried from step to step besides the state."""
+    """Raises NotImplementedError for what needs values inside a step, or for more than the state at a step's start."""
     settings = request.settings
     asked = {
         "dense=True": settings.dense,

@@ -124,7 +124,7 @@ class Request:
             refuse_what_is_between(self, options, isinstance(values, OwnTimes))
         if settings.gradient == "reversible" and any([leaf.dtype in SHORT for leaf in structure.leaves]):
             raise NotImplementedError(
-                "gradient='reversible' needs a state of at least 32 bits: rounding of 16 bits does not come back to where it was"
+                "gradient='reversible' needs a state of at least 32 bits: rounding of 16 bits does not come back to its start"
             )
         running = [name for name in settings.regularizers if name in RUNNING]
         costly = running or self.integrals is not None

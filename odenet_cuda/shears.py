@@ -124,8 +124,8 @@ def combined(y0: Leaves | None, k: Sequence[Leaves], weights: Sequence[float], d
             leaves.append(add_up(base, wide, numbers, per_row(dt, wide[0])).to(parts[0].dtype))
         return leaves
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in slopes[0]]
-    parts = [ops.readable(leaf) for of_leaf in zip(*slopes, strict=True) for leaf in of_leaf]
-    ops.stage(found, [] if y0 is None else [ops.readable(leaf) for leaf in y0], parts, numbers, dt)
+    leaf_major = [ops.readable(leaf) for of_leaf in zip(*slopes, strict=True) for leaf in of_leaf]
+    ops.stage(found, [] if y0 is None else [ops.readable(leaf) for leaf in y0], leaf_major, numbers, dt)
     return found
 
 

@@ -110,13 +110,14 @@ def is_symplectic(method: Any) -> bool:
 
 
 def check_separable(problem: Problem, structure: Structure, method: str) -> None:
-    """Raises ValueError where the state is no pair, or func mixes its halves: dq may not change where q is moved, nor dp where p
-    is. Func is called three times for it, but a `Separable` not at all."""
+    """Raises ValueError where the state is no pair, or func mixes its halves: dq may not change where q is moved, nor dp where
+    p is. Func is called three times for it, but a `Separable` not at all."""
     field: Any = counter_of(problem.field)
     state = structure.unflatten(structure.leaves)
     rule = f"y0 must be a tuple (q, p) of states of one shape for method={method!r}"
     if not isinstance(state, (tuple, list)) or len(state) != 2:
-        raise ValueError(f"{rule}, got {type(state).__name__}" + (f" of {len(state)}" if isinstance(state, (tuple, list)) else ""))
+        got = f"{type(state).__name__} of {len(state)}" if isinstance(state, (tuple, list, dict)) else type(state).__name__
+        raise ValueError(f"{rule}, got {got}")
     shapes = [[(leaf.shape, leaf.dtype) for leaf in Structure(part).leaves] for part in state]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{rule}, got " + " and ".join(str([list(shape) for shape, _ in part]) for part in shapes))
@@ -144,7 +145,7 @@ def _refuse_mixed(k: Leaves, other: Leaves, name: str, moved: str, method: str) 
         bound = _ROUNDING * torch.finfo(x.dtype).eps * torch.where(torch.isfinite(x), x.abs(), 0).amax()
         if bool((change > bound).any()):
             raise ValueError(
-                f"func must be separable for method={method!r}, dq of t and p alone and dp of t and q alone, but {name} changed by "
-                f"{float(change.amax()):.3g} where {moved} alone was moved: use an explicit method, or gl4 or gl6, which are "
-                "symplectic for every Hamiltonian"
+                f"func must be separable for method={method!r}, dq of t and p alone and dp of t and q alone, but {name} "
+                f"changed by {float(change.amax()):.3g} where {moved} alone was moved: use an explicit method, or gl4 or gl6, "
+                "which are symplectic for every Hamiltonian"
             )

@@ -71,11 +71,11 @@ def warn_of_drift(stats: Stats, rtol: float | None, waited: bool, gradient: str 
     if _warned or stats.drift is None or not (rtol is None or waited):
         return
     largest = float(stats.drift.amax())
-    if largest > (_TRUSTED if rtol is None else max(_TRUSTED, _FAR / max(rtol, 1e-16))):
+    if not largest <= (_TRUSTED if rtol is None else max(_TRUSTED, _FAR / max(rtol, 1e-16))):
         _warned = True
         warnings.warn(
-            f"gradient={gradient!r} came back {largest:.3g} times its tolerance away from the states of the solve: its gradient "
-            "may be that of another trajectory: use gradient='checkpoint' or 'direct', for the adjoint also 'quadrature' or outputs at more times. "
-            "Solution.stats.adjoint_drift tells it for every solve; this is said once",
+            f"gradient={gradient!r} came back {largest:.3g} times its tolerance away from the states of the solve: its "
+            "gradient may be that of another trajectory: use gradient='checkpoint' or 'direct', or for the adjoint "
+            "'quadrature' or outputs at more times. Solution.stats.adjoint_drift tells it for every solve; this is said once",
             stacklevel=2,
         )

@@ -6,7 +6,7 @@ kappa_i = dL/dk_i
 
     kappa_j = dt (b_j g + sum_{i>j} a_ij mu_i),   mu_i = J_i^T kappa_i,   dL/dx_of += rest g + sum_i mu_i,   g <- keep g
 
-Steps are taken as given; those that end on an output move with its time, and so does the next one.
+Steps are taken as given; one that ends on an output moves with its time, and so does the next, and a uniform grid with t[0].
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .. import noise
 from ..captured import Watch
-from ..formulas import per_row
 from ..held import Captured
 from ..problem import Problem
 from ..products import Targets, gradients, real_product
@@ -28,13 +27,15 @@ from ..solvers.trajectory import Evaluation, Recorder, Step
 from .accumulator import Accumulator
 from .autocast import autocast_again, autocast_state
 from .drift import add_drift, warn_of_drift
-from .failed import known_cotangents, with_nan
+from .failed import known_cotangents, with_nan, without_others
 from .of_times import TimeGradient
 from .one_by_one import one_by_one
 from .release import kept, let_go
 from .same_func import refuse_another
 
-_FIRST = "gradient='reversible' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
+_FIRST = (
+    "gradient='reversible' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
+)
 NOISY = (
     "func draws random numbers, which gradient='reversible' cannot draw again on its way back: use gradient='direct' or "
     "'checkpoint', or draw the numbers once a solve"
@@ -70,7 +71,14 @@ def attach(
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recorder, ends, problem, ys, stats, how, count, t, *tensors):
-        ctx.recorder, ctx.ends, ctx.problem, ctx.stats, ctx.count, ctx.t_device = recorder, ends, problem, stats, count, t.device
+        ctx.recorder, ctx.ends, ctx.problem, ctx.stats, ctx.count, ctx.t_device = (
+            recorder,
+            ends,
+            problem,
+            stats,
+            count,
+            t.device,
+        )
         ctx.autocast, ctx.chosen, ctx.captured = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[x for x in (t, *tensors[:count]) if x.requires_grad])
@@ -123,6 +131,7 @@ class ReversibleWalk:
         self.grad_ys = grad_ys
         self.grad_t = TimeGradient(problem)
         self.at_t0 = torch.zeros(problem.rows, dtype=torch.float64, device=problem.device)  # of the step after, by its start
+        self.careful = problem.per_sample and problem.failed  # what is no number may belong to rows without a part
         self.x: list[Leaves] = []
         self.g: list[Leaves] = []
 
@@ -144,10 +153,13 @@ class ReversibleWalk:
         return first, self.grad_t.total, self.sums.results()
 
     def add_drift(self, stats: Stats, y0: Sequence[Tensor]) -> None:
-        """How far from y0 the walk has come, and a warning where that is far."""
+        """How far from y0 the walk has come, of rows with a gradient, and a warning where that is far."""
         problem, found = self.problem, [*self.x[0], *self.x[1]][: self.n]
-        numbers = [[tol if isinstance(tol, float) else float(tol.min()) for tol in tols] for tols in (problem.rtol, problem.atol)]
-        add_drift(stats, (numbers[0], numbers[1]), problem.rows, found, y0)
+        numbers = [
+            [tol if isinstance(tol, float) else float(tol.min()) for tol in tols] for tols in (problem.rtol, problem.atol)
+        ]
+        without = [(leaf == 0).reshape(problem.rows, -1).all(1) for half in self.g for leaf in half]
+        add_drift(stats, (numbers[0], numbers[1]), problem.rows, found, y0, torch.stack(without).all(0))
         adaptive = any(isinstance(entry, Step) and isinstance(entry.dt, Tensor) for entry in self.tape)
         warn_of_drift(stats, None if adaptive else numbers[0][0], True, "reversible")
 
@@ -170,7 +182,8 @@ class ReversibleWalk:
             for c, grad in by_nodes:
                 at_t0, at_t1 = at_t0 + (1 - c) * grad, at_t1 + c * grad
         if self.t_grad:
-            for index, _, mask in step.outputs:
+            ends = [(index, mask) for index, _, mask in step.outputs]
+            for index, mask in ends or ([step.ends[1]] if step.ends[1] else []):
                 value = self.at_t0 + at_t1
                 self._add_time(index, value if mask is None else torch.where(mask, value, 0.0))
             self.at_t0 = at_t0 if accept is None else torch.where(accept, at_t0, self.at_t0)
@@ -248,6 +261,8 @@ class ReversibleWalk:
         return mu[::-1], by_nodes
 
     def _vjp(self, call: Evaluation, kappa: Leaves) -> tuple[Leaves, Tensor | None]:
+        if self.careful:
+            call = without_others(self.problem, call, kappa)
         used = [(k, cotangent) for k, cotangent in zip(call.k, kappa, strict=True) if k.requires_grad]
         if not used:
             return [torch.zeros_like(leaf) for leaf in call.y], None

@@ -13,7 +13,6 @@ from ..interpolant import DenseStep
 from ..ops import FIELDS
 from ..problem import OwnTimes, to_device
 from ..tableau import Method
-from .checkpoints import Checkpoints
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Trajectory:
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
     the next solve may write. steps: taken on a grid, 0 for all. system: that of a step on a grid that failed, see `StepFailed`.
     words: why it failed, where no code says so. seen: the state as a NumPy array, once the host has waited. slope: with which
-    the next step would begin, a tensor a leaf; none where it is not known. pair: the last state of both halves of a coupled scheme."""
+    the next step would begin, a tensor a leaf; none where it is not known. pair: the last states of a scheme of two."""
 
     ys: list[Tensor]
     last: list[Tensor]
