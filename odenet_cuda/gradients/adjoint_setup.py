@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..auto import AutoMethod
 from ..callbacks import find_callbacks
 from ..formulas import rms_norm
 from ..integrate import Options, refuse, stop_times
@@ -38,6 +39,8 @@ def adjoint_setup(
     if isinstance(options.tableau, ScipyMethod) and method in (None, options.method):
         solver = given.pop("solver", None)
         method = options.tableau.backward if solver is None else ScipyMethod(solver).backward
+    if isinstance(options.tableau, AutoMethod) and method in (None, options.method):
+        method = options.tableau.backward
     same = method is None and not given and not torch.compiler.is_compiling()
     backward = options.backwards if same else _options(options, method, given)
     if problem.per_sample and not backward.adaptive:

@@ -7,9 +7,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from ..auto import AutoMethod
 from ..problem import Problem
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
+from .auto import AutoSteps
 from .explicit import ExplicitSteps
 from .scipy_solver import ScipyMethod, ScipySteps
 from .trajectory import Recorder
@@ -64,7 +66,7 @@ class Family(Protocol):
         """k[0] of these rows, bool [rows], is new: they are beyond a discontinuity of func."""
 
 
-FAMILIES: dict[type, Any] = {ButcherTableau: ExplicitSteps, StepFunction: WholeSteps, ScipyMethod: ScipySteps}
+FAMILIES: dict[type, Any] = {ButcherTableau: ExplicitSteps, StepFunction: WholeSteps, ScipyMethod: ScipySteps, AutoMethod: AutoSteps}
 
 
 def family_of(method: Any) -> type[Family]:
