@@ -1,6 +1,6 @@
 """tsit5 where func is not stiff and rodas5p where it is, as one method of which each row makes its steps by one or the other.
 
-Both have order 5. The slopes of a step lie side by side, and those of the method that did not make it are zero, so that the same
+Both have order 5. The slopes of a step lie side by side, and those of the method that did not make it are zero, so the same
 weights read them all: k_0 = f(t0, y0), the seven of tsit5, the eight of rodas5p, and f(t1, y1).
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formulas import per_row
 from .rosenbrock import RODAS5P
 from .shears import Leaves, combined
 from .tableau import StepFunction
@@ -23,7 +22,9 @@ _LAST = 1 + _EXPLICIT + _STIFF
 Slopes = list[Leaves]
 
 
-def explicit_step(field: Callable[..., Leaves], t: Sequence[Tensor], dt: Tensor, y0: Leaves, k0: Leaves) -> tuple[Leaves, Slopes]:
+def explicit_step(
+    field: Callable[..., Leaves], t: Sequence[Tensor], dt: Tensor, y0: Leaves, k0: Leaves
+) -> tuple[Leaves, Slopes]:
     """(y1, the slopes of tsit5)."""
     k, y = [k0], y0
     for i in range(1, _EXPLICIT):
@@ -43,8 +44,8 @@ def stiff_step(
 
 @dataclass(frozen=True, eq=False)
 class AutoStep:
-    """stiff: whether steps are by rodas5p; of each row, bool [rows], where rows differ. Then both methods make a step of all rows, of
-    size zero for those of the other. Called as `StepFunction.step`."""
+    """stiff: whether steps are by rodas5p; of each row, bool [rows], where rows differ. Then both methods make a step of all
+    rows, of size zero for those of the other. Called as `StepFunction.step`."""
 
     stiff: bool | Tensor
 
@@ -87,10 +88,11 @@ def _by(method: AutoMethod, stiff: bool) -> AutoMethod:
 
 
 def stiffness_of(k: Sequence[Leaves], dt: Tensor) -> Tensor:
-    """dt |lambda| of each row, [rows], from the two slopes of tsit5 at t1: how much they differ, beside how far apart the points
-    are at which they were taken (Hairer, Norsett and Wanner I, II.10, for dopri5). k: of tsit5."""
+    """dt |lambda| of each row, [rows], from the two slopes of tsit5 at t1: how much they differ, beside how far apart the
+    points are at which they were taken (Hairer and Wanner II, IV.2, for dopri5). k: of tsit5."""
     points = combined(None, k, [b - a for b, a in zip(TSIT5.b, (*TSIT5.a[-2], 0.0, 0.0), strict=True)], torch.ones_like(dt))
-    norm: Any = lambda x: torch.stack([leaf.reshape(len(dt), -1).double().square().sum(1) for leaf in x]).sum(0).sqrt()  # noqa: E731
+    squares: Any = lambda x: [leaf.reshape(len(dt), -1).double().square().sum(1) for leaf in x]  # noqa: E731
+    norm: Any = lambda x: torch.stack(squares(x)).sum(0).sqrt()  # noqa: E731
     change = norm([a - b for a, b in zip(k[-1], k[-2], strict=True)])
     return change / norm(points).clamp_min(torch.finfo(torch.float64).tiny)
 

@@ -1,8 +1,8 @@
 """Verner's "most efficient" pairs of orders 7(6) and 9(8): Verner 2010, doi 10.1007/s11075-009-9290-3.
 
 To each f(t1, y1) is added as a last stage, with which the next step begins. The interpolants are of these stages alone, of a
-lower order than Verner's, which evaluate func up to ten times more. Of all that meet the order conditions up to p_order and have
-the slopes of func at both ends, they are those that miss the conditions of the next order least, in the mean over the step.
+lower order than Verner's, which evaluate func up to ten times more. Of all that meet the order conditions up to p_order, with
+the slopes of func at both ends, they are those that miss the conditions of the next order least, in the mean over a step.
 """
 
 from .tableau import ButcherTableau

@@ -1,9 +1,9 @@
 """The family of `auto`: each row makes its steps by tsit5 until it has turned out to be stiff, and by rodas5p until that ends.
 
-Stiff is a row of which fifteen accepted steps have had dt |lambda| near the end of tsit5's interval of stability, with never six in
-succession that had not (Hairer, Norsett and Wanner I, II.10; IV.2 of volume II). It is so no more where steps of rodas5p, whose size
-the tolerance chooses, would be inside it: then the cheaper method can make the same steps (Petzold 1983, doi 10.1137/0904010). The
-eigenvalue is then one of a few steps of the power method, looked at now and then.
+Stiff is a row of which fifteen accepted steps have had dt |lambda| near the end of tsit5's interval of stability, never six in
+succession of them without (Hairer and Wanner II, IV.2). It is so no more where steps of rodas5p, whose size the tolerance
+chooses, would be inside it: the cheaper method can then make the same steps (Petzold 1983, doi 10.1137/0904010). For that the
+eigenvalue comes from a few steps of the power method, now and then.
 """
 
 from collections.abc import Callable, Sequence

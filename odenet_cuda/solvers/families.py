@@ -66,7 +66,12 @@ class Family(Protocol):
         """k[0] of these rows, bool [rows], is new: they are beyond a discontinuity of func."""
 
 
-FAMILIES: dict[type, Any] = {ButcherTableau: ExplicitSteps, StepFunction: WholeSteps, ScipyMethod: ScipySteps, AutoMethod: AutoSteps}
+FAMILIES: dict[type, Any] = {
+    ButcherTableau: ExplicitSteps,
+    StepFunction: WholeSteps,
+    ScipyMethod: ScipySteps,
+    AutoMethod: AutoSteps,
+}
 
 
 def family_of(method: Any) -> type[Family]:
