@@ -88,9 +88,12 @@ class ShearStep:
         k: list[Leaves] = []
         for c, row in zip(shear.c, shear.a, strict=True):
             point = list(halves)
-            point[shear.of] = combined(halves[shear.of], k, row, dt)
-            known = not k and first is not None
-            k.append(first if known and first is not None else self.slopes(field, node(t0, t1, c), point, shear.into))
+            if k:
+                point[shear.of] = combined(halves[shear.of], k, row, dt)
+            elif first is not None:
+                k.append(first)
+                continue
+            k.append(self.slopes(field, node(t0, t1, c), point, shear.into))
         return k
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import odenet_cuda
 from odenet_cuda import Event, Jump, ODEBlock, SolverError, odeint, solve, tableaus
 from odenet_cuda.solvers.trajectory import Step
 
@@ -347,3 +348,35 @@ def test_a_func_that_has_changed_is_refused():
         func.layers[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ys.sum().backward()
+
+
+def test_what_autograd_asks_for_besides():
+    """A second pass, batched gradients, autocast, chosen parameters, complex states."""
+    func, y0 = Field(torch.float32), Y0.float().requires_grad_()
+    ys = solve(func, y0, [0.0, 1.0], gradient="reversible", rtol=1e-5, atol=1e-5).ys
+    weights = torch.stack([WEIGHTS[:2].float(), torch.ones(2, 3, 2)])
+    (batched,) = torch.autograd.grad(ys, y0, weights, is_grads_batched=True, retain_graph=True)
+    for one, weight in zip(batched, weights, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(ys, y0, weight, retain_graph=True)[0])
+    grads = []
+    for gradient in ("reversible", "direct"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ys = solve(func, y0, [0.0, 1.0], gradient=gradient, rtol=1e-2, atol=1e-2).ys
+        grads.append(torch.autograd.grad(ys[-1].sum(), func.layers[0].weight)[0])
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.02)
+    chosen, other = func.layers[0].weight, func.layers[2].weight
+    ys = solve(func, y0, [0.0, 1.0], gradient="reversible", adjoint_params=[chosen]).ys
+    found = torch.autograd.grad(ys.sum(), (chosen, other), allow_unused=True)
+    assert found[0] is not None and found[1] is None
+    z, rate = torch.tensor([1.0 + 2j], dtype=torch.complex128), torch.tensor(0.1 + 1j, dtype=torch.complex128).requires_grad_()
+    end = solve(lambda t, y: rate * y, z, [0.0, 1.0], gradient="reversible", rtol=1e-10, atol=1e-10).ys[-1]
+    torch.testing.assert_close(torch.autograd.grad(end.abs().sum(), rate)[0].real, end.abs().sum(), rtol=1e-7, atol=0.0)
+
+
+def test_save_valid_and_a_compiled_field():
+    with torch.no_grad():
+        options = {"gradient": "reversible", "step_control": "per_sample"}
+        sums = solve(decay, Y0.abs(), TIMES, save=lambda t, y: y.sum(1), valid=lambda y: (y > 0).all(1), **options).ys
+        torch.testing.assert_close(sums, solve(decay, Y0.abs(), TIMES, **options).ys.sum(2))
+    solution = solve(odenet_cuda.compile(Field()), Y0, [0.0, 1.0], gradient="reversible")
+    assert solution.engine == "stepper" and "gradient='reversible' needs it" in solution.explanation["compiled"]
