@@ -126,7 +126,7 @@ def test_samples_switch_alone(steps):
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_direct_gradients_through_switches(control, steps):
+def test_gradients_through_switches(control, steps):
     """By finite differences in mu, with the steps as they fall, and second derivatives."""
     y0 = start(2.0, 1.5)
     options = {"method": "auto", "step_control": control, "rtol": 1e-9, "atol": 1e-9}
@@ -134,6 +134,10 @@ def test_direct_gradients_through_switches(control, steps):
     ys = solve(func, y0, [0.0, 1.0, 5.0], **options).ys
     assert True in steps.stiff or any(isinstance(stiff, list) for stiff in steps.stiff)
     (grad,) = torch.autograd.grad(ys[:, :, 0].sum(), func.mu)
+    for limit in (None, 3):  # states kept, from which the steps are made again by the method that made them
+        again = solve(func, y0, [0.0, 1.0, 5.0], gradient="checkpoint", max_checkpoints=limit, **options).ys
+        torch.testing.assert_close(again, ys, rtol=1e-11, atol=1e-11)  # with a graph sums have another order
+        torch.testing.assert_close(torch.autograd.grad(again[:, :, 0].sum(), func.mu)[0], grad, rtol=1e-7, atol=0.0)
     with torch.no_grad():
         ends = [solve(VanDerPol(60.0 + h), y0, [0.0, 1.0, 5.0], **options).ys[:, :, 0].sum() for h in (1e-2, -1e-2)]
     torch.testing.assert_close(grad, (ends[0] - ends[1]) / 2e-2, rtol=1e-4, atol=1e-9)
@@ -180,7 +184,6 @@ def test_outputs_and_events_inside_steps_of_both():
 def test_refusals():
     func, y0 = VanDerPol(5.0), start(2.0).requires_grad_()
     for options, words in (
-        ({"gradient": "checkpoint"}, "does not note which of its two methods"),
         ({"gradient": "reversible"}, "not served by method='auto'"),
         ({"integrals": lambda t, y: y[:, 0]}, "no slopes for integrals"),
         ({"adjoint_method": "auto", "gradient": "adjoint", "method": "dopri5"}, "cannot be an adjoint_method"),

@@ -20,7 +20,7 @@ from ..stepper import Stepper
 from ..tableaus import TSIT5
 from .stiffness import PRODUCTS, largest, stable_until
 from .trajectory import Recorder
-from .whole import WholeSteps
+from .whole import WholeStep, WholeSteps
 
 STIFF_STEPS, OTHERS = 15, 6
 NEAR, INSIDE = 0.9, 0.7  # shares of the interval of stability
@@ -47,8 +47,6 @@ class AutoSteps(WholeSteps):
     def refusal(problem: Problem, recorder: Any) -> str:
         if any([leaf.dtype not in (torch.float32, torch.float64) for leaf in problem.leaves]):
             return "solves systems where func is stiff, in float32 or float64: use an explicit method for other types"
-        if recorder is not None and recorder.checkpoints is not None:
-            return "does not note which of its two methods made a step, as gradient='checkpoint' needs: use gradient='direct'"
         return WholeSteps.refusal(problem, recorder)
 
     def step(self, field: Callable[..., Any], times: Tensor, views: list[Tensor]) -> tuple[Sequence[Any], list[int]]:
@@ -58,7 +56,9 @@ class AutoSteps(WholeSteps):
             self.method = self.auto.by(self.stiff.to(self.problem.device))
         else:
             self.method = self.auto.by(bool(stiff.any()))
-        return super().step(field, times, views)
+        evaluations, addresses = super().step(field, times, views)
+        # Also where no graph is kept it is noted which method made the step.
+        return evaluations or [WholeStep(times, [], [], method=self.method, problem=self.problem)], addresses
 
     def _moving(self, move: Callable[[], None]) -> None:
         """Looks at the step, which is there until rows move on."""

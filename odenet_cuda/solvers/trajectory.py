@@ -86,6 +86,7 @@ class Step:
     and none where func gives it from y0. evaluations: of points 1 .. n, None where there is none, or the one of a step that
     is recorded as a whole; empty without graphs.
     noise: where random generators stood before the first slope and before that of point 1, where func draws numbers.
+    method: that made it, where not all steps are by that of the solve.
     """
 
     times: Tensor
@@ -98,6 +99,7 @@ class Step:
     k: list[list[Tensor]]
     evaluations: Sequence[Evaluation | None] = ()
     noise: Any = None
+    method: Any = None
 
     def ends_on(self, index: Index) -> bool:
         """Whether an output is the end of the step itself, which moves with its time."""
@@ -279,6 +281,7 @@ class Recorder:
             step.k = list(step.k)
             self.tape.append(step)
         elif self.checkpoints is not None:
+            step.method = getattr(step.evaluations[0], "method", None) if step.evaluations else None
             step.evaluations = ()
             if self.drawn is not None:
                 calls, inside = len(self.drawn), self.tableau.stages - 1
