@@ -38,15 +38,16 @@ class CoupledStep(ShearStep):
         return field(t, halves[1 - into])
 
     def error(self, dt: Tensor, halves: list[Leaves], ends: list[Leaves], k: list[Leaves]) -> list[Tensor] | None:
-        """That of the method for y. For z what the step adds to the distance of the two: where they leave each other, which no
-        estimate of one increment shows, steps become smaller."""
+        """That of the method, or what the step adds to the distance of the two states where that is more: where they leave each
+        other, which no estimate of one increment shows, steps become smaller."""
         if not self.e:
             return None
-        apart = []
-        for y0, z0, y1, z1 in zip(*halves, *ends, strict=True):
+        worst = []
+        for own, y0, z0, y1, z1 in zip(combined(None, k, self.e, dt), *halves, *ends, strict=True):
             added = (y1 - z1) - self.shears[0].keep * (y0 - z0)
-            apart.append(torch.where(added.abs() > _ROUNDING * torch.finfo(y1.dtype).eps * y1.abs(), added, 0))
-        return [*combined(None, k, self.e, dt), *apart]
+            larger = added.abs() > torch.maximum(own.abs(), _ROUNDING * torch.finfo(y1.dtype).eps * y1.abs())
+            worst.append(torch.where(larger, added, own))
+        return [*worst, *worst]
 
 
 @lru_cache(maxsize=64)
