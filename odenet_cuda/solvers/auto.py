@@ -39,7 +39,7 @@ class AutoSteps(WholeSteps):
         super().__init__(method, problem, stepper, state, recorder, ahead)
         self.auto, self.state = method, state
         self.limit = stable_until(TSIT5)
-        self.stiff, self.near, self.others, self.since = (torch.zeros(problem.rows, dtype=x) for x in _COUNTS)
+        self.stiff, self.near, self.others, self.since = (torch.zeros(problem.rows, dtype=x, device="cpu") for x in _COUNTS)
         move, swap = self.advance, self.swap
         self.advance, self.swap = lambda: self._moving(move), lambda: self._moving(swap)
 
