@@ -22,7 +22,7 @@ from .solution import Solution
 from .transforms import between_graphs
 
 
-@between_graphs(lambda *args, method="dopri5", **kwargs: on_host(method))
+@between_graphs(lambda *args, method="dopri5", gradient="", **kwargs: on_host(method) or gradient == "reversible")
 def solve(
     func: Callable[..., Any],
     y0: State | None,
@@ -87,19 +87,25 @@ def solve(
     t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers. Under per-sample
         control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
         outputs there are NaN, and nothing is solved for it after its last time.
-    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
-        "rosenbrock23", or "kvaerno5" and "kvaerno3", or "bdf", all of which differentiate func; on a grid "euler", "midpoint",
-        "heun2", "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler", "implicit_midpoint",
-        "trapezoid", "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; of many steps "explicit_adams" and
-        "implicit_adams" (also "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
+    method: adaptive "dopri5", "tsit5", "vern7", "vern9", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems
+        "rodas5p" and, crude, "rosenbrock23", or "kvaerno5" and "kvaerno3", or "bdf", all of which differentiate func, and "auto", which
+        makes steps by tsit5 and, while they are stiff, by rodas5p, those of each sample by its own; on a grid "euler",
+        "midpoint", "heun2", "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler",
+        "implicit_midpoint", "trapezoid", "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; symplectic, for y = (q, p)
+        with dq of p alone and dp of t and q alone, "leapfrog" (velocity Verlet) and "yoshida4", see `Separable`; of many steps
+        "explicit_adams" and "implicit_adams" (also "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
         does not grow (Chen et al. 2018, arXiv:1806.07366); "checkpoint", as exact as direct, keeps the state of each step
-        alone and makes the steps again; "quadrature", the adjoint on the stored solution. All give gradients for y0, t
-        and every tensor func depends on. All but direct call func again on the way back: what it reads must be as in the
-        solve, and what it computes from tensors with gradients must not be kept by it from one call to the next ("checkpoint"
-        would lose the gradient of what was kept in the solve). A `torch.utils.checkpoint` inside func needs
+        alone and makes the steps again; "quadrature", the adjoint on the stored solution; "reversible", as exact, and memory
+        does not grow: an explicit method runs as two coupled states whose steps can be undone (McCallum and Foster 2024,
+        arXiv:2410.11648), at twice the calls of func. Steps then end at every time of t. Where func contracts the two states
+        part, as exp of the integral of its rate: adaptive steps then become small, and a grid warns at its end. What rounding
+        leaves of y0 on the way back is `Stats.adjoint_drift`. leapfrog and yoshida4 are undone as they are. All give gradients
+        for y0, t and every tensor func depends on. All but direct call func again on the way back: what it reads must be as in
+        the solve, and what it computes from tensors with gradients must not be kept by it from one call to the next
+        ("checkpoint" would lose the gradient of what was kept in the solve). A `torch.utils.checkpoint` inside func needs
         use_reentrant=False.
     step_control: "joint", one step size for the whole state; "per_sample", one for each sample on axis 0 of every leaf.
     controller: "I", "PI", "PID" or (proportional, integral, derivative) coefficients (Soderlind 2003).
@@ -140,7 +146,9 @@ def solve(
         adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward; a stiff or implicit
         method differentiates func twice there, and leaves the parameters out of its error norm. Options by name as
         above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
-        arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
+        arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params). Of "reversible" {"coupling": 0.999} alone, in
+        (0, 1]: the smaller, the longer steps may be where func contracts, and the more rounding grows back, by 1 / coupling a
+        step.
     compile: "auto", func is compiled where it can be read; False: not; default: what `set_compile` says.
     events: zeros of functions of (t, y) that end the solve, or change the state, under per-sample control each sample's own;
         see `Event`. The Solution then has `event_t`, `event_y` and `event_index`, with first derivatives, and `ys` is NaN after

@@ -117,6 +117,7 @@ class StepFunction:
     dict, what the step before left for this one, where steps are not made again.
     memory: how many slopes before k_0 it is given besides, ``past=[(dt, k), ...]``, the last first: of the steps before, each
     with the slope at its start. At first there are fewer.
+    lands: it has no interpolant: its steps end at the times of outputs. Then the last slope need not be f(t1, y1).
     nodes: of quadrature over a step, (c, weight, row): the integral of g(t, y) is dt sum_i weight_i g(t0 + c_i dt, Y_i) with
     Y_i = y0 + dt sum_j row_ij k_j. Not given, they are Gauss's on the interpolant.
 
@@ -133,6 +134,7 @@ class StepFunction:
     second: Callable[..., Any] | None = None
     takes: tuple[str, ...] = ()
     memory: int = 0
+    lands: bool = False
     nodes: tuple[Node, ...] = ()
     stages: int = field(init=False)
     fsal: ClassVar[bool] = True

@@ -48,7 +48,8 @@ def _among_zeros(grad: Tensor, sizes: list[int], dim: int, begin: int) -> Tensor
     """grad from there on along an axis, and zeros around it: addresses, where torch's decomposition chooses by masks."""
     dim = dim % len(sizes)
     after = sizes[dim] - begin - grad.shape[dim]
-    zeros = [grad.new_zeros([*grad.shape[:dim], n, *grad.shape[dim + 1 :]]) for n in (begin, after)]
+    shapes = [[*grad.shape[:dim], n, *grad.shape[dim + 1 :]] for n in (begin, after)]
+    zeros = [torch.full(shape, 0.0, dtype=grad.dtype, device=grad.device) for shape in shapes]
     return torch.cat([x for x in (zeros[0], grad, zeros[1]) if x.shape[dim] > 0], dim)
 
 

@@ -49,7 +49,7 @@ def refusal(request: Request, most: int = 1) -> str:
     needs = {
         "dense=True": settings.dense,
         "regularizers": bool(settings.regularizers),
-        "gradient='quadrature'": settings.gradient == "quadrature",
+        f"gradient={settings.gradient!r}": settings.gradient in ("quadrature", "reversible"),
         "max_checkpoints": settings.max_checkpoints is not None,
         "a norm of the adjoint": backward is not None and backward.norm is not None,
         "a callback of the adjoint": backward is not None and bool(backward.callbacks),

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..auto import AutoMethod
 from ..callbacks import find_callbacks
 from ..formulas import rms_norm
 from ..integrate import Options, refuse, stop_times
+from ..landing import lands
 from ..problem import Problem, Structure, check_tolerance
 from ..solvers.families import family_of
 from ..solvers.scipy_solver import ScipyMethod
@@ -44,6 +46,11 @@ def adjoint_setup(
         raise ValueError(f"step_control='per_sample' needs an adaptive adjoint_method, got {backward.method!r}")
     if backward.adaptive and torch.is_grad_enabled():
         refuse(backward, family_of(backward.tableau).no_way_back)
+    if lands(backward.tableau):
+        raise NotImplementedError(
+            f"method={backward.method!r} does not solve the adjoint, whose state has no halves: use gradient='reversible', "
+            "'checkpoint' or 'direct', or an adjoint_method such as 'rk4'"
+        )
     tolerances = []
     for name, value, forward in (("adjoint_rtol", rtol, problem.rtol), ("adjoint_atol", atol, problem.atol)):
         parts = forward[: len(structure.leaves)] if value is None else check_tolerance(name, value, structure)

@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from ..auto import AutoMethod
 from ..problem import Problem
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
 from .bdf import BdfMethod, BdfSteps
+from .auto import AutoSteps
 from .explicit import ExplicitSteps
 from .scipy_solver import ScipyMethod, ScipySteps
 from .trajectory import Recorder
@@ -75,6 +77,7 @@ FAMILIES: dict[type, Any] = {
     StepFunction: WholeSteps,
     BdfMethod: BdfSteps,
     ScipyMethod: ScipySteps,
+    AutoMethod: AutoSteps,
 }
 
 

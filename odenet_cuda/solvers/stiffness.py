@@ -23,7 +23,7 @@ from ..step_control import RUNNING, most_tried
 from ..tableau import ButcherTableau
 
 FIRST_LOOK = 2000  # steps tried
-_PRODUCTS = 8  # of the power method
+PRODUCTS = 8  # of the power method
 _SHARE = 0.6  # of the interval of stability, beyond which it is what bounds the step
 _DECAY = -0.8  # cosine between a direction and its image: a decay
 _warned = False
@@ -104,7 +104,7 @@ def look(
     t, y = state[FIELDS["time"]], [leaf.detach() for leaf in y]
     if not all([bool(torch.isfinite(leaf).all()) for leaf in y]) or any([leaf.is_complex() for leaf in y]):
         return
-    rate, cosine = _largest(problem, torch.from_numpy(t.copy()), y)
+    rate, cosine = largest(problem, torch.from_numpy(t.copy()), y)
     size, limit = np.abs(dt) * rate, stable_until(method)
     found = rows & (cosine * np.sign(dt) < _DECAY) & (size > _SHARE * limit)
     if not found.any():
@@ -122,7 +122,7 @@ def look(
 
 
 @torch.no_grad()
-def _largest(problem: Problem, t: Tensor, y: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def largest(problem: Problem, t: Tensor, y: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """(|lambda|; the cosine between the last direction and its image), [rows]. The calls count for nothing."""
     counter, generators, rows = counter_of(problem.field), noise.states(problem.device), problem.rows
     called = counter.nfe
@@ -136,7 +136,7 @@ def _largest(problem: Problem, t: Tensor, y: Sequence[Tensor]) -> tuple[np.ndarr
     v = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf.device) for leaf in y]
     eps = max([torch.finfo(leaf.dtype).eps for leaf in y]) ** 0.5
     shift = eps * norm(wide).clamp_min(eps)
-    for _ in range(_PRODUCTS):
+    for _ in range(PRODUCTS):
         v = scaled(v, 1 / norm(v).clamp_min(torch.finfo(torch.float64).tiny))
         moved = [(leaf + step).to(own.dtype) for leaf, step, own in zip(wide, scaled(v, shift), y, strict=True)]
         w = scaled([x - z for x, z in zip(slopes(moved), k, strict=True)], 1 / shift)

@@ -79,6 +79,7 @@ def _noted(field: Any) -> Callable[..., list[Tensor]]:
             counter.gave_graph = Walk(k, [t, *y], Known(), None).more
         return k
 
+    call.field = field  # type: ignore[attr-defined]
     return call
 
 
