@@ -88,9 +88,9 @@ def solve(
         control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
         outputs there are NaN, and nothing is solved for it after its last time.
     method: adaptive "dopri5", "tsit5", "vern7", "vern9", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems
-        "rodas5p" and, crude, "rosenbrock23", or "kvaerno5" and "kvaerno3", or "bdf", all of which differentiate func, and "auto", which
-        makes steps by tsit5 and, while they are stiff, by rodas5p, those of each sample by its own; on a grid "euler",
-        "midpoint", "heun2", "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler",
+        "rodas5p" and, crude, "rosenbrock23", or "kvaerno5" and "kvaerno3", or "bdf", all of which differentiate func, and
+        "auto", which makes steps by tsit5 and, while they are stiff, by rodas5p, those of each sample by its own; on a grid
+        "euler", "midpoint", "heun2", "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler",
         "implicit_midpoint", "trapezoid", "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; symplectic, for y = (q, p)
         with dq of p alone and dp of t and q alone, "leapfrog" (velocity Verlet) and "yoshida4", see `Separable`; of many steps
         "explicit_adams" and "implicit_adams" (also "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..auto import AutoMethod
 from ..callbacks import find_callbacks
 from ..formulas import rms_norm
 from ..integrate import Options, refuse, stop_times

@@ -11,8 +11,8 @@ from ..auto import AutoMethod
 from ..problem import Problem
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
-from .bdf import BdfMethod, BdfSteps
 from .auto import AutoSteps
+from .bdf import BdfMethod, BdfSteps
 from .explicit import ExplicitSteps
 from .scipy_solver import ScipyMethod, ScipySteps
 from .trajectory import Recorder
