@@ -89,6 +89,7 @@ bench: $(SETUP)
 	$(BIN)/python benchmarks/bench_call.py --json build/bench/call.json
 	$(BIN)/python benchmarks/bench_times.py --json build/bench/times.json
 	$(BIN)/python benchmarks/bench_doses.py --json build/bench/doses.json
+	$(BIN)/python benchmarks/bench_events.py --json build/bench/events.json
 	$(BIN)/python benchmarks/bench_stiff.py --json build/bench/stiff.json
 	$(BIN)/python benchmarks/bench_stiff_ensemble.py --json build/bench/stiff_ensemble.json
 	$(BIN)/python benchmarks/bench_odeint.py --json build/bench/odeint.json
@@ -103,6 +104,7 @@ bench-quick: $(SETUP)
 	$(BIN)/python benchmarks/bench_call.py --quick --json build/bench/call-quick.json
 	$(BIN)/python benchmarks/bench_times.py --quick --json build/bench/times-quick.json
 	$(BIN)/python benchmarks/bench_doses.py --quick --json build/bench/doses-quick.json
+	$(BIN)/python benchmarks/bench_events.py --quick --json build/bench/events-quick.json
 	$(BIN)/python benchmarks/bench_stiff.py --quick --json build/bench/stiff-quick.json
 	$(BIN)/python benchmarks/bench_stiff_ensemble.py --quick --json build/bench/stiff-ensemble-quick.json
 	$(BIN)/python benchmarks/bench_odeint.py --quick --json build/bench/odeint-quick.json

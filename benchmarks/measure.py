@@ -1,5 +1,6 @@
 """How the benchmarks measure: interleaved runs, medians with spread, time inside func and its vector-Jacobian product."""
 
+import datetime
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,6 +172,18 @@ def _text(value: Any) -> str:
         if isinstance(value, float)
         else str(value)
     )
+
+
+def write_tables(name: str, title: str, command: str, tables: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    """Into results/<name>-<date>.md, with the machine."""
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    about = ", ".join(f"{key} {value}" for key, value in machine().items())
+    lines = [f"# {title}, on {day}", "", f"By `{command}`; what is measured, its docstring says.", "", about, ""]
+    for heading, rows in tables:
+        columns = list(rows[0])
+        lines += [f"## {heading}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(_text(row[column]) for column in columns) + " |" for row in rows] + [""]
+    (Path(__file__).parent / "results" / f"{name}-{day}.md").write_text("\n".join(lines))
 
 
 def save(path: str | None, results: dict[str, Any]) -> None:

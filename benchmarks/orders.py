@@ -115,7 +115,7 @@ def _note(order: int, steps: float, p_order: int, dense: float) -> str:
 
 
 KINDS = {
-    "adaptive, explicit": [name for name in ADAPTIVE if name not in STIFF and name != "scipy_solver"],
+    "adaptive, explicit": [name for name in ADAPTIVE if name not in (*STIFF, "bdf", "scipy_solver")],
     "adaptive, for stiff systems": list(STIFF),
     "on a grid, explicit": list(FIXED),
     "on a grid, implicit": list(IMPLICIT),

@@ -33,7 +33,7 @@ StepperTables::StepperTables(StepperSetup given)
       stages(static_cast<int>(setup.c.size())),
       leaves(static_cast<int>(setup.columns.size())),
       state_leaves(leaves - setup.quadratures) {
-  check(stages >= 1 && stages <= kMaxStages, "c must have from 1 to 16 nodes");
+  check(stages >= 1 && stages <= kMaxStages, "c must have from 1 to 17 nodes");
   check(state_leaves >= 1, "columns must hold at least one leaf beside the quadratures");
   check(setup.dtypes.size() == setup.columns.size(), "dtypes must hold one entry a leaf");
   for (const int type : setup.dtypes)

@@ -12,6 +12,7 @@ from .solution import Solution, SolverError, Stats
 from .solve import solve
 from .steady_state import SteadyState, steady_state
 from .steps import AcceptedStep, steps
+from .symplectic import Separable
 from .version import VERSION
 
 __version__ = VERSION
@@ -24,6 +25,7 @@ __all__ = [
     "Interpolated",
     "Jump",
     "ODEBlock",
+    "Separable",
     "Solution",
     "SolverError",
     "Stats",

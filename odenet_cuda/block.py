@@ -25,7 +25,7 @@ class ODEBlock(nn.Module):
     t: times, at least two, strictly monotone; the input is the state at t[0]. A tensor or numbers; an nn.Parameter is learned.
     return_all: give the state at every t, each leaf [len(t), *leaf.shape], instead of the state at t[-1].
     gradient: "adjoint" (memory does not grow with the steps), "direct" or "checkpoint" (exact for the discrete solve; the
-        second keeps the states alone), or "quadrature"; see `solve`.
+        second keeps the states alone), "reversible" (exact, memory does not grow, twice the calls), "quadrature": see `solve`.
     compile: "auto", the default unless `set_compile` says otherwise, compiles func at the first solve where it can be read (see
         `odenet_cuda.compile`), and leaves it to the stepper where not; `explain` says which and why. False: no compiling.
     method, rtol, atol, step_control and all that `solve` takes by name are handed to it.
@@ -82,7 +82,7 @@ class ODEBlock(nn.Module):
         self._explained = ""
         self.regularizers: dict[str, Tensor] = {}
 
-    @between_graphs(lambda self, y0, t=None: on_host(self.method))
+    @between_graphs(lambda self, y0, t=None: on_host(self.method) or self.gradient == "reversible")
     def forward(self, y0: Any, t: Any = None) -> Any:
         """t: times of this call, in place of those of the block, as `solve` takes them: with ``step_control="per_sample"`` also
         [batch, T], and then the state given is that at the last time of each sample."""

@@ -27,6 +27,8 @@ class Event:
     that is zero where the solve begins, or whose own event has just been, has no sign there, and takes that of the first
     quarter at whose end it is not zero. Of several events the first in time counts, of several at one time the first that was
     given.
+
+    Where func is a compiled field, fn and apply are read with it, if they can be.
     """
 
     fn: Callable[..., Tensor]

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .jacobian import products
 from .newton import Leaves, Newton, Rows, combined, with_graph
 from .tableau import StepFunction, hermite
 
+COSTLY = (
+    32  # products that df/dy takes, from which on a step begins with that of the step before: it saves them, but iterates more
+)
 MOST_ITERATIONS = 100  # of Newton's method on a grid, unless max_iters says otherwise
 
 
@@ -45,11 +49,13 @@ class ImplicitStep:
         y0: Leaves,
         k0: Leaves,
         tolerance: Leaves | None = None,
-        jac: Callable[..., Tensor] | None = None,
+        jac: Any = None,
+        kept: dict[str, Tensor] | None = None,
     ) -> tuple[Leaves, list[Leaves], None]:
         recording = torch.is_grad_enabled()
         tolerance = tolerance if self.adaptive else None
-        newton = Newton(field, dt.detach(), tolerance, self.max_iters, self.adaptive, jac)
+        before = None if kept is None or recording else kept.get("dy")
+        newton = Newton(field, dt.detach(), tolerance, self.max_iters, self.adaptive, jac, before)
         # On a grid from y0 itself: k0 may lead far away where f is stiff, and there is no smaller step to try.
         slopes, guess = [k0], [x.detach() if self.adaptive else torch.zeros_like(x) for x in k0]
         for group in self.groups:
@@ -63,6 +69,8 @@ class ImplicitStep:
                 found = with_graph(field, dt, times, stages, base, among, found, self.second, jac)
             slopes += found
             guess = [leaf.detach() for leaf in found[-1]]
+        if kept is not None and newton.dy is not None and products(jac, newton.dy.shape[-1]) >= COSTLY:
+            kept["dy"] = newton.dy
         y1 = combined(y0, dt, self.b, slopes)
         if not self.ends_in_y1:
             slopes.append(field(t[-1], y1, len(slopes)))
@@ -103,7 +111,7 @@ def implicit(
         step=step,
         e=error,
         second=replace(step, second=True),
-        takes=("tolerance", "jac") if step.adaptive else ("jac",),
+        takes=("tolerance", "jac", "kept") if step.adaptive else ("jac",),
         nodes=tuple([(x, w, row) for x, w, row in zip((0.0, *nodes), weights, rows, strict=False) if w != 0]),
     )
 

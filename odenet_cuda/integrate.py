@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .coupled import couple, coupled, doubled, is_coupled, of_one, uncoupled
 from .graphed.loops import Kind, solve_by_graph
+from .landing import lands, with_outputs
 from .methods import ADAPTIVE, INTERPOLATIONS, adjusted, find_method
 from .problem import Problem, check_times
 from .ranges import marked
@@ -47,12 +49,17 @@ class Options:
     max_iters: int | None = None
     max_order: int | None = None
     solver: str | None = None
+    coupling: float = 0.0  # of two states that undo their steps, see `coupled`; 0: one state
     interp: str = "method"
     cuda_graph: str = ""  # or one of graphed.capture.MODES
     progress: str = ""  # what it says goes on, where that is to be shown
 
     def __post_init__(self) -> None:
         adjusted(find_method(self.method), self.method, self.of_method)
+        if self.method == "bdf" and self.control.controller != "I":
+            raise ValueError(
+                f"controller must be 'I' for method='bdf', whose steps are its own, got {self.control.controller!r}"
+            )
         if self.interp not in INTERPOLATIONS:
             raise ValueError(f"interp must be one of {tuple(INTERPOLATIONS)}, got {self.interp!r}")
         for name in ("first_step", "step_size"):
@@ -89,6 +96,8 @@ class Options:
     def tableau(self) -> Any:
         """The numbers of the method: a `ButcherTableau`, or the data of another family of `solvers.families`."""
         found = INTERPOLATIONS[self.interp][self.method]
+        if self.coupling:
+            return coupled(found, self.coupling)
         return adjusted(found, self.method, self.of_method) if self.of_method else found
 
     @property
@@ -123,10 +132,18 @@ def integrate(
         progress = Progress(problem, options.progress) if options.progress else None
         if progress is not None:
             lookers, callbacks = progress.among(lookers, callbacks, options.adaptive)
+        n, paired = len(problem.leaves), is_coupled(options.tableau)
+        if paired:
+            problem, start, callbacks = couple(problem), doubled(start), of_one(callbacks, n)
         common: dict[str, Any] = {"callbacks": callbacks, "recorder": recorder, "events": events}
         adaptive = {"after_step": after_step, "resumed": resumed, "lookers": lookers}
         try:
-            return _run(problem, options, common, adaptive, start, grid)
+            trajectory = _run(problem, options, common, adaptive, start, grid)
+            return uncoupled(trajectory, n) if paired else trajectory
+        except KeyboardInterrupt as interrupt:
+            if paired and vars(interrupt).get("trajectory") is not None:
+                interrupt.trajectory = uncoupled(interrupt.trajectory, n)  # type: ignore[attr-defined]
+            raise
         finally:
             if progress is not None:
                 progress.end()
@@ -144,6 +161,9 @@ def _run(
         return ScipySolver(problem, options.tableau, *limits, common["callbacks"]).run(start)
     if options.adaptive:
         stops: dict[str, Any] = {"first_step": options.first_step, "step_t": options.step_t, "jump_t": options.jump_t}
+        if lands(options.tableau):
+            seen = {*options.step_t, *options.jump_t}
+            stops["step_t"] = (*options.step_t, *[t for t in problem.t[1:-1] if t not in seen])
         make: Any = partial(AdaptiveSolver, problem, options.tableau, options.control, **stops, **adaptive, **common)
         after_step = adaptive["after_step"]
         refusal = "" if after_step is None else after_step.refusal
@@ -189,6 +209,11 @@ def fixed_kind(problem: Problem, options: Options, nodes: list[float]) -> Kind:
 
 def fixed_grid(options: Options, t: list[float], func: Any = None, y0: Any = None, user_t: Tensor | None = None) -> Grid:
     """The nodes of a fixed method, those of grid_constructor or step_size, else t itself, and which time each moves with."""
+    found = _any_grid(options, t, func, y0, user_t)
+    return with_outputs(*found, t) if lands(options.tableau) else found
+
+
+def _any_grid(options: Options, t: list[float], func: Any, y0: Any, user_t: Tensor | None) -> Grid:
     last = len(t) - 1
     if last == 0:
         return list(t), [0]

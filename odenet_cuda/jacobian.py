@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sparsity import Sparsity
+
+Known = Callable[..., Tensor] | Sparsity | None  # what the user knows of df/dy
 MOST = 2048  # numbers of one system
 _SEED = 0x5EED  # of the signs by which coupled samples are found
 
@@ -44,7 +47,7 @@ def linearize(
     by_time: bool = True,
     apart: bool = True,
     differentiable: bool = True,
-    jac: Callable[..., Tensor] | None = None,
+    jac: Known = None,
 ) -> Linearized:
     """By reverse mode: as many products as a system has numbers, each for all systems at once.
 
@@ -52,7 +55,8 @@ def linearize(
     own if func does not couple them, unless `apart` is False. That is looked at every time, by one more product with random
     signs; where it does, the whole state is one system. by_time: df/dt is wanted. Where gradients are recorded k has a graph,
     and, if they are to be `differentiable`, so have dy and dt. jac: df/dy as the user gives it, [samples, n, n], or [n, n] of
-    the whole state; used but where dy must have a graph. Raises ValueError where func cannot be differentiated,
+    the whole state; used but where dy must have a graph; or its pattern, by which there are fewer products, and which says how
+    many numbers a system has. Raises ValueError where func cannot be differentiated,
     NotImplementedError where a system has more than MOST numbers or the state is not float32 or float64.
     """
     if any([leaf.dtype not in (torch.float32, torch.float64) for leaf in y]):
@@ -65,22 +69,30 @@ def linearize(
         if by_time and not (recording and t.requires_grad):
             t = t.detach().requires_grad_()
         slopes = field(t, y, stage)
-        if jac is not None and not again:
+        pattern = jac if isinstance(jac, Sparsity) else None
+        if jac is not None and not isinstance(jac, Sparsity) and not again:
             if by_time and not slopes[0].requires_grad:
                 _refuse_time(field, t, y, slopes)
             return _given(jac, slopes, t, y, by_time, recording)
         systems = rows if rows > 1 else _samples(y) if apart else 1
+        if pattern is not None:
+            systems = sum([leaf.numel() for leaf in y]) // pattern.n
         k = flat(slopes, systems)
         if not k.requires_grad:
             _refuse_hidden(field, t, y, k)
             return Linearized(systems, k, k.new_zeros(systems, k.shape[1], k.shape[1]), None)
-        dy = _by_y(k, y, systems, again)
-        if rows == 1 < systems and _coupled(k, y, dy):
+        dy = _by_y(k, y, systems, again) if pattern is None else _by_pattern(pattern, k, y, again)
+        if pattern is None and rows == 1 < systems and _coupled(k, y, dy):
             systems = 1
             k = flat(slopes, 1)
             dy = _by_y(k, y, 1, again)
         dt = _by_t(k, t, again) if by_time else None
         return Linearized(systems, k if recording else k.detach(), dy, dt)
+
+
+def products(jac: Known, n: int) -> int:
+    """How many of func df/dy of n numbers takes; of the user's it is not known."""
+    return n if jac is None else len(jac.directions) if isinstance(jac, Sparsity) else 0
 
 
 def _given(
@@ -171,6 +183,14 @@ def _by_y(k: Tensor, y: Sequence[Tensor], systems: int, recording: bool) -> Tens
         grads = torch.autograd.grad(k[:, i].sum(), y, retain_graph=True, create_graph=recording, materialize_grads=True)
         lines.append(flat(grads, systems))
     return torch.stack(lines, 1)
+
+
+def _by_pattern(pattern: Sparsity, k: Tensor, y: Sequence[Tensor], recording: bool) -> Tensor:
+    def product(v: Tensor, differentiable: bool) -> Tensor:
+        grads = torch.autograd.grad(k, y, v, retain_graph=True, create_graph=differentiable, materialize_grads=True)
+        return flat(grads, len(k))
+
+    return pattern.jacobian(product, k.detach(), recording)
 
 
 def _coupled(k: Tensor, y: Sequence[Tensor], dy: Tensor) -> bool:

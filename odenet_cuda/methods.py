@@ -5,16 +5,22 @@ from functools import lru_cache
 from typing import Any
 
 from .adams import MULTISTEP
+from .auto import AUTO
+from .bdf import BDF, BdfMethod
 from .extrapolated import EXTRAPOLATED
 from .implicit import IMPLICIT
 from .kvaerno import KVAERNO3, KVAERNO5
 from .rosenbrock import RODAS5P, ROSENBROCK23
 from .solvers.scipy_solver import ScipyMethod
+from .symplectic import SYMPLECTIC
 from .tableau import ButcherTableau, StepFunction
 from .tableaus import ADAPTIVE_HEUN, BOSH3, DOPRI5, DOPRI8, EULER, FEHLBERG2, HEUN2, HEUN3, MIDPOINT, RK4, TSIT5
+from .verner import VERN7, VERN9
 
 EXPLICIT: dict[str, ButcherTableau] = {
     "dopri8": DOPRI8,
+    "vern9": VERN9,
+    "vern7": VERN7,
     "dopri5": DOPRI5,
     "tsit5": TSIT5,
     "bosh3": BOSH3,
@@ -24,8 +30,8 @@ EXPLICIT: dict[str, ButcherTableau] = {
 # For stiff systems. Each is the data of a family of `solvers.families`.
 STIFF: dict[str, Any] = {"rodas5p": RODAS5P, "rosenbrock23": ROSENBROCK23, "kvaerno5": KVAERNO5, "kvaerno3": KVAERNO3}
 FIXED: dict[str, ButcherTableau] = {"euler": EULER, "midpoint": MIDPOINT, "heun2": HEUN2, "heun3": HEUN3, "rk4": RK4}
-ADAPTIVE: dict[str, Any] = {**EXPLICIT, **STIFF, "scipy_solver": ScipyMethod()}
-STEPPED: dict[str, Any] = {**IMPLICIT, **MULTISTEP, **EXTRAPOLATED}  # on a grid, each step one function
+ADAPTIVE: dict[str, Any] = {**EXPLICIT, **STIFF, "bdf": BDF, "auto": AUTO, "scipy_solver": ScipyMethod()}
+STEPPED: dict[str, Any] = {**IMPLICIT, **MULTISTEP, **SYMPLECTIC, **EXTRAPOLATED}  # on a grid, each step one function
 ON_GRID: dict[str, Any] = {**FIXED, **STEPPED}
 
 # With each interpolant for outputs inside a step, made once: torch.compile does not follow the checks of a tableau.
@@ -48,6 +54,8 @@ def adjusted(method: Any, name: str, options: tuple[tuple[str, Any], ...]) -> An
         return method
     if isinstance(method, ScipyMethod) and [key for key, _ in options] == ["solver"]:
         return ScipyMethod(options[0][1])
+    if isinstance(method, BdfMethod) and [key for key, _ in options] == ["max_order"]:
+        return replace(method, max_order=options[0][1])
     for key, value in options:
         if not isinstance(method, StepFunction) or not hasattr(method.step, key) or name in ADAPTIVE:
             raise ValueError(f"{key} is no option of method={name!r}, got {value!r}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .factors import Factors
 from .formulas import per_row
 from .jacobian import Linearized, as_leaves, flat, linearize
 from .step_control import NON_FINITE, NON_FINITE_JACOBIAN, NOT_CONVERGED, SINGULAR
@@ -44,24 +45,20 @@ def jacobians(
     return found
 
 
-def factorised(near: Sequence[Linearized], h: Tensor, a: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """I - h a_ij df/dy(Y_i) of all stages together, [systems, m n, m n], as factors. a: of these stages alone. h: [rows]."""
-    return _factors(torch.stack([x.dy for x in near], 1), h, a)
-
-
-def _factors(dy: Tensor, h: Tensor, a: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """dy: [systems, m, n, n]."""
+def factorised(dy: Tensor, h: Tensor, a: Rows, known: Any = None) -> Factors:
+    """I - h a_ij df/dy(Y_i) of all stages together, [systems, m n, m n]. dy: [systems, m, n, n]. a: of these stages alone. h:
+    [rows]. known: of df/dy."""
     systems, m, n, _ = dy.shape
+    if m == 1:
+        return Factors(dy[:, 0], h.to(dy.dtype) * a[0][0], known)
     weights = dy.new_tensor(a)[None, :, :, None, None] * h.to(dy.dtype).reshape(-1, 1, 1, 1, 1)
     matrix = (weights * dy[:, :, None]).permute(0, 1, 3, 2, 4).reshape(systems, m * n, m * n)
-    one = torch.eye(m * n, dtype=dy.dtype, device=dy.device)
-    factors: tuple[Tensor, Tensor, Tensor] = torch.linalg.lu_factor_ex(one - matrix)
-    return factors
+    return Factors(matrix, matrix.new_ones(1))
 
 
-def solved(factors: tuple[Tensor, Tensor, Tensor], right: Tensor) -> Tensor:
+def solved(factors: Factors, right: Tensor) -> Tensor:
     """right: [systems, m, n]."""
-    return torch.linalg.lu_solve(factors[0], factors[1], right.reshape(len(right), -1, 1)).reshape(right.shape)
+    return factors.solve(right.reshape(len(right), -1)).reshape(right.shape)
 
 
 class Newton:
@@ -71,15 +68,23 @@ class Newton:
     iterations contract quickly with it: Hairer and Wanner, Solving Ordinary Differential Equations II, IV.8. Each system has
     its own, and ends by itself, so that it is what it is alone. tolerance: atol + rtol |y0| of the leaves, to a part of which
     stages are solved; None: to rounding. rejects: where a system cannot be solved its slopes become NaN; else StepFailed is
-    raised. jac: see `linearize`.
+    raised. jac: see `linearize`, also a pattern. dy: to begin with, of the step before.
     """
 
     def __init__(
-        self, field: Callable[..., Any], dt: Tensor, tolerance: Leaves | None, max_iters: int, rejects: bool, jac: Any = None
+        self,
+        field: Callable[..., Any],
+        dt: Tensor,
+        tolerance: Leaves | None,
+        max_iters: int,
+        rejects: bool,
+        jac: Any = None,
+        dy: Tensor | None = None,
     ):
         self.field, self.dt, self.rows, self.tolerance = field, dt, len(dt), tolerance
-        self.max_iters, self.rejects, self.apart, self.jac = max_iters, rejects, True, jac
-        self.dy: Tensor | None = None  # [systems, m, n, n]
+        self.max_iters, self.rejects, self.jac = max_iters, rejects, jac
+        self.apart = dy is None or self.rows > 1 or len(dy) > 1
+        self.dy = dy  # [systems, m, n, n]
         self.a: Rows = ()
         self.factors: Any = None
 
@@ -88,7 +93,7 @@ class Newton:
     ) -> list[Leaves]:
         """The slopes. base: y_i without them. a: of these stages among themselves. k: to begin with."""
         if self.dy is not None and a != self.a:
-            self.factors = _factors(self.dy, self.dt, a)
+            self.factors = factorised(self.dy, self.dt, a, self.jac)
         self.a = a
         stale: Tensor | None = None
         active: Tensor | None = None
@@ -123,12 +128,12 @@ class Newton:
             none = torch.zeros(len(self.dy), dtype=torch.bool, device=self.dy.device)
             return torch.stack([flat(k, len(self.dy)) for k in found], 1), none
         near = jacobians(self.field, times, points, self.rows, stages, apart=self.apart, jac=self.jac)
-        dy = torch.stack([x.dy for x in near], 1)
+        dy = near[0].dy[:, None] if len(near) == 1 else torch.stack([x.dy for x in near], 1)  # a wide one is not copied
         self.apart = self.rows > 1 or near[0].systems > 1
         fresh = torch.ones(len(dy), dtype=torch.bool, device=dy.device)
         if self.dy is not None and stale is not None and self.dy.shape == dy.shape:  # else func couples samples after all
             dy, fresh = torch.where(stale[:, None, None, None], dy, self.dy), stale
-        self.dy, self.factors = dy, _factors(dy, self.dt, self.a)
+        self.dy, self.factors = dy, factorised(dy, self.dt, self.a, self.jac)
         return torch.stack([x.k for x in near], 1), fresh
 
     def _size(self, change: Tensor, points: Sequence[Leaves]) -> Tensor:
@@ -162,7 +167,7 @@ class Newton:
                 pass
             elif self.dy is not None and not bool(torch.isfinite(self.dy[first]).all()):
                 code = NON_FINITE_JACOBIAN
-            elif int(self.factors[2][first]) != 0:
+            elif int(self.factors.info[first]) != 0:
                 code = SINGULAR
             raise StepFailed(code, first if len(size) > 1 else None)
         return broken
@@ -193,9 +198,9 @@ def with_graph(
     k = [[leaf.detach() for leaf in of_stage] for of_stage in k]
     for _ in range(2 if second else 1):
         points = [combined(y, dt, row, k) for y, row in zip(base, a, strict=True)]
-        near = jacobians(field, times, points, len(dt), stages, differentiable=second, jac=None if second else jac)
+        near = jacobians(field, times, points, len(dt), stages, differentiable=second, jac=jac)
         with torch.set_grad_enabled(second):
-            factors = factorised(near, dt, a)
+            factors = factorised(torch.stack([x.dy for x in near], 1), dt, a)
         old = torch.stack([flat(of_stage, near[0].systems) for of_stage in k], 1)
         change = solved(factors, torch.stack([x.k for x in near], 1) - old)
         new = old + (change - change.detach())  # what is solved to a tolerance has the same values without a graph

@@ -37,6 +37,7 @@ _SCIPY_OPTIONS = ("solver", "first_step", "max_step", "max_num_steps")
 _LIMITS: dict[str, tuple[str, ...]] = dict.fromkeys(IMPLICIT, ("max_iters",)) | dict.fromkeys(
     MULTISTEP, ("max_order", "max_iters")
 )
+_LIMITS["bdf"] = ("max_order",)
 
 
 @overload
@@ -259,7 +260,7 @@ def known_options(method: str) -> frozenset[str]:
 def _keys_of(method: str) -> Sequence[str]:
     if method == "scipy_solver":
         return _SCIPY_OPTIONS
-    return _ADAPTIVE_OPTIONS if method in ADAPTIVE else (*_FIXED_OPTIONS, *_LIMITS.get(method, ()))
+    return (*(_ADAPTIVE_OPTIONS if method in ADAPTIVE else _FIXED_OPTIONS), *_LIMITS.get(method, ()))
 
 
 def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = True) -> dict[str, Any]:
@@ -273,7 +274,8 @@ def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = T
             raise ValueError(f"options['dtype'], the type of time, must be torch.float64, got {dtype}")
     else:
         given.pop("norm", None)
-    known = (*known, *(name for name in ("jac", "mass") if name in getattr(find_method(method), "takes", ())))
+    takes = getattr(find_method(method), "takes", ())
+    known = (*known, *(name for name in ("jac", "mass", "jac_sparsity") if name.removesuffix("_sparsity") in takes))
     unknown = {name: given.pop(name) for name in list(given) if name not in known and name not in _COMMON}
     if unknown:
         warnings.warn(f"{method}: Unexpected arguments {unknown}", stacklevel=3)

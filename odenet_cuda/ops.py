@@ -59,7 +59,7 @@ def _written(tensors: Sequence[Tensor]) -> None:
 def stage(y: Sequence[Tensor], y0: Sequence[Tensor], k: Sequence[Tensor], a: Sequence[float], dt: Tensor) -> None:
     """``y = y0 + dt * sum_j a[j] k[j]``, leaf by leaf.
 
-    y: written. y0: base, or ``[]`` for zero. k: slopes, leaf-major. a: coefficients, at most 16. dt: float64, [rows].
+    y: written. y0: base, or ``[]`` for zero. k: slopes, leaf-major. a: coefficients, at most 17. dt: float64, [rows].
     """
     _stage(y, y0, k, a, dt)
     _written(y)

@@ -12,9 +12,9 @@ from .ops import FIELDS
 from .problem import Problem
 from .request import Request
 from .solution import Solution, Stats, raise_failure
-from .solvers.stiffness import look_after
+from .solvers.stiffness import Looks, look_after
 from .solvers.trajectory import Recorder, Trajectory
-from .step_control import SUCCESS
+from .step_control import SUCCESS, succeeded
 
 
 def stats_of(request: Request, trajectory: Trajectory) -> Stats:
@@ -32,9 +32,9 @@ def failed(request: Request, problem: Problem, trajectory: Trajectory, ys: list[
         return False
     # What one solve of a compiled field leaves for the next holds no func.
     whole = lambda: problem if problem.field is not None else request.problem  # noqa: E731
-    look_after(whole, request.options.tableau, state, trajectory.last[: len(ys)])
-    status = state[FIELDS["status"]]
-    problem.failed = not (status[0] == SUCCESS if len(status) == 1 else (status == SUCCESS).all())
+    looks = Looks() if request.compiled is None else request.compiled.plans.looks
+    look_after(whole, request.options.tableau, state, trajectory.last[: len(ys)], looks)
+    problem.failed = not succeeded(state)
     if not problem.failed and not problem.own:
         return False
     last = solution_of(request, problem, ys, trajectory, None, stats)

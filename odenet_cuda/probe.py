@@ -14,13 +14,13 @@ from .problem import own_tensors
 from .request import Request
 from .sharding import no_sharded_calls, refuse_sharded
 from .solvers.trajectory import Evaluation, Recorder, Trajectory
-from .tableau import is_whole
+from .tableau import StepFunction
 
 
 def new_recorder(request: Request, **keep: Any) -> Recorder:
     """keep: see `Recorder`."""
     tableau, problem = request.options.tableau, request.problem
-    carried = is_whole(tableau) or (request.options.adaptive and not tableau.fsal)
+    carried = isinstance(tableau, StepFunction) or (request.options.adaptive and not tableau.fsal)
     return Recorder(tableau, problem.t, problem.per_sample, len(problem.state_leaves), carried=carried, **keep)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ended, noise
-from .gradients import adjoint, checkpoint, direct, quadrature
+from .gradients import adjoint, checkpoint, direct, quadrature, reversible
 from .gradients.dense import DenseGradient
 from .gradients.polynomials import Polynomials
 from .graphed.capture import no_cast_is_kept
@@ -59,6 +59,7 @@ class _Solve:
         self.wanted = may and any([tensor.requires_grad for tensor in inputs])
         self.unsure = may and not self.wanted and request.params is None  # func may depend on more later
         self.gradient = request.settings.gradient if self.wanted else None
+        self.pair: list[Tensor] = []  # the last state of a solve whose steps are undone
         self.kept: Captured | None = None  # those tensors, once all are known
         counter = counter_of(self.problem.field)
         counter.with_gradients = counter.with_gradients or self.unsure
@@ -74,6 +75,12 @@ class _Solve:
         """The solve. Where its steps are made again on the way back, what func draws in one is noted if it drew at the start;
         if it begins later, the solve is made twice."""
         probe, problem = self.probe, self.problem
+        if self.gradient == "reversible":
+            generators = noise.states(problem.device)
+            found = self._forwards(reversible.NoStates(), ())
+            if noise.differ(generators, noise.states(problem.device)):
+                raise NotImplementedError(reversible.NOISY)
+            return found
         if self.gradient != "checkpoint":
             return self._forwards(None, ())
         grid, per_sample, device, nfe = self.request.grid, problem.per_sample, problem.device, counter_of(problem.field).nfe
@@ -96,7 +103,7 @@ class _Solve:
         counter_of(problem.field).nfe = nfe
         return self._forwards(checkpoints.anew(), generators)
 
-    def _forwards(self, checkpoints: Checkpoints | None, noisy: noise.States) -> Solved:
+    def _forwards(self, checkpoints: Checkpoints | reversible.NoStates | None, noisy: noise.States) -> Solved:
         """noisy: where random generators stood before the start; then where they stand is noted before every call."""
         request = self.request
         names = [name for name in request.settings.regularizers if name in OF_STEPS]
@@ -121,7 +128,9 @@ class _Solve:
             if until is not None and self.watch is None:
                 interrupt.solution = self._collected(interrupted(request, until), until)  # type: ignore[attr-defined]
             raise
-        if checkpoints is not None:
+        if self.gradient == "reversible":
+            self.pair = [leaf.clone() for leaf in trajectory.pair or trajectory.last]
+        elif checkpoints is not None:
             recorder.last = [leaf.clone() for leaf in trajectory.last[: len(trajectory.ys)]]
         return trajectory, recorder, step_costs
 
@@ -141,7 +150,7 @@ class _Solve:
             )
         return self.probe.start
 
-    def _recorder(self, checkpoints: Checkpoints | None, step_costs: StepCosts | None) -> Any:
+    def _recorder(self, checkpoints: Checkpoints | reversible.NoStates | None, step_costs: StepCosts | None) -> Any:
         """What the solve must keep, or None."""
         request, dense = self.request, self.request.settings.dense
         if self.gradient == "quadrature":
@@ -234,6 +243,8 @@ class _Solve:
             return direct.attach(recorder, *common)
         if self.gradient == "checkpoint":
             return checkpoint.attach(recorder, *common, request.params is not None)
+        if self.gradient == "reversible":
+            return reversible.attach(recorder, self.pair, *common, request.params is not None)
         assert request.backward is not None
         if self.gradient == "quadrature":
             return quadrature.attach(request.backward, recorder, *common)

@@ -13,13 +13,16 @@ from torch import Tensor
 from .callbacks import find_callbacks
 from .compiled.field import compiled_field
 from .event import Events
+from .formulas import SHORT
 from .gradients.adjoint import Adjoint
 from .gradients.adjoint_setup import NOT_GIVEN, adjoint_setup
 from .integrals import Integrand, with_quadratures
 from .integrate import Grid, Options, fixed_grid
-from .mass import add_system
+from .landing import lands, refuse_what_is_between
+from .mass import NOTHING, System, add_system
 from .problem import (
     Field,
+    OwnTimes,
     Problem,
     Structure,
     check_samples,
@@ -31,11 +34,13 @@ from .problem import (
 )
 from .regularizers import RUNNING, CostField, with_costs
 from .resume import resumed_from
-from .settings import Settings, with_stops
+from .settings import Settings, with_coupling, with_stops
 from .solution import Solution
 from .solvers.domain import check_start
 from .solvers.scipy_solver import ScipyMethod
 from .solvers.start import Resumed
+from .symplectic import check_separable, is_symplectic
+from .transforms import under_vmap
 
 _MADE = frozenset({"problem", "t", "grid", "backward"})
 
@@ -78,13 +83,14 @@ class Request:
         integrals: Callable[..., Any] | None = None,
         integrals_in_norm: bool = False,
         save: Callable[..., Any] | None = None,
-        system: tuple[Any, Any] = (None, None),
+        system: System = NOTHING,
     ):
         """adjoint: method, rtol, atol and options of the backward solve. compile: as of `solve`. events: that end it.
-        resume: the solution that it goes on from. valid, integrals, save: as of `solve`; system: jac and mass.
+        resume: the solution that it goes on from. valid, integrals, save: as of `solve`; system: what is known of it.
 
         Raises ValueError and TypeError for a wrong y0."""
-        self.settings, self.params, self.events, self.resume = with_stops(settings, func), params, events, resume
+        self.settings = with_coupling(with_stops(settings, func), adjoint)
+        self.params, self.events, self.resume = params, events, resume
         self.valid, self.integrals_in_norm = valid, integrals_in_norm
         self.save = None if save is None else with_arguments(save, args)
         self.integrals = None if integrals is None else with_arguments(integrals, args)
@@ -115,6 +121,12 @@ class Request:
         if per_sample:
             check_samples(structure)
         self.t, values = check_times(t, batch=structure.leaves[0].shape[0] if per_sample else None)
+        if lands(options.tableau):
+            refuse_what_is_between(self, options, isinstance(values, OwnTimes))
+        if settings.gradient == "reversible" and any([leaf.dtype in SHORT for leaf in structure.leaves]):
+            raise NotImplementedError(
+                "gradient='reversible' needs a state of at least 32 bits: rounding of 16 bits does not come back to its start"
+            )
         running = [name for name in settings.regularizers if name in RUNNING]
         costly = running or self.integrals is not None
         of = CostField(func, structure, running, per_sample) if costly else Field(func, structure)
@@ -133,10 +145,14 @@ class Request:
             check_zero_tolerance(problem)
         if problem.valid is not None:
             check_start(problem)
+        if is_symplectic(options.tableau):
+            check_separable(problem, structure, options.method)
         if running:
             problem = with_costs(problem, running)
         if any([given is not None for given in self.system]):
-            add_system(problem, options, settings.gradient, *self.system, self.extra)
+            if under_vmap():
+                raise NotImplementedError(f"{self.system.named} not served under torch.vmap; give the samples as one batch")
+            add_system(problem, options, settings.gradient, self.system, self.extra)
         if self.integrals is not None:
             problem = self._with_integrals(problem)
         grid = None

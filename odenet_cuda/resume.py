@@ -70,6 +70,8 @@ def _check_kind(resume: Solution, problem: Problem, method: str, first_step: flo
         raise ValueError(
             f"resume needs an adaptive method, got {method!r}, which has no step size to go on with: solve from y_last"
         )
+    if method == "auto":
+        raise ValueError("resume needs a method that keeps nothing of its steps but the last, got 'auto': solve from y_last")
     if method != resume.method:
         raise ValueError(f"method must be that of resume, {resume.method!r}, got {method!r}")
     if problem.per_sample != resume.per_sample:

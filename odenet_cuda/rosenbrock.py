@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .factors import Factors
 from .jacobian import as_leaves, flat, linearize
 from .mass import for_systems
 from .tableau import StepFunction
@@ -44,17 +45,15 @@ class RosenbrockStep:
         dt: Tensor,
         y0: list[Tensor],
         k0: list[Tensor],
-        jac: Callable[..., Tensor] | None = None,
+        jac: Any = None,
         mass: Tensor | None = None,
     ) -> tuple[list[Tensor], list[list[Tensor]], None]:
         near = linearize(field, t[0], y0, len(dt), jac=jac)
         start, slope = flat(y0, near.systems), flat(k0, near.systems)
         h = dt.to(start.dtype)[:, None]
-        one = torch.eye(start.shape[1], dtype=start.dtype, device=start.device)
-        if mass is not None:
-            one = for_systems(mass, len(one))
         # A matrix that is singular gives a step that is no number, which is rejected.
-        factors, pivots, _ = torch.linalg.lu_factor_ex(one - self.gamma * h[:, :, None] * near.dy)
+        whole = None if mass is None else for_systems(mass, start.shape[1])
+        factors = Factors(near.dy, self.gamma * h[:, 0], jac, whole)
         by_time = None if near.dt is None else h * h * near.dt
         u: list[Tensor] = []
         for i, (a, g, d) in enumerate(zip(self.a, self.g, self.d, strict=True)):
@@ -63,7 +62,7 @@ class RosenbrockStep:
             right = _sum(h * slope, g, u) if mass is None else h * slope + _sum(torch.zeros_like(slope), g, u) @ mass.T
             if by_time is not None and d != 0:
                 right = right + d * by_time
-            u.append(torch.linalg.lu_solve(factors, pivots, self.gamma * right[:, :, None])[:, :, 0])
+            u.append(factors.solve(self.gamma * right))
         y1 = as_leaves(_sum(start, self.m, u), y0)
         last = as_leaves(slope, y0) if self.ends_in_y1 else field(t[-1], y1, len(u) + 1)
         size = torch.where(h == 0, 1, h)

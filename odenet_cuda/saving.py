@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .landing import lands
 from .ops import FIELDS
 from .problem import OwnTimes, Problem, Structure
 from .request import Request
@@ -69,6 +70,7 @@ def saved(solution: Solution, func: Callable[..., Any], per_sample: bool, t: Ten
 def streams(request: Request) -> bool:
     """Whether what is saved is made of the steps as they come, and the states are not kept."""
     alone = request.save is not None and not torch.is_grad_enabled() and request.events is None
+    alone = alone and not lands(request.options.tableau)
     return alone and request.options.adaptive and not request.problem.empty and len(request.problem.t) > 1
 
 

@@ -32,6 +32,7 @@ def goes_on(events: Events | None, jumps: Sequence[Jump]) -> bool:
 
 def in_segments(
     run: Run,
+    at_once: Callable[[Any, Callable[[Run], Solution]], Solution | None],
     func: Callable,
     y0: Any,
     t: Any,
@@ -42,7 +43,8 @@ def in_segments(
     settings: Settings,
     refused: Sequence[tuple[str, bool]] = (),
 ) -> Solution:
-    """run: solves from a state at times, until events. refused: what else is not served, and whether it is asked for. Raises
+    """run: solves from a state at times, until events. at_once: the whole, if something serves
+    it so, which is handed how a run makes it. refused: what else is not served, and whether it is asked for. Raises
     ValueError, TypeError and NotImplementedError as `solve` does."""
     if not isinstance(max_events, int) or isinstance(max_events, bool) or max_events < 1:
         raise ValueError(f"max_events must be a whole number of at least 1, got {max_events!r}")
@@ -54,8 +56,13 @@ def in_segments(
         check_samples(structure)
     if all([leaf.numel() == 0 for leaf in structure.leaves]):
         return run(structure, t, events)  # there is nothing to change
-    field = Field(with_arguments(func, args), structure)
-    return _Segments(run, field, structure, t, args, events, jumps, max_events, settings.per_sample).solve()
+
+    def by(run: Run) -> Solution:
+        field = Field(with_arguments(func, args), structure)
+        return _Segments(run, field, structure, t, args, events, jumps, max_events, settings.per_sample).solve()
+
+    found = at_once(structure, by)
+    return by(run) if found is None else found
 
 
 class _Segments:

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
+from .coupled import COUPLING
 from .graphed.capture import MODES
 from .integrate import Options, stop_times
 from .interpolated import stops_of
 from .regularizers import check_regularizers
+from .shears import shears_of
 from .solvers.progress import find_tqdm
 from .step_control import STEP_CONTROLS, StepControl
+from .tableau import ButcherTableau
 
-GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature")
+GRADIENTS = ("direct", "adjoint", "checkpoint", "quadrature", "reversible")
 FAILURES = ("raise", "return")
 _PLAIN = frozenset({str, int, float, bool, type(None), tuple})
 
@@ -131,6 +134,36 @@ def _stopping(settings: Settings, steps: tuple[float, ...], jumps: tuple[float, 
     jumps = (*options.jump_t, *(time for time in jumps if time not in options.jump_t))
     steps = tuple([time for time in dict.fromkeys((*options.step_t, *steps)) if time not in jumps])
     return replace(settings, options=replace(options, step_t=steps, jump_t=jumps))
+
+
+def with_coupling(settings: Settings, adjoint: tuple[Any, Any, Any, Any]) -> Settings:
+    """Those of a solve that can be undone, where that is asked for. adjoint: what was given for a backward solve. Raises
+    ValueError."""
+    if settings.gradient != "reversible":
+        return settings
+    for name, given in zip(("adjoint_method", "adjoint_rtol", "adjoint_atol"), adjoint, strict=False):
+        if given is not None:
+            raise ValueError(f"{name} must not be given with gradient='reversible', which solves nothing backwards")
+    given = dict(adjoint[3] or {})
+    own = shears_of(settings.options.tableau) is not None  # steps of the method itself can be undone
+    coupling = COUPLING if own else given.pop("coupling", COUPLING)
+    if given:
+        names = "nothing" if own else "'coupling' alone"
+        raise ValueError(f"adjoint_options may name {names} with gradient='reversible', got {next(iter(given))!r}")
+    if isinstance(coupling, bool) or not isinstance(coupling, (int, float)) or not 0 < coupling <= 1:
+        raise ValueError(f"adjoint_options['coupling'] must be a number in (0, 1], got {coupling!r}")
+    return settings if own else _coupled(settings, float(coupling))
+
+
+@lru_cache(maxsize=64, typed=True)
+def _coupled(settings: Settings, coupling: float) -> Settings:
+    options = settings.options
+    if not isinstance(options.tableau, ButcherTableau):
+        raise NotImplementedError(
+            f"gradient='reversible' is not served by method={options.method!r}: use an explicit Runge-Kutta method, or "
+            "gradient='checkpoint', whose memory max_checkpoints bounds"
+        )
+    return replace(settings, options=replace(options, coupling=coupling))
 
 
 def _check_checkpoints(limit: Any, gradient: str) -> None:

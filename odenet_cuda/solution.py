@@ -86,7 +86,8 @@ class Stats:
     nfe: calls of func. num_accepted, num_rejected: steps; an int under joint control, an int64 tensor [batch] per sample.
     nfe_backward: calls of func in the last backward pass through this solve; 0 before one.
     adjoint_drift: how far the adjoint's backward solve came back from the stored outputs, at most, as a multiple of its
-        tolerance; a float, or float64 [batch] per sample. Far above 1 its gradient cannot be trusted; 0 without such a solve.
+        tolerance, and that of "reversible" from y0; a float, or float64 [batch] per sample. Far above 1 its gradient cannot be
+        trusted; 0 without such a solve.
     """
 
     def __init__(self, nfe: int, per_sample: bool, state: Tensor | None = None, steps: int = 0, rows: int = 1):

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from .compiled.compilation import check_compile
-from .engines import serve
+from .engines import serve, serve_events
 from .event import Event, Events, Jump, check_events, check_jumps
 from .interpolant import State
+from .mass import System
 from .methods import on_host
 from .problem import with_arguments
 from .request import Request
@@ -21,7 +22,7 @@ from .solution import Solution
 from .transforms import between_graphs
 
 
-@between_graphs(lambda *args, method="dopri5", **kwargs: on_host(method))
+@between_graphs(lambda *args, method="dopri5", gradient="", **kwargs: on_host(method) or gradient == "reversible")
 def solve(
     func: Callable[..., Any],
     y0: State | None,
@@ -51,6 +52,7 @@ def solve(
     solver: str | None = None,
     jac: Callable[..., Tensor] | None = None,
     mass: Tensor | None = None,
+    jac_sparsity: Tensor | None = None,
     cuda_graph: bool | str = False,
     interp: str = "method",
     norm: Callable | None = None,
@@ -85,19 +87,26 @@ def solve(
     t: [T] times, strictly increasing or decreasing; a tensor (which may require a gradient) or numbers. Under per-sample
         control a tensor [batch, T] gives each sample its own, of either direction, with NaN at the end where it has fewer: its
         outputs there are NaN, and nothing is solved for it after its last time.
-    method: adaptive "dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems "rodas5p" and, crude,
-        "rosenbrock23", or "kvaerno5" and "kvaerno3", all of which differentiate func; on a grid "euler", "midpoint", "heun2",
-        "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler", "implicit_midpoint", "trapezoid",
-        "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; of two steps "ab2" and, for samplers, "dpmpp_2m"; of many
-        steps "explicit_adams" and "implicit_adams" (also "fixed_adams"); "scipy_solver", one of scipy's, outside of torch.
+    method: adaptive "dopri5", "tsit5", "vern7", "vern9", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", for stiff systems
+        "rodas5p" and, crude, "rosenbrock23", or "kvaerno5" and "kvaerno3", or "bdf", all of which differentiate func, and
+        "auto", which makes steps by tsit5 and, while they are stiff, by rodas5p, those of each sample by its own; on a grid
+        "euler", "midpoint", "heun2", "heun3", "rk4", and implicit, by Newton's method system by system, "implicit_euler",
+        "implicit_midpoint", "trapezoid", "sdirk2", "trbdf2", "radauIIA3", "radauIIA5", "gl4", "gl6"; symplectic, for y = (q, p)
+        with dq of p alone and dp of t and q alone, "leapfrog" (velocity Verlet) and "yoshida4", see `Separable`; of two steps
+        "ab2" and, for samplers, "dpmpp_2m"; of many steps "explicit_adams" and "implicit_adams" (also "fixed_adams");
+        "scipy_solver", one of scipy's, outside of torch.
     rtol, atol: a step is accepted where norm(error / (atol + rtol * max(|y0|, |y1|))) <= 1. Numbers, tensors that broadcast
         against the state, or one for each leaf.
     gradient: "direct", exact for the discrete solve, memory grows with the steps; "adjoint", one more solve backwards, memory
         does not grow (Chen et al. 2018, arXiv:1806.07366); "checkpoint", as exact as direct, keeps the state of each step
-        alone and makes the steps again; "quadrature", the adjoint on the stored solution. All give gradients for y0, t
-        and every tensor func depends on. All but direct call func again on the way back: what it reads must be as in the
-        solve, and what it computes from tensors with gradients must not be kept by it from one call to the next ("checkpoint"
-        would lose the gradient of what was kept in the solve). A `torch.utils.checkpoint` inside func needs
+        alone and makes the steps again; "quadrature", the adjoint on the stored solution; "reversible", as exact, and memory
+        does not grow: an explicit method runs as two coupled states whose steps can be undone (McCallum and Foster 2024,
+        arXiv:2410.11648), at twice the calls of func. Steps then end at every time of t. Where func contracts the two states
+        part, as exp of the integral of its rate: adaptive steps then become small, and a grid warns at its end. What rounding
+        leaves of y0 on the way back is `Stats.adjoint_drift`. leapfrog and yoshida4 are undone as they are. All give gradients
+        for y0, t and every tensor func depends on. All but direct call func again on the way back: what it reads must be as in
+        the solve, and what it computes from tensors with gradients must not be kept by it from one call to the next
+        ("checkpoint" would lose the gradient of what was kept in the solve). A `torch.utils.checkpoint` inside func needs
         use_reentrant=False.
     step_control: "joint", one step size for the whole state; "per_sample", one for each sample on axis 0 of every leaf.
     controller: "I", "PI", "PID" or (proportional, integral, derivative) coefficients (Soderlind 2003).
@@ -107,15 +116,17 @@ def solve(
     step_t, jump_t: times at which a step must end; func is discontinuous at those of jump_t.
     step_size, grid_constructor: the grid of a method without error control, else t itself; ``grid_constructor(func, y0, t)``
         returns the times of the grid. perturb: evaluate at the ends of a step just inside it. max_iters: iterations in which
-        an implicit method must have solved a step, 100, and of the corrector of implicit_adams, 4. max_order: of Adams methods,
-        12; the higher, the smaller the steps with which they are stable, of explicit_adams above all.
+        an implicit method must have solved a step, 100, and of the corrector of implicit_adams, 4. max_order: of bdf, 5, and of
+        Adams methods, 12; the higher, the smaller the steps with which they are stable, of explicit_adams above all.
     solver: of scipy_solver: "LSODA", the default, "Radau", "BDF", "RK45", "RK23" or "DOP853", with gradient="adjoint" alone,
         whose backward solve is by rodas5p, dopri5, bosh3 or dopri8, by its kind.
     jac: for implicit and stiff methods, ``jac(t, y, *args)`` gives df/dy as a tensor, [batch, n, n] with a row of n numbers a
         sample, or [n, n] of the whole state; else it comes from torch. A solve that records gradients asks it only where no
         derivative of it is needed. mass: for rodas5p and rosenbrock23, the constant matrix M [n, n] of M dy/dt = func(t, y),
         which may be singular: then y0 must fulfil the equations without a derivative, and these must determine the rest (index
-        1). With gradient="direct" or "checkpoint".
+        1). With gradient="direct" or "checkpoint". jac_sparsity: for wide states, where df/dy may be other than 0, [n, n],
+        dense or sparse, for systems of n numbers up to 8,192: df/dy then takes as many products as the pattern has colours,
+        not n. A pattern that misses an entry raises ValueError.
     cuda_graph: on CUDA, capture func and the kernels around it, and replay them: True or "step" a step of an adaptive solve;
         "loop" lets the device repeat that while the solve goes on, 256 steps a launch (CUDA 12.4; func may not draw random
         numbers). A fixed grid of up to 4,096 calls of func is captured whole, and its way back too. What func does in Python
@@ -136,7 +147,9 @@ def solve(
         adjoint_rtol, adjoint_atol, adjoint_options: for the backward solve, by default as forward; a stiff or implicit
         method differentiates func twice there, and leaves the parameters out of its error norm. Options by name as
         above, and ``{"norm": "seminorm"}`` leaves the parameters out of its error norm (Kidger et al. 2021,
-        arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params).
+        arXiv:2009.09457), or a function of the tuple (t, y, adjoint, *params). Of "reversible" {"coupling": 0.999} alone, in
+        (0, 1]: the smaller, the longer steps may be where func contracts, and the more rounding grows back, by 1 / coupling a
+        step.
     compile: "auto", func is compiled where it can be read; False: not; default: what `set_compile` says.
     events: zeros of functions of (t, y) that end the solve, or change the state, under per-sample control each sample's own;
         see `Event`. The Solution then has `event_t`, `event_y` and `event_index`, with first derivatives, and `ys` is NaN after
@@ -184,21 +197,30 @@ def solve(
         check_compile(compile)
     adjoint = adjoint_method, adjoint_rtol, adjoint_atol, adjoint_options
     ends, changes = check_events(events, args), check_jumps(jumps)
-    more: dict[str, Any] = {"resume": resume, "valid": valid, "system": (jac, mass)}
+    more: dict[str, Any] = {"resume": resume, "valid": valid, "system": System(jac, mass, jac_sparsity)}
     more |= {"integrals": integrals, "integrals_in_norm": integrals_in_norm}
     if resume is not None:
         check_resume(resume)
         y0 = resume.y_last if y0 is None else y0
 
+    def request(y0: Any, t: Any, ends: Events | None) -> Request:
+        return Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more)
+
     def run(y0: Any, t: Any, ends: Events | None) -> Solution:
-        return serve(Request(func, y0, t, args, settings, rtol, atol, norm, adjoint_params, adjoint, compile, ends, **more))
+        return serve(request(y0, t, ends))
+
+    def by_stepper(y0: Any, t: Any, ends: Events | None) -> Solution:
+        return serve(request(y0, t, ends).but(compiled=None))
+
+    def at_once(y0: Any, check: Callable[[Any], Solution]) -> Solution | None:
+        return None if changes else serve_events(request(y0, t, ends), max_events, lambda: check(by_stepper))
 
     if goes_on(ends, changes) and mass is not None:
         raise NotImplementedError("mass is not served where events or jumps change the state")
     if goes_on(ends, changes):
         refused = ("resume", resume is not None), ("integrals", integrals is not None), ("every", every is not None)
         try:
-            solution = in_segments(run, func, y0, t, args, ends, changes, max_events, settings, refused)
+            solution = in_segments(run, at_once, func, y0, t, args, ends, changes, max_events, settings, refused)
         except KeyboardInterrupt as interrupt:
             vars(interrupt).pop("solution", None)  # of one segment
             raise

@@ -17,6 +17,7 @@ CONTROLLERS = {
 STEP_CONTROLS = ("joint", "per_sample")
 
 RUNNING, SUCCESS = STATUS["running"], STATUS["success"]
+_STATUS, _ACCEPTED, _REJECTED = FIELDS["status"], FIELDS["num_accepted"], FIELDS["num_rejected"]
 UNDERFLOW, NON_FINITE, MAX_NUM_STEPS = STATUS["underflow"], STATUS["non_finite"], STATUS["max_num_steps"]
 OUTSIDE = STATUS["outside"]
 # Of a step on a grid that cannot be made.
@@ -60,8 +61,9 @@ class StepControl:
         if self.min_step > self.max_step:
             raise ValueError(f"min_step must not exceed max_step, {self.max_step}, got {self.min_step}")
 
-    def constants(self, order: int) -> list[float]:
-        """The numbers of the kernels' ``Controller``, in its order."""
+    def constants(self, order: int, steers: bool = False) -> list[float]:
+        """The numbers of the kernels' ``Controller``, in its order. steers: the method may make a step smaller that was
+        accepted."""
         p, i, d = CONTROLLERS[self.controller] if isinstance(self.controller, str) else self.controller
         plain = p == 0 and d == 0
         return [
@@ -72,7 +74,7 @@ class StepControl:
             (p + i + d) / order,
             -(p + 2 * d) / order,
             d / order,
-            1.0 if plain else float(self.dfactor),
+            1.0 if plain and not steers else float(self.dfactor),
             float(self.min_step),
             float(self.max_step),
             float(self.max_num_steps),
@@ -91,3 +93,17 @@ def initial_state(t0: Any, rows: int, direction: Any = 1.0, on_jump: Any = False
     state[FIELDS["jumped"]] = state[FIELDS["next_stop"]] = on_jump
     state[FIELDS["direction"]] = direction
     return state
+
+
+def succeeded(state: np.ndarray) -> bool:
+    """Whether no row of this solver state [NUM_FIELDS, rows] failed."""
+    if state.shape[1] == 1:
+        return bool(state.item(_STATUS) == SUCCESS)  # what a reduction takes ten times as long for
+    return bool((state[_STATUS] == SUCCESS).all())
+
+
+def most_tried(state: np.ndarray) -> int:
+    """Steps tried, of the row with the most."""
+    if state.shape[1] == 1:
+        return int(state.item(_ACCEPTED) + state.item(_REJECTED))
+    return int((state[_ACCEPTED] + state[_REJECTED]).max())

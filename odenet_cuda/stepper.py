@@ -80,7 +80,7 @@ class Stepper:
         end: list[Tensor] | None = None,
     ):
         self.zero_base = zero_base
-        self.problem, self.tableau = problem, tableau
+        self.problem, self.tableau, self.controller = problem, tableau, controller
         self.n = len(problem.leaves) - problem.quadratures
         device, rows, leaves = problem.device, problem.rows, problem.leaves
         counted = len(leaves) if norm_leaves is None else norm_leaves

@@ -113,9 +113,11 @@ class StepFunction:
     order, c, b, e, p, p_order: as in `ButcherTableau`; the step size goes by the error to the power of 1 / order.
     second: the same step, where gradients of gradients are wanted, None: `step` itself.
     takes: what its step is given besides, by name, where it is known: "tolerance", atol + rtol |y0| of each leaf; "jac", the
-    user's df/dy, a function of (t, leaves), see `jacobian.linearize`; "mass", the matrix M of M dy/dt = f, [n, n].
+    user's df/dy, a function of (t, leaves), see `jacobian.linearize`; "mass", the matrix M of M dy/dt = f, [n, n]; "kept", a
+    dict, what the step before left for this one, where steps are not made again.
     memory: how many slopes before k_0 it is given besides, ``past=[(dt, k), ...]``, the last first: of the steps before, each
     with the slope at its start. At first there are fewer.
+    lands: it has no interpolant: its steps end at the times of outputs. Then the last slope need not be f(t1, y1).
     nodes: of quadrature over a step, (c, weight, row): the integral of g(t, y) is dt sum_i weight_i g(t0 + c_i dt, Y_i) with
     Y_i = y0 + dt sum_j row_ij k_j. Not given, they are Gauss's on the interpolant.
 
@@ -132,6 +134,7 @@ class StepFunction:
     second: Callable[..., Any] | None = None
     takes: tuple[str, ...] = ()
     memory: int = 0
+    lands: bool = False
     nodes: tuple[Node, ...] = ()
     stages: int = field(init=False)
     fsal: ClassVar[bool] = True

@@ -201,6 +201,8 @@ def test_refusals():
         (Event(lambda t, y: torch.zeros(0)), ValueError, "at least one number"),
         (Event(lambda t, y: y[0, 0].log() - 1), ValueError, r"not a number at the start|not a number between"),
         (Event(lambda t, y: (0.5 - t).sqrt()), ValueError, "not a number between t = 0"),
+        (Event(lambda t, y: (t - 0.5).sqrt()), ValueError, "not a number at the start"),
+        (Event(lambda t, y: (t - 2).sqrt()), ValueError, "not a number at the start"),
     ):
         with pytest.raises(error, match=words):
             solve(lambda t, y: y * 0 - 1, y0, t, events=events)
@@ -222,8 +224,8 @@ def test_refusals():
 
 def test_engines_say_why_not():
     field = odenet_cuda.compile(lambda t, y: -y)
-    solution = solve(field, torch.ones(1, dtype=D), [0.0, 1.0], events=Event(lambda t, y: y - 0.5))
-    assert solution.engine == "stepper" and "events" in solution.explanation["compiled"]
+    solution = solve(field, torch.ones(3, 1, dtype=D), [0.0, 1.0], events=Event(lambda t, y: y - 0.5))
+    assert solution.engine == "stepper" and "joint control" in solution.explanation["compiled"]
     assert abs(float(solution.event_t) - math.log(2)) < 1e-6
 
 

@@ -96,7 +96,7 @@ class TwoStep(StepFunction):
 class TwoStepSteps:
     """before, size: the slope and the size of the last step of each row; a row that begins, or begins anew, has size 0."""
 
-    looks, calls = False, 1
+    looks, steers, calls = False, False, 1
     no_way_back, no_graph = "knows no integrals of parameters: give another adjoint_method", "moves on in Python"
 
     def __init__(self, method, problem, stepper, state, recorder, ahead):
@@ -477,7 +477,7 @@ def test_compiled_fields_leave_it_to_the_stepper():
 
 WRONG = [
     ({"c": (0.1, 1.0, 0.5, 1.0, 1.0)}, "c must begin with 0 and end with 1"),
-    ({"c": (0.0,)}, "c must have from 2 to 16 nodes, got 1"),
+    ({"c": (0.0,)}, "c must have from 2 to 17 nodes, got 1"),
     ({"b": (1.0,)}, "b and p must have one entry a node"),
     ({"e": (1.0,)}, "e must be empty or have one entry a node"),
     ({"b": (1.0, -1.0, 1.0, 1.0, 0.0)}, "the interpolant ends in y1"),

@@ -144,3 +144,18 @@ def test_compiled_solves_say_it_at_their_end(gradient: str, own: bool):
     for _ in range(2):
         solution = solve(field, y0, t, **how)
         assert solution.engine == "compiled" and int(torch.as_tensor(solution.stats.num_accepted).max()) > stiffness.FIRST_LOOK
+
+
+def test_compiled_solves_are_looked_at_ever_more_rarely(monkeypatch: pytest.MonkeyPatch):
+    """For a look may cost as much as the solve; each func has its own."""
+    seen: list[int] = []
+    monkeypatch.setattr(stiffness, "FIRST_LOOK", 50)
+    monkeypatch.setattr(stiffness, "look", lambda *_: seen.append(1))
+    for _ in range(2):
+        field = odenet_cuda.compile(lambda t, y: torch.stack([y[:, 1], -400.0 * y[:, 0]], 1))
+        counts = []
+        for _ in range(9):
+            solve(field, torch.ones(1, 2), [0.0, 2.0], rtol=1e-4, atol=1e-4)
+            counts.append(len(seen))
+            seen.clear()
+        assert counts == [1, 1, 0, 1, 0, 0, 0, 1, 0]

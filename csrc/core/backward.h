@@ -20,7 +20,7 @@ namespace ODENET_LEVEL {
 
 template <class M>
 struct Adjoint : M {
-  static constexpr int state = 2 * M::state, parts = 2, leaves = 2 * M::leaves, taps = M::taps_of_product;
+  static constexpr int state = 2 * M::state, parts = 2, leaves = 2 * M::leaves, taps = M::taps_of_product, events = 0;
   ODENET_HD static constexpr int leaf_end(int i) {
     return i < M::leaves ? M::leaf_end(i) : M::state + M::leaf_end(i - M::leaves);
   }

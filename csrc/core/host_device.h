@@ -47,7 +47,7 @@ inline namespace ODENET_LEVEL {}
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
 
-constexpr int kMaxStages = 16;  // slopes in one linear combination (dopri8 has 14)
+constexpr int kMaxStages = 17;  // slopes in one linear combination (vern9 has 17)
 constexpr int kMaxDegree = 8;   // degree of an interpolant in theta
 
 namespace ODENET_LEVEL {

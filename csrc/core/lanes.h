@@ -19,7 +19,8 @@ struct Paces {
   D last_time, last_dt, last_end;  // of the step tried last
   D proposal;                      // as kProposal, signed
   D stop, event;                   // the next stop, and what comes first, that or the next output
-  P ratio, log1, log2;             // log2 of 1 / error ratio: of the accepted step before, and of the one before that
+  P square;                        // of the error ratio
+  P log1, log2;                    // log2 of 1 / error ratio: of the accepted step before, and of the one before that
   Count accepted;                  // steps of the sample
   int64_t tries;                   // steps that the pack has tried
   int64_t limit;                   // tries before which no lane can have come to max_num_steps
@@ -53,7 +54,12 @@ ODENET_HD P power_of_log(const P& log) {
 template <class P>
 ODENET_HD P lane_factor(const Controller& q, Paces<P>& c, const MaskOf<P>& accept) {
   using T = Number<P>;
-  const P log = -binary_log(c.ratio), least = log * T(1 / q.order);
+  const P log = binary_log(c.square) * T(-0.5), least = log * T(1 / q.order);
+  const MaskOf<P> perfect = c.square == P(T(0)), finite = c.square - c.square == P(T(0));
+  // Known before the factor is, which much waits for.
+  P lower = select(accept & (c.square < P(T(1))), P(T(q.accept_floor)), P(T(q.dfactor)));
+  lower = select(perfect, P(T(q.ifactor)), lower);
+  const P upper = select(finite, P(T(q.ifactor)), P(T(q.dfactor)));
   P sum = log * T(q.b0);
   if (q.b1 != 0 || q.b2 != 0) {
     sum = sum + c.log1 * T(q.b1) + c.log2 * T(q.b2);
@@ -62,11 +68,8 @@ ODENET_HD P lane_factor(const Controller& q, Paces<P>& c, const MaskOf<P>& accep
     set(accept, c.log1, select(log < P(most), log, P(most)));
   }
   P factor = power_of_log(select(accept, sum, least)) * T(q.safety);
-  const P floor = select(accept & (c.ratio < P(T(1))), P(T(q.accept_floor)), P(T(q.dfactor)));
-  factor = select(factor > floor, factor, floor);
-  factor = select(factor < P(T(q.ifactor)), factor, P(T(q.ifactor)));
-  factor = select(c.ratio == P(T(0)), P(T(q.ifactor)), factor);
-  return select(c.ratio - c.ratio == P(T(0)), factor, P(T(q.dfactor)));
+  factor = select(factor > lower, factor, lower);
+  return select(factor < upper, factor, upper);
 }
 
 // The lanes that have tried as many steps since their last output as they may, and when that is to be asked again.
@@ -104,12 +107,12 @@ ODENET_HD MaskOf<P> control_lanes(const StepSize& s, Paces<P>& c, const Places<P
   using T = Number<P>;
   using D = With<P, double>;
   const Controller& q = s.controller;
-  accept = c.running & (c.ratio <= P(T(1)));
+  accept = c.running & (c.square <= P(T(1)));
   smallest = MaskOf<P>(false);
   if (q.min_step > 0) {
     const MaskOf<D> small = (abs(c.dt) <= D(q.min_step)) | (abs(c.proposal) <= D(q.min_step));
     smallest = MaskOf<P>(small) & c.running;
-    accept = accept | (smallest & (c.ratio - c.ratio == P(T(0))));
+    accept = accept | (smallest & (c.square - c.square == P(T(0))));
   }
   D size = convert<double>(dt * lane_factor(q, c, accept));
   if (q.min_step > 0 || q.max_step < HUGE_VAL) {
@@ -143,7 +146,7 @@ ODENET_HD void look_at(const StepSize& s, Paces<P>& c, Places<P>& at, int i, boo
   r[kTime] = r[kLastTime] = lane(c.last_time, i);
   r[kDt] = r[kLastDt] = lane(c.last_dt, i);
   r[kStepEnd] = lane(c.last_end, i);
-  r[kErrorRatio] = lane(c.ratio, i);
+  r[kErrorRatio] = sqrt(lane(c.square, i));
   r[kAccept] = accept;
   r[kAcceptedDt] = accept ? r[kDt] : 0;
   r[kStepsSinceOutput] = static_cast<double>(c.tries - at.since[i]);
@@ -153,21 +156,28 @@ ODENET_HD void look_at(const StepSize& s, Paces<P>& c, Places<P>& at, int i, boo
   set_pace(c, i, r);
 }
 
-// A sample whose first step has that size begins in a lane; not a number: its start has no norm.
+// A lane takes a first step of that size; not a number: there is no norm.
+template <class P>
+ODENET_HD void start_step(Paces<P>& c, Row& r, int i, double size) {
+  using T = Number<P>;
+  if (r.running() && size != size) end_row(r, kNonFinite);
+  if (r.running()) plan_step(r, size);
+  set_lane(c.square, i, T(0));
+  set_lane(c.log1, i, T(0));
+  set_lane(c.log2, i, T(0));
+  set_lane(c.proposal, i, r[kDirection] * r[kProposal]);
+  set_pace(c, i, r);
+}
+
+// A sample whose first step has that size begins in a lane.
 template <class P>
 ODENET_HD void begin_lane(const StepSize& s, Paces<P>& c, Places<P>& at, int i, int64_t sample, double size) {
   using T = Number<P>;
   Row& r = at.rows[i] = first_row(s, sample);
-  if (r.running() && size != size) end_row(r, kNonFinite);
-  if (r.running()) plan_step(r, size);
   at.sample[i] = sample;
   at.began[i] = at.since[i] = c.tries;
-  set_lane(c.ratio, i, T(0));
-  set_lane(c.log1, i, T(0));
-  set_lane(c.log2, i, T(0));
   set_lane(c.accepted, i, IntegerOf<T>(0));
-  set_lane(c.proposal, i, r[kDirection] * r[kProposal]);
-  set_pace(c, i, r);
+  start_step(c, r, i, size);
 }
 
 // The solver state of the sample in a lane that has ended.

@@ -21,6 +21,9 @@ struct PerSample {
   Paces<P>& c;
   Places<P>& at;
   P &first, &fresh;
+  Happened<M, P>& happened;
+
+  ODENET_HD Events<M, P> events() const { return {in, x, c, at, happened}; }
 
   // Before the first step: no lane has a sample.
   ODENET_HD void start(int64_t begin) const {
@@ -36,7 +39,7 @@ struct PerSample {
     }
     Row r = first_row(s, begin);
     end_row(r, kSuccess);
-    c.ratio = c.log1 = c.log2 = first = fresh = P(T(0));
+    c.square = c.log1 = c.log2 = first = fresh = P(T(0));
     c.accepted = typename Paces<P>::Count(0);
     c.proposal = D(0.0);
     for (int i = 0; i < Lanes<P>::width; ++i) {
@@ -55,13 +58,20 @@ struct PerSample {
     const bool taped = in.tape_count != nullptr;
     const P last = M::timed || taped ? end_times<P>(c, at) : P(T(0));
     try_step(in, x, dt, [&](double node) { return node == 1 ? last : convert<T>(time_within(c.time, node, c.dt)); });
-    c.ratio = error_ratio(in, x, dt);
+    c.square = square_of_ratio(in, x, dt);
     MaskOf<P> accept, smallest, ended(false), jumped(false), output(false);
-    const MaskOf<P> rare = control_lanes(s, c, at, dt, accept, smallest);
+    MaskOf<P> rare = control_lanes(s, c, at, dt, accept, smallest), crossed(false);
+    if constexpr (M::events > 0) {
+      crossed = events().find(accept, dt);
+      rare = rare | crossed;
+    }
     if (any(rare)) {
       for_lanes(rare, [&](int i) {
         const Row& r = at.rows[i];
         look_at(s, c, at, i, lane(accept, i), lane(smallest, i), lane(fresh, i) == 0);
+        if constexpr (M::events > 0) {
+          if (lane(crossed, i) && events().note(i)) finish(i);
+        }
         if (!r.running()) set_lane(ended, i, true);
         if (r[kAccept] != 0 && r[kJumped] != 0) set_lane(jumped, i, true);
         if (r[kOutputBegin] < r[kOutputEnd]) set_lane(output, i, true);
@@ -73,7 +83,35 @@ struct PerSample {
     accept_step(x, accept);
     set(accept, fresh, P(T(0)));
     if (c.jumps && team.any(any(jumped))) jump(jumped);
+    if constexpr (M::events > 0) {
+      const MaskOf<P> on = crossed & c.running;
+      if (any(on)) go_on_from_events(on, ended);
+    }
     return ended;
+  }
+
+  // Lanes that have come to an event go on as from a start. ended: to which those are added that cannot.
+  ODENET_HD void go_on_from_events(const MaskOf<P>& on, MaskOf<P>& ended) const {
+    events().change(on);
+    jump(on);
+    D left(0.0), direction(1.0);
+    for_lanes(on, [&](int i) {
+      const Row& r = at.rows[i];
+      set_lane(direction, i, r[kDirection]);
+      set_lane(left, i, r[kDirection] * (r.stop - r[kTime]));
+    });
+    const D size = size_of_first_step<M>(in, x.y, x.k[0], x.arguments, c.time, left, direction);
+    for_lanes(on, [&](int i) {
+      Row& r = at.rows[i];
+      start_step(c, r, i, lane(size, i));
+      if (!r.running()) set_lane(ended, i, true);
+    });
+  }
+
+  // An event ends the sample in this lane.
+  ODENET_HD void finish(int i) const {
+    end_row(at.rows[i], kSuccess);
+    set_pace(c, i, at.rows[i]);
   }
 
   // The outputs of these lanes inside the step, or at its end.
@@ -127,6 +165,7 @@ struct PerSample {
       store_lane<M>(in.y_last, x.y, i, at.sample[i]);
       if (group() != 0) return;
       end_lane(in.step, c, at, i);
+      if constexpr (M::events > 0) in.events.count[at.sample[i]] = happened.count[i];
       if constexpr (M::taps > 0) {
         T* to = static_cast<T*>(in.grad_arguments) + at.sample[i] * M::arguments;
         for (int n = 0; n < M::arguments; ++n) to[n] = lane(sums[n], i);
@@ -151,6 +190,9 @@ struct PerSample {
       });
       kept.taken += wanted < left ? wanted : left;
       set(begun, fresh, P(T(1)));
+      if constexpr (M::events > 0) {
+        if (any(begun)) events().begin(begun, first);
+      }
       const MaskOf<P> ended = begun & negate(c.running);
       if (team.any(any(ended))) store(ended);
       free = (free & negate(begun)) | ended;
@@ -184,13 +226,15 @@ ODENET_WHOLE int64_t solve_samples(const Team& team, const SolveCall& in, int64_
   Paces<P> c;
   Places<P> at;
   P first, fresh;
-  const PerSample<M, P, Team> solve{team, in, place, place - team.lane(), chunk, end, kept, x, c, at, first, fresh};
+  Happened<M, P> happened;
+  const PerSample<M, P, Team> solve{team,  in,    place,   place - team.lane(), chunk, end, kept, x, c, at,
+                                    first, fresh, happened};
   MaskOf<P> free(in.begun == 0);
   if (in.begun == 0) {
     solve.start(begin);
   } else {
     if (!team.any(any(kept.paces.running))) return 0;
-    x = kept.x, c = kept.paces, at = kept.places, first = kept.first, fresh = kept.fresh;
+    x = kept.x, c = kept.paces, at = kept.places, first = kept.first, fresh = kept.fresh, happened = kept.happened;
   }
   bool some = true;
   for (int64_t step = 0;; ++step) {
@@ -203,7 +247,9 @@ ODENET_WHOLE int64_t solve_samples(const Team& team, const SolveCall& in, int64_
     free = solve.advance();
   }
   kept.paces.running = c.running;
-  if (some) kept.x = x, kept.paces = c, kept.places = at, kept.first = first, kept.fresh = fresh;
+  if (some) {
+    kept.x = x, kept.paces = c, kept.places = at, kept.first = first, kept.fresh = fresh, kept.happened = happened;
+  }
   int64_t running = 0;
   for_lanes(c.running, [&](int) { ++running; });
   return group() == 0 ? running : 0;

@@ -7,6 +7,8 @@
 // The error is some units in the last place. A number below the normal ones is taken for another that is as small.
 #pragma once
 
+#include <bit>
+
 #include "pack.h"
 
 namespace odenet {
@@ -35,24 +37,25 @@ constexpr double power_coefficient(int i) {
   return i == 0 ? 1.0 : power_coefficient(i - 1) * 0.69314718055994531 / i;
 }
 
-// c_i + x (c_i+1 + x (...)). V: a number T, or a vector of them.
-template <class T, int i, class V>
-ODENET_HD V log_series(V x) {
-  constexpr T c = T(log_coefficient(i));
-  if constexpr (i + 1 == Layout<T>::log_terms) {
-    return V{} + c;
+// The sum of c_i x^i for begin <= i < end, over x^begin, by halves, so that few operations wait for each other. V: a
+// number T, or a vector of them. powers: x, x^2, x^4, ...
+template <int begin, int end, class T, class V, class Coefficient>
+ODENET_HD V series(const V* powers, const Coefficient& c) {
+  constexpr int count = end - begin;
+  if constexpr (count == 1) {
+    return V{} + T(Coefficient{}(begin));
   } else {
-    return fused(log_series<T, i + 1>(x), x, V{} + c);
+    constexpr int level = std::bit_width(unsigned(count - 1)) - 1, middle = begin + (1 << level);
+    return fused(series<middle, end, T>(powers, c), powers[level], series<begin, middle, T>(powers, c));
   }
 }
-template <class T, int i, class V>
-ODENET_HD V power_series(V x) {
-  constexpr T c = T(power_coefficient(i));
-  if constexpr (i == Layout<T>::power_terms) {
-    return V{} + c;
-  } else {
-    return fused(power_series<T, i + 1>(x), x, V{} + c);
-  }
+template <int terms, class T, class V, class Coefficient>
+ODENET_HD V series(const V& x, const Coefficient& c) {
+  constexpr int levels = std::bit_width(unsigned(terms - 1));
+  V powers[levels];
+  powers[0] = x;
+  for (int i = 1; i < levels; ++i) powers[i] = powers[i - 1] * powers[i - 1];
+  return series<0, terms, T>(powers, c);
 }
 
 // I: an integer, or a vector of them, as wide.
@@ -62,13 +65,14 @@ ODENET_HD V log2_of(V x) {
   const I bits = bit_cast<I>(x), e = (bits - L::root) >> L::fraction;
   const V m = bit_cast<V>(bits - (e << L::fraction)), exponent = bit_cast<V>(e + L::bits_of_magic) - L::magic;
   const V s = (m - T(1)) / (m + T(1));
-  return fused(s * log_series<T, 0>(s * s), V{} + T(2.8853900817779268), exponent);
+  const V sum = series<L::log_terms, T>(s * s, [](int i) { return log_coefficient(i); });
+  return fused(s * sum, V{} + T(2.8853900817779268), exponent);
 }
 template <class T, class I, class V>
 ODENET_HD V exp2_of(V x) {
   using L = Layout<T>;
   const V whole = x + L::magic;
-  const V part = power_series<T, 0>(x - (whole - L::magic));
+  const V part = series<L::power_terms + 1, T>(x - (whole - L::magic), [](int i) { return power_coefficient(i); });
   return bit_cast<V>(bit_cast<I>(part) + ((bit_cast<I>(whole) - L::bits_of_magic) << L::fraction));
 }
 

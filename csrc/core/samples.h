@@ -3,6 +3,7 @@
 // block.
 #pragma once
 
+#include "events.h"
 #include "grid.h"
 
 namespace odenet {
@@ -24,6 +25,7 @@ struct Samples {
   Paces<P> paces;
   Places<P> places;
   P first, fresh;  // as in a record, of the next step
+  Happened<M, P> happened;
   Ready<M, P> ready;
   int64_t taken;        // of those that are ready; alike for all lanes of a block, as the next two
   int64_t next, count;  // the first that is not ready, and those ready
@@ -54,13 +56,51 @@ ODENET_HD int64_t deal(const Block& team, bool set, const Body& body) {
 }
 #endif
 
+// The size of the first step from these states, with their slopes; not a number where there is no norm. left: to the
+// next stop.
+template <class M, class P>
+ODENET_HD With<P, double> size_of_first_step(const SolveCall& in, const P* y, const P* own_slope, const P* arguments,
+                                             const With<P, double>& time, const With<P, double>& left,
+                                             const With<P, double>& direction) {
+  using T = Number<P>;
+  using D = With<P, double>;
+  const Controller& q = in.step.controller;
+  P between[kOwn<M>], slope[kOwn<M>], taps[own(M::taps) + 1];
+  const auto norms = [&](D& d0, D& d1, D& d2) {
+    d0 = d1 = d2 = D(0.0);
+    for (int leaf = 0; leaf < M::leaves; ++leaf) {
+      P squares[3];
+      start_squares<M>(in, y, own_slope, slope, leaf, squares[0], squares[1], squares[2]);
+      const auto fold = [&](D& d, const P& square) {
+        d = maximum(convert<double>(sqrt(square * T(1 / leaf_size<M>(leaf)))), d);
+      };
+      fold(d0, squares[0]), fold(d1, squares[1]), fold(d2, squares[2]);
+    }
+  };
+  for (int n = 0; n < kOwn<M>; ++n) slope[n] = own_slope[n];
+  D d0, d1, d2;
+  norms(d0, d1, d2);
+  const auto defined = (d0 == d0) & (d1 == d1);
+  D size = D(in.first_step);
+  if (!(in.first_step > 0)) {
+    const D h0 = size_of_euler(d0, d1, left);
+    const P dt = convert<T>(h0 * direction);
+    for (int n = 0; n < kOwn<M>; ++n) between[n] = fused(dt, own_slope[n], y[n]);
+    M::field(in, convert<T>(time + h0 * direction), between, arguments, slope, taps);
+    norms(d0, d1, d2);
+    size = first_size(h0, d1, d2, [&](const D& x) {
+      return select(x > D(0.0), power_of_log(binary_log(x) * (1 / q.order)), D(0.0));
+    });
+  }
+  return select(defined, clamp_step(q, size), D(NAN));
+}
+
 // Makes samples ready, from `next` on.
 template <class M, class P, class Team>
 ODENET_WHOLE void make_ready(const Team& team, const SolveCall& in, Samples<M, P>& kept, int64_t end) {
   using T = Number<P>;
   using D = With<P, double>;
   const StepSize& s = in.step;
-  const Controller& q = s.controller;
   Ready<M, P>& r = kept.ready;
   const int64_t begin = kept.next + team.lane() * Lanes<P>::width, lanes = Lanes<P>::width * (Team::size / kGroups);
   kept.count = end - kept.next < lanes ? end - kept.next : lanes;
@@ -80,34 +120,7 @@ ODENET_WHOLE void make_ready(const Team& team, const SolveCall& in, Samples<M, P
     set_lane(first, i, stage_time<T>(row, 0.0));
   }
   M::field(in, first, r.y, r.arguments, r.slope, r.taps);
-  P between[kOwn<M>], slope[kOwn<M>], taps[own(M::taps) + 1];
-  const auto norms = [&](D& d0, D& d1, D& d2) {
-    d0 = d1 = d2 = D(0.0);
-    for (int leaf = 0; leaf < M::leaves; ++leaf) {
-      P squares[3];
-      start_squares<M>(in, r.y, r.slope, slope, leaf, squares[0], squares[1], squares[2]);
-      const auto fold = [&](D& d, const P& square) {
-        d = maximum(convert<double>(sqrt(square * T(1 / leaf_size<M>(leaf)))), d);
-      };
-      fold(d0, squares[0]), fold(d1, squares[1]), fold(d2, squares[2]);
-    }
-  };
-  for (int n = 0; n < kOwn<M>; ++n) slope[n] = r.slope[n];
-  D d0, d1, d2;
-  norms(d0, d1, d2);
-  const auto defined = (d0 == d0) & (d1 == d1);
-  r.size = D(in.first_step);
-  if (!(in.first_step > 0)) {
-    const D h0 = size_of_euler(d0, d1, left);
-    const P dt = convert<T>(h0 * direction);
-    for (int n = 0; n < kOwn<M>; ++n) between[n] = fused(dt, r.slope[n], r.y[n]);
-    M::field(in, convert<T>(time + h0 * direction), between, r.arguments, slope, taps);
-    norms(d0, d1, d2);
-    r.size = first_size(h0, d1, d2, [&](const D& x) {
-      return select(x > D(0.0), power_of_log(binary_log(x) * (1 / q.order)), D(0.0));
-    });
-  }
-  r.size = select(defined, clamp_step(q, r.size), D(NAN));
+  r.size = size_of_first_step<M>(in, r.y, r.slope, r.arguments, time, left, direction);
 }
 
 // Sample j of those that the team has ready goes into lane i. place: of the team's first lane.

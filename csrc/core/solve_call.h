@@ -5,6 +5,17 @@
 
 namespace odenet {
 
+// The events of a solve that has some, see events.h.
+struct EventCall {
+  double* t;             // [capacity, batch]: of the first, the second, ... of each sample
+  void* y;               // [capacity, batch, state]: ahead of what they change
+  int64_t* index;        // [capacity, batch]: which they are
+  int64_t* count;        // [batch]: how many there were, also beyond the capacity; -1: a value was not a number
+  const int64_t* fired;  // [batch]: of which function the sample begins at a zero that counts no more, or -1; or null
+  int64_t capacity;
+  int64_t most;  // the last of so many ends the sample
+};
+
 // One solve, as the host hands it over. Numbers of the state's type come as void*.
 struct SolveCall {
   const void* y0;                // [batch, state]
@@ -33,6 +44,7 @@ struct SolveCall {
   int64_t batch, num_nodes, capacity;
   int64_t max_steps;  // steps to try in this call
   int64_t begun;      // steps tried before; 0: the solve begins
+  EventCall events;
 };
 
 }  // namespace odenet

@@ -190,15 +190,15 @@ ODENET_HD double leaf_size(int leaf) {
   return M::leaf_end(leaf) - (leaf == 0 ? 0 : M::leaf_end(leaf - 1));
 }
 
-// The error ratio of each lane.
+// The square of the error ratio of each lane.
 template <class M, class P>
-ODENET_HD P error_ratio(const SolveCall& in, const Tile<M, P>& x, const P& dt) {
-  P ratio(Number<P>(0));
+ODENET_HD P square_of_ratio(const SolveCall& in, const Tile<M, P>& x, const P& dt) {
+  P square(Number<P>(0));
   for (int leaf = 0; leaf < M::leaves; ++leaf) {
-    const P norm = sqrt(error_squares<M>(in, x, dt, leaf) * Number<P>(1 / leaf_size<M>(leaf)));
-    ratio = leaf == 0 ? norm : maximum(norm, ratio);
+    const P mean = error_squares<M>(in, x, dt, leaf) * Number<P>(1 / leaf_size<M>(leaf));
+    square = leaf == 0 ? mean : maximum(mean, square);
   }
-  return ratio;
+  return square;
 }
 
 // The weights of the slopes at theta, times dt.

@@ -24,6 +24,8 @@ _DECOMPOSED = [
     _aten.native_group_norm_backward, _aten.native_batch_norm, _aten.native_batch_norm_backward,
 ]  # fmt: skip
 
+_SLICE_BACKWARD = get_decompositions([_aten.slice_backward])[_aten.slice_backward.default]
+
 # Read as they are, not decomposed.
 _READ = ("var", "var_mean", "cumsum", "cumprod", "index_select", "roll", "split", "split_with_sizes")
 
@@ -35,9 +37,33 @@ def decompositions() -> dict[Any, Callable]:
         for overload in getattr(_aten, name).overloads():
             table.pop(getattr(getattr(_aten, name), overload), None)
     table[_aten.hardsigmoid_backward.default] = _hardsigmoid_backward
+    table[_aten.select_backward.default] = _select_backward
+    table[_aten.slice_backward.default] = _slice_backward
     table[_aten.convolution.default] = convolution
     table[_aten.convolution_backward.default] = convolution_backward
     return table
+
+
+def _among_zeros(grad: Tensor, sizes: list[int], dim: int, begin: int) -> Tensor:
+    """grad from there on along an axis, and zeros around it: addresses, where torch's decomposition chooses by masks."""
+    dim = dim % len(sizes)
+    after = sizes[dim] - begin - grad.shape[dim]
+    shapes = [[*grad.shape[:dim], n, *grad.shape[dim + 1 :]] for n in (begin, after)]
+    zeros = [torch.full(shape, 0.0, dtype=grad.dtype, device=grad.device) for shape in shapes]
+    return torch.cat([x for x in (zeros[0], grad, zeros[1]) if x.shape[dim] > 0], dim)
+
+
+def _select_backward(grad: Tensor, sizes: list[int], dim: int, index: int) -> Tensor:
+    dim = dim % len(sizes)
+    return _among_zeros(grad.unsqueeze(dim), sizes, dim, index % sizes[dim])
+
+
+def _slice_backward(grad: Tensor, sizes: list[int], dim: int, start: int, end: int, step: int) -> Tensor:
+    if step == 1 and grad.numel() > 0:
+        size = sizes[dim % len(sizes)]
+        begin = min(max(start + size if start < 0 else start, 0), size)
+        return _among_zeros(grad, sizes, dim, begin)
+    return _SLICE_BACKWARD(grad, sizes, dim, start, end, step)
 
 
 def _hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:

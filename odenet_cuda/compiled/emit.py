@@ -17,6 +17,7 @@ from .program import Program, Refs
 from .team_text import Memory
 from .teams import Team
 
+NO_EVENTS = "  static constexpr int events = 0;\n"
 SOLVES = ("per_sample", "joint", "grid", "adjoint_per_sample", "adjoint_joint", "adjoint_grid", "reverse")
 
 
@@ -125,8 +126,11 @@ def emit(
     title: str,
     target: Target,
     kept: tuple[dict[int, int], int],
+    more: Sequence[Function] = (),
+    members: str = NO_EVENTS,
 ) -> str:
-    """The text of one library. kept: see `kept_buffers`; empty: the way back computes the field again. Raises TooLarge."""
+    """The text of one library. kept: see `kept_buffers`; empty: the way back computes the field again. more, members: what the
+    equation has besides, see event_plan.py. Raises TooLarge."""
     backward = target.solve not in ("per_sample", "joint", "grid")
     state, arguments = sum(leaf_sizes), len(program.argument_products)
     taps, _, _ = tap_layout(program)
@@ -134,6 +138,7 @@ def emit(
     leaf_end = "".join(f"    if ({condition}) return {int(value)};\n" for condition, value in ends)
     implicit = isinstance(tableau, StepFunction)
     functions, memory = functions_for(program, taps, target.solve, kept[0], target.team, implicit)
+    functions = [*functions, *more]
     timed = any(re.search(r"\bt\b", function.text.text) for function in functions)
     bodies = "".join([_body(function, target.team is not None and target.team.groups > 1) for function in functions])
     if backward:
@@ -155,7 +160,7 @@ def emit(
         f"  static constexpr bool timed = {'true' if timed else 'false'};\n"
         f"  static constexpr bool by_time = {'true' if len(program.time_product) else 'false'};\n"
         f"  ODENET_HD static constexpr int leaf_end(int i) {{\n{leaf_end}    return 0;\n  }}\n"
-        f"{_method(tableau)}{bodies}}};\n\n"
+        f"{members}{_method(tableau)}{bodies}}};\n\n"
         "}  // namespace ODENET_LEVEL\n\n"
         + (_entry(target) if memory is None else _kernel(target, memory, program))
         + "\n}  // namespace odenet\n"

@@ -1,7 +1,7 @@
 """Solves of a compiled field: the whole of one, forwards, in a call of its library. The way back: see reverse.py."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..ranges import marked
 from ..rosenbrock import rosenbrock_of
 from ..solvers.fixed import calls_on_grid
 from ..solvers.trajectory import Trajectory
+from ..step_control import most_tried
 from .marks import Unreadable, same_bits
 from .plan import Plan
 from .teams import card_of
@@ -153,9 +154,10 @@ class Engine:
         grid: Grid | None,
         keep: bool = False,
         sums: tuple[Tensor, Tensor] | None = None,
+        bind: Callable[[Any], None] | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """The outputs [len(t), batch, columns], the solver state, and the same as a NumPy array where the host has it. sums:
-        where gradients of constants [chunks, size] and arguments are added up."""
+        where gradients of constants [chunks, size] and arguments are added up. bind: is handed the call."""
         batch, columns = y0.shape
         host = None
         if self.cuda:
@@ -169,6 +171,8 @@ class Engine:
         if sums is not None:
             constants, arguments = sums
             call.bind_gradients(0, 0, arguments.data_ptr(), constants.data_ptr(), constants.shape[1])
+        if bind is not None:
+            bind(call)
         if keep:
             self._run_and_keep(way, call, grid)
             if way.solve == "per_sample":  # a record has steps of several samples
@@ -209,18 +213,13 @@ def evaluations(options: Options, host: Any, grid: Grid | None, problem: Problem
     """Calls of func that such a solve takes. host: its state as a NumPy array."""
     tableau = options.tableau
     if host is not None:
-        accepted, rejected, rows = FIELDS["num_accepted"], FIELDS["num_rejected"], host.shape[1]
-        if rows == 1:
-            tries = int(host.item(accepted) + host.item(rejected))
-        else:
-            tries = int((host[accepted] + host[rejected]).max())
         jumps = 0
         if options.jump_t:
             low, high = np.minimum(problem.t[0], problem.t[-1]), np.maximum(problem.t[0], problem.t[-1])
             jumps = sum(bool(np.any((low < jump) & (jump < high))) for jump in options.jump_t)
         step = rosenbrock_of(tableau)
         calls = tableau.stages - 1 if step is None else step.calls
-        return tries * calls + (1 if options.first_step else 2) + jumps
+        return most_tried(host) * calls + (1 if options.first_step else 2) + jumps
     assert grid is not None
     return calls_on_grid(tableau, grid[0], problem.t, problem.direction, options.perturb)
 

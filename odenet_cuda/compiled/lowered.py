@@ -117,6 +117,19 @@ class Lowered:
         spread = [np.broadcast_to(operand.refs, shape).reshape(-1) for operand in operands]
         return Sample(self.program.statement(text, spread, mask).reshape(shape), batch, mask)
 
+    def added(self, node: fx.Node, a: Sample, b: Sample) -> Sample:
+        """a + b, of which incoming gradients that meet zeros, as those of slices do, are no sums."""
+        shape, batch = self.shapes(node)
+        zero, (x, y) = self.program.literal(0.0), (np.broadcast_to(z.refs, shape).reshape(-1) for z in (a, b))
+        gradient = [self.program.of_gradient(z) | (z == zero) for z in (x, y)]
+        none = ((x == zero) & gradient[1]) | ((y == zero) & gradient[0])
+        if not none.any():
+            return self.pointwise(node, "{0} + {1}", [a, b])
+        found = np.where(x == zero, y, x)
+        if not none.all():
+            found[~none] = self.program.statement("{0} + {1}", [x[~none], y[~none]])
+        return Sample(found.reshape(shape), batch)
+
     def numbers(self, node: Any) -> np.ndarray:
         """A uniform value that is known now, such as an index."""
         if not isinstance(self.values[node], Uniform):

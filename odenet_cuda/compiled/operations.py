@@ -256,6 +256,8 @@ def _add(low: Lowered, node: Any, twin: Any) -> Value:
         return low.pointwise(node, "{0} | {1}", [*map(low.mask_of, low.operands(node))], True)
     operands, alpha = [*map(low.number_of, low.operands(node))], node.kwargs.get("alpha", 1)
     sign = "+" if "add" in str(node.target) else "-"
+    if alpha == 1 and sign == "+":
+        return low.added(node, *operands)
     if alpha == 1:
         return low.pointwise(node, f"{{0}} {sign} {{1}}", operands)
     return low.pointwise(node, f"{{0}} {sign} {{1}} * {{2}}", [*operands, low.sample(alpha, alpha, node)])

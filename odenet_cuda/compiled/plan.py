@@ -66,6 +66,7 @@ class Plan(FieldProgram):
         self.readings = Readings()  # of its kind of state
         self.watch = Watch()  # when it is compared with func again
         self.kinds: dict[Any, Any] = {}  # of its solves, see ways.py
+        self.with_events: Any = None  # the plan of solves with the events that func was read with, see event_plan.py
         self.title = getattr(func, "__qualname__", type(func).__name__)
         self.sums_at = tap_layout(self.program)
         self._sums: GradientSums | None = None

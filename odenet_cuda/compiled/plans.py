@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Structure
+from ..solvers.stiffness import Looks
 from .leaks import line_of, summary
 from .marks import Disturbed
 from .plan import Plan
@@ -73,10 +74,12 @@ def key_of_state(structure: Structure, args: Sequence[Any], per_sample: bool, by
 
 
 class Plans:
-    """Of one field. pure: see `compile`. kept: the last few of each kind; latest: that of the last solve."""
+    """Of one field. pure: see `compile`. kept: the last few of each kind; latest: that of the last solve. looks: whether its
+    solves are due to be looked at, for stiffness."""
 
     def __init__(self, pure: bool = False) -> None:
         self.pure = pure
+        self.looks = Looks()
         self._kinds: dict[tuple, KindOfState] = {}
         self._read_of: Callable[[Any], bool] | None = None  # whether the plans are those of a func
         self.reset()
@@ -86,6 +89,7 @@ class Plans:
         self.kept: dict[Any, list[Plan | Refused]] = {}
         self._readings: dict[Any, Readings] = {}  # of each kind
         self.again: dict[tuple, Any] = {}  # what solves have left for others of their kind, see again.py
+        self.with_events: list[Any] = []  # what has been read together with events, see event_plan.py
         self.latest: Plan | None = None
         self.called_first = True  # whether func is called where it is to be read after that
         self._distrust = ""  # why it is read no more, see recheck.py
@@ -112,13 +116,17 @@ class Plans:
             found = self._kinds[key] = KindOfState(key, structure, on_cuda)
         return found
 
-    def find(self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any]) -> Plan:
-        """Raises Unreadable."""
+    def begin(self, func: Any) -> None:
+        """What was read of another than this is forgotten. Raises Unreadable where it is not to be read."""
         if self._read_of is None or not self._read_of(func):
             self.reset()
             self._read_of = same_as(func)
         if self._distrust:
             raise Unreadable(self._distrust)
+
+    def find(self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any]) -> Plan:
+        """Raises Unreadable."""
+        self.begin(func)
         key, whole = kind.kinds
         readings = self._readings.get(key) or self._readings.setdefault(key, Readings())
         batch = structure.leaves[0].shape[0] if structure.leaves[0].dim() else None

@@ -147,6 +147,10 @@ class Program:
         """Whether any of these numbers depends on the incoming gradient."""
         return any(int(buffer) in self.tainted for buffer in np.unique(split(refs)[0]))
 
+    def of_gradient(self, refs: Refs) -> np.ndarray:
+        """Which of these numbers depend on the incoming gradient."""
+        return np.isin(split(refs)[0], list(self.tainted))
+
     def is_constant(self, refs: Refs) -> bool:
         return self.buffers[int(split(refs)[0].flat[0])].kind == "constant"
 

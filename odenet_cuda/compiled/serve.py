@@ -57,7 +57,7 @@ def prepare(
         if kind.empty or len(problem.t) == 1 or (problem.own and not problem.last_output.any()):
             return _NOTHING
         why = [f"{name} needs it" for name in needs] + kind.refusals
-        why += _of_options(problem, options) + _of_torch(t, gradient)
+        why += of_options(problem, options) + of_torch(t, gradient)
         if may_have_callbacks(func) and find_callbacks(func, structure, options.adaptive):
             why.append("callbacks of func need it")
         if why:
@@ -108,7 +108,7 @@ def _find(plans: Plans, problem: Problem, find: Callable[[], Plan]) -> tuple[Pla
     return plan, 1
 
 
-def _of_options(problem: Problem, options: Options) -> list[str]:
+def of_options(problem: Problem, options: Options) -> list[str]:
     why = []
     if not isinstance(options.tableau, ButcherTableau) and rosenbrock_of(options.tableau) is None:
         why.append(f"steps of method={options.method!r} are not compiled")
@@ -138,7 +138,7 @@ def _of_rosenbrock(plan: Plan, gradient: str) -> str:
     return ""
 
 
-def _of_torch(t: Tensor, gradient: str) -> list[str]:
+def of_torch(t: Tensor, gradient: str) -> list[str]:
     """What is on now."""
     why = []
     if torch._C._is_any_autocast_enabled():

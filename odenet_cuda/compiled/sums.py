@@ -52,7 +52,9 @@ class Sums(SumTable):
             return sum(summed) == 1
         if name in _LINEAR_IN:
             return sum(summed) == 1 and self.has(operands[_LINEAR_IN[name]])
-        if name in ("add", "sub", "cat"):
+        if name == "cat":
+            return all(map(self._is_zero_or_sum, operands[0]))
+        if name in ("add", "sub"):
             return all(summed) and not any(isinstance(x, (int, float)) for x in operands[:2])
         if name == "div":
             return self.has(operands[0]) and sum(summed) == 1

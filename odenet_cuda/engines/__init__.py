@@ -5,8 +5,10 @@ An engine has a NAME and two verbs: ``refusal(request)`` says in words why it do
 need lies below them: `recorded.py`, `outcome.py`, `probe.py`.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
+from .. import compiled_events
 from ..request import Request
 from ..saving import saved
 from ..solution import Solution, SolverError
@@ -43,6 +45,19 @@ def serve(request: Request) -> Solution:
             refusal = found
         refusals[engine.NAME] = refusal
     raise AssertionError("the stepper serves what the others refuse")
+
+
+def serve_events(request: Request, most: int, by_stepper: Callable[[], Solution]) -> Solution | None:
+    """A solve that goes on from its events, in one call, if something serves it so. most: the last of so many events ends a
+    row. by_stepper: gives the same solve by the stepper."""
+    if request.compiled is None or not transformed.refusal(request) or compiled.refusal(request, most):
+        return None
+    request.compiled.plans.served = compiled.NAME, {}
+    found = compiled_events.solve(request, compiled.alone, by_stepper)
+    if isinstance(found, str):
+        return None
+    found.engine = compiled.NAME
+    return found
 
 
 def _save(request: Request, solution: Solution) -> None:

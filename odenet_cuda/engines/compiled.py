@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import recorded
+from .. import compiled_events, recorded
 from ..compiled.again import again, keep, key_of
 from ..compiled.attach import attach
 from ..compiled.engine import evaluations
@@ -18,15 +18,13 @@ from ..solution import Solution, Stats
 NAME = "compiled"
 
 
-def refusal(request: Request) -> str:
-    """Why func is not solved so; else what it needs is ready in `request.prepared`."""
+def refusal(request: Request, most: int = 1) -> str:
+    """Why func is not solved so; else what it needs is ready in `request.prepared`. most: see `compiled_events`."""
     field = request.compiled
     if field is None:
         return "func is no compiled field: see odenet_cuda.compile"
     if any([given is not None for given in request.system]):
-        return "jac and mass are no part of what is compiled"
-    if request.events is not None:
-        return "events are no part of what is compiled yet"
+        return "jac, jac_sparsity and mass are no part of what is compiled"
     if request.valid is not None:
         return "valid: what is compiled rejects steps by their error alone"
     if request.integrals is not None:
@@ -37,6 +35,8 @@ def refusal(request: Request) -> str:
         return "progress: what is compiled tells of no step"
     if request.resume is not None:
         return "resume: what is compiled begins every solve anew"
+    if request.events is not None:
+        return compiled_events.refusal(request, most)
     kind = key_of(request)
     chosen = None if request.settings.gradient == "direct" else request.params
     engine = again(field, kind, request.structure, request.args, chosen)
@@ -49,7 +49,7 @@ def refusal(request: Request) -> str:
     needs = {
         "dense=True": settings.dense,
         "regularizers": bool(settings.regularizers),
-        "gradient='quadrature'": settings.gradient == "quadrature",
+        f"gradient={settings.gradient!r}": settings.gradient in ("quadrature", "reversible"),
         "max_checkpoints": settings.max_checkpoints is not None,
         "a norm of the adjoint": backward is not None and backward.norm is not None,
         "a callback of the adjoint": backward is not None and bool(backward.callbacks),
@@ -64,7 +64,9 @@ def refusal(request: Request) -> str:
     return ""
 
 
-def solve(request: Request) -> Solution:
+def solve(request: Request) -> Solution | str:
+    if request.events is not None:
+        return compiled_events.solve(request, alone)
     engine, gradient = request.prepared.pop(NAME), request.settings.gradient
     problem, grid, wanted = engine.problem, engine.grid, engine.sources.wanted
     trajectory = engine.solve(keep=wanted and gradient != "adjoint")
@@ -83,6 +85,12 @@ def solve(request: Request) -> Solution:
     )
     solution.method = request.options.method
     return solution
+
+
+def alone(request: Request) -> Solution:
+    """By this engine, or by the stepper."""
+    found = "" if refusal(request) else solve(request)
+    return recorded.solve(request) if isinstance(found, str) else found
 
 
 def _by_stepper(request: Request) -> list[Tensor]:

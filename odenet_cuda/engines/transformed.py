@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from .. import recorded, transforms
 from ..callbacks import find_callbacks
+from ..landing import lands
 from ..outcome import failed, solution_of, stats_of
 from ..problem import Field, check_state
 from ..request import Request
@@ -35,6 +36,9 @@ def solve(request: Request) -> Solution:
     problem, settings, options, structure = request.problem, request.settings, request.options, request.structure
     if options.adaptive and _traced(request):
         raise NotImplementedError(ADAPTIVE)
+    if lands(options.tableau):
+        how = "gradient='reversible'" if options.coupling else f"method={options.method!r}"
+        raise NotImplementedError(f"{how} is not served inside torch.func transforms, forward mode and torch.compile")
     explicit = isinstance(options.tableau, ButcherTableau)
     if not (explicit or (options.adaptive and transforms.under_vmap())):
         raise NotImplementedError(
@@ -68,8 +72,6 @@ def solve(request: Request) -> Solution:
 def _mapped(request: Request) -> Solution:
     """An adaptive solve under torch.vmap: the mapped axis is that of the samples under per-sample control."""
     problem = request.problem
-    if problem.jac is not None:
-        raise NotImplementedError("jac is not served under torch.vmap; give the samples as one batch")
     if problem.per_sample or problem.norm is not None:
         what = "step_control='per_sample'" if problem.per_sample else "norm"
         raise NotImplementedError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..callbacks import find_callbacks
 from ..formulas import rms_norm
 from ..integrate import Options, refuse, stop_times
+from ..landing import lands
 from ..problem import Problem, Structure, check_tolerance
 from ..solvers.families import family_of
 from ..solvers.scipy_solver import ScipyMethod
@@ -34,15 +35,21 @@ def adjoint_setup(
     norm = given.pop("norm", None)
     if norm is not None and norm != "seminorm" and not callable(norm):
         raise ValueError(f"adjoint_options['norm'] must be 'seminorm' or callable, got {norm!r}")
-    if isinstance(options.tableau, ScipyMethod) and method in (None, options.method):
-        solver = given.pop("solver", None)
-        method = options.tableau.backward if solver is None else ScipyMethod(solver).backward
+    other = getattr(options.tableau, "backward", None)  # of one that cannot go backwards itself
+    if other is not None and method in (None, options.method):
+        solver = given.pop("solver", None) if isinstance(options.tableau, ScipyMethod) else None
+        method = other if solver is None else ScipyMethod(solver).backward
     same = method is None and not given and not torch.compiler.is_compiling()
     backward = options.backwards if same else _options(options, method, given)
     if problem.per_sample and not backward.adaptive:
         raise ValueError(f"step_control='per_sample' needs an adaptive adjoint_method, got {backward.method!r}")
     if backward.adaptive and torch.is_grad_enabled():
         refuse(backward, family_of(backward.tableau).no_way_back)
+    if lands(backward.tableau):
+        raise NotImplementedError(
+            f"method={backward.method!r} does not solve the adjoint, whose state has no halves: use gradient='reversible', "
+            "'checkpoint' or 'direct', or an adjoint_method such as 'rk4'"
+        )
     tolerances = []
     for name, value, forward in (("adjoint_rtol", rtol, problem.rtol), ("adjoint_atol", atol, problem.atol)):
         parts = forward[: len(structure.leaves)] if value is None else check_tolerance(name, value, structure)

@@ -22,7 +22,7 @@ from ..solvers.checkpoints import best_subset, binomial_split
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..solvers.whole import WholeStep, mapped
 from ..stepper import Stepper
-from ..tableau import is_whole
+from ..tableau import StepFunction
 from .autocast import autocast_again, autocast_state
 from .backward_walk import BackwardWalk
 from .failed import known_cotangents, with_nan
@@ -141,8 +141,9 @@ class Recomputation:
                 for restart in restarts if self.carried else ():
                     self._draw((restart.noise,), 0)
                     k = self._replaced(k, field(restart.t, y[: self.n]), restart.mask)
-                if is_whole(self.tableau):
-                    found = mapped(self.tableau, self.problem, self.field, step.times, self._whole(step, y, k))[0]
+                if isinstance(self.tableau, StepFunction):
+                    method, given = step.method or self.tableau, self._whole(step, y, k)
+                    found = mapped(method, self.problem, self.field, step.times, given)[0]
                     y = [self._rows(step, new, old) for new, old in zip(found, y, strict=False)]
                     k = [self._rows(step, new, old) for new, old in zip(found[-self.n :], k or (), strict=True)]
                     continue
@@ -176,7 +177,7 @@ class Recomputation:
             evaluation.mask, evaluation.end = restart.mask, restart.end
             entries.append(evaluation)
             k = self._replaced(k, evaluation.k, restart.mask)
-        if is_whole(self.tableau):
+        if isinstance(self.tableau, StepFunction):
             return [*entries, self._record_whole(step, y, k)]
         views, points = self._begin(step, k), len(self.tableau.rows)
         self._draw(step.noise, 1)
@@ -205,7 +206,7 @@ class Recomputation:
 
     def _record_whole(self, step: Step, y: list[Tensor], k: Any) -> Step:
         problem, n, begin = self.problem, self.n, self._whole(step, y, k)
-        method: Any = self.tableau
+        method: Any = step.method or self.tableau
 
         def call(t: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
             return self.watch.evaluate(lambda t, y: mapped(method, problem, self.field, t, y)[0], t, y)

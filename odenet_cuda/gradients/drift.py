@@ -63,7 +63,7 @@ def note_drift(stats: Stats, on_grid: bool, *given: Any) -> None:
         add_drift(stats, *given)
 
 
-def warn_of_drift(stats: Stats, rtol: float | None, waited: bool) -> None:
+def warn_of_drift(stats: Stats, rtol: float | None, waited: bool, gradient: str = "adjoint") -> None:
     """One warning in the life of the process, where the backward solve was asked for a tolerance, or on a grid came back far
     away. rtol: of a solve on a grid, None: it was asked for one. waited: the host has waited for its end in any case, so
     reading the drift costs nothing."""
@@ -71,11 +71,11 @@ def warn_of_drift(stats: Stats, rtol: float | None, waited: bool) -> None:
     if _warned or stats.drift is None or not (rtol is None or waited):
         return
     largest = float(stats.drift.amax())
-    if largest > (_TRUSTED if rtol is None else max(_TRUSTED, _FAR / max(rtol, 1e-16))):
+    if not largest <= (_TRUSTED if rtol is None else max(_TRUSTED, _FAR / max(rtol, 1e-16))):
         _warned = True
         warnings.warn(
-            f"gradient='adjoint' came back {largest:.3g} times its tolerance away from the states of the solve: its gradient "
-            "may be that of another trajectory: use gradient='quadrature', 'checkpoint' or 'direct', or outputs at more times. "
-            "Solution.stats.adjoint_drift tells it for every solve; this is said once",
+            f"gradient={gradient!r} came back {largest:.3g} times its tolerance away from the states of the solve: its "
+            "gradient may be that of another trajectory: use gradient='checkpoint' or 'direct', or for the adjoint "
+            "'quadrature' or outputs at more times. Solution.stats.adjoint_drift tells it for every solve; this is said once",
             stacklevel=2,
         )

@@ -26,6 +26,7 @@ from ..products import NOTHING, Targets, gradients
 from ..ranges import in_range
 from ..solution import Stats, raise_failure
 from ..solvers.trajectory import Recorder, Step
+from ..sparsity import Sparsity
 from ..tableau import Method, is_whole
 from .accumulator import Accumulator
 from .adjoint import Adjoint, at_rest, costs_at, cotangents_of, interval_before, last_state, slope_product
@@ -226,6 +227,7 @@ def solve_backwards(
         atol=adjoint.atol,
         norm=problem.norm,
         signs=None if whole else [-1.0] * len(a),
+        jac=problem.jac.transposed if whole and isinstance(problem.jac, Sparsity) else None,
     )
     recorder = ParameterQuadrature(options.tableau, backward, on_solution, params)
     recorder.slopes = not options.adaptive

@@ -15,7 +15,7 @@ from ..plain import Func, Shifts, dense_output, difference_of, stage, sum_of
 from ..problem import Problem, times_as_tensor
 from ..products import Targets, gradients
 from ..solvers.trajectory import Evaluation, Recorder, Step
-from ..solvers.whole import arguments
+from ..solvers.whole import arguments, whole_of
 from ..tableau import Method, is_whole
 
 SECOND = " for second derivatives"
@@ -90,13 +90,15 @@ def replay(
         at_t0, at_t1 = shifts.of(entry.ends[0]), shifts.of(entry.ends[1])
         dt = sum_of(entry.dt, difference_of(at_t1, at_t0))
         views, slopes, point = problem.time_views(entry.times.detach()), [k], y
-        if is_whole(tableau):
+        whole = whole_of(entry)
+        if whole is not None or is_whole(tableau):
+            method: Any = tableau if whole is None else whole.method
             ends = [(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1) for c in tableau.c]
             views = [shifts.moved(view, sum_of(*end)) for view, end in zip(views, ends, strict=True)]
             rows = torch.as_tensor(dt, dtype=torch.float64, device=problem.device).reshape(-1)
-            more = arguments(tableau, problem, y, past)
-            point, further, _ = (tableau.second or tableau.step)(func, views, rows, y, k, **more)
-            past = [(rows, k), *past][: tableau.memory]
+            more = arguments(method, problem, y, past)
+            point, further, _ = (method.second or method.step)(func, views, rows, y, k, **more)
+            past = [(rows, k), *past][: method.memory]
             slopes += further
         else:
             for i, row in enumerate(tableau.rows, 1):

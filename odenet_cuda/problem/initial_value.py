@@ -29,7 +29,8 @@ class Problem:
     of the slopes of each leaf, -1 where field gives them for the opposite direction of time; none: all +1. held: bool [rows],
     those that take no part and stay at t[0]. missing: after a solve, the outputs that rows did not reach or have no time for,
     [T, rows], None if there are none. failed: rows failed. calls: after a solve, some of those of func, for a way back that
-    calls it again (`Evaluation`). jac, mass: as in `StepFunction.takes`.
+    calls it again (`Evaluation`). jac, mass: as in `StepFunction.takes`; jac may be
+    the pattern of df/dy, a `sparsity.Sparsity`.
     """
 
     field: Callable[..., list[Any]]
@@ -47,7 +48,7 @@ class Problem:
     missing: Tensor | None = None
     failed: bool = False
     calls: Sequence[Any] = ()
-    jac: Callable[..., Tensor] | None = None
+    jac: Any = None
     mass: Tensor | None = None
 
     @property

@@ -74,7 +74,7 @@ class AdaptiveSolver:
         self.loops = graph == "loop"
         self.swaps = self.looks and not problem.per_sample
         in_norm = len(problem.leaves) - (0 if problem.quadratures_in_norm else problem.quadratures)
-        self.stepper = Stepper(problem, method, method.rows, control.constants(method.order), in_norm)
+        self.stepper = Stepper(problem, method, method.rows, control.constants(method.order, family.steers), in_norm)
         if after_step is not None:  # what a stage was evaluated at is looked at after the step
             self.stepper.new_stages()
         self.in_norm = len(problem.leaves) if problem.norm is not None else in_norm
@@ -248,9 +248,14 @@ class AdaptiveSolver:
             ends = [*stepper.y[-1], *stepper.q1]
             read: Any = (stepper.k, self.method.e, self.dt) if error is None else ([error], [1.0], None)
             write_norm(self.ratio, problem, self.in_norm, stepper.y0, ends, *read)
+        estimated = self.ratio.clone() if self.family.steers else None
+        if estimated is not None:
+            self.family.steer(self.ratio)
         if self.domain is not None:
             self.domain.before(self.state, stepper.y[-1])
         kernels.step_size()
+        if estimated is not None:
+            self.ratio.copy_(estimated)
         if self.domain is not None:
             self.domain.after(self.state)
 

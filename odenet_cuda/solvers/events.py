@@ -40,40 +40,13 @@ class Crossing:
     rate: list[Tensor]
 
 
-class EventWatch:
-    """Looks at event functions after each step and holds each row that crosses with its step.
+class EventValues:
+    """Event functions over leaves. unflatten: gives the state as the user sees it. counts: of the values that each gives a
+    row."""
 
-    held: bool [rows], those with an event. unflatten: gives the state as the user sees it.
-    """
-
-    def __init__(self, events: Events, problem: Problem, tableau: Any, unflatten: Callable[[Sequence[Tensor]], Any]):
-        self.events, self.problem, self.tableau, self.unflatten = events, problem, tableau, unflatten
-        self.n, rows, device = len(problem.state_leaves), problem.rows, problem.device
-        ends = [(i + 1) / PARTS for i in range(PARTS)]
-        self.looks = torch.tensor(ends, dtype=torch.float64, device=device)[:, None]
-        self.counts: list[int] = []  # of values that each event gives a row
-        self.held = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.undefined = torch.zeros_like(self.held)
-        self.point = [torch.empty_like(leaf) for leaf in problem.state_leaves]
-        weights = [tuple([float(w) for w in formulas.interpolant_weights(tableau, theta)]) for theta in ends]
-        weights += weights[-1:] * (len(weights[0]) - PARTS)  # the kernel wants as many rows as there are slopes
-        self.kernels = combinations(self.point, rows, tuple(weights), [1.0] * self.n)
-        self.places = [leaf.data_ptr() for leaf in self.point] * len(weights)
-        self.t0, self.t1, self.dt = (torch.zeros(rows, dtype=torch.float64, device=device) for _ in range(3))
-        self.low, self.high = (torch.ones(rows, dtype=torch.float64, device=device) for _ in range(2))
-        self.kept: list[Tensor] = []  # of the step of each row: the leaves of y0, then the slopes of each leaf
-        with torch.no_grad():
-            self.signs = self.values(problem.start_time(False), problem.state_leaves).sign()  # [rows, values]
-        if events.fired is not None:
-            columns = torch.arange(self.signs.shape[1], device=device)
-            self.signs = self.signs.masked_fill(columns == events.fired[:, None], 0.0)
-        if bool(self.signs.isnan().any()):
-            raise ValueError("an event function is not a number at the start")
-        self.before = self.signs
-        self.waits = (self.signs == 0).any(1) & events.from_zero  # rows that end where they begin
-        self.some_wait = bool(self.waits.any())
-        repeated = [[event.direction] * count for event, count in zip(events.events, self.counts, strict=True)]
-        self.directions = self.signs.new_tensor([x for of_event in repeated for x in of_event])
+    def __init__(self, events: Events, problem: Problem, unflatten: Callable[[Sequence[Tensor]], Any]):
+        self.events, self.problem, self.unflatten = events, problem, unflatten
+        self.counts: list[int] = []
 
     def values(self, t: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         """Those of all event functions, float64 [rows, values]. t: as func sees it."""
@@ -101,6 +74,42 @@ class EventWatch:
             if value.dtype is torch.float64 and value.device == problem.device
             else value.to(problem.device, torch.float64)
         )
+
+
+class EventWatch(EventValues):
+    """Looks at event functions after each step and holds each row that crosses with its step.
+
+    held: bool [rows], those with an event.
+    """
+
+    def __init__(self, events: Events, problem: Problem, tableau: Any, unflatten: Callable[[Sequence[Tensor]], Any]):
+        super().__init__(events, problem, unflatten)
+        self.tableau = tableau
+        self.n, rows, device = len(problem.state_leaves), problem.rows, problem.device
+        ends = [(i + 1) / PARTS for i in range(PARTS)]
+        self.looks = torch.tensor(ends, dtype=torch.float64, device=device)[:, None]
+        self.held = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.undefined = torch.zeros_like(self.held)
+        self.point = [torch.empty_like(leaf) for leaf in problem.state_leaves]
+        weights = [tuple([float(w) for w in formulas.interpolant_weights(tableau, theta)]) for theta in ends]
+        weights += weights[-1:] * (len(weights[0]) - PARTS)  # the kernel wants as many rows as there are slopes
+        self.kernels = combinations(self.point, rows, tuple(weights), [1.0] * self.n)
+        self.places = [leaf.data_ptr() for leaf in self.point] * len(weights)
+        self.t0, self.t1, self.dt = (torch.zeros(rows, dtype=torch.float64, device=device) for _ in range(3))
+        self.low, self.high = (torch.ones(rows, dtype=torch.float64, device=device) for _ in range(2))
+        self.kept: list[Tensor] = []  # of the step of each row: the leaves of y0, then the slopes of each leaf
+        with torch.no_grad():
+            self.signs = _signs(self.values(problem.start_time(False), problem.state_leaves))  # [rows, values]
+        if events.fired is not None:
+            columns = torch.arange(self.signs.shape[1], device=device)
+            self.signs = self.signs.masked_fill(columns == events.fired[:, None], 0.0)
+        if bool(self.signs.isnan().any()):
+            raise ValueError("an event function is not a number at the start")
+        self.before = self.signs
+        self.waits = (self.signs == 0).any(1) & events.from_zero  # rows that end where they begin
+        self.some_wait = bool(self.waits.any())
+        repeated = [[event.direction] * count for event, count in zip(events.events, self.counts, strict=True)]
+        self.directions = self.signs.new_tensor([x for of_event in repeated for x in of_event])
 
     # ---- during the solve -----------------------------------------------------------------------------------------------
 
@@ -134,7 +143,7 @@ class EventWatch:
         found = []
         for i, t in enumerate(times, 1):
             kernels.stage(i, [])
-            found.append(self.values(t, self.point).sign())
+            found.append(_signs(self.values(t, self.point)))  # not the values, which may be a view of the point
         signs = torch.stack(found)
         on_host = not runs_ahead(signs.device)
         if on_host and not self.some_wait and torch.equal(signs, self.signs.expand_as(signs)):
@@ -268,7 +277,7 @@ class EventWatch:
             secant = (high * at_low - low * at_high) / (at_low - at_high)
             secant = torch.where(secant.isfinite(), secant, middle)
             side = torch.sign(middle - secant)
-            shift = scale * size**2
+            shift = torch.maximum(scale * size**2, tolerance)  # else x may be an end, of which nothing more is to be learned
             inner = torch.where(shift <= (middle - secant).abs(), secant + side * shift, middle)
             room = slack - size / 2
             x = torch.where((inner - middle).abs() <= room, inner, middle - side * room)
@@ -280,3 +289,8 @@ class EventWatch:
             high, at_high = torch.where(after, x, high), torch.where(after, value, at_high)
             slack = slack / 2
         return high
+
+
+def _signs(values: Tensor) -> Tensor:
+    """-1, 0 or 1, and NaN of NaN, of which torch.sign makes 0."""
+    return torch.where(values.isnan(), values, values.sign())

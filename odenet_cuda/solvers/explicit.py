@@ -18,6 +18,7 @@ class ExplicitSteps:
     """
 
     looks: ClassVar[bool] = False
+    steers: ClassVar[bool] = False
     no_way_back: ClassVar[str] = ""
     no_graph: ClassVar[str] = ""
 

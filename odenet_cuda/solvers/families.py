@@ -7,9 +7,12 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from ..auto import AutoMethod
 from ..problem import Problem
 from ..stepper import Stepper
 from ..tableau import ButcherTableau
+from .auto import AutoSteps
+from .bdf import BdfMethod, BdfSteps
 from .explicit import ExplicitSteps
 from .scipy_solver import ScipyMethod, ScipySteps
 from .trajectory import Recorder
@@ -25,11 +28,12 @@ class Family(Protocol):
     tensors of which that holds.
 
     calls: of func, in a step. looks: the host must see how each step went. no_way_back, no_graph: why the backward solve of an
-    adjoint cannot use it, and why no captured graph can hold its steps, or "".
+    adjoint cannot use it, and why no captured graph can hold its steps, or "". steers: it chooses the size of steps itself.
     """
 
     calls: int
     looks: ClassVar[bool]
+    steers: ClassVar[bool]
     no_way_back: ClassVar[str]
     no_graph: ClassVar[str]
 
@@ -54,6 +58,10 @@ class Family(Protocol):
         """The estimate for the step just tried, a tensor a leaf, or None where it is that by the weights e."""
         ...
 
+    def steer(self, ratio: Tensor) -> None:
+        """Asked where it steers: puts in place of the error over the tolerance, [rows], that by which the I controller of order
+        1 does what it chooses, above 1 for a step that is rejected."""
+
     def advance(self) -> None:
         """Rows move on where they were accepted, on the device: y0 and k[0], and what the family carries along."""
 
@@ -64,7 +72,13 @@ class Family(Protocol):
         """k[0] of these rows, bool [rows], is new: they are beyond a discontinuity of func."""
 
 
-FAMILIES: dict[type, Any] = {ButcherTableau: ExplicitSteps, StepFunction: WholeSteps, ScipyMethod: ScipySteps}
+FAMILIES: dict[type, Any] = {
+    ButcherTableau: ExplicitSteps,
+    StepFunction: WholeSteps,
+    BdfMethod: BdfSteps,
+    ScipyMethod: ScipySteps,
+    AutoMethod: AutoSteps,
+}
 
 
 def family_of(method: Any) -> type[Family]:

@@ -49,6 +49,7 @@ class ScipySteps:
     """In place of a family of steps, see `families.Family`: it has none."""
 
     looks: ClassVar[bool] = True
+    steers: ClassVar[bool] = False
     no_way_back: ClassVar[str] = "cannot be an adjoint_method: give one of this package, or none"
     no_graph: ClassVar[str] = "runs on the host"
 

@@ -80,7 +80,11 @@ class SteppedSolver:
                     break
         state = None if failure is None else self._failed(steps, failure)
         y = [leaf.clone() for leaf in self.stepper.y0]
-        call = last if failure is not None or self.perturb else Evaluation(self.times[-1, -1, 0], y, list(self.stepper.k[0]))
+        call = (
+            last
+            if failure is not None or self.perturb or self.method.lands
+            else Evaluation(self.times[-1, -1, 0], y, list(self.stepper.k[0]))
+        )
         system = None if failure is None else failure.system
         return Trajectory(ys=self.ys, last=y, state=state, call=call, steps=steps, system=system)
 

@@ -19,11 +19,11 @@ from .. import noise
 from ..formulas import per_row
 from ..ops import FIELDS
 from ..problem import Problem, counter_of
-from ..step_control import RUNNING
+from ..step_control import RUNNING, most_tried
 from ..tableau import ButcherTableau
 
 FIRST_LOOK = 2000  # steps tried
-_PRODUCTS = 8  # of the power method
+PRODUCTS = 8  # of the power method
 _SHARE = 0.6  # of the interval of stability, beyond which it is what bounds the step
 _DECAY = -0.8  # cosine between a direction and its image: a decay
 _warned = False
@@ -68,11 +68,27 @@ class StiffnessLook:
             look(solver.problem, solver.method, state, y, state[FIELDS["status"]] == RUNNING, state[FIELDS["last_dt"]])
 
 
-def look_after(find: Callable[[], Problem], method: Any, state: np.ndarray, last: Sequence[Tensor]) -> None:
+class Looks:
+    """When to look at the solves of one func, ever more rarely: a look may cost as much as thousands of compiled steps."""
+
+    def __init__(self) -> None:
+        self.steps = self.seen = 0  # of the solves of many; when they were last looked at
+
+    def due(self, tried: int) -> bool:
+        if _warned or tried < FIRST_LOOK:
+            return False
+        self.steps += tried
+        if self.steps < 2 * self.seen:
+            return False
+        self.seen = self.steps
+        return True
+
+
+def look_after(find: Callable[[], Problem], method: Any, state: np.ndarray, last: Sequence[Tensor], looks: Looks) -> None:
     """After a solve that nobody looked at. find: gives the problem, with its field. state: of the solver, on the host."""
-    tried = state[FIELDS["num_accepted"]] + state[FIELDS["num_rejected"]]
-    if _warned or tried.max() < FIRST_LOOK:
+    if not looks.due(most_tried(state)):
         return
+    tried = state[FIELDS["num_accepted"]] + state[FIELDS["num_rejected"]]
     problem = find()
     if not StiffnessLook(problem, method).next:
         return
@@ -88,7 +104,7 @@ def look(
     t, y = state[FIELDS["time"]], [leaf.detach() for leaf in y]
     if not all([bool(torch.isfinite(leaf).all()) for leaf in y]) or any([leaf.is_complex() for leaf in y]):
         return
-    rate, cosine = _largest(problem, torch.from_numpy(t.copy()), y)
+    rate, cosine = largest(problem, torch.from_numpy(t.copy()), y)
     size, limit = np.abs(dt) * rate, stable_until(method)
     found = rows & (cosine * np.sign(dt) < _DECAY) & (size > _SHARE * limit)
     if not found.any():
@@ -106,7 +122,7 @@ def look(
 
 
 @torch.no_grad()
-def _largest(problem: Problem, t: Tensor, y: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def largest(problem: Problem, t: Tensor, y: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """(|lambda|; the cosine between the last direction and its image), [rows]. The calls count for nothing."""
     counter, generators, rows = counter_of(problem.field), noise.states(problem.device), problem.rows
     called = counter.nfe
@@ -120,7 +136,7 @@ def _largest(problem: Problem, t: Tensor, y: Sequence[Tensor]) -> tuple[np.ndarr
     v = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf.device) for leaf in y]
     eps = max([torch.finfo(leaf.dtype).eps for leaf in y]) ** 0.5
     shift = eps * norm(wide).clamp_min(eps)
-    for _ in range(_PRODUCTS):
+    for _ in range(PRODUCTS):
         v = scaled(v, 1 / norm(v).clamp_min(torch.finfo(torch.float64).tiny))
         moved = [(leaf + step).to(own.dtype) for leaf, step, own in zip(wide, scaled(v, shift), y, strict=True)]
         w = scaled([x - z for x, z in zip(slopes(moved), k, strict=True)], 1 / shift)

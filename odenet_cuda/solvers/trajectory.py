@@ -13,7 +13,6 @@ from ..interpolant import DenseStep
 from ..ops import FIELDS
 from ..problem import OwnTimes, to_device
 from ..tableau import Method
-from .checkpoints import Checkpoints
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Trajectory:
     sums: what was added up after the steps. call: of func, late in the solve, where its numbers are still there: in memory that
     the next solve may write. steps: taken on a grid, 0 for all. system: that of a step on a grid that failed, see `StepFailed`.
     words: why it failed, where no code says so. seen: the state as a NumPy array, once the host has waited. slope: with which
-    the next step would begin, a tensor a leaf; none where it is not known."""
+    the next step would begin, a tensor a leaf; none where it is not known. pair: the last states of a scheme of two."""
 
     ys: list[Tensor]
     last: list[Tensor]
@@ -34,6 +33,7 @@ class Trajectory:
     words: str = ""
     seen: Any = None
     slope: Sequence[Tensor] = ()
+    pair: Sequence[Tensor] = ()
 
     def host_state(self) -> Any:
         """The state as a NumPy array; None without one. The host waits for the device once."""
@@ -86,6 +86,7 @@ class Step:
     and none where func gives it from y0. evaluations: of points 1 .. n, None where there is none, or the one of a step that
     is recorded as a whole; empty without graphs.
     noise: where random generators stood before the first slope and before that of point 1, where func draws numbers.
+    method: that made it, where not all steps are by that of the solve.
     """
 
     times: Tensor
@@ -98,6 +99,7 @@ class Step:
     k: list[list[Tensor]]
     evaluations: Sequence[Evaluation | None] = ()
     noise: Any = None
+    method: Any = None
 
     def ends_on(self, index: Index) -> bool:
         """Whether an output is the end of the step itself, which moves with its time."""
@@ -135,7 +137,7 @@ class Recorder:
         leaves: int,
         *,
         graphs: bool = False,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: Any = None,
         dense: bool = False,
         t_grad: bool = False,
         carried: bool = False,
@@ -279,6 +281,7 @@ class Recorder:
             step.k = list(step.k)
             self.tape.append(step)
         elif self.checkpoints is not None:
+            step.method = getattr(step.evaluations[0], "method", None) if step.evaluations else None
             step.evaluations = ()
             if self.drawn is not None:
                 calls, inside = len(self.drawn), self.tableau.stages - 1

@@ -36,12 +36,20 @@ def whole_of(step: Step) -> WholeStep | None:
 
 
 def mapped(
-    method: StepFunction, problem: Problem, field: Callable[..., Any], times: Tensor, y: Sequence[Tensor]
+    method: StepFunction,
+    problem: Problem,
+    field: Callable[..., Any],
+    times: Tensor,
+    y: Sequence[Tensor],
+    kept: dict[str, Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """(k of a `WholeStep` at these times and y, the error)."""
+    """(k of a `WholeStep` at these times and y, the error). kept: what a step leaves to the next, where it need not be made
+    again."""
     n = len(problem.state_leaves)
     past = [(y[i], list(y[i + 1 : i + 1 + n])) for i in range(2 * n + 1, len(y), n + 1)]
     more = arguments(method, problem, y[:n], past)
+    if kept is not None:
+        more["kept"] = kept
     y1, slopes, error = method.step(field, problem.time_views(times), y[2 * n], list(y[:n]), list(y[n : 2 * n]), **more)
     return [*y1, *(leaf for of_slope in slopes for leaf in of_slope)], error
 
@@ -71,6 +79,7 @@ def _noted(field: Any) -> Callable[..., list[Tensor]]:
             counter.gave_graph = Walk(k, [t, *y], Known(), None).more
         return k
 
+    call.field = field  # type: ignore[attr-defined]
     return call
 
 
@@ -78,6 +87,7 @@ class WholeSteps:
     """Steps of a `StepFunction`; see `families.Family`."""
 
     looks: ClassVar[bool] = True  # what the function does on the host may depend on the step
+    steers: ClassVar[bool] = False
     no_way_back: ClassVar[str] = ""
     no_graph: ClassVar[str] = "decides on the host"
 
@@ -88,6 +98,8 @@ class WholeSteps:
         self.calls = 0  # counted as they are made
         self.advance, self.swap = stepper.kernels.advance, stepper.swap_accepted
         self._error: list[Tensor] | None = None
+        makes_again = recorder is not None and (recorder.graphs or recorder.checkpoints is not None)
+        self.kept: dict[str, Tensor] | None = {} if "kept" in method.takes and not makes_again else None
         self.past: list[Tensor] = []  # as in `WholeStep.y`
         self.dt = state[FIELDS["dt"]]
 
@@ -102,6 +114,8 @@ class WholeSteps:
         return ""
 
     def begin(self) -> None:
+        if self.kept is not None:
+            self.kept.clear()
         if self.problem.mass is not None:
             check_consistent(self.problem, self.stepper.k[0])
 
@@ -116,7 +130,7 @@ class WholeSteps:
             evaluations = [WholeStep(found.t, found.y, found.k, method=self.method, problem=self.problem)]
             k = found.k
         else:
-            k = self._mapped(_noted(field), times, y)
+            k = self._mapped(_noted(field), times, y, self.kept)
         with torch.no_grad():
             for own, leaf in zip(stepper.y[-1], k[:n], strict=True):
                 own.copy_(leaf)
@@ -129,8 +143,10 @@ class WholeSteps:
             self.past = [self.dt.clone(), *kept, *self.past][: self.method.memory * (n + 1)]
         return evaluations, addresses
 
-    def _mapped(self, field: Callable[..., Any], times: Tensor, y: Sequence[Tensor]) -> list[Tensor]:
-        k, self._error = mapped(self.method, self.problem, field, times, y)
+    def _mapped(
+        self, field: Callable[..., Any], times: Tensor, y: Sequence[Tensor], kept: dict[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        k, self._error = mapped(self.method, self.problem, field, times, y, kept)
         return k
 
     def error(self) -> list[Tensor] | None:

@@ -1,0 +1,159 @@
+"""A field read together with its event functions and what they change: one program, whose slopes those of func come first in.
+
+Event functions are often made anew for every solve, as lambdas are. What was read of others serves them, where they are alike:
+of the same code, with the same things in their closures and defaults.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from ..event import Event
+from ..problem import Structure
+from ..tableau import Method
+from .emit import Target, emit
+from .function_text import FunctionText
+from .functions import Function
+from .plan import Plan
+from .plans import Plans
+from .trace import Unreadable
+from .watch import Watch
+
+_MOST = 4  # kinds of event functions that a field is read with
+MADE_ANEW = f"func was read with {_MOST} sets of event functions already: keep them, and hand what differs to them in args"
+_HEAD = "const SolveCall& in, const P& t, const P* y, const P* arguments"
+
+
+class WithEvents:
+    """What is read of a func with these events. func: of both, see `together`."""
+
+    def __init__(self, func: Callable, events: Sequence[Event]):
+        self.events = tuple(events)
+        self.func = together(func, [event.fn for event in events], [event.apply for event in events if event.apply])
+        self.plans = Plans()
+
+    def are(self, events: Sequence[Event]) -> bool:
+        """Whether it is what would be read with these."""
+        return len(events) == len(self.events) and all(
+            [
+                (x.direction, x.terminal) == (y.direction, y.terminal) and alike(x.fn, y.fn) and alike(x.apply, y.apply)
+                for x, y in zip(events, self.events, strict=True)
+            ]
+        )
+
+    def plan(self, structure: Structure, args: Sequence[Any], per_sample: bool) -> "EventPlan":
+        """Raises Unreadable."""
+        y = structure.unflatten(structure.leaves)
+        first = structure.leaves[0]
+        batch = first.shape[:1] if per_sample else ()
+        numbers = [first.new_zeros(batch) for _ in self.events]
+        state = Structure((y, numbers, [y for event in self.events if event.apply]), any_shape=True)
+        kind = self.plans.kind(state, args, per_sample, on_cuda=False)
+        if kind.refusals:
+            raise Unreadable("; ".join(kind.refusals))
+        plan = self.plans.find(self.func, kind, state, args)
+        if plan.with_events is None:
+            plan.with_events = EventPlan(plan, self.events, len(structure.leaves))
+        return plan.with_events
+
+
+def together(func: Callable, functions: Sequence[Callable], changes: Sequence[Callable]) -> Callable:
+    """A func of the state (y, values, changed states)."""
+
+    def both(t: Any, state: Any, *args: Any) -> Any:
+        y, numbers, _ = state
+        values = [_as_one(fn(t, y, *args), like) for fn, like in zip(functions, numbers, strict=True)]
+        return func(t, y, *args), values, [change(t, y, *args) for change in changes]
+
+    return both
+
+
+def _as_one(value: Any, like: Any) -> Any:
+    """One number a sample, whatever axes of length 1 come with it."""
+    return value.reshape(like.shape) if value.shape[: like.dim()] == like.shape else value
+
+
+def found_with(plans: Plans, func: Callable, events: Sequence[Event]) -> WithEvents:
+    """plans: of func. Raises Unreadable."""
+    plans.begin(func)
+    for found in plans.with_events:
+        if found.are(events):
+            return found
+    if len(plans.with_events) >= _MOST:
+        raise Unreadable(MADE_ANEW)
+    plans.with_events.append(WithEvents(func, events))
+    return plans.with_events[-1]
+
+
+def alike(x: Any, y: Any) -> bool:
+    """Whether two functions do the same wherever they are called."""
+    if x is y:
+        return True
+    if type(x) is MethodType and type(y) is MethodType:
+        return x.__func__ is y.__func__ and x.__self__ is y.__self__
+    if type(x) is not FunctionType or type(y) is not FunctionType:
+        return False
+    if x.__code__ is not y.__code__ or x.__globals__ is not y.__globals__ or x.__dict__ or y.__dict__:
+        return False
+    parts = [(*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).items(), *map(_content, f.__closure__ or ())) for f in (x, y)]
+    return len(parts[0]) == len(parts[1]) and all([_same(a, b) for a, b in zip(*parts, strict=True)])
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return cell
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and type(a) in (int, float, bool, str) and repr(a) == repr(b)) or alike(a, b)
+
+
+class EventPlan(Plan):
+    """A plan of func with its events, for solves of the state alone."""
+
+    def __init__(self, plan: Plan, events: Sequence[Event], leaves: int):
+        self.__dict__.update({**plan.__dict__, "with_events": None})
+        if plan.recording.counters or plan.recording.counting:
+            raise Unreadable("func or an event function counts its calls")
+        self.events = tuple(events)
+        self.leaf_sizes = plan.leaf_sizes[:leaves]
+        self.state = sum(self.leaf_sizes)
+        slopes, begin = plan.program.slopes, self.state
+        self._values, begin = slopes[begin : begin + len(events)], begin + len(events)
+        self._changes = [slopes[start : start + self.state] for start in range(begin, len(slopes), self.state)]
+        self.program = replace(plan.program, slopes=slopes[: self.state])
+        self.libraries, self.refused, self.kinds, self.trusted = {}, {}, {}, set()
+        self.watch = Watch()
+
+    def source(self, tableau: Method, target: Target) -> str:
+        more = [Function("event_values", f"{_HEAD}, P* values, P*", self._text("values", self._values))]
+        more += [Function(f"apply_{i}", f"{_HEAD}, P* to, P*", self._text("to", x)) for i, x in enumerate(self._changes)]
+        return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, events", target, ({}, 0), more, self._members())
+
+    def _text(self, name: str, results: Any) -> FunctionText:
+        return FunctionText(self.program, [(name, results)])
+
+    def _members(self) -> str:
+        ask: Any = lambda values: "".join([f"    if (e == {e}) return {value};\n" for e, value in enumerate(values)])  # noqa: E731
+        applies = [event.apply is not None for event in self.events]
+        number = [sum(applies[:e]) for e in range(len(applies))]
+        calls = "".join(
+            [
+                f"    if constexpr (e == {e}) apply_{number[e]}(in, t, y, arguments, to, to);\n"
+                for e, some in enumerate(applies)
+                if some
+            ]
+        )
+        word = {True: "true", False: "false"}
+        return (
+            f"  static constexpr int events = {len(self.events)};\n"
+            f"  ODENET_HD static constexpr int direction(int e) {{\n{ask([x.direction for x in self.events])}"
+            "    return 0;\n  }\n"
+            f"  ODENET_HD static constexpr bool ends(int e) {{\n{ask([word[not x.goes_on] for x in self.events])}"
+            "    return true;\n  }\n"
+            f"  ODENET_HD static constexpr bool applies(int e) {{\n{ask([word[x] for x in applies])}    return false;\n  }}\n"
+            f"  template <int e, class P>\n  ODENET_HD static void apply({_HEAD}, P* to) {{\n{calls}  }}\n"
+        )
