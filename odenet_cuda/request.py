@@ -40,6 +40,7 @@ from .solvers.domain import check_start
 from .solvers.scipy_solver import ScipyMethod
 from .solvers.start import Resumed
 from .symplectic import check_separable, is_symplectic
+from .tableau import ButcherTableau
 from .transforms import under_vmap
 
 _MADE = frozenset({"problem", "t", "grid", "backward"})
@@ -110,23 +111,13 @@ class Request:
     def _make(self) -> None:
         t, rtol, atol, norm, adjoint = self.given
         settings, structure, func = self.settings, self.structure, self.func
-        if isinstance(settings.options.tableau, ScipyMethod):
-            for name, asked in (
-                ("events", self.events is not None),
-                ("gradient='quadrature'", settings.gradient == "quadrature"),
-            ):
-                if asked:
-                    raise NotImplementedError(f"{name}: not served by method='scipy_solver', which solves outside of torch")
         options, per_sample = settings.options, settings.per_sample
+        tableau = options.tableau
         if per_sample:
             check_samples(structure)
         self.t, values = check_times(t, batch=structure.leaves[0].shape[0] if per_sample else None)
-        if lands(options.tableau):
-            refuse_what_is_between(self, options, isinstance(values, OwnTimes))
-        if settings.gradient == "reversible" and any([leaf.dtype in SHORT for leaf in structure.leaves]):
-            raise NotImplementedError(
-                "gradient='reversible' needs a state of at least 32 bits: rounding of 16 bits does not come back to its start"
-            )
+        if not isinstance(tableau, ButcherTableau):
+            self._refuse_for(tableau, isinstance(values, OwnTimes))
         running = [name for name in settings.regularizers if name in RUNNING]
         costly = running or self.integrals is not None
         of = CostField(func, structure, running, per_sample) if costly else Field(func, structure)
@@ -145,7 +136,7 @@ class Request:
             check_zero_tolerance(problem)
         if problem.valid is not None:
             check_start(problem)
-        if is_symplectic(options.tableau):
+        if is_symplectic(tableau):
             check_separable(problem, structure, options.method)
         if running:
             problem = with_costs(problem, running)
@@ -168,6 +159,20 @@ class Request:
         self.problem, self.grid, self.backward, self.resumed = problem, grid, backward, None
         if self.resume is not None:
             self.resumed = resumed_from(self.resume, problem, structure, options.method, options.first_step, options.adaptive)
+
+    def _refuse_for(self, method: Any, own_times: bool) -> None:
+        """Raises NotImplementedError for what this method, no explicit Runge-Kutta method, does not serve."""
+        gradient = self.settings.gradient
+        if isinstance(method, ScipyMethod):
+            for name, asked in (("events", self.events is not None), ("gradient='quadrature'", gradient == "quadrature")):
+                if asked:
+                    raise NotImplementedError(f"{name}: not served by method='scipy_solver', which solves outside of torch")
+        if lands(method):
+            refuse_what_is_between(self, self.settings.options, own_times)
+        if gradient == "reversible" and any([leaf.dtype in SHORT for leaf in self.structure.leaves]):
+            raise NotImplementedError(
+                "gradient='reversible' needs a state of at least 32 bits: rounding of 16 bits does not come back to its start"
+            )
 
     def _with_integrals(self, problem: Problem) -> Problem:
         if self.integrals_in_norm and problem.quadratures:
