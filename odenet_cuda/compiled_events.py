@@ -22,9 +22,9 @@ from .solvers.trajectory import Trajectory
 _NAME = "events"
 
 
-def refusal(request: Request, most: int = 1) -> str:
-    """Why no library serves it; else what solves is ready in `request.prepared`. most: the last of so many events ends a row;
-    the first, unless what they change is to be changed in the solve."""
+def refusal(request: Request, most: int | None = None) -> str:
+    """Why no library serves it; else what solves is ready in `request.prepared`. most: the last of so many events ends a row
+    of a solve that goes on from them; None: the first does, of one that ends there."""
     problem, settings, events = request.problem, request.settings, request.events
     assert events is not None and request.compiled is not None
     if problem.empty or len(problem.t) == 1:
@@ -41,7 +41,7 @@ def refusal(request: Request, most: int = 1) -> str:
     if isinstance(found, str):
         return found
     wanted = Sources(found.plan, structure, found.args, None, request.t).wanted
-    if wanted and most > 1:
+    if wanted and most is not None:
         return "gradients go from one event to the next"
     request.prepared[_NAME] = found, wanted
     return ""
@@ -59,7 +59,7 @@ def solve(
     if not found.trusted and (reason := found.compare(log, lambda: _expected(request, by_stepper))):
         return reason
     problem = request.problem
-    nfe = evaluations(request.options, trajectory.host_state(), None, problem) + (int(log.count.max()) if log.most > 1 else 0)
+    nfe = evaluations(request.options, trajectory.host_state(), None, problem) + (int(log.count.max()) if log.goes_on else 0)
     stats = Stats(nfe, problem.per_sample, trajectory.state, 0, problem.rows)
     failed(request, problem, trajectory, trajectory.ys, stats)
     if wanted:
@@ -81,7 +81,7 @@ def _add(solution: Solution, request: Request, found: EventSolve, log: Log) -> N
     y = [torch.where(known.reshape(*known.shape, *[1] * (x.dim() - known.dim())), x, torch.nan) for x in leaves]
     if not per_sample:
         t, index = t[:, 0], index[:, 0]
-    if log.most == 1:
+    if not log.goes_on:
         t, index, y = t[0], index[0], [x[0] for x in y]
         solution._event_column = index.reshape(-1).clamp(min=0)
     elif count == 0:

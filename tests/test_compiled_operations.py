@@ -346,6 +346,7 @@ COMPOSITE: dict[str, Case] = {
     "outer of t": lambda f, v: v["x"] @ outer(torch.sin(v["t"] * f.weight), torch.cos(v["t"] * f.constant)),
     "outer sums of t": lambda f, v: v["x"] * (torch.sin(v["t"] * f.constant)[:, None] + f.other).sum(1),
     "constants alone": lambda f, v: (f.constant[:, None] + f.other).sum(1) + 0 * v["x"],
+    "sums of nothing": lambda f, v: v["x"] * (1 + v["x"][:, 2:2].sum(1, keepdim=True)) + f.weight[1:1].sum(),
     "no sample": lambda f, v: (f.constant[:, None] * f.weight).sum(1).expand(v["x"].shape),
     "no sample, given": lambda f, v: (v["given"][:, None] * f.weight).sum(1).expand(v["x"].shape),
     "pairs": lambda f, v: (v["x"][:, :, None] - v["x"][:, None, :]).sum(-1),
@@ -433,7 +434,17 @@ def test_composite():
     compare(COMPOSITE, torch.float64, some_rows())
 
 
-@pytest.mark.parametrize("name", ["no sample", "no sample, given", "constants alone", "outer of weights", "bias given"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sums of nothing",
+        "no sample",
+        "no sample, given",
+        "constants alone",
+        "outer of weights",
+        "bias given",
+    ],
+)
 def test_alone(name):
     """The same with nothing beside it."""
     compare({name: COMPOSITE[name]}, torch.float64, some_rows())

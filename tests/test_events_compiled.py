@@ -264,3 +264,45 @@ def test_wrong_machine_code_gives_no_number(monkeypatch: pytest.MonkeyPatch, wro
             solution = solve(field, y0, [0.0, 2.0], events=event, **TIGHT)
         torch.testing.assert_close(solution.event_t[:, 0], torch.tensor([0.5, 1.5], dtype=D), rtol=0, atol=1e-7)
         assert solution.engine == "stepper"
+
+
+def test_one_event_of_a_solve_that_goes_on():
+    """max_events=1: in the shapes of a solve that goes on, [K, rows], with and without gradients, also where there is none."""
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.ones_like(y)
+
+    for level, count in ((1.0, 1), (9.0, 0)):
+        event = Event(lambda t, y, level=level: y[:, 0] - level, terminal=False)
+        for gradient in (False, True):
+            y0 = torch.zeros(2, 1, dtype=D, requires_grad=gradient)
+            field = odenet_cuda.compile(func)
+            ours, theirs = (solve(f, y0, [0.0, 2.0], events=event, max_events=1, **TIGHT) for f in (field, func))
+            assert gradient or ours.engine == "compiled"
+            assert_same(ours, theirs)
+            assert ours.event_t.shape == (count, 2) and ours.event_y.shape == (count, 2, 1)
+
+
+def test_an_event_in_the_last_step_allowed():
+    """The steps are counted from the last event on, in which the last one allowed may end."""
+    turn = Event(lambda t, y: y[:, 0], apply=lambda t, y: torch.stack([y[:, 0] + 0.5, -y[:, 1]], 1))
+    y0 = torch.stack([torch.linspace(0.2, 2.0, 12, dtype=D), torch.full((12,), -1.0, dtype=D)], 1)
+    field: Any = lambda t, y: torch.stack([y[:, 1], torch.sin(9 * y[:, 0])], 1)  # noqa: E731
+    compiled = odenet_cuda.compile(field)
+    how: Any = {**TIGHT, "events": turn, "max_events": 4, "on_failure": "return"}
+    with torch.no_grad():
+        for most in range(4, 30, 3):
+            ours, theirs = (solve(f, y0, [0.0, 2.0], max_num_steps=most, **how) for f in (compiled, field))
+            assert ours.engine == "compiled"
+            assert_same(ours, theirs)
+
+
+def test_change_of_another_shape():
+    """Refused also where the first solve came to no event."""
+    field, event = (
+        odenet_cuda.compile(lambda t, y: torch.ones_like(y)),
+        Event(lambda t, y: y[:, 0] - 3, apply=lambda t, y: y[:, :, None]),
+    )
+    solve(field, torch.zeros(2, 1, dtype=D), [0.0, 1.0], events=event, **TIGHT)
+    with pytest.raises(ValueError, match="apply of event 0 must return the state in the shape"):
+        solve(field, torch.zeros(2, 1, dtype=D), [0.0, 4.0], events=event, **TIGHT)

@@ -70,7 +70,7 @@ struct PerSample {
         const Row& r = at.rows[i];
         look_at(s, c, at, i, lane(accept, i), lane(smallest, i), lane(fresh, i) == 0);
         if constexpr (M::events > 0) {
-          if (lane(crossed, i) && events().note(i)) finish(i);
+          if (lane(crossed, i)) events().note(i) ? finish(i) : revive(i);
         }
         if (!r.running()) set_lane(ended, i, true);
         if (r[kAccept] != 0 && r[kJumped] != 0) set_lane(jumped, i, true);
@@ -106,6 +106,14 @@ struct PerSample {
       start_step(c, r, i, lane(size, i));
       if (!r.running()) set_lane(ended, i, true);
     });
+  }
+
+  // From its event a sample takes a first step of its own, whatever the next step of before, or their number, would be.
+  ODENET_HD void revive(int i) const {
+    Row& r = at.rows[i];
+    if (r.running() || r[kStatus] == kSuccess) return;
+    r[kStatus] = kRunning;
+    set_lane(c.running, i, true);
   }
 
   // An event ends the sample in this lane.

@@ -9,6 +9,9 @@ from dataclasses import replace
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from ..event import Event
 from ..problem import Structure
 from ..tableau import Method
@@ -64,9 +67,17 @@ def together(func: Callable, functions: Sequence[Callable], changes: Sequence[Ca
     def both(t: Any, state: Any, *args: Any) -> Any:
         y, numbers, _ = state
         values = [_as_one(fn(t, y, *args), like) for fn, like in zip(functions, numbers, strict=True)]
-        return func(t, y, *args), values, [change(t, y, *args) for change in changes]
+        return func(t, y, *args), values, [_in_shape(change(t, y, *args), y) for change in changes]
 
     return both
+
+
+def _in_shape(state: Any, y: Any) -> Any:
+    """A changed state, which takes no other shape: the stepper says so in words."""
+    shapes = [[x.shape for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in (state, y)]
+    if shapes[0] != shapes[1]:
+        raise Unreadable(f"apply of an event gives shapes {shapes[0]} for {shapes[1]}")
+    return state
 
 
 def _as_one(value: Any, like: Any) -> Any:

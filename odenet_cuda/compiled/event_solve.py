@@ -26,6 +26,7 @@ from .trace import Unreadable
 
 _OUTPUT_END = FIELDS["output_end"]
 _COMPARED = 2  # events of a sample: the second comes from what the first has changed
+_ERRORS = 10  # of a step, by which the same solve may differ where rounding has chosen other steps
 _FEW = 16  # events of a sample that there is room for at first
 
 
@@ -34,10 +35,10 @@ Found = tuple[Tensor, Tensor, Tensor]  # t and index, [K, rows], of the events o
 
 class Log:
     """The events of a solve. t, index: [K, rows], of the k-th event of each row, and the leaves of y [K, rows, ...]; what a row
-    has not, is anything. count: of each row, -1 where a value was not a number."""
+    has not, is anything. count: of each row, -1 where a value was not a number. goes_on: whether the solve does, from them."""
 
-    def __init__(self, engine: Engine, most: int, capacity: int, fired: Tensor | None):
-        rows, self.most, self.capacity, self.fired = engine.batch, most, capacity, fired
+    def __init__(self, engine: Engine, most: int, capacity: int, fired: Tensor | None, goes_on: bool):
+        rows, self.most, self.capacity, self.fired, self.goes_on = engine.batch, most, capacity, fired, goes_on
         self.t = torch.empty(capacity, rows, dtype=torch.float64, device="cpu")
         self.rows_of_y = engine.y0.new_empty(capacity, rows, engine.state)
         self.index = torch.empty(capacity, rows, dtype=torch.int64, device="cpu")
@@ -50,11 +51,18 @@ class Log:
 
 
 class EventSolve:
-    """What serves one solve with events. most: the last of so many ends a row."""
+    """What serves one solve with events. most: the last of so many ends a row; None: the first, of a solve that ends there."""
 
-    def __init__(self, plan: EventPlan, problem: Problem, options: Options, args: Sequence[Any], events: Events, most: int):
+    def __init__(
+        self, plan: EventPlan, problem: Problem, options: Options, args: Sequence[Any], events: Events, most: int | None
+    ):
         args = plan.rows.of(args)
-        self.engine, self.most, self.args = Engine(plan, problem, options, args, None), most, args
+        self.engine, self.most, self.goes_on, self.args = (
+            Engine(plan, problem, options, args, None),
+            most or 1,
+            most is not None,
+            args,
+        )
         self.plan, fired = plan, events.fired
         self.fired = None if fired is None else fired.to("cpu", torch.int64).contiguous()
         if self.engine.kind.control != "per_sample":
@@ -65,7 +73,7 @@ class EventSolve:
         engine, capacity = self.engine, min(self.most, _FEW)
         start = time.perf_counter()
         while True:
-            log = Log(engine, self.most, capacity, self.fired)
+            log = Log(engine, self.most, capacity, self.fired, self.goes_on)
             way = engine.kind.way(engine.plan, engine.kind.control)
             ys, state, host = engine.run(way, engine.y0, engine.problem, None, bind=log.bind)
             needed = int(log.count.max())
@@ -84,18 +92,23 @@ class EventSolve:
         """Whether the machine code has been compared with the stepper, and not too long ago: see watch.py."""
         return self.plan.trusted.issuperset(self.engine.kind.keys) and not self.plan.watch.due
 
+    def _tolerance(self) -> float:
+        problem = self.engine.problem
+        return max([float(torch.as_tensor(x, device="cpu").max()) for x in (*problem.rtol, *problem.atol)])
+
     def compare(self, log: Log, expected: Callable[[], Found]) -> str:
         """With what the stepper finds of the same solve: in words what differs, and then the library is used no more."""
         plan, start = self.plan, time.perf_counter()
         with LOCK:
             t, index, y = expected()
-        count = min(_COMPARED, len(t), log.capacity)
+        count, number = min(_COMPARED, len(t), log.capacity), (index >= 0).sum(0)
         have = torch.arange(count, device="cpu")[:, None] < log.count
-        same = torch.equal(torch.where(have, log.index[:count], -1), index[:count])
-        eps = torch.finfo(y.dtype).eps ** 0.5
+        same = torch.equal(log.count.clamp(max=_COMPARED), number.clamp(max=_COMPARED))
+        same = same and torch.equal(torch.where(have, log.index[:count], -1), index[:count])
+        allowed = max(torch.finfo(y.dtype).eps ** 0.5, _ERRORS * self._tolerance())
         for ours, theirs in ((log.t, t), (log.rows_of_y, y)):
             mine, other = ours[:count][have].double(), theirs[:count][have].double()
-            same = same and bool(((mine - other).abs() <= eps * (1 + other.abs())).all())
+            same = same and bool(((mine - other).abs() <= allowed * (1 + other.abs())).all())
         if same:
             plan.trusted.update(self.engine.kind.keys)
             plan.watch.compared(time.perf_counter() - start)
@@ -120,7 +133,7 @@ def prepare_events(
     structure: Structure,
     t: Tensor,
     events: Events,
-    most: int,
+    most: int | None,
 ) -> EventSolve | str:
     """What serves the solve, or why nothing does."""
     try:

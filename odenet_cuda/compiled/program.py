@@ -243,6 +243,8 @@ class Program:
         """[n, m] -> [n]"""
         if operand.shape[1] == 1:
             return operand[:, 0]
+        if operand.shape[1] == 0 and not largest:
+            return self.full((len(operand),), 0.0)
         out = self.new("local", len(operand))
         self.statements.append(Reduce(out, largest, operand))
         self._taint(out, [operand])

@@ -18,7 +18,7 @@ from ..solution import Solution, Stats
 NAME = "compiled"
 
 
-def refusal(request: Request, most: int = 1) -> str:
+def refusal(request: Request, most: int | None = None) -> str:
     """Why func is not solved so; else what it needs is ready in `request.prepared`. most: see `compiled_events`."""
     field = request.compiled
     if field is None:
