@@ -53,6 +53,8 @@ class Options:
     interp: str = "method"
     cuda_graph: str = ""  # or one of graphed.capture.MODES
     progress: str = ""  # what it says goes on, where that is to be shown
+    # The numbers of the method: a `ButcherTableau`, or the data of another family of `solvers.families`.
+    tableau: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         adjusted(find_method(self.method), self.method, self.of_method)
@@ -74,6 +76,12 @@ class Options:
             or len(set(self.jump_t)) < len(self.jump_t)
         ):
             raise ValueError("`step_t` and `jump_t` must not have any repeated elements between them.")
+        found = INTERPOLATIONS[self.interp][self.method]
+        if self.coupling:
+            found = coupled(found, self.coupling)
+        elif self.of_method:
+            found = adjusted(found, self.method, self.of_method)
+        object.__setattr__(self, "tableau", found)  # asked for many times in a solve
 
     @property
     def adaptive(self) -> bool:
@@ -91,14 +99,6 @@ class Options:
         for jump in self.jump_t if self.adaptive else ():
             beside = beside | problem.same_time(problem.t[index], jump)
         return beside * (1.0 if index == 0 else -1.0)
-
-    @property
-    def tableau(self) -> Any:
-        """The numbers of the method: a `ButcherTableau`, or the data of another family of `solvers.families`."""
-        found = INTERPOLATIONS[self.interp][self.method]
-        if self.coupling:
-            return coupled(found, self.coupling)
-        return adjusted(found, self.method, self.of_method) if self.of_method else found
 
     @property
     def of_method(self) -> tuple[tuple[str, Any], ...]:

@@ -312,6 +312,33 @@ def test_callbacks_that_come_later():
         assert calls and "callbacks" in field.explain()
 
 
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+@pytest.mark.parametrize("how", ["joint", "own", "list"])
+def test_other_times_are_solved_at_those(monkeypatch, how, gradient):
+    """A solve at other times, as many, is prepared by the one before: forwards, backwards, and with stops between them."""
+    net, y0 = Net(), rows(3, 2, seed=3)
+    field, own = prepared(net), how == "own"
+    options = {**OPTIONS, "gradient": gradient, "step_control": "per_sample" if own else "joint", "jump_t": (0.25,)}
+
+    def times(*values):
+        if how == "list":
+            return list(values)
+        t = torch.tensor(values, dtype=D)
+        return torch.stack([t, t + 0.1, torch.cat([t[:-1], t.new_tensor([torch.nan])])]) if own else t
+
+    for _ in range(12):  # and it is not due to be compared with func again
+        results(field, net.parameters(), y0, times(0.0, 0.2, 0.4), options)
+    monkeypatch.setattr(odenet_cuda.engines.compiled, "prepare", None)  # nothing is prepared anew
+    for values in ((0.1, 0.3, 0.9), (0.4, 0.1, -0.3), (-0.0, 0.2, 0.4)):
+        ours, theirs = (results(f, net.parameters(), y0, times(*values), options) for f in (field, net))
+        assert field.explain() == "compiled"
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+    for wrong in ((0.0, 0.0, 1.0), (0.0, 2.0, 1.0), (0.0, 1.0, float("inf"))):
+        with pytest.raises(ValueError, match="t must be"):
+            solve(field, y0, times(*wrong), **options)
+
+
 def test_times_that_change_before_a_second_derivative():
     """The solve that is made again for it is the one that was."""
     field, y0, t = prepared(), rows(5, 2), torch.tensor(T, dtype=D)

@@ -1,6 +1,7 @@
 """A solve of a compiled field like one before it: what follows from its kind is there, and only what may differ is looked at.
 
-A kind is all that the solve was asked for but the numbers of its state and arguments, by value, and what torch says of itself.
+A kind is all that the solve was asked for but the numbers of its state and arguments, and its times where the method chooses
+its steps, by value, and what torch says of itself.
 What func reads is compared by the guards of its plan, as at every solve; whatever else is not as it was, or not as plain as
 mostly, is left to `serve.py`, which asks for everything.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..callbacks import may_have_callbacks
 from ..gradients.adjoint_setup import NOT_GIVEN
-from ..problem import Problem, Structure
+from ..problem import Problem, Structure, check_times
 from ..tracing import torch_is_plain
 from .attach import Sources
 from .compilation import Compilation
@@ -44,15 +45,14 @@ def key_of(request: Any) -> tuple | None:
         if type(times) not in _PLAIN or times.requires_grad or times.numel() > _MOST_TIMES:
             return None
         kind: Any = times.dtype, times.shape
-        times = (times if times.dim() == 1 else times.reshape(-1)).tolist()
-    elif type(times) in (list, tuple):
-        kind = None
+    elif type(times) in (list, tuple) and {*map(type, times)} <= _NUMBERS:
+        kind = len(times)
     else:
         return None
-    try:
-        t = array("d", times).tobytes()  # there are two zeros
-    except TypeError:
-        return None
+    t = b""
+    if not settings.options.adaptive:
+        values = (times if times.dim() == 1 else times.reshape(-1)).tolist() if isinstance(times, Tensor) else times
+        t = array("d", values).tobytes()  # there are two zeros
     state = key_of_state(structure, request.args, settings.per_sample)
     return *state, structure.any_shape, settings, kind, t, rtol, atol, torch.is_grad_enabled()
 
@@ -66,11 +66,12 @@ class Again:
         # Of the adjoint's norm, which nobody asks for here, hangs the state.
         self._engine.backward = None if backward is None else replace(backward, user_options={})
         self._problem = {**vars(engine.problem), "leaves": [], "field": None}
+        self._new_times = engine.options.adaptive
 
     def engine(
-        self, field: Compilation, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None
+        self, field: Compilation, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None, t: Any
     ) -> Engine | None:
-        """Of a solve of this kind, if nothing has changed."""
+        """Of a solve of this kind, if nothing has changed. t: its times, as they were given."""
         like, func = self._engine, field.func
         plan, kind = like.plan, like.kind
         trusted = kind.trusted is plan.trusted and not plan.zeros and not plan.watch.due
@@ -85,6 +86,10 @@ class Again:
         problem = Problem.__new__(Problem)
         problem.__dict__.update(self._problem)
         problem.leaves = [leaf.detach().contiguous() for leaf in structure.leaves]
+        if self._new_times:
+            _, problem.t = check_times(t, batch=len(problem.leaves[0]) if problem.per_sample else None)
+            if problem.own and not problem.t.last.any():
+                return None
         try:
             return like.again(problem, args, sources)
         except Unreadable:  # whole numbers that are too large
@@ -92,11 +97,11 @@ class Again:
 
 
 def again(
-    field: Compilation, kind: tuple | None, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None
+    field: Compilation, kind: tuple | None, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None, t: Any
 ) -> Engine | None:
     """The engine of a solve of this kind, where one before left what it needs and nothing has changed."""
     found = None if kind is None else field.plans.again.get(kind)
-    return None if found is None else found.engine(field, structure, args, chosen)
+    return None if found is None else found.engine(field, structure, args, chosen, t)
 
 
 def keep(field: Compilation, kind: tuple | None, engine: Engine, backward: Any) -> None:

@@ -31,7 +31,8 @@ def by_value(options: Options | None) -> Any:
     """Something equal for options that are made anew for every solve and say the same; else what is like itself alone."""
     if options is None:
         return None
-    values = [*vars(options.control).values(), *vars(options).values(), *options.step_t, *options.jump_t]
+    own = [value for name, value in vars(options).items() if name not in ("tableau", "backwards")]  # which follow from the rest
+    values = [*vars(options.control).values(), *own, *options.step_t, *options.jump_t]
     plain = all([type(x) in _PLAIN for x in values if type(x) is not tuple and x is not options.control])
     return options if plain and type(options.control.controller) is str else object()
 

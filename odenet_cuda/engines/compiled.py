@@ -39,7 +39,7 @@ def refusal(request: Request, most: int | None = None) -> str:
         return compiled_events.refusal(request, most)
     kind = key_of(request)
     chosen = None if request.settings.gradient == "direct" else request.params
-    engine = again(field, kind, request.structure, request.args, chosen)
+    engine = again(field, kind, request.structure, request.args, chosen, request.given[0])
     if engine is not None:
         # What is asked for later, as on the way back, is asked of the times as they are now.
         request.given = times_as_tensor(engine.problem.t) if engine.problem.own else engine.problem.t, *request.given[1:]
