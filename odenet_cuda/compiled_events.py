@@ -56,7 +56,7 @@ def solve(
     trajectory, log = found.run()
     if bool((log.count < 0).any()):
         return "the value of an event function is not a number"
-    if not found.trusted and (reason := found.compare(log, lambda: _expected(request, by_stepper))):
+    if not found.trusted(log) and (reason := found.compare(log, lambda: _expected(request, by_stepper))):
         return reason
     problem = request.problem
     nfe = evaluations(request.options, trajectory.host_state(), None, problem) + (int(log.count.max()) if log.goes_on else 0)

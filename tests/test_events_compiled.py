@@ -245,6 +245,23 @@ def test_alike():
     assert alike(ball.hit, ball.hit) and not alike(ball.hit, ball.top) and not alike(ball.hit, Ball().hit)
 
 
+def test_a_solve_without_events_says_nothing_of_their_code(monkeypatch: pytest.MonkeyPatch):
+    """The stepper is asked again by the first solve that has one event, and by the first that has two."""
+    asked: list[int] = []
+    expected = odenet_cuda.compiled_events._expected
+    monkeypatch.setattr(odenet_cuda.compiled_events, "_expected", lambda *x: (asked.append(1), expected(*x))[1])
+    field = odenet_cuda.compile(lambda t, y: torch.ones_like(y))
+    event = Event(lambda t, y: y[:, 0] - 1, apply=lambda t, y: 0 * y)
+    found = []
+    with torch.no_grad():
+        for end in (0.5, 0.6, 1.5, 1.6, 2.5, 2.6, 9.5):
+            solution = solve(field, torch.zeros(2, 1, dtype=D), [0.0, end], events=event, **TIGHT)
+            assert solution.engine == "compiled" and len(solution.event_t) == int(end)
+            found.append(len(asked))
+            asked.clear()
+    assert found[0] == found[2] == found[4] == 1 and sum(found) <= 4  # the second solve of a plan is compared in any case
+
+
 @pytest.mark.parametrize("wrong", ["event_values", "apply_0"])
 def test_wrong_machine_code_gives_no_number(monkeypatch: pytest.MonkeyPatch, wrong: str):
     """A library whose events or changes are not func's is found out by its first solve, and the stepper serves."""

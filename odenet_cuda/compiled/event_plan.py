@@ -136,7 +136,8 @@ class EventPlan(Plan):
         self._values, begin = slopes[begin : begin + len(events)], begin + len(events)
         self._changes = [slopes[start : start + self.state] for start in range(begin, len(slopes), self.state)]
         self.program = replace(plan.program, slopes=slopes[: self.state])
-        self.libraries, self.refused, self.kinds, self.trusted = {}, {}, {}, set()
+        self.libraries, self.refused, self.kinds = {}, {}, {}
+        self.compared: dict[Any, int] = {}  # of each library: how many events of a sample, see event_solve.py
         self.watch = Watch()
 
     def source(self, tableau: Method, target: Target) -> str:
