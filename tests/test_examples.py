@@ -16,6 +16,7 @@ NAMES = (
     "few_steps",
     "flow_matching",
     "lotka_volterra",
+    "mpc_pendulum",
     "pendulum",
     "robertson",
     "sweep",
