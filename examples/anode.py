@@ -4,8 +4,8 @@
 
 A disc of one class inside a ring of the other (Dupont, Doucet and Teh 2019, arXiv:1904.01681). Paths of an ODE cannot cross, so
 in the plane the disc cannot leave the ring: the net cuts the ring open along a line, ever thinner, some points of the ring stay
-on the wrong side, and its calls of the field grow. With two zeros added to each point it lifts the disc out. Both are of one width
-and trained alike.
+on the wrong side, and its calls of the field grow. With two zeros added to each point it lifts the disc out. Both have
+one width and are trained alike.
 """
 
 import torch
@@ -114,7 +114,8 @@ def draw(found: list, path) -> None:
     (x, ring), edge = annuli(400), torch.linspace(-1.8, 1.8, 121)
     plane = torch.stack(torch.meshgrid(edge, edge, indexing="xy"), -1).view(-1, 2)
     for (axis, other, _), (name, model, _) in zip(axes, found, strict=True):
-        axis.pcolormesh(edge, edge, model(plane).sigmoid().view(121, 121), cmap="PuOr_r", vmin=0, vmax=1, rasterized=True)
+        belief = model(plane).sigmoid().view(121, 121)
+        axis.pcolormesh(edge.numpy(), edge.numpy(), belief.numpy(), cmap="PuOr_r", vmin=0, vmax=1, rasterized=True)
         axis.set(title=f"{name}: belief in the ring", aspect="equal")
         ys = model.paths(x, torch.linspace(0, 1, 60))
         for own, color in zip((ring < 0.5, ring > 0.5), COLORS, strict=True):

@@ -17,6 +17,7 @@ NAMES = (
     "few_steps",
     "flow_matching",
     "hamiltonian",
+    "latent_ode",
     "lotka_volterra",
     "mpc_pendulum",
     "pendulum",
