@@ -10,12 +10,16 @@ from odenet_cuda.compiled import compilation
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = (
+    "anode",
     "bouncing_ball",
     "cnf_densities",
     "doses",
     "few_steps",
     "flow_matching",
+    "hamiltonian",
+    "latent_ode",
     "lotka_volterra",
+    "mpc_pendulum",
     "pendulum",
     "robertson",
     "sweep",
