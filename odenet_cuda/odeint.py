@@ -265,8 +265,10 @@ def _keys_of(method: str) -> Sequence[str]:
 
 def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = True) -> dict[str, Any]:
     """What `solve` takes by name, from torchdiffeq's options; those that the method does not know are warned of."""
-    find_method(method)
-    given = dict(options or {})
+    found = find_method(method)
+    if not options:
+        return {"interp": "linear"} if fixed_interp and method not in ADAPTIVE else {}
+    given = dict(options)
     known = _keys_of(method)
     if method in ADAPTIVE:
         dtype = given.pop("dtype", torch.float64)
@@ -274,7 +276,7 @@ def _options(method: str, options: dict[str, Any] | None, fixed_interp: bool = T
             raise ValueError(f"options['dtype'], the type of time, must be torch.float64, got {dtype}")
     else:
         given.pop("norm", None)
-    takes = getattr(find_method(method), "takes", ())
+    takes = getattr(found, "takes", ())
     known = (*known, *(name for name in ("jac", "mass", "jac_sparsity") if name.removesuffix("_sparsity") in takes))
     unknown = {name: given.pop(name) for name in list(given) if name not in known and name not in _COMMON}
     if unknown:

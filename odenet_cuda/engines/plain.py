@@ -24,36 +24,37 @@ from ..solvers.trajectory import Trajectory
 from ..tableau import ButcherTableau
 
 NAME = "plain"
+_ASKED = "cuda_graph", "dense=True", "regularizers", "every", "progress", "events", "integrals", "adjoint_params", "callbacks"
 _ROUNDED = "there are numbers of 16 bits, whose gradients torch would add up in 16 bits"
 
 
 def refusal(request: Request) -> str:
     problem, settings = request.problem, request.settings
+    options, records = settings.options, request.records
     if request.grid is None:
         return "the method chooses its steps"
-    if not isinstance(request.options.tableau, ButcherTableau):
+    if not isinstance(options.tableau, ButcherTableau):
         return "the method is no explicit Runge-Kutta method"
     if len(problem.t) == 1 or problem.empty:
         return "there is nothing to solve"
-    if not request.records and not is_short(request.options.tableau, request.grid[0]):
+    if not records and not is_short(options.tableau, request.grid[0]):
         return "nothing is recorded, in many steps"
-    if request.records and settings.gradient != "direct":
+    if records and settings.gradient != "direct":
         return f"gradient={settings.gradient!r} is no graph of torch"
     if problem.device.type != "cpu":
         return "the state is not on the CPU"
-    for name, needed in (
-        ("cuda_graph", request.options.cuda_graph),
-        ("dense=True", settings.dense),
-        ("events", request.events is not None),
-        ("regularizers", settings.regularizers),
-        ("integrals", request.integrals is not None),
-        ("every", bool(request.settings.every)),
-        ("progress", bool(request.options.progress)),
-        ("adjoint_params", request.params is not None),
-        ("callbacks of func", request.callbacks),
-    ):
-        if needed:
-            return f"{name} needs what the kernels record"
+    given = request.events is not None, request.integrals is not None, request.params is not None
+    asked = (
+        options.cuda_graph,
+        settings.dense,
+        settings.regularizers,
+        settings.every,
+        options.progress,
+        *given,
+        request.callbacks,
+    )
+    if any(asked):
+        return f"{next(name for name, needed in zip(_ASKED, asked, strict=True) if needed)} needs what the kernels record"
     if sum([leaf.numel() for leaf in problem.leaves]) > MOST:
         return f"the state has more than {MOST} numbers"
     if any([leaf.dtype in SHORT for leaf in problem.leaves]) or torch._C._is_any_autocast_enabled():
