@@ -171,18 +171,11 @@ def bench(count: int, runs: int) -> list[dict[str, Any]]:
     return [
         {
             "way": name,
-            **{key: value for part in PARTS for key, value in of_part(part, x, first).items()},
+            **{key: value for part in PARTS for key, value in x.beside(first, part).items()},
             "error": errors[name],
         }
         for name, x in samples.items()
     ]
-
-
-def of_part(part: str, samples: Samples, first: Samples) -> dict[str, Any]:
-    """The columns of values or gradients, beside those of the first way."""
-    median, least, most = samples.milliseconds(part).values()
-    ratio = samples.median(part) / first.median(part)
-    return {f"{part} ms": median, f"{part} min": least, f"{part} max": most, f"{part} ratio": ratio}
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_events.py [--json FILE] [--runs N] [--balls N ...] [--quick]
 
-Balls dropped from 1 to 2 m, each with its own restitution, ten bounces each: tsit5 at 1e-9, float64, one thread. Times of the
+Balls dropped from 1 to 2 m, each with its own restitution, ten bounces each: dopri5 at 1e-9, float64, one thread. Times of the
 bounces must first be within 1e-9 of the closed form, and the gradients of the height half a second after the last one for the
 height and the restitution within 1e-7. Rows:
 
@@ -144,16 +144,9 @@ def bench(count: int, runs: int) -> list[dict[str, Any]]:
     samples: dict[str, Samples] = interleave(each, runs, warmup=1)
     first = samples["compiled"]
     return [
-        {"way": name, **{k: v for part in PARTS for k, v in of_part(part, x, first).items()}, "error": errors[name]}
+        {"way": name, **{k: v for part in PARTS for k, v in x.beside(first, part).items()}, "error": errors[name]}
         for name, x in samples.items()
     ]
-
-
-def of_part(part: str, samples: Samples, first: Samples) -> dict[str, Any]:
-    """The columns of values or gradients, beside those of the first way."""
-    median, least, most = samples.milliseconds(part).values()
-    ratio = samples.median(part) / first.median(part)
-    return {f"{part} ms": median, f"{part} min": least, f"{part} max": most, f"{part} ratio": ratio}
 
 
 def main() -> None:

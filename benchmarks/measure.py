@@ -88,6 +88,12 @@ class Samples:
         values = self.values[name]
         return {"total ms": self.median(name) * 1e3, "min": min(values) * 1e3, "max": max(values) * 1e3}
 
+    def beside(self, first: "Samples", name: str) -> dict[str, float]:
+        """Columns of a table: the duration, its spread, and its ratio to that of the first case."""
+        median, least, most = self.milliseconds(name).values()
+        ratio = self.median(name) / first.median(name)
+        return {f"{name} ms": median, f"{name} min": least, f"{name} max": most, f"{name} ratio": ratio}
+
     def summary(self) -> dict[str, dict[str, float]]:
         return {
             name: {"median": statistics.median(v), "min": min(v), "max": max(v), "runs": len(v)}

@@ -32,10 +32,11 @@ def refusal(request: Request, most: int | None = None) -> str:
     for name, asked in (("dense=True", settings.dense), ("regularizers", bool(settings.regularizers))):
         if asked:
             return f"{name} with events needs the stepper"
-    with torch.no_grad():
-        values = EventValues(events, problem, request.structure.unflatten)
-        if events.from_zero and bool((values.values(problem.start_time(False), problem.state_leaves) == 0).any()):
-            return "an event function is zero at the start"
+    if events.from_zero:
+        with torch.no_grad():
+            values = EventValues(events, problem, request.structure.unflatten)
+            if bool((values.values(problem.start_time(False), problem.state_leaves) == 0).any()):
+                return "an event function is zero at the start"
     structure, options = request.structure, request.options
     found = prepare_events(request.compiled, request.args, problem, options, structure, request.t, events, most)
     if isinstance(found, str):

@@ -134,7 +134,8 @@ class EventPlan(Plan):
         self.state = sum(self.leaf_sizes)
         slopes, begin = plan.program.slopes, self.state
         self._values, begin = slopes[begin : begin + len(events)], begin + len(events)
-        self._changes = [slopes[start : start + self.state] for start in range(begin, len(slopes), self.state)]
+        changing = [e for e, event in enumerate(events) if event.apply]
+        self._changes = dict(zip(changing, slopes[begin:].reshape(len(changing), self.state), strict=True))  # by event
         self.program = replace(plan.program, slopes=slopes[: self.state])
         self.libraries, self.refused, self.kinds = {}, {}, {}
         self.compared: dict[Any, int] = {}  # of each library: how many events of a sample, see event_solve.py
@@ -142,30 +143,24 @@ class EventPlan(Plan):
 
     def source(self, tableau: Method, target: Target) -> str:
         more = [Function("event_values", f"{_HEAD}, P* values, P*", self._text("values", self._values))]
-        more += [Function(f"apply_{i}", f"{_HEAD}, P* to, P*", self._text("to", x)) for i, x in enumerate(self._changes)]
+        more += [Function(f"apply_{e}", f"{_HEAD}, P* to, P*", self._text("to", x)) for e, x in self._changes.items()]
         return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, events", target, ({}, 0), more, self._members())
 
     def _text(self, name: str, results: Any) -> FunctionText:
         return FunctionText(self.program, [(name, results)])
 
     def _members(self) -> str:
-        ask: Any = lambda values: "".join([f"    if (e == {e}) return {value};\n" for e, value in enumerate(values)])  # noqa: E731
-        applies = [event.apply is not None for event in self.events]
-        number = [sum(applies[:e]) for e in range(len(applies))]
-        calls = "".join(
-            [
-                f"    if constexpr (e == {e}) apply_{number[e]}(in, t, y, arguments, to, to);\n"
-                for e, some in enumerate(applies)
-                if some
-            ]
-        )
-        word = {True: "true", False: "false"}
+        calls = "".join([f"    if constexpr (e == {e}) apply_{e}(in, t, y, arguments, to, to);\n" for e in self._changes])
         return (
             f"  static constexpr int events = {len(self.events)};\n"
-            f"  ODENET_HD static constexpr int direction(int e) {{\n{ask([x.direction for x in self.events])}"
-            "    return 0;\n  }\n"
-            f"  ODENET_HD static constexpr bool ends(int e) {{\n{ask([word[not x.goes_on] for x in self.events])}"
-            "    return true;\n  }\n"
-            f"  ODENET_HD static constexpr bool applies(int e) {{\n{ask([word[x] for x in applies])}    return false;\n  }}\n"
-            f"  template <int e, class P>\n  ODENET_HD static void apply({_HEAD}, P* to) {{\n{calls}  }}\n"
+            + _of_each("int direction", [str(event.direction) for event in self.events])
+            + _of_each("bool ends", [str(not event.goes_on).lower() for event in self.events])
+            + _of_each("bool applies", [str(e in self._changes).lower() for e in range(len(self.events))])
+            + f"  template <int e, class P>\n  ODENET_HD static void apply({_HEAD}, P* to) {{\n{calls}  }}\n"
         )
+
+
+def _of_each(head: str, values: Sequence[str]) -> str:
+    """A constant of each event as C++ text."""
+    lines = "".join([f"    if (e == {e}) return {value};\n" for e, value in enumerate(values)])
+    return f"  ODENET_HD static constexpr {head}(int e) {{\n{lines}    return 0;\n  }}\n"

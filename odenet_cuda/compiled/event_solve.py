@@ -56,15 +56,10 @@ class EventSolve:
     def __init__(
         self, plan: EventPlan, problem: Problem, options: Options, args: Sequence[Any], events: Events, most: int | None
     ):
-        args = plan.rows.of(args)
-        self.engine, self.most, self.goes_on, self.args = (
-            Engine(plan, problem, options, args, None),
-            most or 1,
-            most is not None,
-            args,
-        )
-        self.plan, fired = plan, events.fired
-        self.fired = None if fired is None else fired.to("cpu", torch.int64).contiguous()
+        self.plan, self.args = plan, plan.rows.of(args)
+        self.engine = Engine(plan, problem, options, self.args, None)
+        self.most, self.goes_on = most or 1, most is not None
+        self.fired = None if events.fired is None else events.fired.to("cpu", torch.int64).contiguous()
         if self.engine.kind.control != "per_sample":
             raise Unreadable("events under joint control are looked at by the stepper")
         plan.build(self.engine.kind.wanted)
@@ -98,7 +93,7 @@ class EventSolve:
 
     def compare(self, log: Log, expected: Callable[[], Found]) -> str:
         """With what the stepper finds of the same solve: in words what differs, and then the library is used no more."""
-        plan, start = self.plan, time.perf_counter()
+        plan, key, start = self.plan, self.engine.kind.keys[0], time.perf_counter()
         with LOCK:
             t, index, y = expected()
         count, number = min(_COMPARED, len(t), log.capacity), (index >= 0).sum(0)
@@ -111,12 +106,12 @@ class EventSolve:
                 same &= ((ours - theirs).abs() <= allowed * (1 + theirs.abs())).all(1)
             agree &= same | ~have[k]
         if bool(agree.all()):
-            plan.compared[self.engine.kind.keys[0]] = max(_happened(log), plan.compared.get(self.engine.kind.keys[0], -1))
+            plan.compared[key] = max(_happened(log), plan.compared.get(key, -1))
             plan.watch.compared(time.perf_counter() - start)
             return ""
         if 2 * int(agree.sum()) >= len(agree):  # machine code that is wrong is so for all
             return "the events of some samples are decided by rounding"
-        key, (tableau, target) = self.engine.kind.keys[0], self.engine.kind.wanted[0]
+        tableau, target = self.engine.kind.wanted[0]
         reason = "the compiled field is wrong: its events differ from those of func by the stepper"
         words = discard(plan.source(tableau, target), None, reason)
         plan.refused[key] = tableau, reason

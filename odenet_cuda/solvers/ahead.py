@@ -14,6 +14,7 @@ from ..graphed.capture import Busy, Watch, being_captured, captured, repeated
 from ..ops import FIELDS
 from ..problem import counter_of
 from ..ranges import marked
+from ..step_control import most_tried
 from .trajectory import Evaluation, Trajectory
 
 
@@ -47,7 +48,7 @@ def run(solver: Any, start: Evaluation | None) -> Trajectory:
     for seen_state, (_, seen) in zip(hosts, solver.unseen, strict=True):
         solver.recorder.step(seen_state, *seen)
     solver.unseen = []
-    solver.expected = int((host[FIELDS["num_accepted"]] + host[FIELDS["num_rejected"]]).max())
+    solver.expected = most_tried(host)
     calls = solver.family.calls + (0 if solver.after_step is None else solver.after_step.calls)
     counter.nfe = called + solver.expected * calls  # steps past the end do not count
     trajectory: Trajectory = solver.trajectory()

@@ -14,6 +14,7 @@ from ..problem import Problem
 from ..stepper import Stepper
 from .norms import write_norm
 from .trajectory import Recorder
+from .whole import without_stages
 
 MOST_ITERATIONS = 4  # of Newton's method
 _SAME = 1e-10  # relative: steps that are of one size
@@ -47,10 +48,8 @@ class BdfSteps:
 
     @staticmethod
     def refusal(problem: Problem, recorder: Any) -> str:
-        if problem.quadratures:
-            return "has no slopes for integrals: they and the regularizers 'kinetic' and 'jacobian' need an explicit method"
-        if recorder is not None and recorder.step_costs is not None:
-            return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
+        if words := without_stages(problem, recorder):
+            return words
         if recorder is not None and (recorder.graphs or recorder.checkpoints is not None):
             return (
                 "keeps no graphs of its steps, which depend on those before: use gradient='quadrature', or 'adjoint' "

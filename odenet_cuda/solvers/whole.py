@@ -83,6 +83,15 @@ def _noted(field: Any) -> Callable[..., list[Tensor]]:
     return call
 
 
+def without_stages(problem: Problem, recorder: Any) -> str:
+    """What a family without stages of func does not serve, as `families.Family.refusal` says it."""
+    if problem.quadratures:
+        return "has no slopes for integrals: they and the regularizers 'kinetic' and 'jacobian' need an explicit method"
+    if recorder is not None and recorder.step_costs is not None:
+        return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
+    return ""
+
+
 class WholeSteps:
     """Steps of a `StepFunction`; see `families.Family`."""
 
@@ -105,10 +114,8 @@ class WholeSteps:
 
     @staticmethod
     def refusal(problem: Problem, recorder: Any) -> str:
-        if problem.quadratures:
-            return "has no slopes for integrals: they and the regularizers 'kinetic' and 'jacobian' need an explicit method"
-        if recorder is not None and recorder.step_costs is not None:
-            return "has no stages: the regularizers 'error' and 'stiffness' need an explicit method"
+        if words := without_stages(problem, recorder):
+            return words
         if recorder is not None and recorder.checkpoints is not None and recorder.tableau.memory:
             return "needs the steps before one to make it again, unlike gradient='checkpoint': use gradient='direct'"
         return ""
