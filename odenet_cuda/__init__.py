@@ -1,5 +1,8 @@
 """Differential equations as PyTorch layers, on fused C++/CUDA kernels."""
 
+from importlib import import_module
+from typing import Any
+
 from .attempts import Attempts
 from .block import ODEBlock
 from .compiled.compilation import set_compile
@@ -40,3 +43,10 @@ __all__ = [
     "steady_state",
     "steps",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``torchdiffeq._impl`` without an import of its own, where this package stands in for torchdiffeq."""
+    if name == "_impl":
+        return import_module("._impl", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

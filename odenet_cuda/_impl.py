@@ -1,4 +1,4 @@
-"""What programs import from `torchdiffeq._impl`, where this package stands in for torchdiffeq: names of methods, and norms.
+"""What programs import from `torchdiffeq._impl`, where this package stands in for torchdiffeq: names of methods, norms, parameters.
 
 Its solver classes are no part of this package. Whoever imports one is told so. Imports here are absolute: this file is loaded
 as `torchdiffeq._impl` too.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import odenet_cuda
 from odenet_cuda.methods import ADAPTIVE, ON_GRID
+from odenet_cuda.problem.field import parameters_of
 
 __path__: list[str] = []  # a package, whose modules are made below
 
@@ -53,6 +54,13 @@ def mixed_norm(parts: tuple[Tensor, ...]) -> Any:
     return max(map(rms_norm, parts)) if parts else 0.0
 
 
+def find_parameters(module: torch.nn.Module) -> list[Tensor]:
+    """What `odeint_adjoint` gives gradients to where it is given no adjoint_params."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    return parameters_of(module)
+
+
 def flat_to_shape(x: Tensor, length: tuple[int, ...], shapes: list[torch.Size]) -> tuple[Tensor, ...]:
     """The parts of a state from its numbers on the last axis."""
     parts = x.split([shape.numel() for shape in shapes], -1)
@@ -64,7 +72,12 @@ _norms = {"_rms_norm": rms_norm, "_linf_norm": linf_norm, "_zero_norm": zero_nor
 _functions = {name: getattr(odenet_cuda, name) for name in ("odeint", "odeint_dense", "odeint_event")}
 _KNOWN: dict[str, dict[str, Any]] = {
     "odeint": {"SOLVERS": SOLVERS, "_flat_to_shape": flat_to_shape, **_functions},
-    "adjoint": {"SOLVERS": SOLVERS, "odeint": odenet_cuda.odeint, "odeint_adjoint": odenet_cuda.odeint_adjoint},
+    "adjoint": {
+        "SOLVERS": SOLVERS,
+        "find_parameters": find_parameters,
+        "odeint": odenet_cuda.odeint,
+        "odeint_adjoint": odenet_cuda.odeint_adjoint,
+    },
     "misc": {"_flat_to_shape": flat_to_shape, **_norms},
     **{name: {} for name in _OTHERS},
 }

@@ -357,6 +357,10 @@ def test_norm_put_into_the_result():
 ALIASED = """
 import sys, odenet_cuda
 sys.modules["torchdiffeq"] = odenet_cuda
+import torch, torchdiffeq
+block = torch.nn.Linear(2, 2)
+assert [p is q for p, q in zip(torchdiffeq._impl.adjoint.find_parameters(block), block.parameters(), strict=True)] == [True, True]
+assert not hasattr(torchdiffeq, "no_such_name")
 from torchdiffeq import odeint
 from torchdiffeq._impl import odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS, odeint as inner
@@ -374,6 +378,10 @@ for line in (
         assert "keep torchdiffeq itself" in str(error), error
     else:
         raise AssertionError(line)
+try:
+    torchdiffeq._impl.adjoint.find_parameters(torch.sin)
+except TypeError as error:
+    assert "torch.nn.Module" in str(error)
 try:
     SOLVERS["rk4"](func=None, y0=None)
 except NotImplementedError as error:

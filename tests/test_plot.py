@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import odenet_cuda
 from odenet_cuda import Event, Jump, ODEBlock, solve
 
 D = torch.float64
@@ -159,3 +160,15 @@ def test_a_block_in_words():
     block = ODEBlock(Field(), compile=False)
     block(torch.ones(2, 2))
     assert f"<td style='text-align:left'>{block.nfe_forward}</td>" in block._repr_html_()
+
+
+def test_a_compiled_field_in_words():
+    field = odenet_cuda.compile(van_der_pol)
+    assert "<td style='text-align:left'>van_der_pol</td>" in field._repr_html_() and "not solved yet" in field._repr_html_()
+    assert "<th style='text-align:left'>read</th>" not in field._repr_html_()
+    solve(field, Y0.expand(3, 2), [0.0, 1.0], step_control="per_sample")
+    page = field._repr_html_()
+    assert page.count("<tr>") == 4 and "float64, 2 numbers a sample" in page and "per_sample</td>" in page, page
+    assert "served</th><td style='text-align:left'>compiled</td>" in page
+    block = ODEBlock(odenet_cuda.compile(nn.Linear(2, 2).double()), compile=False)
+    assert "CompiledField" in block._repr_html_()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import find_method
+from ..printing import table
 from ..problem import Structure, parted
 from .compilation import Compilation, automatic
 from .emit import SOLVES, Target
@@ -80,6 +81,16 @@ class CompiledField(nn.Module):
         dtype = "float" if plan.dtype == torch.float32 else "double"
         team = plan.team((solve,), _MANY, H100, self._matmul) if cuda else None
         return plan.source(find_method(method), Target(dtype, "one" if cuda else lanes, solve, team))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the field, how its last solve was served, what has been read and built."""
+        rows = {"func": getattr(self.func, "__qualname__", type(self.func).__name__), "served": self.explain()}
+        plan = self._latest
+        if plan is not None:
+            state = "in all" if plan.whole else "a sample"
+            rows["read"] = f"{str(plan.dtype).removeprefix('torch.')}, {sum(plan.leaf_sizes)} numbers {state}"
+            rows["built"] = ", ".join(sorted({target.solve for _, target in plan.libraries})) or "nothing yet"
+        return table("CompiledField", rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": Plans(self._plans.pure)}  # libraries stay behind; the cache has them
