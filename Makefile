@@ -44,10 +44,10 @@ test-grid: $(SETUP)
 build-oldest: $(SETUP)
 	$(BIN)/python tests/oldest_torch.py
 
-# Programs written for torchdiffeq, with it and with this package in its place; fetches them with git and pip.
+# Programs written for torchdiffeq, with it and with this package in its place; fetches them with git and pip. ONLY: some of them.
 .PHONY: test-clients
 test-clients: $(SETUP)
-	$(BIN)/python tests/clients.py
+	$(BIN)/python tests/clients.py $(if $(ONLY),--only $(ONLY))
 
 # An sdist and a wheel, checked by twine, and tests of the wheel in a fresh environment, which downloads torch.
 WHEEL_SETUP ?= $(if $(SETUP),$(VENV)/publish)

@@ -31,7 +31,7 @@ copybutton_prompt_is_regexp = True
 html_theme = "pydata_sphinx_theme"
 html_title = f"odenet_cuda {version}"
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False, "secondary_sidebar_items": ["page-toc"]}
-html_sidebars = dict.fromkeys(("index", "gallery", "references"), [])
+html_sidebars = {page: [] for page in ("index", "gallery", "references")}
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 

@@ -1,4 +1,4 @@
-"""What programs import from `torchdiffeq._impl`, where this package stands in for torchdiffeq: names of methods, norms, parameters.
+"""What programs import from `torchdiffeq._impl`, where this package stands in for it: names of methods, norms, parameters.
 
 Its solver classes are no part of this package. Whoever imports one is told so. Imports here are absolute: this file is loaded
 as `torchdiffeq._impl` too.

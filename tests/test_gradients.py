@@ -1,6 +1,7 @@
 """Gradients by y0, t, parameters and captured tensors, in every way there is, against finite differences."""
 
 import math
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -576,11 +577,21 @@ def test_two_losses_add_up(gradient):
 
 @pytest.mark.parametrize("gradient", ["adjoint", "seminorm", "adjoint per sample", "quadrature"])
 def test_second_derivatives_are_refused_in_words(gradient):
-    """create_graph=True is never answered with a gradient that has no graph."""
+    """create_graph=True gives the gradient, never without a graph: whoever differentiates it is refused."""
     y0, rate = leaves(Y0, RATE)
-    ys = solve(lambda t, y: -rate * y, y0, T01, **GRADIENTS[gradient]).ys
-    with pytest.raises(RuntimeError, match=r"first derivatives only: .* gradient='direct' or 'checkpoint'"):
-        torch.autograd.grad(ys[-1].square().sum(), (y0, rate), create_graph=True)
+    loss = solve(lambda t, y: -rate * y, y0, T01, **GRADIENTS[gradient]).ys[-1].square().sum()
+    first = torch.autograd.grad(loss, (y0, rate), create_graph=True)
+    for found, expected in zip(first, torch.autograd.grad(loss, (y0, rate), retain_graph=True), strict=True):
+        assert found.requires_grad and torch.equal(found, expected)
+    for penalty in (*[x.square().sum() for x in first], loss + first[1].sum()):
+        with pytest.raises(RuntimeError, match=r"first derivatives only: .* gradient='direct' or 'checkpoint'"):
+            torch.autograd.grad(penalty, rate, retain_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of the cycle that create_graph makes
+        loss.backward(create_graph=True)
+    torch.optim.SGD([rate], 0.1).step()
+    rate.grad.detach_().zero_()
+    assert_close(rate.detach(), RATE - 0.1 * first[1].detach(), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

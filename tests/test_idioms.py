@@ -359,7 +359,8 @@ import sys, odenet_cuda
 sys.modules["torchdiffeq"] = odenet_cuda
 import torch, torchdiffeq
 block = torch.nn.Linear(2, 2)
-assert [p is q for p, q in zip(torchdiffeq._impl.adjoint.find_parameters(block), block.parameters(), strict=True)] == [True, True]
+found = torchdiffeq._impl.adjoint.find_parameters(block)
+assert [p is q for p, q in zip(found, block.parameters(), strict=True)] == [True, True]
 assert not hasattr(torchdiffeq, "no_such_name")
 from torchdiffeq import odeint
 from torchdiffeq._impl import odeint_adjoint

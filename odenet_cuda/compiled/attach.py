@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.failed import known_cotangents, with_nan
+from ..gradients.first_only import first_only, links
 from ..gradients.one_by_one import one_by_one
 from ..gradients.release import kept, let_go
 from ..gradients.same_func import OTHER_SLOPE
@@ -63,7 +64,7 @@ def attach(
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, engine, how, ys, *tensors):
-        ctx.engine, ctx.how, ctx.count = engine, how, len(tensors)
+        ctx.engine, ctx.how, ctx.count, ctx.links = engine, how, len(tensors), links(tensors)
         frozen = engine.constants.besides(tensors)  # the backward pass reads it too, where it lies
         outputs = ys if how[0] == "adjoint" else ()  # which it goes on from; they belong to the user too
         ctx.save_for_backward(*tensors, *outputs, *frozen)
@@ -73,36 +74,50 @@ class _Compiled(torch.autograd.Function):
     @one_by_one
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        gradient, backward, stats, again = ctx.how
-        saved = ctx.saved_tensors  # says so where one was changed since, a frozen one too
-        tensors, ys = saved[: ctx.count], saved[ctx.count : ctx.count + len(grad_ys)]
-        engine = kept(ctx, "engine")
-        grad_ys, spoilt = known_cotangents(engine.problem, grad_ys)
-        let_go(ctx, "engine")
-        if torch.is_grad_enabled():  # create_graph: by the stepper, whose gradient has one itself
-            if gradient == "adjoint":
-                raise RuntimeError(
-                    "gradient='adjoint' has no second derivative; use gradient='direct' or 'checkpoint', which have"
-                )
-            if not engine.unchanged():
-                raise RuntimeError(OTHER_SLOPE.format(gradient, " where the gradient has one itself"))
-            outputs = again()
-            wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-            grads = torch.autograd.grad(outputs, [tensors[i] for i in wanted], grad_ys, create_graph=True, allow_unused=True)
-            found: list[Any] = [None] * len(tensors)
-            for i, grad in zip(wanted, grads, strict=True):
-                found[i] = grad
-            return None, None, None, *found
-        start = time.perf_counter()
-        with torch.no_grad():
-            gys: list[Any] = list(grad_ys)
-            parts = adjoint(engine, backward, ys, gys, stats) if gradient == "adjoint" else reverse(engine, gys)
-            y0, t, others = with_nan(spoilt, engine.problem, parts[0], parts[3], [*parts[1], *parts[2]])
-        stats.nfe_backward = engine.nfe_backward
-        if gradient != "direct":  # there torch goes back along func's own graph
-            engine.plan.count(engine.nfe_backward, engine.args)
-        engine.plan.watch.add(time.perf_counter() - start, solves=0)
-        idle = tensors[len(y0) + len(others) :][: engine.sources.idle]
-        flat = [*y0, *others, *map(torch.zeros_like, idle), *([t.to(tensors[-1])] if t is not None else [])]
-        shaped = [g if g is None or g.shape == x.shape else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
-        return None, None, None, *shaped
+        if torch.is_grad_enabled() and ctx.how[0] != "adjoint":
+            return _by_stepper(ctx, *grad_ys)
+        return _by_kernel(ctx, *grad_ys)
+
+
+def _kept(ctx: Any, grad_ys: Sequence[Tensor | None]) -> tuple[Engine, Sequence[Tensor], Sequence[Tensor | None], Any]:
+    """The engine, the saved tensors, the gradients with zeros for those that are not known, and where these spoil others."""
+    saved = ctx.saved_tensors  # says so where one was changed since, a frozen one too
+    engine = kept(ctx, "engine")
+    grad_ys, spoilt = known_cotangents(engine.problem, grad_ys)
+    let_go(ctx, "engine")
+    return engine, saved, grad_ys, spoilt
+
+
+def _by_stepper(ctx: Any, *grad_ys: Tensor | None) -> tuple:
+    """With create_graph: the stepper's gradient has one itself."""
+    gradient, _, _, again = ctx.how
+    engine, saved, cotangents, _ = _kept(ctx, grad_ys)
+    if not engine.unchanged():
+        raise RuntimeError(OTHER_SLOPE.format(gradient, " where the gradient has one itself"))
+    wanted = [(i, tensor) for i, tensor in enumerate(saved[: ctx.count]) if tensor.requires_grad]
+    sources = [tensor for _, tensor in wanted]
+    grads = torch.autograd.grad(again(), sources, cotangents, create_graph=True, allow_unused=True)
+    found: list[Any] = [None] * ctx.count
+    for (i, _), grad in zip(wanted, grads, strict=True):
+        found[i] = grad
+    return None, None, None, *found
+
+
+@first_only("gradient='adjoint' has no second derivative; use gradient='direct' or 'checkpoint', which have")
+def _by_kernel(ctx: Any, *grad_ys: Tensor | None) -> tuple:
+    gradient, backward, stats, _ = ctx.how
+    engine, saved, cotangents, spoilt = _kept(ctx, grad_ys)
+    tensors, ys = saved[: ctx.count], saved[ctx.count : ctx.count + len(grad_ys)]
+    start = time.perf_counter()
+    with torch.no_grad():
+        gys: list[Any] = list(cotangents)
+        parts = adjoint(engine, backward, ys, gys, stats) if gradient == "adjoint" else reverse(engine, gys)
+        y0, t, others = with_nan(spoilt, engine.problem, parts[0], parts[3], [*parts[1], *parts[2]])
+    stats.nfe_backward = engine.nfe_backward
+    if gradient != "direct":  # there torch goes back along func's own graph
+        engine.plan.count(engine.nfe_backward, engine.args)
+    engine.plan.watch.add(time.perf_counter() - start, solves=0)
+    idle = tensors[len(y0) + len(others) :][: engine.sources.idle]
+    flat = [*y0, *others, *map(torch.zeros_like, idle), *([t.to(tensors[-1])] if t is not None else [])]
+    shaped = [g if g is None or g.shape == x.shape else g.reshape(x.shape) for g, x in zip(flat, tensors, strict=True)]
+    return None, None, None, *shaped

@@ -27,6 +27,7 @@ from .augmented import AugmentedField, PerSampleField, as_leaf
 from .autocast import autocast_again, autocast_state
 from .drift import note_drift, warn_of_drift
 from .failed import known_cotangents, stand_ins, with_nan
+from .first_only import first_only, links
 from .of_times import TimeGradient
 from .one_by_one import one_by_one
 from .release import kept, let_go
@@ -78,16 +79,16 @@ class _Adjoint(torch.autograd.Function):
         ctx.adjoint, ctx.problem, ctx.stats, ctx.count = adjoint, problem, stats, count
         ctx.autocast, ctx.params = how
         ctx.adjoint_options, ctx.t_device = dict(adjoint.user_options), t.device
+        ctx.links = links((t, *tensors))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*ys[:count])
         return ys
 
     @staticmethod
     @one_by_one
+    @first_only(NO_SECOND_DERIVATIVE)
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
         ys, adjoint, stats = ctx.saved_tensors, ctx.adjoint, ctx.stats
         problem, params = kept(ctx, "problem"), ctx.params
         params.check()

@@ -18,6 +18,7 @@ from .. import formulas
 from ..captured import Known, Walk
 from ..products import real_product
 from ..solvers.events import Crossing, EventWatch
+from .first_only import first_only, links
 from .one_by_one import one_by_one
 
 NO_SECOND_DERIVATIVE = (
@@ -54,15 +55,14 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, found, slope, rate, t, g, *y):
-        ctx.found, ctx.slope, ctx.rate = found, slope, rate
+        ctx.found, ctx.slope, ctx.rate, ctx.links = found, slope, rate, links((t, g, *y))
         ctx.set_materialize_grads(False)
         return t.clone(), *(leaf.clone() for leaf in y)
 
     @staticmethod
     @one_by_one
+    @first_only(NO_SECOND_DERIVATIVE)
     def backward(ctx, grad_t: Any, *grad_y: Any):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
         found, slope = ctx.found, ctx.slope
         total = torch.zeros_like(slope) if grad_t is None else grad_t
         total = torch.where(found, total + _along(grad_y, ctx.rate, len(slope)), 0.0)
@@ -84,15 +84,14 @@ def moved(y: Sequence[Tensor], rate: Sequence[Tensor], shift: Tensor) -> list[Te
 class _Moved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, rate, shift, *y):
-        ctx.rows, ctx.rate = rows, rate
+        ctx.rows, ctx.rate, ctx.links = rows, rate, links((shift, *y))
         ctx.set_materialize_grads(False)
         return tuple([leaf.clone() for leaf in y])
 
     @staticmethod
     @one_by_one
+    @first_only(NO_SECOND_DERIVATIVE)
     def backward(ctx, *grad_y: Any):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
         return None, None, _along(grad_y, ctx.rate, ctx.rows), *grad_y
 
 

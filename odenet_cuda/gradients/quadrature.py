@@ -32,6 +32,7 @@ from .accumulator import Accumulator
 from .adjoint import Adjoint, at_rest, costs_at, cotangents_of, interval_before, last_state, slope_product
 from .autocast import autocast_again, autocast_state
 from .failed import known_cotangents, stand_ins, with_nan
+from .first_only import first_only, links
 from .of_times import TimeGradient
 from .one_by_one import one_by_one
 from .polynomials import Polynomials
@@ -62,16 +63,16 @@ class _Quadrature(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, problem, ys, count, t, *tensors):
         ctx.how, ctx.problem, ctx.count, ctx.t_device = how, problem, count, t.device
+        ctx.links = links((t, *tensors))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*ys[:count])
         return ys
 
     @staticmethod
     @one_by_one
+    @first_only(NO_SECOND_DERIVATIVE)
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
         ys, problem = ctx.saved_tensors, ctx.problem
         adjoint, solution, stats, autocast, params = kept(ctx, "how")
         params.check()

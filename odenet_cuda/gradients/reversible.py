@@ -28,6 +28,7 @@ from .accumulator import Accumulator
 from .autocast import autocast_again, autocast_state
 from .drift import add_drift, warn_of_drift
 from .failed import known_cotangents, with_nan, without_others
+from .first_only import first_only, links
 from .of_times import TimeGradient
 from .one_by_one import one_by_one
 from .release import kept, let_go
@@ -80,16 +81,16 @@ class _Reversible(torch.autograd.Function):
             t.device,
         )
         ctx.autocast, ctx.chosen, ctx.captured = how
+        ctx.links = links((t, *tensors))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[x for x in (t, *tensors[:count]) if x.requires_grad])
         return ys
 
     @staticmethod
     @one_by_one
+    @first_only(_FIRST)
     @in_range("backward")
     def backward(ctx, *grad_ys):
-        if torch.is_grad_enabled():
-            raise RuntimeError(_FIRST)
         problem, t_grad = ctx.problem, ctx.needs_input_grad[7]
         _ = ctx.saved_tensors  # says so where one was changed since
         recorder, stats, captured, ends = kept(ctx, "recorder"), ctx.stats, ctx.captured, ctx.ends
