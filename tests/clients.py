@@ -113,7 +113,7 @@ CLIENTS = {
         tests=("tests/test_integrators.py", "tests/test_ode.py", "tests/test_system.py", "tests/psl/test_nonautonomous.py"),
         packages=NEUROMANCER,
         source="src",
-    ),  # fmt: skip
+    ),
     "chirho": Client(
         "https://github.com/BasisResearch/chirho",
         "8ba2c39d8e0102dde872ece938211d4d88329996",
