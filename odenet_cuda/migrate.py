@@ -109,9 +109,17 @@ class _Names(ast.NodeVisitor):
                 missing.append(alias.name)
         text = ast.unparse(node)
         self.imports.append((node.lineno, text, "" if missing else text.replace(_PACKAGE, "odenet_cuda", 1)))
-        for name in missing:
-            note = "an inner part of torchdiffeq: keep torchdiffeq itself for this import"
-            self.uses.append(Use(node.lineno, f"{module}.{name}", "", [note], served=False))
+        self.uses += [_inner(node.lineno, f"{module}.{name}") for name in missing]
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """``torchdiffeq._impl.misc.name``, without an import of its own."""
+        package, *parts, name = ast.unparse(node).split(".")
+        if package in self.modules and parts[:1] == ["_impl"] and len(parts) > 1:
+            module = ".".join([_PACKAGE, *parts])
+            if not _known(module, name):
+                self.uses.append(_inner(node.lineno, f"{module}.{name}"))
+        else:
+            self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
         """``odeint = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint``."""
@@ -127,6 +135,10 @@ class _Names(ast.NodeVisitor):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in self.modules:
             return {node.attr} & set(FUNCTIONS)
         return set()
+
+
+def _inner(line: int, name: str) -> Use:
+    return Use(line, name, "", ["an inner part of torchdiffeq: keep torchdiffeq itself for this import"], served=False)
 
 
 def _choices(node: ast.expr) -> list[ast.expr]:

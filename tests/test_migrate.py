@@ -36,6 +36,20 @@ def test_imports(tmp_path):
     assert "6  torchdiffeq._impl.solvers.FixedGridODESolver: NOT SERVED" in found
 
 
+def test_inner_parts_without_an_import(tmp_path):
+    found = said(
+        tmp_path,
+        """
+        import torchdiffeq as td
+        params = td._impl.adjoint.find_parameters(block)
+        norm = td._impl.misc._rms_norm
+        solver = td._impl.solvers.FixedGridODESolver(f, y)
+        """,
+    )
+    assert "5  torchdiffeq._impl.solvers.FixedGridODESolver: NOT SERVED" in found
+    assert sum("NOT SERVED" in line for line in found) == 1
+
+
 def test_nothing_to_do(tmp_path):
     assert said(tmp_path, "import torch\n") == ["imports nothing of torchdiffeq"]
 
