@@ -127,6 +127,7 @@ class _Names(ast.NodeVisitor):
         for target in node.targets:
             if found and isinstance(target, ast.Name):
                 self.functions.setdefault(target.id, set()).update(found)
+        self.generic_visit(node)
 
     def function(self, node: ast.expr) -> set[str]:
         """The functions of torchdiffeq that this may be."""
