@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def draw(sets: list[tuple[str, Tensor]], path) -> None:
-    figure, axes = plt.subplots(1, len(sets), figsize=(2.6 * len(sets), 2.9), layout="constrained")
+    figure, axes = plt.subplots(1, len(sets), figsize=(1.9 * len(sets), 2.2), layout="constrained")
     for axis, (name, x) in zip(axes, sets, strict=True):
         axis.scatter(*x.T, s=0.6, color="black" if name == "data" else "tab:red")
         axis.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])

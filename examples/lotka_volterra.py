@@ -8,6 +8,7 @@ another minimum show how much luck one start would have been. The rates are fitt
 
 import torch
 from gallery import beside, options, plt, progress, save
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 import odenet_cuda
@@ -98,6 +99,10 @@ def draw(first: Tensor, last: Tensor, best: int, seen: Tensor, history: Tensor, 
         right.loglog(state.exp()[:, 0], state.exp()[:, 1], ".", color=color, label=name)
     right.plot(*RATES[:2], "k+", markersize=12, label="truth")
     right.set(xlabel="growth", ylabel="hunted", title="two of the four rates")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
     right.legend(fontsize=8)
     save(figure, path)
 

@@ -73,7 +73,7 @@ def compare(pairs: Tensor) -> None:
 def draw(turns: Tensor, drive: Tensor, damping: Tensor, path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 6), layout="constrained")
     extent = (drive[0].item(), drive[-1].item(), damping[0].item(), damping[-1].item())
-    image = axis.imshow(turns, extent=extent, origin="lower", aspect="auto", cmap="twilight", vmin=-1.2, vmax=1.2)
+    image = axis.imshow(turns, extent=extent, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-1.2, vmax=1.2)
     axis.set(xlabel="drive", ylabel="damping", title=f"{turns.numel():,} driven pendulums")
     figure.colorbar(image, label="turns in a period of the drive")
     save(figure, path)
