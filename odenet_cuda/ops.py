@@ -14,12 +14,22 @@ Conventions, the same for every op:
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import _C
+try:
+    from . import _C
+except ImportError:
+    if find_spec(f"{__package__}._C") is not None:  # something else is wrong with it
+        raise
+    raise ImportError(
+        f"{Path(__file__).parent} holds the sources of odenet_cuda, without its built extension. If the package is installed, "
+        "run python in another folder; to use it from this one: pip install --no-build-isolation -e ."
+    ) from None
 
 __all__ = ["advance", "dense_output", "error", "first_step", "stage", "step_size"]
 

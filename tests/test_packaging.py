@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -65,6 +66,22 @@ def test_wheel_is_imported_outside_the_checkout(distributions, tmp_path):
     solved = run(sys.executable, "-c", code, cwd=tmp_path)
     assert solved.returncode == 0, solved.stderr
     assert float(solved.stdout) == pytest.approx(0.36787944117, abs=1e-7)
+
+
+def test_sources_without_an_extension_say_so(tmp_path):
+    """As where python is started in the folder that a package was installed from."""
+    package = ROOT / "odenet_cuda"
+    program = (  # an editable installation would find the extension elsewhere
+        "import sys; sys.meta_path = [x for x in sys.meta_path if 'editable' not in getattr(x, '__module__', '')]; "
+        "import odenet_cuda"
+    )
+    shutil.copytree(package, tmp_path / "odenet_cuda", ignore=shutil.ignore_patterns("_C*.so", "_C*.pyd", "__pycache__"))
+    done = run(sys.executable, "-c", program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and "without its built extension" in done.stderr and "in another folder" in done.stderr
+    broken = tmp_path / "odenet_cuda" / Path(_C.__file__).name
+    broken.write_bytes(b"not a library")
+    done = run(sys.executable, "-c", program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and "ImportError" in done.stderr and "without its built extension" not in done.stderr
 
 
 def test_version_without_metadata():
