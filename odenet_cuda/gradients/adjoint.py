@@ -35,7 +35,7 @@ from .same_func import refuse_another
 from .whole_adjoint import StepIntegral, WholeField
 
 NO_SECOND_DERIVATIVE = (
-    "gradient='adjoint' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
+    "gradient='adjoint' gives first derivatives only: for second ones solve with gradient='direct' or 'checkpoint'"
 )
 
 

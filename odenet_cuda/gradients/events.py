@@ -22,7 +22,7 @@ from .first_only import first_only, links
 from .one_by_one import one_by_one
 
 NO_SECOND_DERIVATIVE = (
-    "the times of events and jumps have first derivatives only: solve without create_graph=True, or without events"
+    "the times of events and jumps have first derivatives only: for second ones solve without them"
 )
 
 

@@ -40,7 +40,7 @@ from .release import kept, let_go
 from .same_func import refuse_another
 
 NO_SECOND_DERIVATIVE = (
-    "gradient='quadrature' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
+    "gradient='quadrature' gives first derivatives only: for second ones solve with gradient='direct' or 'checkpoint'"
 )
 
 

@@ -35,7 +35,7 @@ from .release import kept, let_go
 from .same_func import refuse_another
 
 _FIRST = (
-    "gradient='reversible' gives first derivatives only: for create_graph=True solve with gradient='direct' or 'checkpoint'"
+    "gradient='reversible' gives first derivatives only: for second ones solve with gradient='direct' or 'checkpoint'"
 )
 NOISY = (
     "func draws random numbers, which gradient='reversible' cannot draw again on its way back: use gradient='direct' or "
