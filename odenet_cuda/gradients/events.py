@@ -21,9 +21,7 @@ from ..solvers.events import Crossing, EventWatch
 from .first_only import first_only, links
 from .one_by_one import one_by_one
 
-NO_SECOND_DERIVATIVE = (
-    "the times of events and jumps have first derivatives only: for second ones solve without them"
-)
+NO_SECOND_DERIVATIVE = "the times of events and jumps have first derivatives only: for second ones solve without them"
 
 
 def attach(

@@ -34,9 +34,7 @@ from .one_by_one import one_by_one
 from .release import kept, let_go
 from .same_func import refuse_another
 
-_FIRST = (
-    "gradient='reversible' gives first derivatives only: for second ones solve with gradient='direct' or 'checkpoint'"
-)
+_FIRST = "gradient='reversible' gives first derivatives only: for second ones solve with gradient='direct' or 'checkpoint'"
 NOISY = (
     "func draws random numbers, which gradient='reversible' cannot draw again on its way back: use gradient='direct' or "
     "'checkpoint', or draw the numbers once a solve"
