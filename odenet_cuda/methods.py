@@ -47,11 +47,13 @@ def on_host(name: str) -> bool:
     return name in ADAPTIVE or name in STEPPED
 
 
-@lru_cache(maxsize=64)
 def adjusted(method: Any, name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     """The method with these options in place of its own. Raises ValueError where one is wrong, or the method has no such."""
-    if not options:
-        return method
+    return _adjusted(method, name, options) if options else method  # torch.compile warns of calls of a cached function
+
+
+@lru_cache(maxsize=64)
+def _adjusted(method: Any, name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     if isinstance(method, ScipyMethod) and [key for key, _ in options] == ["solver"]:
         return ScipyMethod(options[0][1])
     if isinstance(method, BdfMethod) and [key for key, _ in options] == ["max_order"]:
