@@ -12,6 +12,7 @@ What fails both ways is printed too, as torchdyn's tests that load whole models,
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -144,8 +145,12 @@ def fetch(name: str, client: Client, folder: Path) -> Path:
 
 
 def install(target: Path, packages: Sequence[str]) -> Path:
-    if packages and not target.exists():
+    """The folder of these, fetched anew where they were others or did not all come."""
+    listed = target / "installed.txt"
+    if packages and not (listed.exists() and listed.read_text().split() == list(packages)):
+        shutil.rmtree(target, ignore_errors=True)
         run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, *packages)
+        listed.write_text("\n".join(packages))
     return target
 
 
