@@ -69,6 +69,8 @@ def slopes(field, t, y, args=()):
         "y": flat(y),
         "arguments": np.concatenate(given, 1) if given else np.zeros((batch, 0)),
         "g": np.ones((batch, y.numel() // batch)),
+        "v": np.zeros((batch, y.numel() // batch)),
+        "rate": np.zeros((batch, 1)),
     }
     return torch.from_numpy(run_program(plan.program, inputs, arrays)[0]).reshape(y.shape)
 

@@ -568,6 +568,7 @@ def test_asked_for_what_is_kept(asked):
             continue
         assert abs(expected[0] - expected[1]) < 1e-12, value
         inputs = {"t": np.zeros((5, 1)), "y": Y0.numpy(), "arguments": np.zeros((5, 0)), "g": Y0.numpy()}
+        inputs |= {"v": Y0.numpy(), "rate": np.zeros((5, 1))}
         slope = run_program(plan.program, inputs, [])[0]
         assert np.abs(slope - expected[0] * Y0.numpy()).max() < 1e-12
 
