@@ -71,7 +71,7 @@ def train(name: str, augmented: int, steps: int) -> tuple[Classifier, list[tuple
         optimiser.step()
         history.append((loss.item(), model.block.nfe_forward))
         if step % 20 == 0:
-            bar.set_postfix_str(f"loss {history[-1][0]:.4f}, calls {history[-1][1]}")
+            bar.set_postfix_str(f"loss {history[-1][0]:.4f}, calls {history[-1][1]}", refresh=False)
     return model, history
 
 

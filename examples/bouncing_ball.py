@@ -77,7 +77,7 @@ def main() -> None:
     bar = progress(range(3 if arguments.short else 40), "bounces")
     for _ in bar:
         losses.append(optimiser.step(closure).item())
-        bar.set_postfix_str(f"loss {losses[-1]:.2e}")
+        bar.set_postfix_str(f"loss {losses[-1]:.2e}", refresh=False)
     for (name, value), found in zip(TRUTH.items(), ball.numbers().tolist(), strict=True):
         print(f"{name}: {found:.4f}, in truth {value}")
     assert losses[-1] < losses[0]

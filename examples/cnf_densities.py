@@ -81,7 +81,7 @@ def main() -> None:
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {flow.to_noise.nfe_forward} evaluations")
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {flow.to_noise.nfe_forward} evaluations", refresh=False)
     print(f"served by: {flow.to_noise.explain()}; log-likelihood {-losses[-1]:.3f}, at first {-losses[0]:.3f}")
     if arguments.compare:
         x = moons(64 if arguments.short else BATCH)

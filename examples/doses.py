@@ -98,7 +98,7 @@ def main() -> None:
         optimiser.step()
         schedule.step()
         if step % 10 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     found, spread = model.typical.exp().tolist(), model.spread.exp().tolist()
     print(f"served by: {study.field.explain()}; noise {model.noise.exp().item():.3f}, in truth {NOISE}")
     for i, name in enumerate(NAMES):

@@ -105,7 +105,7 @@ def train(data: Tensor, label: Tensor, steps: int) -> Denoiser:
         schedule.step()
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         if step % 50 == 0:
-            bar.set_postfix_str(f"loss {average:.3f}")
+            bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
     return denoiser.eval().requires_grad_(False)
 
 

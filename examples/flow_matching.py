@@ -84,7 +84,7 @@ def main() -> None:
         schedule.step()
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         if step % 100 == 0:
-            bar.set_postfix_str(f"loss {average:.3f}")
+            bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
     compiled = odenet_cuda.compile(field)
     count = 500 if arguments.short else SAMPLES
     noise, data = torch.randn(count, 2), spirals(count)

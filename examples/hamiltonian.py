@@ -87,7 +87,7 @@ def train(name: str, model: nn.Module, y0: Tensor, t: Tensor, seen: Tensor, step
         loss.backward()
         optimiser.step()
         schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.2e}")
+        bar.set_postfix_str(f"loss {loss.item():.2e}", refresh=False)
     return loss.item()
 
 

@@ -112,7 +112,7 @@ def train(model: LatentODE, steps: int) -> None:
         schedule.step()
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         if step % 20 == 0:
-            bar.set_postfix_str(f"loss {average:.3f}")
+            bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
 
 
 def guesses(years: Tensor, real: Tensor, begin: Tensor) -> dict[str, Tensor]:

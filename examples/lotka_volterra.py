@@ -60,7 +60,7 @@ def main() -> None:
         optimiser.step()
         schedule.step()
         history.append(loss.detach().clone())
-        bar.set_postfix_str(f"best {history[-1].min().item():.4f}, median {history[-1].median().item():.4f}")
+        bar.set_postfix_str(f"best {history[-1].min().item():.4f}, median {history[-1].median().item():.4f}", refresh=False)
     best = int(history[-1].argmin())
     found = guesses.detach()[best].exp()
     good = int((history[-1] < 1.05 * history[-1].min()).sum())

@@ -106,7 +106,7 @@ def main() -> None:
         with torch.no_grad():
             y = solve(real, y[None], [0.0, PERIOD], args=(torque,), **TOLERANCES).ys[-1, 0]
         controller.move_on()
-        bar.set_postfix_str(f"angle {math.remainder(y[0].item(), 2 * math.pi):.2f}")
+        bar.set_postfix_str(f"angle {math.remainder(y[0].item(), 2 * math.pi):.2f}", refresh=False)
     ms = sorted(1e3 * x for x in seconds)
     print(f"served by: {FIELD.explain()}")
     print(f"a control step: median {statistics.median(ms):.3g} ms, 99 % {ms[int(0.99 * len(ms))]:.3g} ms of {1e3 * PERIOD:.0f}")

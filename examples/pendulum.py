@@ -68,7 +68,7 @@ def main() -> None:
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
-        bar.set_postfix_str(f"loss {losses[-1]:.2e}")
+        bar.set_postfix_str(f"loss {losses[-1]:.2e}", refresh=False)
     print(f"served by: {block.explain()}; k {func.log_k.exp().item():.3f}, in truth {K}")
     print(f"last loss {losses[-1]:.2e}, the square of the noise {NOISE**2:.1e}")
     if arguments.compare:

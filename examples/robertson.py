@@ -57,7 +57,7 @@ def main() -> None:
     bar = progress(range(2 if arguments.short else 30), "rates")
     for _ in bar:
         losses.append(optimiser.step(closure).item())
-        bar.set_postfix_str(f"loss {losses[-1]:.2e}")
+        bar.set_postfix_str(f"loss {losses[-1]:.2e}", refresh=False)
     print(f"{solve(FIELD, START, t, args=(guess.detach(),), **OPTIONS).stats}")
     for name, value, true in zip(("k1", "k2", "k3"), guess.detach().exp().tolist(), RATES.tolist(), strict=True):
         print(f"{name}: {value:.4g}, in truth {true:g}")
