@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import formulas, noise, ops
 from ..captured import Watch
+from ..formulas import per_row
 from ..held import Captured
 from ..integrate import backward_grid, integrate
 from ..ops import FIELDS
@@ -130,7 +131,7 @@ class AdjointField:
         if self.whole and t.requires_grad:  # its value does not move, but it has its rate
             shift = t - t.detach()
             rates = self.solution.at(t.detach(), rate=True)
-            found = [y + shift.to(y.dtype) * rate for y, rate in zip(found, rates, strict=True)]
+            found = [y + per_row(shift, y) * rate for y, rate in zip(found, rates, strict=True)]
         if self.others_at is not None:
             found = [leaf[self.others_at] for leaf in found]
         y = [leaf if leaf.requires_grad else leaf.requires_grad_() for leaf in found]
