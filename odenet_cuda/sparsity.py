@@ -66,7 +66,9 @@ class Sparsity:
         apart = (found - right).abs() > torch.finfo(like.dtype).eps ** 0.5 * (size + right.abs())
         if bool(apart.any()):
             system, column = apart.nonzero()[0].tolist()
-            alone = "" if len(like) == 1 else f", or func couples system {system} with others, whose pattern is of the whole state"
+            alone = (
+                "" if len(like) == 1 else f", or func couples system {system} with others, whose pattern is of the whole state"
+            )
             raise ValueError(
                 f"jac_sparsity must be True wherever df/dy may be other than 0: column {column} of df/dy has entries outside "
                 f"of it, which add up to {float((right - found)[apart][0]):.3g} in a product{alone}"

@@ -174,6 +174,8 @@ class ParameterQuadrature(Recorder):
         start, end = (torch.as_tensor(t, dtype=torch.float64, device=problem.device).reshape(-1) for t in (t0, t1))
         dt = end - start
         k = [of_stage[leaf].detach() for leaf in range(self.leaves) for of_stage in step.k]
+        if step.accept is not None:  # what others tried may be no number
+            k = [torch.where(step.accept.reshape(-1, *[1] * (x.dim() - 1)), x, 0) for x in k]
         for low, high in pairwise(self.field.solution.cuts(start, dt)):
             for node, share in zip(self.nodes, self.weights, strict=True):
                 theta = low + node * (high - low)

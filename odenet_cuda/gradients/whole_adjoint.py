@@ -74,6 +74,9 @@ class StepIntegral(Recorder):
             with torch.no_grad():
                 state = [x.detach() for x in combined(step.y0, dt, row, step.k)]
             part = -weight * (dt if step.accept is None else dt * step.accept)
+            if step.accept is not None:  # what others tried may be no number
+                kept = step.accept
+                state = [torch.where(_shaped(kept, x), x, y0.detach()) for x, y0 in zip(state, step.y0, strict=True)]
             cotangents = [per_row(part, x) * x for x in (*state[n:], *field.costs)]
             # Those of stages as func saw them: beside a discontinuity on the side of the step.
             t = step.first if c == 0 else step.times[stage] if stage > 0 else (start + c * dt).to(problem.real)
@@ -84,3 +87,7 @@ class StepIntegral(Recorder):
     def take(self) -> list[Tensor]:
         totals = zip(self.integral.results(), self.field.params, strict=True)
         return [torch.zeros_like(x) if total is None else total for total, x in totals]
+
+
+def _shaped(mask: Tensor, leaf: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (leaf.dim() - 1))
