@@ -140,9 +140,10 @@ def test_a_rejected_row_that_overflows(method, gradient):
         y0 = torch.tensor([[9.0], [0.3], [-0.2]], dtype=torch.float64)[list(samples)].requires_grad_()
         t = torch.tensor([0.0, 0.1, 0.5], dtype=torch.float64, requires_grad=True)
         how = {"first_step": 0.25, "rtol": 1e-4, "atol": 1e-4, "step_control": "per_sample"}
-        solution = solve(lambda t, y: 0.1 * torch.sin(t) - rate * y**9, y0, t, method=method, gradient=gradient, **how)
+        func = lambda t, y, rate=rate: 0.1 * torch.sin(t) - rate * y**9  # noqa: E731
+        solution = solve(func, y0, t, method=method, gradient=gradient, **how)
         assert bool(solution.ys.isfinite().all()) and (0 not in samples or int(solution.stats.num_rejected[0]) > 3)
-        found.append(torch.autograd.grad((solution.ys).sum(), (y0, rate, t)))
+        found.append(torch.autograd.grad(solution.ys.sum(), (y0, rate, t)))
     together, alone = found[0], found[1:]
     torch.testing.assert_close(together[0], torch.cat([x[0] for x in alone]), rtol=1e-4, atol=1e-5)
     for i in (1, 2):

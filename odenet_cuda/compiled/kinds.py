@@ -78,7 +78,8 @@ _QUIET = {
 # What gives other values from call to call, or values from elsewhere.
 UNSEEN = [
     globals, locals, eval, exec, compile, __import__, open, input, id, torch.load, np.load, np.fromfile, np.loadtxt,
-    torch.get_num_threads, torch.get_num_interop_threads, torch.initial_seed, torch.get_rng_state, np.get_printoptions, np.geterr,
+    torch.get_num_threads, torch.get_num_interop_threads, torch.initial_seed, torch.get_rng_state,
+    np.get_printoptions, np.geterr,
 ]  # fmt: skip
 UNSEEN_NAMES = {"f_globals", "f_locals", "_getframe", "currentframe", "read_text", "read_bytes", "__subclasses__"}
 _IMPURE = {

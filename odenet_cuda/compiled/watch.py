@@ -1,6 +1,6 @@
 """When a plan is compared with func again: at its second and tenth solve, and whenever its solves since the last comparison
-have taken _RATIO times as long as that one took; where func could not be called, after 2, 4, 8 more solves and so on. And at the
-first solves of another number of samples, which func may ask for."""
+have taken _RATIO times as long as that one took; where func could not be called, after 2, 4, 8 more solves and so on. And at
+the first solves of another number of samples, which func may ask for."""
 
 import threading
 
