@@ -194,7 +194,7 @@ class ReversibleWalk:
             self.after = step.times[0] if accept is None else torch.where(accept, step.times[0], self.after)
 
     def _beside_jump(self, step: Step, index: Any, value: Tensor) -> Tensor:
-        """dL/dt of an output inside the interval. Where it lies on a discontinuity of func, which stays where it is, that of the
+        """dL/dt of an output inside the interval. Where it lies on a discontinuity of func, which stays there, that of the
         output alone: the step after does not begin where this one ends. Else value, with which both move."""
         grads, slopes = [], []
         for grad, slope in zip(self.grad_ys, self.end_slope, strict=False):
