@@ -157,6 +157,7 @@ def give(solution: Solution, request: Request, ended: Ended, outputs: Sequence[T
     t = ended.request.t.to(found.device, torch.float64)
     t = t.gather(1, place[0][:, None])[:, 0] if asked.per_sample else t[place : place + 1]
     t = crossing.t + (t - t.detach())
+    solution._at_event = t, y
     if torch.is_grad_enabled():
         rate = crossing.rate
         if request.settings.gradient in ("adjoint", "quadrature") and any([leaf.requires_grad for leaf in y]):

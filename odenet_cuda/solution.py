@@ -171,6 +171,7 @@ class Solution(Generic[State]):
         self.event_y: State | None = None
         self.event_index: Tensor | None = None
         self._event_column: Tensor | None = None
+        self._at_event: tuple[Tensor, list[Tensor]] | None = None  # t, y of rows with one, as if t were given
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None

@@ -28,7 +28,7 @@ class Crossing:
 
     found: bool [rows]. index: of the event, -1 without one, [rows]. column: of its value, see `EventWatch.values`, [rows].
     t: float64 [rows]. theta: float64 [rows], within the step, 1 at its end. y: the leaves there. rate: dy/dt of the
-    interpolant there, in leaves.
+    interpolant there, in leaves. pace: the sizes of the terms of which it is the sum.
     """
 
     found: Tensor
@@ -38,6 +38,7 @@ class Crossing:
     theta: Tensor
     y: list[Tensor]
     rate: list[Tensor]
+    pace: list[Tensor]
 
 
 class EventValues:
@@ -207,7 +208,8 @@ class EventWatch(EventValues):
             self._refuse_undefined()
         event_of = torch.tensor([i for i, count in enumerate(self.counts) for _ in range(count)], device=held.device)
         index = torch.where(held, event_of[column], -1)
-        return Crossing(held, index, column, self._time(theta), theta, self._state(theta), self._rate(theta))
+        rate, pace = self._rate(theta, self.powers), self._rate(theta, [[x.abs() for x in q] for q in self.powers])
+        return Crossing(held, index, column, self._time(theta), theta, self._state(theta), rate, pace)
 
     def _refuse_undefined(self) -> None:
         row = int(self.undefined.nonzero()[0])
@@ -231,20 +233,11 @@ class EventWatch(EventValues):
         return torch.where(beyond | (theta == 1), self.t1, t)
 
     def _state(self, theta: Tensor) -> list[Tensor]:
-        return self._sum(self.start, [self.dt * theta ** (d + 1) for d in range(len(self.powers))])
+        return _sum(self.start, [self.dt * theta ** (d + 1) for d in range(len(self.powers))], self.powers)
 
-    def _rate(self, theta: Tensor) -> list[Tensor]:
-        zero = [torch.zeros_like(leaf) for leaf in self.start]
-        return self._sum(zero, [(d + 1) * theta**d for d in range(len(self.powers))])
-
-    def _sum(self, start: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        found = []
-        for i, leaf in enumerate(start):
-            value = formulas.widened(leaf)
-            for weight, of_power in zip(weights, self.powers, strict=True):
-                value = value + formulas.per_row(weight, value) * formulas.widened(of_power[i])
-            found.append(value.to(leaf.dtype))
-        return found
+    def _rate(self, theta: Tensor, powers: list[list[Tensor]]) -> list[Tensor]:
+        zero = [torch.zeros_like(leaf) for leaf in (powers[0] if powers else self.start)]
+        return _sum(zero, [(d + 1) * theta**d for d in range(len(powers))], powers)
 
     def _oriented(self, theta: Tensor) -> Tensor:
         """The values [rows, values], positive before the crossing and not after; infinite where none of them can count."""
@@ -294,3 +287,14 @@ class EventWatch(EventValues):
 def _signs(values: Tensor) -> Tensor:
     """-1, 0 or 1, and NaN of NaN, of which torch.sign makes 0."""
     return torch.where(values.isnan(), values, values.sign())
+
+
+def _sum(start: list[Tensor], weights: list[Tensor], powers: list[list[Tensor]]) -> list[Tensor]:
+    """The leaves start + sum_d weights[d] powers[d]. weights: [rows] each."""
+    found = []
+    for i, leaf in enumerate(start):
+        value = formulas.widened(leaf)
+        for weight, of_power in zip(weights, powers, strict=True):
+            value = value + formulas.per_row(weight, value) * formulas.widened(of_power[i])
+        found.append(value.to(leaf.dtype))
+    return found
