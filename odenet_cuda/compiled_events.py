@@ -84,7 +84,7 @@ def _add(solution: Solution, request: Request, found: EventSolve, log: Log) -> N
         t, index = t[:, 0], index[:, 0]
     if not log.goes_on:
         t, index, y = t[0], index[0], [x[0] for x in y]
-        solution._event_column = index.reshape(-1).clamp(min=0)
+        solution._event_signs = log.signs
     elif count == 0:
         t, index, y = t[:0], index[:0], [x[:0] for x in y]
     solution.event_t, solution.event_index, solution.event_y = t, index, request.structure.unflatten(y)
@@ -107,7 +107,7 @@ class _Found(EventValues):
         y = [torch.where(mask, x, z) for mask, x, z in zip(masks, self.leaves, last, strict=True)]
         field: Any = problem.field
         rate = field.again()(problem.time_views(t.to(problem.real)[None])[0], [leaf.clone() for leaf in y])
-        return Crossing(found, index, index.clamp(min=0), t, torch.ones_like(t), y, rate, [x.abs() for x in rate])
+        return Crossing(found, index, index.clamp(min=0), self.log.signs, t, torch.ones_like(t), y, rate, [x.abs() for x in rate])
 
 
 def _with_gradient(

@@ -197,7 +197,7 @@ class _Segments:
         self._arrive(now, ok)
         self.now_of = np.where(found, -1, stops)
         self.going = self.going & ok & (self.at != self.end)
-        self._after_events(found & ok, index, part._event_column)
+        self._after_events(found & ok, index, part._event_signs)
 
     def _times_ahead(self) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """(the times of the segment [rows, W] from where each row is, NaN where it has fewer; the first output ahead of each;
@@ -281,8 +281,8 @@ class _Segments:
         self.now = torch.where(torch.from_numpy(moved).to(now.device), now, self.now.to(now.device))
         self.at = self.now.detach().cpu().numpy().copy()
 
-    def _after_events(self, found: np.ndarray, index: np.ndarray, column: Tensor | None) -> None:
-        """Rows with an event end or go on from a changed state. column: see `Crossing`."""
+    def _after_events(self, found: np.ndarray, index: np.ndarray, signs: Tensor | None) -> None:
+        """Rows with an event end or go on from a changed state. signs: see `Crossing`."""
         self.event_place.append(np.where(found, self.happened, -1))
         self.happened = self.happened + found
         if self.events is None:
@@ -296,5 +296,6 @@ class _Segments:
                 state = event.apply(self._time(), self.structure.unflatten(self.y), *self.args)
                 self._change(here & self.going & ~over, state, f"apply of event {k}")
         self.going = self.going & ~over
-        fired = None if column is None else torch.where(self._mask(found).reshape(-1), column, -1)
-        self.events = replace(self.events, from_zero=False, fired=fired)
+        if signs is not None:
+            signs = torch.where(self._mask(found).reshape(-1, 1), signs, math.nan)
+        self.events = replace(self.events, from_zero=False, signs=signs)

@@ -66,10 +66,18 @@ def together(func: Callable, functions: Sequence[Callable], changes: Sequence[Ca
 
     def both(t: Any, state: Any, *args: Any) -> Any:
         y, numbers, _ = state
+        slopes, t = func(t, y, *args), _of_samples(t, y, numbers[0])
         values = [_as_one(fn(t, y, *args), like) for fn, like in zip(functions, numbers, strict=True)]
-        return func(t, y, *args), values, [_in_shape(change(t, y, *args), y) for change in changes]
+        return slopes, values, [_in_shape(change(t, y, *args), y) for change in changes]
 
     return both
+
+
+def _of_samples(t: Any, y: Any, like: Any) -> Any:
+    """The time as the stepper has it: of the rank of y where each sample has one, also where func is read with one for all."""
+    if t.dim() or not like.dim():
+        return t
+    return t.expand(len(like), *[1] * (pytree.tree_leaves(y)[0].dim() - 1))
 
 
 def _in_shape(state: Any, y: Any) -> Any:
