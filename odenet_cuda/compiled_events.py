@@ -107,7 +107,8 @@ class _Found(EventValues):
         y = [torch.where(mask, x, z) for mask, x, z in zip(masks, self.leaves, last, strict=True)]
         field: Any = problem.field
         rate = field.again()(problem.time_views(t.to(problem.real)[None])[0], [leaf.clone() for leaf in y])
-        return Crossing(found, index, index.clamp(min=0), self.log.signs, t, torch.ones_like(t), y, rate, [x.abs() for x in rate])
+        pace = [x.abs() for x in rate]
+        return Crossing(found, index, index.clamp(min=0), self.log.signs, t, torch.ones_like(t), y, rate, pace)
 
 
 def _with_gradient(

@@ -11,6 +11,7 @@ D = torch.float64
 TOGETHER = {D: 1e-13, torch.float32: 2e-5}  # how far apart events at one time may be
 SAMPLES = {"step_control": "per_sample"}
 GRADIENTS = ("direct", "checkpoint", "adjoint", "quadrature")
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 ENGINES = pytest.mark.parametrize("engine", ["stepper", "compiled"])
 
 
@@ -50,7 +51,7 @@ def test_a_gradient_through_a_time_without_derivative_is_an_error(engine, gradie
         solution = solved(engine, growing, y0, [0.0, 0.1, 5.0], args=(p,), events=events, gradient=gradient)
         assert solution.event_index.tolist() == [1, -1, 1]
         for loss in (solution.event_t[2], solution.event_t[[0, 2]].sum(), solution.event_y[2].sum()):
-            with pytest.raises(RuntimeError, match=r"event 1 in sample [02], t = 0\.\d*, has no derivative: .* is 0, .*Remedy"):
+            with pytest.raises(RuntimeError, match=r"event 1 in sample [02], t = 0\.\d*, has no derivative: .* of 0, .*Remedy"):
                 torch.autograd.grad(loss, [p, y0], retain_graph=True)
         (by_y,) = torch.autograd.grad(solution.ys[1].sum(), y0)
         torch.testing.assert_close(by_y, torch.full((3, 1), math.exp(0.2), dtype=D), rtol=1e-6, atol=0)
@@ -105,7 +106,8 @@ def test_of_odeint(function):
         with pytest.raises(RuntimeError, match=r"event 0, t = 1\.09861\d*, has no derivative"):
             torch.autograd.grad(loss, y0, retain_graph=True)
     with torch.no_grad():
-        assert abs(float(odeint_event(lambda t, y: y, y0, 0.0, event_fn=lambda t, y: torch.sign(y - 3))[0]) - math.log(3)) < 1e-6
+        event_t, _ = odeint_event(lambda t, y: y, y0, 0.0, event_fn=lambda t, y: torch.sign(y - 3))
+        assert abs(float(event_t) - math.log(3)) < 1e-6
 
 
 @ENGINES
@@ -199,3 +201,26 @@ def test_what_the_first_takes_back_is_no_event(engine):
     assert (solution.event_index == 0).sum() > 48 and (solution.event_index <= 0).all()
     again = solved(engine, growing, y0, [0.0, 6.0], args=(p,), events=[Event(ALIKE[0]), back], max_events=3)
     assert again.event_index.max() == 0  # that ends it
+
+
+# ---- functions of time alone --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_functions_of_time_alone(rank):
+    """In whatever shape they give one number a sample."""
+    y0, at = torch.ones(3, *[2] * (rank - 1), dtype=D, requires_grad=True), torch.tensor(1.25, dtype=D, requires_grad=True)
+    flat = [
+        Event(lambda t, y, at: t - at),
+        Event(lambda t, y, at: (t - at).reshape(-1)),
+        Event(lambda t, y, at: torch.sin(t[(slice(None), *[0] * (rank - 1))] - at)),
+    ]
+    func = lambda t, y, at: -y  # noqa: E731
+    field = compile(func)
+    for events in (flat if rank == 2 else flat[:1], flat):
+        solution = solve(field, y0, [0.0, 4.0], args=(at,), events=events, **SAMPLES)
+        assert solution.engine == "compiled" and solution.event_index.tolist() == [0] * 3
+        torch.testing.assert_close(solution.event_t.detach(), torch.full((3,), 1.25, dtype=D), rtol=1e-14, atol=0)
+        by_at, by_y = torch.autograd.grad(solution.event_t.sum() + solution.event_y.sum(), [at, y0])
+        assert abs(float(by_at) - (3 - math.exp(-1.25) * y0.numel())) < 1e-5
+        torch.testing.assert_close(by_y, torch.full_like(by_y, math.exp(-1.25)), rtol=1e-5, atol=0)

@@ -60,9 +60,7 @@ class FieldProgram:
         self._check_size()
         self._find_constants(args, reading)
 
-    def _record(
-        self, call: Call, args: Sequence[Any], reading: "Reading", marks: Marks, pure: bool, tried: Tried
-    ) -> Recording:
+    def _record(self, call: Call, args: Sequence[Any], reading: "Reading", marks: Marks, pure: bool, tried: Tried) -> Recording:
         rows = 0 if self.whole else call.structure.leaves[0].shape[0]
         able = [
             i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole

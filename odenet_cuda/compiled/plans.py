@@ -91,7 +91,8 @@ class Plans:
         self.kept: dict[Any, list[Plan | Refused]] = {}
         self._readings: dict[Any, Readings] = {}  # of each kind
         self.again: dict[tuple, Any] = {}  # what solves have left for others of their kind, see again.py
-        self.with_events: list[Any] = []  # what has been read together with events, see event_plan.py
+        self.with_events: list[Any] = []  # what has been read together with events, the last first, see event_plan.py
+        self.event_readings = Readings()
         self.latest: Plan | None = None
         self.called_first = True  # whether func is called where it is to be read after that
         self._distrust = ""  # why it is read no more, see recheck.py

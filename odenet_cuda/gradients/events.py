@@ -7,8 +7,8 @@ g(t, y(t)) = 0 holds for every y0 and every parameter p, so with the rate r = dy
 where dy is the change of the state at the time of the event as it was. That may be the time of an output, which moves itself:
 then these are what moves beside it.
 
-Where the divisor, the rate of g along the solution, is zero or not finite the time of the event has no derivative: g only touches
-zero there, or is constant but for jumps. That is an error where a gradient comes to such a time, and none where it does not.
+Where the divisor, the rate of g along the solution, is zero or not finite the time has no derivative: g only touches zero, or
+is constant but for jumps. That is an error where a gradient comes to such a time, and none where it does not.
 """
 
 from collections.abc import Sequence
@@ -75,8 +75,8 @@ class _Times:
         sample = f" in sample {row}" if self.per_sample else ""
         rate = float(self.slope[row])
         raise RuntimeError(
-            f"the time of event {int(index[row])}{sample}, t = {float(t[row]):.9g}, has no derivative: the rate of its function "
-            f"along the solution there is {rate:.3g}, zero within rounding or not finite, for it only touches zero there, or is "
+            f"the time of event {int(index[row])}{sample}, t = {float(t[row]):.9g}, has no derivative: along the solution its "
+            f"function changes there at a rate of {rate:.3g}, zero within rounding or not finite: it only touches zero, or is "
             "constant but for jumps. Remedy: a function that passes through zero (y - 1 for torch.sign(y - 1)), or leave this "
             "time, and the state there, out of the loss"
         )
