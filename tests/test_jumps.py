@@ -135,8 +135,8 @@ def test_compiled(gradient, step_control, compiled_quickly):
 
 
 def test_steps_of_the_pid_controller_are_those_of_the_stepper(compiled_quickly):
-    """Beyond rounding: after a jump steps are so small that their error is nothing else, and the PID controller remembers it. So
-    samples count whose steps stay as many by the stepper where the state is a little other."""
+    """Beyond rounding: after a jump steps are so small that their error is nothing else, and the PID controller remembers it.
+    So samples count whose steps stay as many by the stepper where the state is a little other."""
     chance = torch.Generator().manual_seed(1)
     y0 = torch.randn(300, 3, dtype=torch.float64, generator=chance)
     k = torch.rand(300, 1, dtype=torch.float64, generator=chance) * 5 + 0.5
