@@ -204,8 +204,9 @@ struct Events {
     end_at(crossed, undefined, high, together, before, dt);
   }
 
-  // The first of the functions that has come to zero here, or does so at the same time, is the event; the others of them go on
-  // with the sign that they had, and so does what has come to its own event at the start of the step just now.
+  // The first of the functions that has come to zero here, or does so at the same time, is the event; the others of
+  // them go on with the sign that they had, and so does what has come to its own event at the start of the step just
+  // now.
   ODENET_HD void end_at(const MaskOf<P>& crossed, const MaskOf<P>& undefined, const P& theta, const P& together,
                         const P* before, const P& dt) const {
     P y[kOwn<M>], y_later[kOwn<M>], values[M::events], later[M::events];
