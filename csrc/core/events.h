@@ -209,9 +209,9 @@ struct Events {
   // now.
   ODENET_HD void end_at(const MaskOf<P>& crossed, const MaskOf<P>& undefined, const P& theta, const P& together,
                         const P* before, const P& dt) const {
-    P y[kOwn<M>], y_later[kOwn<M>], values[M::events], later[M::events];
-    const P theta_later = theta + together;
-    values_at(theta_later, c.last_time + convert<double>(theta_later) * c.last_dt, dt, y_later, later);
+    P y[kOwn<M>], values[M::events], later[M::events];
+    const P after = theta + together;
+    values_at(after, c.last_time + convert<double>(after) * c.last_dt, dt, y, later);
     values_at(theta, time_at(theta), dt, y, values);
     P which(T(0)), least = P(T(INFINITY)), next[M::events];
     MaskOf<P> passed(false), nothing = undefined;
