@@ -132,8 +132,18 @@ def _with_gradient(
     if times is not None:
         at_times = [times.move([y[i] for y in outputs], i, 1.0) for i in range(1, len(outputs[0]))]
         outputs = [torch.stack([y[0], *of_leaf]) for y, *of_leaf in zip(outputs, *at_times, strict=True)]
-    ended.give(solution, request, end, outputs)
+    ended.give(solution, request, end, [_as_found(y, x, end) for y, x in zip(outputs, end.crossing.y, strict=True)])
     return solution
+
+
+def _as_found(outputs: Tensor, y: Tensor, end: ended.Ended) -> Tensor:
+    """The outputs of a leaf, which at the events is y as it was found, on the interpolant: there the event functions are zero,
+    and other events of that time come at that time."""
+    found = end.crossing.found
+    rows = found.reshape(-1, *[1] * (y.dim() - 1)) if end.request.problem.per_sample else found[0]
+    change = torch.zeros_like(outputs)
+    change[end.place] = torch.where(rows, y - outputs.detach()[end.place], 0.0)
+    return outputs + change
 
 
 class _Times:

@@ -224,3 +224,18 @@ def test_functions_of_time_alone(rank):
         by_at, by_y = torch.autograd.grad(solution.event_t.sum() + solution.event_y.sum(), [at, y0])
         assert abs(float(by_at) - (3 - math.exp(-1.25) * y0.numel())) < 1e-5
         torch.testing.assert_close(by_y, torch.full_like(by_y, math.exp(-1.25)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_the_state_at_an_event_has_its_zero_with_gradients_too(gradient):
+    """To rounding, not to the tolerance of the solve: so what comes at one time does, and no event comes twice."""
+    y0 = torch.linspace(0.05, 0.95, 40, dtype=D)[:, None].requires_grad_()
+    p = torch.linspace(1.3, 0.3, 40, dtype=D)[:, None]
+    events = [Event(ALIKE[1], terminal=False), Event(ALIKE[0], terminal=False)]
+    options = {"args": (p,), "method": "bosh3", "rtol": 1e-3, "atol": 1e-3, "gradient": gradient}
+    solution = solved("compiled", growing, y0, [0.0, 11.0], events=events, **options)
+    assert solution.event_index.T.tolist() == [[0, 1]] * 40
+    assert ((solution.event_t[1] - solution.event_t[0]) / solution.event_t[0]).max() < TOGETHER[D]
+    torch.testing.assert_close(solution.event_y.detach(), torch.ones(2, 40, 1, dtype=D), rtol=0, atol=1e-13)
+    (by_y,) = torch.autograd.grad(solution.event_t.sum(), y0)
+    torch.testing.assert_close(by_y, -2 / (p * y0.detach()), rtol=0.05, atol=0)
