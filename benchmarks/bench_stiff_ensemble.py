@@ -1,5 +1,5 @@
 """Robertson's kinetics, one trajectory and many with rates of their own, in one run: our compiled field and stepper, diffrax's
-Kvaerno5 under vmap where it is installed, and a loop over scipy's Radau.
+Kvaerno5 under vmap where it is installed, and a loop over scipy's Radau; and the gradients for the rates by the first three.
 
     python benchmarks/bench_stiff_ensemble.py [--json FILE] [--runs N] [--quick]
 
@@ -31,7 +31,8 @@ except ImportError:
     raise SystemExit("this benchmark compares with scipy: pip install 'odenet-cuda[bench]'") from None
 
 END = 1e5
-Solve = Callable[[np.ndarray, float], np.ndarray]  # (rates [batch, 3], rtol) -> states at the end [batch, 3]
+# (rates [batch, 3], rtol) -> states at the end [batch, 3], or the gradients of the sum of all but their second for the rates
+Solve = Callable[[np.ndarray, float], np.ndarray]
 
 
 class Robertson(nn.Module):
@@ -46,18 +47,21 @@ def rates_of(batch: int) -> np.ndarray:
     return np.array([[0.04, 3e7, 1e4]]) * factors[:, None] ** np.array([1.0, -1.0, 0.5])
 
 
-def ours(compiled: bool) -> Solve:
+def ours(compiled: bool, gradient: bool = False) -> Solve:
     field: Any = odenet_cuda.compile(Robertson()) if compiled else Robertson()
 
     def run(k: np.ndarray, rtol: float) -> np.ndarray:
         y0 = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).repeat(len(k), 1)
-        with torch.no_grad():
+        rates = torch.from_numpy(k).requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
             solution = odenet_cuda.solve(
-                field, y0, [0.0, END], args=(torch.from_numpy(k),), method="rodas5p", rtol=rtol, atol=rtol * 1e-8,
+                field, y0, [0.0, END], args=(rates,), method="rodas5p", rtol=rtol, atol=rtol * 1e-8,
                 step_control="per_sample", compile=None if compiled else False,
             )  # fmt: skip
         assert solution.engine == ("compiled" if compiled else "stepper"), solution.explanation
-        return solution.ys[-1].numpy()
+        if not gradient:
+            return solution.ys[-1].numpy()
+        return torch.autograd.grad(solution.ys[-1, :, ::2].sum(), rates)[0].numpy()
 
     return run
 
@@ -72,7 +76,7 @@ def scipy(k: np.ndarray, rtol: float) -> np.ndarray:
     )
 
 
-def diffrax() -> Solve:
+def diffrax(gradient: bool = False) -> Solve:
     import diffrax as library
     import jax
     import jax.numpy as jnp
@@ -83,19 +87,20 @@ def diffrax() -> Solve:
         first, second, third = k[0] * y[0], k[1] * y[1] * y[1], k[2] * y[1] * y[2]
         return jnp.stack([third - first, first - second - third, second])
 
-    @jax.jit
     def solve(k: Any, rtol: Any) -> Any:
         def one(row: Any) -> Any:
             solution = library.diffeqsolve(
                 library.ODETerm(slope), library.Kvaerno5(), 0.0, END, None, jnp.array([1.0, 0.0, 0.0]), row,
                 stepsize_controller=library.PIDController(rtol=rtol, atol=rtol * 1e-8), max_steps=100_000,
-                saveat=library.SaveAt(t1=True),
+                saveat=library.SaveAt(t1=True), **how,
             )  # fmt: skip
             return solution.ys[0]
 
         return jax.vmap(one)(k)
 
-    return lambda k, rtol: np.asarray(solve(jnp.asarray(k), rtol))
+    how = {"adjoint": library.RecursiveCheckpointAdjoint(checkpoints=500)} if gradient else {}
+    call = jax.jit(jax.grad(lambda k, rtol: solve(k, rtol)[:, ::2].sum()) if gradient else solve)
+    return lambda k, rtol: np.asarray(call(jnp.asarray(k), rtol))
 
 
 def main() -> None:
@@ -112,37 +117,52 @@ def main() -> None:
         **({"diffrax, Kvaerno5": (diffrax(), 100)} if diffrax_installed() else {}),
         "scipy, Radau": (scipy, 20),
     }
-    rows, baseline = [], {}
-    for batch, rtol in ((1, 1e-8), (100 if arguments.quick else 10_000, 1e-6)):
-        calls = {}
-        for name, (solve, most) in solvers.items():
-            k = rates_of(batch)[:: max(1, batch // most)][:most]
-            expected = ours(True)(k, rtol * 1e-2)
-            error = float((np.abs(solve(k, rtol) - expected) / np.abs(expected)).max())
-            if error > 1e3 * rtol:
-                raise SystemExit(f"{name} errs by {error:.1e} at rtol {rtol:.0e}")
-            calls[name] = k, rtol, solve, error
+    gradients: dict[str, tuple[Solve, int]] = {
+        "odenet_cuda, compiled": (ours(True, True), 10_000),
+        "odenet_cuda, stepper": (ours(False, True), 100),
+        **({"diffrax, Kvaerno5": (diffrax(True), 100)} if diffrax_installed() else {}),
+    }
+    many = 100 if arguments.quick else 10_000
+    results = {}
+    for title, found in (("Robertson to 1e5", solvers), ("with the gradients for the rates", gradients)):
+        results[title] = [
+            row for batch, rtol in ((1, 1e-8), (many, 1e-6)) for row in compared(found, batch, rtol, arguments.runs)
+        ]
+        print_table(title, results[title])
+    save(arguments.json, results)
 
-        def timed(k: np.ndarray, rtol: float, solve: Solve, error: float) -> dict[str, float]:
-            begin = time.process_time()
-            solve(k, rtol)
-            return {"seconds": time.process_time() - begin}
 
-        samples = interleave({name: lambda call=call: timed(*call) for name, call in calls.items()}, arguments.runs, warmup=1)
-        for name, (k, _, _, error) in calls.items():
-            seconds = samples[name].median("seconds") * batch / len(k)
-            baseline.setdefault(batch, seconds)
-            rows.append(
-                {
-                    "trajectories": batch,
-                    "": name + ("" if len(k) == batch else f" (from {len(k)})"),
-                    "largest error / rtol": error / rtol,
-                    "ms": 1e3 * seconds,
-                    "over ours, compiled": seconds / baseline[batch],
-                }
-            )
-    print_table("Robertson to 1e5", rows)
-    save(arguments.json, {"stiff_ensemble": rows})
+def compared(solvers: dict[str, tuple[Solve, int]], batch: int, rtol: float, runs: int) -> list[dict[str, Any]]:
+    """A row for each of these; the first is what the others are held against."""
+    reference = next(iter(solvers.values()))[0]
+    calls = {}
+    for name, (solve, most) in solvers.items():
+        k = rates_of(batch)[:: max(1, batch // most)][:most]
+        expected = reference(k, rtol * 1e-2)
+        error = float((np.abs(solve(k, rtol) - expected) / np.abs(expected)).max())
+        if error > 1e3 * rtol:
+            raise SystemExit(f"{name} errs by {error:.1e} at rtol {rtol:.0e}")
+        calls[name] = k, rtol, solve, error
+
+    def timed(k: np.ndarray, rtol: float, solve: Solve, error: float) -> dict[str, float]:
+        begin = time.process_time()
+        solve(k, rtol)
+        return {"seconds": time.process_time() - begin}
+
+    samples = interleave({name: lambda call=call: timed(*call) for name, call in calls.items()}, runs, warmup=1)
+    rows: list[dict[str, Any]] = []
+    for name, (k, _, _, error) in calls.items():
+        seconds = samples[name].median("seconds") * batch / len(k)
+        rows.append(
+            {
+                "trajectories": batch,
+                "": name + ("" if len(k) == batch else f" (from {len(k)})"),
+                "largest error / rtol": error / rtol,
+                "ms": 1e3 * seconds,
+                "over ours, compiled": 1e3 * seconds / (rows[0]["ms"] if rows else 1e3 * seconds),
+            }
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from .interpolant import Interpolant, State
 from .methods import ADAPTIVE, IMPLICIT, MULTISTEP, find_method
 from .problem import Structure, parameters_of
 from .problem.field import own_tensors
-from .solve import solve
+from .solve import solve, solve_by_method
 from .until_event import until_event
 
 _COMMON = ("step_control", "on_failure", "gradient", "max_checkpoints")
@@ -97,6 +97,8 @@ def odeint(
     """
     chosen = method or "dopri5"
     state = Structure(y0, any_shape=True)
+    if not options and event_fn is None and chosen != "scipy_solver" and type(chosen) is str:
+        return solve_by_method(func, state, t, chosen, rtol, atol).ys
     by_name = _options(chosen, options)
     run: Callable[..., Any] = partial(solve, func, method=chosen, rtol=rtol, atol=atol, **by_name)
     if chosen == "scipy_solver" and "gradient" not in by_name and event_fn is None and isinstance(t, Tensor):
@@ -188,7 +190,11 @@ def odeint_adjoint(
             f"adjoint_options must be given if adjoint_method, {backward!r}, differs from method, {chosen!r}, and options are"
         )
     adjoint_params = tuple(adjoint_params)
-    state, by_name = Structure(y0, any_shape=True), _options(chosen, options)
+    state = Structure(y0, any_shape=True)
+    if not options and event_fn is None and adjoint_options is None and type(chosen) is str:
+        adjoint = adjoint_method, adjoint_rtol, adjoint_atol, None
+        return solve_by_method(func, state, t, chosen, rtol, atol, "adjoint", adjoint_params, adjoint).ys
+    by_name = _options(chosen, options)
     run: Callable[..., Any] = partial(
         solve,
         func,

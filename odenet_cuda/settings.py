@@ -13,6 +13,7 @@ from .coupled import COUPLING
 from .graphed.capture import MODES
 from .integrate import Options, stop_times
 from .interpolated import stops_of
+from .methods import ADAPTIVE
 from .regularizers import check_regularizers
 from .shears import shears_of
 from .solvers.progress import find_tqdm
@@ -47,6 +48,19 @@ def settings_of(*given: Any) -> Settings:
 def settings_by_name(**given: Any) -> Settings:
     """The same, by name; those that are not given as `solve` has them."""
     return settings_of(*[given.get(name, parameter.default) for name, parameter in _PARAMETERS.items()])
+
+
+def settings_of_method(method: str, gradient: str) -> Settings:
+    """Those of torchdiffeq's functions where nothing else is asked for: between steps of a grid they draw straight lines."""
+    return _of_method(method, gradient) if torch.compiler.is_compiling() else _same_of_method(method, gradient)
+
+
+def _of_method(method: str, gradient: str) -> Settings:
+    interp = "method" if method in ADAPTIVE else "linear"
+    return settings_by_name(method=method, gradient=gradient, interp=interp)
+
+
+_same_of_method = lru_cache(maxsize=256)(_of_method)
 
 
 def _are_plain(values: tuple) -> bool:

@@ -9,15 +9,16 @@ from torch import Tensor
 from .compiled.compilation import check_compile
 from .engines import serve, serve_events
 from .event import Event, Events, Jump, check_events, check_jumps
+from .gradients.adjoint_setup import NOT_GIVEN
 from .interpolant import State
 from .mass import System
 from .methods import on_host
-from .problem import with_arguments
+from .problem import Structure, with_arguments
 from .request import Request
 from .resume import check_resume
 from .saving import saved
 from .segments import goes_on, in_segments
-from .settings import settings_of
+from .settings import settings_of, settings_of_method
 from .solution import Solution
 from .transforms import between_graphs
 
@@ -229,3 +230,21 @@ def solve(
         return solution
     more["save"] = save
     return run(y0, t, ends)
+
+
+@between_graphs(lambda func, y0, t, method, *rest: on_host(method))
+def solve_by_method(
+    func: Callable[..., Any],
+    y0: Structure,
+    t: Any,
+    method: str,
+    rtol: Any,
+    atol: Any,
+    gradient: str = "direct",
+    params: Sequence[Tensor] | None = None,
+    adjoint: tuple[Any, Any, Any, Any] = NOT_GIVEN,
+) -> Solution:
+    """`solve` as torchdiffeq's functions ask for it where they are given no options: these are then not looked at one by one.
+    params, adjoint: see `Request`."""
+    settings = settings_of_method(method, gradient)
+    return serve(Request(func, y0, t, (), settings, rtol, atol, None, params, adjoint))

@@ -20,7 +20,7 @@ class ButcherTableau:
     method without an error estimate. p: the interpolant, y(t0 + theta dt) = y0 + dt sum_j b_j(theta) k_j with
     b_j(theta) = sum_d p[j][d] theta**(d + 1). p_order: its order, uniformly in theta. fsal: the last slope is f(t1, y1), with
     which the next step begins. Under step control the next step begins with the last slope in any case. terms: the rows, of
-    each the numbers that are not zero, as (stage, weight).
+    each the numbers that are not zero, as (stage, weight). chained: each takes the slope before it alone.
 
     Raises ValueError where the numbers contradict each other.
     """
@@ -35,6 +35,7 @@ class ButcherTableau:
     stages: int = field(init=False)
     fsal: bool = field(init=False)
     terms: list[list[tuple[int, float]]] = field(init=False, repr=False, compare=False)
+    chained: bool = field(init=False, repr=False, compare=False)
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,6 +44,8 @@ class ButcherTableau:
         last_is_b = stages > 1 and self.c[-1] == 1 and (*self.a[-1], 0) == tuple(self.b)
         object.__setattr__(self, "fsal", last_is_b)
         object.__setattr__(self, "terms", [[(j, weight) for j, weight in enumerate(row) if weight != 0] for row in self.rows])
+        chained = all([[j for j, _ in row] == [i] for i, row in enumerate(self.terms)])
+        object.__setattr__(self, "chained", chained)
         object.__setattr__(self, "_hash", hash((self.order, self.c, self.a, self.b, self.p, self.p_order, self.e)))
         _check(stages <= MAX_STAGES, f"c must have at most {MAX_STAGES} nodes, got {stages}")
         _check([len(row) for row in self.a] == list(range(stages)), "a must have rows of 0, 1, 2, ... numbers, one a node")

@@ -187,7 +187,7 @@ class Case:
             x = torch.cat([torch.full((lanes, 1), _T, dtype=y.dtype), y, g], 1).t().contiguous()
             out, sums = (
                 torch.full((6, n, lanes), torch.nan, dtype=y.dtype),
-                torch.zeros(self.plan.sums_at[2] + 1, dtype=y.dtype),
+                torch.zeros(self.plan.sums_at[1] + 1, dtype=y.dtype),
             )
             getattr(library, function)(addresses, *(ctypes.c_void_p(z.data_ptr()) for z in (x, out, sums)))
             slope, product, grads = self._expected(y, g)

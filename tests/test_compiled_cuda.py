@@ -24,6 +24,7 @@ from odenet_cuda.compiled import engine, plan, teams, ways
 from odenet_cuda.compiled.emit import Target
 from odenet_cuda.compiled.teams import H100, Card, Team
 from odenet_cuda.methods import find_method
+from odenet_cuda.problem import Structure
 
 D = torch.float64
 TIMES = torch.tensor([0.0, 0.013, 0.3, 0.31, 1.0], dtype=D)
@@ -78,11 +79,18 @@ def test_methods(emulated, method):
 def test_rosenbrock_method(emulated, control):
     """A thread solves the systems of its sample, where fields of many operations have several threads too."""
 
-    def turning(t, y):
-        a, b = y.unbind(1)
-        return torch.stack([40 * b - a**3, -40 * a - b], 1)
+    class Turning(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = torch.nn.Parameter(torch.tensor(40.0, dtype=D))
 
-    compare(odenet_cuda.compile(turning), rows(10, 2), TIMES, method="rodas5p", rtol=1e-4, atol=1e-4, step_control=control)
+        def forward(self, t, y):
+            a, b = y.unbind(1)
+            return torch.stack([self.rate * b - a**3, -self.rate * a - b * torch.cos(t.reshape(-1))], 1)
+
+    options = dict(method="rodas5p", rtol=1e-4, atol=1e-4, step_control=control)
+    compare(odenet_cuda.compile(Turning()), rows(10, 2), TIMES, **options)
+    compare_gradients(Turning(), rows(10, 2), TIMES[[0, 2, 4]], 1e-9, **options)
 
 
 def test_jumps_and_slices(emulated, monkeypatch):
@@ -374,6 +382,7 @@ KINDS += [("grid", "rk4"), ("adjoint_grid", "rk4")]
 
 
 COMPILED = [("alone", *kind, ["sm_90"]) for kind in [*KINDS, ("per_sample", "rodas5p"), ("joint", "rosenbrock23")]]
+COMPILED += [("alone", "reverse", "rodas5p", ["sm_90"])]
 COMPILED += [("float32", "per_sample", "dopri5", ["sm_90"]), ("float32", "adjoint_joint", "dopri5", ["sm_90"])]
 COMPILED += [("tf32", "reverse", "dopri5", ["sm_90"]), ("bf16", "adjoint_joint", "dopri5", ["sm_80", "sm_90", "sm_100"])]
 
@@ -386,8 +395,10 @@ def test_nvcc_compiles(fields, kind, method, matmul, cards, tmp_path):
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc was found")
-    found = fields[matmul]._latest
-    team = found.team((kind,), 1 << 16, H100, matmul if matmul != "alone" else "float32")
+    found, stiff = fields[matmul]._latest, method.startswith("ro")
+    if stiff and kind == "reverse":  # which needs second derivatives
+        found = plan.Plan(Net(), Structure(rows(5, 2)), (), False, by_time=True, second=True)
+    team = found.team((kind,), 1 << 16, H100, matmul if matmul != "alone" else "float32", stiff)
     dtype = "double" if matmul == "alone" else "float"
     text = found.source(find_method(method), Target(dtype, "one", kind, team))
     source, library = tmp_path / "field.cu", tmp_path / "field.so"

@@ -217,9 +217,6 @@ def test_without_a_gradient_its_way_does_not_matter():
 
 
 def test_what_is_refused_in_words():
-    y0 = torch.ones(2, 1, dtype=D)
     with torch.no_grad():
         wide = solve(odenet_cuda.compile(lambda t, y: -y), torch.ones(2, 40, dtype=D), [0.0, 1.0], method="rodas5p")
-    recorded = solve(odenet_cuda.compile(lambda t, y: -y), y0.requires_grad_(), [0.0, 1.0], method="rodas5p")
-    for solution, words in ((wide, "at most 32"), (recorded, "second derivatives")):
-        assert solution.engine == "stepper" and words in solution.explanation["compiled"]
+    assert wide.engine == "stepper" and "at most 32" in wide.explanation["compiled"]

@@ -71,7 +71,7 @@ ODENET_CALLED void solve_factorised(const Factors<P, N>& f, P* x) {
 
 // 1 - gamma dt f_y, row by row: each is a product with a unit vector. by_time: dt f_t, where f depends on the time.
 template <class M, class P>
-ODENET_CALLED void matrix_of_step(const SolveCall& in, const Tile<M, P>& x, const P& dt, const P& time,
+ODENET_CALLED void matrix_of_step(const SolveCall& in, const P* y, const P* arguments, const P& dt, const P& time,
                                   Factors<P, M::state>& f, P* by_time) {
   using T = Number<P>;
   const P scale = dt * T(-M::gamma);
@@ -79,12 +79,42 @@ ODENET_CALLED void matrix_of_step(const SolveCall& in, const Tile<M, P>& x, cons
   for (int n = 0; n < M::state; ++n) one[n] = P(T(0));
   for (int r = 0; r < M::state; ++r) {
     one[r] = P(T(1));
-    M::row(in, time, x.y, x.arguments, one, f.at[r], by_time + r);
+    M::row(in, time, y, arguments, one, f.at[r], by_time + r);
     if constexpr (M::by_time) by_time[r] = by_time[r] * dt;
     one[r] = P(T(0));
     for (int j = 0; j < M::state; ++j) f.at[r][j] = f.at[r][j] * scale;
     f.at[r][r] = f.at[r][r] + T(1);
   }
+}
+
+// The stages from y0, whose slope is k[0]: k[1] to k[S - 2]. f: the factors of their matrix; slope: the last one of
+// theirs. at(i, y): is handed where each is evaluated. time_at: the time of a node.
+template <class M, class P, class TimeAt, class At>
+ODENET_HD void rosenbrock_stages(const SolveCall& in, const P* y0, const P* arguments, const P& dt,
+                                 const TimeAt& time_at, P (*k)[M::state], Factors<P, M::state>& f, P* slope, P* taps,
+                                 const At& at) {
+  using T = Number<P>;
+  constexpr int N = M::state, S = M::stages;
+  P by_time[N];
+  matrix_of_step<M>(in, y0, arguments, dt, time_at(0), f, by_time);
+  factorise(f);
+  unrolled<S - 2>([&](auto before) {
+    constexpr int i = before + 1;
+    if constexpr (i == 1) {
+      for (int n = 0; n < N; ++n) k[i][n] = slope[n] = k[0][n];
+    } else {
+      P y[N];
+      for (int n = 0; n < N; ++n) y[n] = fused(dt, weigh<i>(k, n, [](int j) { return M::a(i, j); }), y0[n]);
+      at(Index<i>{}, y);
+      M::field(in, time_at(M::c(i)), y, arguments, slope, taps);
+      for (int n = 0; n < N; ++n) k[i][n] = slope[n] + weigh<i>(k, n, [](int j) { return M::g(i, j); });
+    }
+    if constexpr (M::by_time && M::d(i) != 0) {
+      for (int n = 0; n < N; ++n) k[i][n] = fused(by_time[n], T(M::d(i)), k[i][n]);
+    }
+    solve_factorised(f, k[i]);
+    for (int n = 0; n < N; ++n) k[i][n] = k[i][n] * T(M::gamma);
+  });
 }
 
 template <class M, class P, class TimeOf>
@@ -93,26 +123,8 @@ ODENET_HD void try_rosenbrock(const SolveCall& in, Tile<M, P>& x, const P& dt, c
   constexpr int N = M::state, S = M::stages;
   const auto time_at = [&](double node) { return M::timed ? time_of(node) : P(T(0)); };
   Factors<P, N> f;
-  P by_time[N];
-  matrix_of_step(in, x, dt, time_at(0), f, by_time);
-  factorise(f);
   P slope[N];
-  unrolled<S - 2>([&](auto before) {
-    constexpr int i = before + 1;
-    if constexpr (i == 1) {
-      for (int n = 0; n < N; ++n) x.k[i][n] = slope[n] = x.k[0][n];
-    } else {
-      P y[N];
-      for (int n = 0; n < N; ++n) y[n] = fused(dt, weigh<i>(x.k, n, [](int j) { return M::a(i, j); }), x.y[n]);
-      M::field(in, time_at(M::c(i)), y, x.arguments, slope, x.taps[0]);
-      for (int n = 0; n < N; ++n) x.k[i][n] = slope[n] + weigh<i>(x.k, n, [](int j) { return M::g(i, j); });
-    }
-    if constexpr (M::by_time && M::d(i) != 0) {
-      for (int n = 0; n < N; ++n) x.k[i][n] = fused(by_time[n], T(M::d(i)), x.k[i][n]);
-    }
-    solve_factorised(f, x.k[i]);
-    for (int n = 0; n < N; ++n) x.k[i][n] = x.k[i][n] * T(M::gamma);
-  });
+  rosenbrock_stages<M>(in, x.y, x.arguments, dt, time_at, x.k, f, slope, x.taps[0], [](auto, const P*) {});
   for (int n = 0; n < N; ++n) {
     x.y1[n] = fused(dt, weigh<S - 1>(x.k, n, [](int j) { return M::b(j); }), x.y[n]);
   }

@@ -10,10 +10,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..problem import Structure
+from .call import products, sample_rows
 from .field_program import FieldProgram
 from .memory import has_memory
 from .program import Contract, Linear, Lookup, Pointwise, Program, Reduce, Refs, split
-from .trace import Unreadable, sample_rows
+from .trace import Unreadable
 from .writes import written_by
 
 _NAMES: dict[str, Any] = {
@@ -62,7 +63,7 @@ def _without_gradients(
 
 
 def run_program(program: Program, inputs: dict[str, np.ndarray], constants: list[np.ndarray]) -> list[np.ndarray]:
-    """The buffers after a run on a batch: each [batch, size]. inputs: t, y, arguments, g, by name, [batch, size]."""
+    """The buffers after a run on a batch: each [batch, size]. inputs: t, y, arguments, g, v, rate, by name, [batch, size]."""
     batch = len(inputs["y"])
     waiting = iter(constants)
     memory: list[Any] = []
@@ -104,7 +105,10 @@ def run_program(program: Program, inputs: dict[str, np.ndarray], constants: list
             places = s.offset + s.row * np.arange(s.rows)[:, None] + s.column * np.arange(s.columns)
             memory[s.out][:] = read(s.x) @ memory[s.weight][0][places].T + (0 if s.bias is None else read(s.bias))
     program_read = read
-    return [program_read(x) for x in (program.slopes, program.products, program.argument_products, program.time_product)]
+    results = [program.slopes, program.product.state, program.product.arguments, program.time_product]
+    if program.second is not None:
+        results += [program.second.state, program.second.arguments]
+    return [program_read(x) for x in results]
 
 
 # Times, and how many samples there are, where a program is checked: with the tensors of func as they are, then with others.
@@ -192,44 +196,68 @@ def _check_at(
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]
     at = t.detach().clone().requires_grad_(plan.recording.by_time)
+    tangents, rate = [torch.randn_like(x) for x in g], torch.ones_like(at)
     with torch.enable_grad(), others:
         slopes = structure.flatten(func(at, structure.unflatten(leaves), *given))
-        used = [(slope, part) for slope, part in zip(slopes, g, strict=True) if slope.requires_grad]
-        found = [torch.zeros_like(x) for x in (*leaves, *samples, at)]
-        sources = [x for x in (*leaves, *samples, at) if x.requires_grad]
-        if used:
-            grads = torch.autograd.grad([x for x, _ in used], sources, [p for _, p in used], allow_unused=True)
-            known = {id(x): grad for x, grad in zip(sources, grads, strict=True) if grad is not None}
-            found = [known.get(id(x), zero) for x, zero in zip((*leaves, *samples, at), found, strict=True)]
+        wanted = [slopes, *_derivatives(plan, slopes, [*leaves, *samples], at, g, [*tangents, rate])]
     alone = _without_gradients(func, structure, t, leaves, given, others)
 
-    def flat(parts: Sequence[Tensor]) -> np.ndarray:
-        rows = [part.detach().double().cpu().reshape(batch, -1) for part in parts]
-        return torch.cat(rows, 1).numpy() if rows else np.zeros((batch, 0))
+    def flat(parts: Sequence[Tensor], rows: int = batch) -> np.ndarray:
+        flat = [part.detach().double().cpu().reshape(rows, -1) for part in parts]
+        return torch.cat(flat, 1).numpy() if flat else np.zeros((rows, 0))
 
     times = np.broadcast_to(t.detach().double().cpu().numpy().reshape(-1, 1), (batch, 1))
-    inputs = {"t": times, "y": flat(leaves), "arguments": flat(samples), "g": flat(g)}
+    inputs = {"t": times, "y": flat(leaves), "arguments": flat(samples), "g": flat(g), "v": flat(tangents)}
+    inputs["rate"] = np.ones((batch, 1))
     nodes = [node for node in plan.recording.graphs[0].nodes if node.op == "get_attr"]
     seen = {node: others.of(plan.recording.constant(node)) for node in nodes}
     # Copies: memory that NumPy has seen cannot be resized any more, as FSDP does with that of parameters.
     arrays = [plan.array(node, seen).cpu().clone().numpy() for node in plan.program.constants]
     with np.errstate(all="ignore"):
         results = run_program(plan.program, inputs, [a if a.dtype == bool else a.astype(float) for a in arrays])
-    by_time = results.pop()  # of a common time func gives the sum over the samples
-    results += [results[0]] * len(alone) + [by_time if t.dim() else by_time.sum(0, keepdims=True)] * bool(by_time.size)
-    wanted = [flat(slopes), flat(found[: len(leaves)]), flat(found[len(leaves) : -1]), *map(flat, alone)]
-    wanted += [found[-1].detach().double().cpu().reshape(-1, 1).numpy()] * bool(by_time.size)
-    _compare(results, wanted, plan.dtype, ["slopes where no gradient is wanted"] * len(alone) + ["df/dt"] * bool(by_time.size))
+    for what, got, parts in zip(_RESULTS, results, wanted, strict=False):
+        if what != "df/dt":
+            _compare(what, got, flat(parts), plan.dtype)
+        elif got.size:  # of a common time func gives the sum over the samples
+            _compare(what, got if t.dim() else got.sum(0, keepdims=True), flat(parts, at.numel()), plan.dtype)
+    for values in alone:
+        _compare("slopes where no gradient is wanted", results[0], flat(values), plan.dtype)
 
 
-def _compare(results: list[np.ndarray], wanted: list[np.ndarray], dtype: torch.dtype, further: Sequence[str]) -> None:
-    """Raises Unreadable where they differ. further: names of those after the slopes and products."""
+_RESULTS = "slopes", "products", "products", "df/dt", "second derivatives", "second derivatives"  # those of `run_program`
+
+
+def _derivatives(
+    plan: FieldProgram,
+    slopes: list[Tensor],
+    inside: list[Tensor],
+    at: Tensor,
+    g: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+) -> list[list[Tensor]]:
+    """As autograd has them: the products for leaves, for arguments and for the time, and perhaps the former of the second
+    derivatives. inside: leaves and arguments; tangents: of the leaves and of the time."""
+    n = len(g)
+    sources = [x if x.requires_grad else None for x in (*inside, at)]
+    found = products(slopes, sources, g, plan.recording.second)
+    parts = [found[:n], found[n:-1], found[-1:]]
+    if plan.recording.second:
+        second = products([*found[:n], found[-1]], sources[:-1], tangents)
+        parts += [second[:n], second[n:]]
+    like = inside[:n], inside[n:], [at], inside[:n], inside[n:]
+    return [
+        [torch.zeros_like(y) if x is None else x for x, y in zip(part, of_part, strict=True)]
+        for part, of_part in zip(parts, like, strict=False)
+    ]
+
+
+def _compare(what: str, got: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> None:
+    """Raises Unreadable where they differ."""
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3  # some 1e7 roundings
-    for what, got, expected in zip(["slopes", "products", "products", *further], results, wanted, strict=True):
-        # Where func is not finite, float32 and the NumPy here may differ in how; elsewhere each sample has its own scale.
-        known = np.isfinite(expected)
-        scale = 1 + np.abs(np.where(known, expected, 0)).max(1, initial=0, keepdims=True)
-        with np.errstate(all="ignore"):
-            difference = (np.abs(np.where(known, got - expected, 0)) / scale).max(initial=0)
-        if not difference <= tolerance:
-            raise Unreadable(f"func was misread: its {what} differ by {difference:.1e}")
+    # Where func is not finite, float32 and the NumPy here may differ in how; elsewhere each sample has its own scale.
+    known = np.isfinite(expected)
+    scale = 1 + np.abs(np.where(known, expected, 0)).max(1, initial=0, keepdims=True)
+    with np.errstate(all="ignore"):
+        difference = (np.abs(np.where(known, got - expected, 0)) / scale).max(initial=0)
+    if not difference <= tolerance:
+        raise Unreadable(f"func was misread: its {what} differ by {difference:.1e}")

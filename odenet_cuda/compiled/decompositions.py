@@ -39,6 +39,7 @@ def decompositions() -> dict[Any, Callable]:
     table[_aten.hardsigmoid_backward.default] = _hardsigmoid_backward
     table[_aten.select_backward.default] = _select_backward
     table[_aten.slice_backward.default] = _slice_backward
+    table[_aten._efficientzerotensor.default] = torch.zeros  # of some second derivatives
     table[_aten.convolution.default] = convolution
     table[_aten.convolution_backward.default] = convolution_backward
     return table

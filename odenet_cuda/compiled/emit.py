@@ -13,7 +13,7 @@ from ..rosenbrock import rosenbrock_of
 from ..tableau import ButcherTableau, Method, StepFunction
 from .function_text import needed_for
 from .functions import Function, functions_for
-from .program import Program, Refs
+from .program import Product, Program
 from .team_text import Memory
 from .teams import Team
 
@@ -34,9 +34,9 @@ class Target:
 
 def kept_buffers(program: Program) -> tuple[dict[int, int], int]:
     """What the way back needs of the way there: buffers that do not depend on the incoming gradient, with their places."""
-    taps, _, _ = tap_layout(program)
+    taps, _, _ = program.product.layout()
     stop = {b for b, buffer in enumerate(program.buffers) if buffer.kind == "local" and not buffer.mask} - program.tainted
-    _, used = needed_for(program, [program.products, taps], stop)
+    _, used = needed_for(program, [program.product.state, taps], stop)
     places, size = {}, 0
     for b in sorted(used & stop):
         places[b] = size
@@ -44,31 +44,11 @@ def kept_buffers(program: Program) -> tuple[dict[int, int], int]:
     return places, size
 
 
-def tap_layout(program: Program) -> tuple[Refs, list[tuple[int, int, int]], int]:
-    """What the product hands out for gradients: addresses; for each sum the places of a and b and of its result. What two sums
-    have in common is handed out once."""
-    parts: list[Refs] = []
-    places: dict[bytes, int] = {}
-
-    def place_of(refs: Refs) -> int:
-        key = refs.tobytes()
-        if key not in places:
-            places[key] = sum(part.size for part in parts)
-            parts.append(refs)
-        return places[key]
-
-    layout, result = [], 0
-    for s in program.sums:
-        layout.append((place_of(s.a.reshape(-1)), -1 if s.b is None else place_of(s.b.reshape(-1)), result))
-        result += s.size
-    parts.append(program.argument_products)
-    return np.concatenate(parts), layout, result
-
-
-def _accumulate(program: Program) -> str:
-    taps, layout, _ = tap_layout(program)
+def _accumulate(name: str, product: Product, begin: int = 0) -> str:
+    """The function that adds up what a product has handed out at several points."""
+    taps, layout, _ = product.layout(begin)
     lines = []
-    for s, (a, b, result) in zip(program.sums, layout, strict=True):
+    for s, (a, b, result) in zip(product.sums, layout, strict=True):
         rows = s.a.shape[1]
         for k in range(s.a.shape[0]):
             if s.b is None:
@@ -77,9 +57,15 @@ def _accumulate(program: Program) -> str:
                 columns = s.b.shape[1]
                 places = f"{a + k * rows}, {b + k * columns}"
                 lines.append(f"    outer_sums<{rows}, {columns}, steps, {places}>(team, taps, weight, sums + {result});")
-    if count := len(program.argument_products):
+    if count := len(product.arguments):
         lines.append(f"    lane_sums<{count}, steps, {len(taps) - count}>(taps, weight, arguments);")
-    return "\n".join(lines)
+    body = "\n".join(lines)
+    return (
+        "\n  template <int steps, class Team, class P, int N, class T>\n"
+        f"  ODENET_HD static void {name}(const Team& team, const P (*taps)[N], const P* weight, T* sums,\n"
+        "                                   P* arguments) {\n"
+        f"    (void)team, (void)taps, (void)weight, (void)sums, (void)arguments;\n{body}\n  }}\n"
+    )
 
 
 def _table(name: str, arguments: str, entries: list[tuple[str, float]]) -> str:
@@ -132,22 +118,22 @@ def emit(
     """The text of one library. kept: see `kept_buffers`; empty: the way back computes the field again. more, members: what the
     equation has besides, see event_plan.py. Raises TooLarge."""
     backward = target.solve not in ("per_sample", "joint", "grid")
-    state, arguments = sum(leaf_sizes), len(program.argument_products)
-    taps, _, _ = tap_layout(program)
+    state, arguments = sum(leaf_sizes), len(program.product.arguments)
+    taps, _, end = program.product.layout()
     ends = [(f"i == {i}", float(end)) for i, end in enumerate(np.cumsum(leaf_sizes).tolist())]
     leaf_end = "".join(f"    if ({condition}) return {int(value)};\n" for condition, value in ends)
     implicit = isinstance(tableau, StepFunction)
-    functions, memory = functions_for(program, taps, target.solve, kept[0], target.team, implicit)
+    functions, memory = functions_for(program, target.solve, kept[0], target.team, implicit)
     functions = [*functions, *more]
     timed = any(re.search(r"\bt\b", function.text.text) for function in functions)
     bodies = "".join([_body(function, target.team is not None and target.team.groups > 1) for function in functions])
     if backward:
-        bodies += (
-            "\n  template <int steps, class Team, class P, int N, class T>\n"
-            "  ODENET_HD static void accumulate(const Team& team, const P (*taps)[N], const P* weight, T* sums,\n"
-            "                                   P* arguments) {\n"
-            f"    (void)team, (void)taps, (void)weight, (void)sums, (void)arguments;\n{_accumulate(program)}\n  }}\n"
-        )
+        bodies += _accumulate("accumulate", program.product)
+    second = 0
+    if backward and implicit:
+        assert program.second is not None
+        second = len(program.second.layout()[0])
+        bodies += _accumulate("accumulate_second", program.second, end)
     return (
         f"// {title}\n"
         + (memory.defines() if memory is not None else "#define ODENET_ONE_LANE\n" if target.lanes == "one" else "")
@@ -156,7 +142,7 @@ def emit(
         + "namespace odenet {\nnamespace ODENET_LEVEL {\n\n"
         "struct Equation {\n"
         f"  static constexpr int state = {state}, parts = 1, arguments = {arguments}, leaves = {len(leaf_sizes)}, taps = 0;\n"
-        f"  static constexpr int taps_of_product = {len(taps)}, kept = {kept[1]};\n"
+        f"  static constexpr int taps_of_product = {len(taps)}, taps_of_second = {second}, kept = {kept[1]};\n"
         f"  static constexpr bool timed = {'true' if timed else 'false'};\n"
         f"  static constexpr bool by_time = {'true' if len(program.time_product) else 'false'};\n"
         f"  ODENET_HD static constexpr int leaf_end(int i) {{\n{leaf_end}    return 0;\n  }}\n"
@@ -169,7 +155,7 @@ def emit(
 
 def _body(function: Function, shared: bool) -> str:
     """shared: y and g come as what a thread has of its own, and the text shares them."""
-    head, names = function.head, ["in", "t", "y", "arguments", "g", "kept", "taps"]
+    head, names = function.head, ["in", "t", "y", "arguments", "g", "v", "rate", "kept", "taps"]
     if shared:
         head = head.replace("P* y", "P* own_y").replace("P* g,", "P* own_g,")
         names = ["own_" + name if name in "yg" else name for name in names]

@@ -16,6 +16,7 @@ from ..rosenbrock import rosenbrock_of
 from ..solvers.fixed import calls_on_grid
 from ..solvers.trajectory import Trajectory
 from ..step_control import most_tried
+from ..tableau import Method
 from .marks import Unreadable, same_bits
 from .plan import Plan
 from .teams import card_of
@@ -218,11 +219,15 @@ def evaluations(options: Options, host: Any, grid: Grid | None, problem: Problem
         if options.jump_t:
             low, high = np.minimum(problem.t[0], problem.t[-1]), np.maximum(problem.t[0], problem.t[-1])
             jumps = sum(bool(np.any((low < jump) & (jump < high))) for jump in options.jump_t)
-        step = rosenbrock_of(tableau)
-        calls = tableau.stages - 1 if step is None else step.calls
-        return most_tried(host) * calls + (1 if options.first_step else 2) + jumps
+        return most_tried(host) * calls_of_step(tableau) + (1 if options.first_step else 2) + jumps
     assert grid is not None
     return calls_on_grid(tableau, grid[0], problem.t, problem.direction, options.perturb)
+
+
+def calls_of_step(tableau: Method) -> int:
+    """Of func, after the first slope of a solve."""
+    step = rosenbrock_of(tableau)
+    return tableau.stages - 1 if step is None else step.calls
 
 
 def as_rows(leaves: Sequence[Tensor], batch: int, like: Tensor, ahead: int | None = None) -> Tensor:

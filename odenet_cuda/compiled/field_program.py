@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..problem import Structure
+from .call import Call
 from .constants import Layout, sources_of
 from .lower import Lowering
 from .marks import Marks, same_bits
@@ -17,7 +18,7 @@ from .numbers import Place
 from .program import Contract, Linear, Program
 from .reading import Reading
 from .rows import Rows, Tried, choices_of
-from .trace import Call, Recording, Unreadable, record, value_of
+from .trace import Recording, Unreadable, record, value_of
 from .values import where
 
 LARGEST = 1024  # numbers of a sample in one value
@@ -29,7 +30,7 @@ _MOST_CUDA_BYTES = 32 << 10  # the same of a sample on CUDA, where a thread has 
 
 class FieldProgram:
     """whole: the state has no axis of samples; it is one sample. batched: the arguments that have one entry a sample. by_time:
-    df/dt is recorded too."""
+    df/dt is recorded too, second: and second derivatives."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class FieldProgram:
         marks: Marks,
         pure: bool = False,
         by_time: bool = False,
+        second: bool = False,
         tried: Tried | None = None,
     ):
         self.whole = whole
@@ -51,7 +53,7 @@ class FieldProgram:
         self.state = sum(self.leaf_sizes)
         if max(self.leaf_sizes) > LARGEST:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
-        call = Call(func, structure, t, [], whole, by_time=by_time)
+        call = Call(func, structure, t, [], whole, by_time=by_time, second=second)
         self.recording = self._record(call, args, reading, marks, pure, tried or Tried())
         self.batched, args = self.recording.batched, self.rows.of(args)
         self.argument_sizes = [args[i][:1].numel() for i in self.batched]

@@ -6,7 +6,7 @@ import numpy as np
 
 from .fused import PRODUCT, fused_text, is_added
 from .places import grid_text, place_in_loop, segments
-from .program import Contract, Linear, Lookup, Pointwise, Program, Reduce, Refs, Statement, split
+from .program import SCALARS, Contract, Linear, Lookup, Pointwise, Program, Reduce, Refs, Statement, split
 
 UNROLLED = 8  # loops of at most so many turns are written out
 INLINED = 48  # a function of fewer operations is inlined into the stages, where its numbers stay in registers
@@ -117,8 +117,8 @@ class FunctionText:
         b = self.program.buffers[buffer]
         if b.kind == "literal":
             return f"P({number(b.values[place])})"
-        if b.name == "t":
-            return "t"
+        if b.name in SCALARS:
+            return b.name
         text = f"{b.name}[{index}]"
         return text if b.kind != "constant" else f"MaskOf<P>({text})" if b.mask else f"P({text})"
 

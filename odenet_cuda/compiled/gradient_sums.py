@@ -34,10 +34,11 @@ class GradientSums:
         self._lowering, self._begins = lowering, begins
         numbers, known = torch.arange(size, device="cpu"), set[int]()
         self._strided: list[_Strided | None] = []
-        for node in lowering.gradients:
+        self._nodes = [node for nodes in lowering.gradients for node in nodes]
+        for node in self._nodes:
             found = None if node is None else self._as_strided(node, numbers, known)
             self._strided.append(found)
-        pairs = zip(lowering.gradients, self._strided, strict=True)
+        pairs = zip(self._nodes, self._strided, strict=True)
         self._views = all([node is None or found is not None for node, found in pairs])
 
     def _as_strided(self, node: fx.Node, numbers: Tensor, known: set[int]) -> _Strided | None:
@@ -82,7 +83,7 @@ class GradientSums:
         flat = sums[0] if len(sums) == 1 else sums.sum(0)
         if not self._views:
             values = {**constants.values, **self._parts(flat, self._lowering.sums.index)}
-            return [None if node is None else value_of(node, values) for node in self._lowering.gradients]
+            return self._together([None if node is None else value_of(node, values) for node in self._nodes])
         found: list[Tensor | None] = []
         for x in self._strided:
             if x is None:
@@ -90,4 +91,11 @@ class GradientSums:
                 continue
             part = flat.as_strided(x.shape, x.stride, x.offset)
             found.append(part.clone() if x.copied else part)
-        return found
+        return self._together(found)
+
+    def _together(self, found: list[Tensor | None]) -> list[Tensor | None]:
+        """With those of second derivatives added to the others."""
+        if len(self._lowering.gradients) == 1:
+            return found
+        half = len(found) // 2
+        return [x if y is None else y if x is None else x + y for x, y in zip(found[:half], found[half:], strict=True)]

@@ -119,6 +119,7 @@ class Observed(TorchDispatchMode):
         self.read.update(found)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        func = _ZEROS if func is _WITHOUT_MEMORY else func
         out = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         self.operations += 1
@@ -153,6 +154,9 @@ class Observed(TorchDispatchMode):
     def _use(self, x: Tensor) -> None:
         if id(x) not in self._sources:
             self.used[id(x)] = x
+
+
+_ZEROS, _WITHOUT_MEMORY = torch.ops.aten.zeros.default, torch.ops.aten._efficientzerotensor.default
 
 
 def _masked(func: Any, args: Sequence[Any]) -> bool:

@@ -19,7 +19,7 @@ from . import indexing, lookups, matrices, reductions  # noqa: F401, which add t
 from .lowered import Lowered
 from .operations import OPERATIONS
 from .pointwise import MASKS, OF_MASKS, TEXTS, packet
-from .program import SHIFT, Refs
+from .program import SCALARS, SHIFT, Product, Refs
 from .sums import Sums
 from .trace import Recording, Unreadable
 from .values import Sample, Summed, Uniform, Value, where
@@ -41,6 +41,8 @@ class Lowering(Lowered):
         self.arguments = program.new("input", sum(arguments), "arguments")
         self.g = program.new("input", sum(sizes), "g")
         program.tainted.add(self.g)
+        self.v = program.new("input", sum(sizes), "v")
+        self.rate = program.new("input", 1, "rate")
         self.run()
 
     # The walk
@@ -53,7 +55,7 @@ class Lowering(Lowered):
             raise Unreadable("func does other operations for another number of samples")
         self.twin = dict(zip(first, second, strict=True))
         self.views = Views(self, first)
-        places = {"y": 0, "arguments": 0, "g": 0}
+        places = {"y": 0, "arguments": 0, "g": 0, "v": 0}
         inputs = iter(self._input_names())
         for node in first:
             if node.op == "placeholder":
@@ -69,12 +71,13 @@ class Lowering(Lowered):
 
     def _input_names(self) -> list[str]:
         n = self.recording.leaves
-        return ["t", *["y"] * n, *["arguments"] * len(self.recording.batched), *["g"] * n]
+        tangents = [*["v"] * n, "rate"] if self.recording.second else []
+        return ["t", *["y"] * n, *["arguments"] * len(self.recording.batched), *["g"] * n, *tangents]
 
     def _input(self, node: fx.Node, name: str, places: dict[str, int]) -> None:
-        buffer = {"t": self.time, "y": self.y, "arguments": self.arguments, "g": self.g}[name]
-        shape, batch = self.shapes(node)
-        if name == "t":
+        buffers = {"t": self.time, "y": self.y, "arguments": self.arguments, "g": self.g, "v": self.v, "rate": self.rate}
+        buffer, (shape, batch) = buffers[name], self.shapes(node)
+        if name in SCALARS:
             self.values[node] = Sample(np.full(shape, buffer << SHIFT, np.int64), batch)
             return
         count = int(np.prod(shape))
@@ -102,21 +105,31 @@ class Lowering(Lowered):
 
         program.slopes = flat(outputs[:n], 0)
         assert len(program.slopes) == state
-        program.products = flat(outputs[n : 2 * n], 0)
-        program.argument_products = flat(outputs[2 * n : 2 * n + m], 1)
-        if self.recording.by_time and (by_time := outputs.pop()) is not None:
+        size = n + m + len(self.recording.wanted)
+        first, later = outputs[n : n + size], outputs[n + size :]
+        if self.recording.by_time and (by_time := later.pop(0)) is not None:
             found = self.values[by_time]
             refs = self.sums.addend(by_time) if isinstance(found, Summed) else self.as_sample(by_time).refs
             program.time_product = refs.reshape(-1)
-        self.gradients: list[fx.Node | None] = []
-        for value in outputs[2 * n + m :]:
-            kind = None if value is None else self.values[value]
-            if isinstance(kind, Sample) and self.recording.whole:
-                kind = self.values[value] = self.sums.add(value, kind.refs.reshape(1, -1), None)
-            if isinstance(kind, Sample):
-                raise Unreadable(f"{where(value)}: the gradient of a tensor of func was not read")
-            self.gradients.append(value if isinstance(kind, Summed) else None)  # what does not depend on g is 0
-        self.sums.keep(self.gradients)
+        parts = [first, later] if later else [first]
+        gradients = [list(map(self._summed, part[n + m :])) for part in parts]
+        sums = self.sums.keep(*gradients)
+        program.product, *second = [
+            Product(flat(part[:n], 0), flat(part[n : n + m], 1), of_part) for part, of_part in zip(parts, sums, strict=True)
+        ]
+        program.second = second[0] if second else None
+        self.gradients: list[list[fx.Node | None]] = gradients  # of the first derivatives, and perhaps of the second
+
+    def _summed(self, value: fx.Node | None) -> fx.Node | None:
+        """A result that is a sum over the samples; None where it is 0, as what does not depend on g is."""
+        if value is None:
+            return None
+        kind = self.values[value]
+        if isinstance(kind, Sample) and self.recording.whole:
+            kind = self.values[value] = self.sums.add(value, kind.refs.reshape(1, -1), None)
+        if isinstance(kind, Sample):
+            raise Unreadable(f"{where(value)}: the gradient of a tensor of func was not read")
+        return value if isinstance(kind, Summed) else None
 
     def _sizes(self, of: int) -> list[int]:
         nodes = [node for node in self.recording.graphs[0].nodes if node.op == "placeholder"]

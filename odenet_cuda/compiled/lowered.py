@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from .call import BATCHES
 from .pointwise import packet
 from .program import SHIFT, Program, Refs, Sum, split
-from .trace import BATCHES, Recording, Unreadable, value_of
+from .trace import Recording, Unreadable, value_of
 from .values import Sample, Summed, Uniform, Value, where
 
 

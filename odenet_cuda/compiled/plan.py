@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import _C
 from ..problem import Structure
-from ..tableau import Method
+from ..tableau import Method, StepFunction
 from .build import load as load_text
 from .check import check_program
 from .compilers import Refused
 from .constants import Constants
-from .emit import Target, emit, kept_buffers, tap_layout
+from .emit import Target, emit, kept_buffers
 from .field_program import FieldProgram
 from .functions import TooLarge, functions_for
 from .gradient_sums import GradientSums
@@ -48,12 +48,13 @@ class Plan(FieldProgram):
         per_sample: bool = False,
         pure: bool = False,
         by_time: bool = False,
+        second: bool = False,
         tried: Tried | None = None,
     ):
         reading = reading or Reading(func, args)
         t = torch.zeros((), dtype=structure.leaves[0].dtype, device=structure.leaves[0].device)
         with reading.unmarked(t.device) as marks:
-            super().__init__(func, structure, t, args, whole, reading, marks, pure, by_time, tried)
+            super().__init__(func, structure, t, args, whole, reading, marks, pure, by_time, second, tried)
             with reading.numbers.given(args) as given:
                 self._check(self.rows.over(func), structure, t, self.rows.of(given), per_sample)
             self._check_marks(marks)
@@ -70,7 +71,7 @@ class Plan(FieldProgram):
         self.kinds: dict[Any, Any] = {}  # of its solves, see ways.py
         self.with_events: Any = None  # the plan of solves with the events that func was read with, see event_plan.py
         self.title = getattr(func, "__qualname__", type(func).__name__)
-        self.sums_at = tap_layout(self.program)
+        self.sums_at = self.program.sums_at()
         self._sums: GradientSums | None = None
 
     def _check(self, func: Callable, structure: Structure, t: Tensor, args: Sequence[Any], per_sample: bool) -> None:
@@ -117,8 +118,7 @@ class Plan(FieldProgram):
     def gradients(self, sums: Tensor, constants: Constants) -> list[Tensor | None]:
         """The gradients of the wanted constants, from the sums of the kernel [chunks, grad_size]."""
         if self._sums is None:
-            _, layout, size = self.sums_at
-            self._sums = GradientSums(self.lowering, [begin for _, _, begin in layout], size)
+            self._sums = GradientSums(self.lowering, *self.sums_at)
         return self._sums.gradients(sums, constants)
 
     # Libraries
@@ -135,14 +135,15 @@ class Plan(FieldProgram):
     def _suits(self, solves: tuple[str, ...], team: Team, implicit: bool) -> bool:
         try:
             for solve in solves:
-                functions_for(self.program, tap_layout(self.program)[0], solve, {}, team, implicit)
+                functions_for(self.program, solve, {}, team, implicit)
         except TooLarge:
             return False
         return True
 
     def source(self, tableau: Method, target: Target) -> str:
         kept = kept_buffers(self.program)
-        if target.team or kept[1] * tableau.stages * 128 > _MOST_BYTES:
+        implicit = isinstance(tableau, StepFunction)
+        if target.team or implicit or kept[1] * tableau.stages * 128 > _MOST_BYTES:
             kept = {}, 0
         return emit(self.program, tableau, self.leaf_sizes, f"{self.title}, {target.solve}", target, kept)
 

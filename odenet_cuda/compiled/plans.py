@@ -35,7 +35,7 @@ _turns = 0  # of readings that have begun and have ended
 
 class KindOfState:
     """What follows from types and shapes alone. kinds: for which there are plans, the second of a state that is one sample;
-    refusals: in words. per_sample, by_time: of what is asked for, see `key_of_state`."""
+    refusals: in words. per_sample, by_time, second: of what is asked for, see `key_of_state`."""
 
     def __init__(self, key: tuple, structure: Structure, on_cuda: bool):
         leaves = structure.leaves
@@ -47,7 +47,7 @@ class KindOfState:
         kind = structure.spec, of_samples, tuple(given), *rest
         self.kinds = kind, (kind, tuple([leaf.shape for leaf in leaves]))
         self.empty = any(leaf.numel() == 0 for leaf in leaves)
-        self.per_sample, self.by_time = key[3:5]
+        self.per_sample, self.by_time, self.second = key[3:6]
         self.refusals: list[str] = []
         if leaves[0].device.type != "cpu" and not on_cuda:
             words = f"the state is on {leaves[0].device}; compile(func, cuda=True) serves it, which no GPU has run yet"
@@ -56,9 +56,11 @@ class KindOfState:
             self.refusals.append("the state is not all float32 or all float64")
 
 
-def key_of_state(structure: Structure, args: Sequence[Any], per_sample: bool, by_time: bool = False) -> tuple:
+def key_of_state(
+    structure: Structure, args: Sequence[Any], per_sample: bool, by_time: bool = False, second: bool = False
+) -> tuple:
     """Shapes and types, by which a kind of state is found; what else a reading depends on is compared by the guards of each.
-    by_time: df/dt is wanted."""
+    by_time: df/dt is wanted; second: second derivatives."""
     leaves = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in structure.leaves])
     given: Any = ()
     if args:
@@ -72,7 +74,7 @@ def key_of_state(structure: Structure, args: Sequence[Any], per_sample: bool, by
         )
     device = torch.get_default_device() if torch._C._len_torch_function_stack() else None
     spec = None if structure.single else structure.spec
-    return leaves, given, spec, per_sample, by_time, device, *[flag() for flag in _FLAGS]
+    return leaves, given, spec, per_sample, by_time, second, device, *[flag() for flag in _FLAGS]
 
 
 class Plans:
@@ -109,9 +111,15 @@ class Plans:
         return sum([readings.debt for readings in self._readings.values()])
 
     def kind(
-        self, structure: Structure, args: Sequence[Any], per_sample: bool, on_cuda: bool, by_time: bool = False
+        self,
+        structure: Structure,
+        args: Sequence[Any],
+        per_sample: bool,
+        on_cuda: bool,
+        by_time: bool = False,
+        second: bool = False,
     ) -> KindOfState:
-        key = key_of_state(structure, args, per_sample, by_time)
+        key = key_of_state(structure, args, per_sample, by_time, second)
         found = self._kinds.get(key)
         if found is None:
             if len(self._kinds) >= _MOST_KINDS:
@@ -173,7 +181,7 @@ class Plans:
         self, func: Any, kind: KindOfState, structure: Structure, args: Sequence[Any], numbers: Any
     ) -> Plan | Refused:
         leaves, per_sample = structure.leaves, kind.per_sample
-        how = {"pure": self.pure, "by_time": kind.by_time}
+        how = {"pure": self.pure, "by_time": kind.by_time, "second": kind.second}
         rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
         failure = Unreadable("the leaves of y0 have no common axis of samples")
         if len(rows) == 1 and None not in rows:

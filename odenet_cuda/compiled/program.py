@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 SHIFT = 32
+SCALARS = ("t", "rate")  # inputs of one number, which are no arrays
 _FEW, _WIDE = 4, 256  # layers that are written one by one: no more, or such as have so many weights
 Refs = np.ndarray  # addresses, int64: buffer << SHIFT | place
 
@@ -93,21 +94,61 @@ class Sum:
         return self.a.shape[1] * (1 if self.b is None else self.b.shape[1])
 
 
+def _none() -> Refs:
+    return np.zeros(0, np.int64)
+
+
+@dataclass
+class Product:
+    """What an incoming gradient becomes. state [state], arguments [arguments]: addresses; sums: those over samples."""
+
+    state: Refs = field(default_factory=_none)
+    arguments: Refs = field(default_factory=_none)
+    sums: list[Sum] = field(default_factory=list)
+
+    def layout(self, begin: int = 0) -> tuple[Refs, list[tuple[int, int, int]], int]:
+        """What it hands out for gradients: addresses; for each sum the places of a and b and of its result, the first of which
+        is `begin`; and the end of these. What two sums have in common is handed out once."""
+        parts: list[Refs] = []
+        places: dict[bytes, int] = {}
+
+        def place_of(refs: Refs) -> int:
+            key = refs.tobytes()
+            if key not in places:
+                places[key] = sum(part.size for part in parts)
+                parts.append(refs)
+            return places[key]
+
+        layout, result = [], begin
+        for s in self.sums:
+            layout.append((place_of(s.a.reshape(-1)), -1 if s.b is None else place_of(s.b.reshape(-1)), result))
+            result += s.size
+        return np.concatenate([*parts, self.arguments]), layout, result
+
+
 @dataclass
 class Program:
-    """statements in order; slopes, products [state], argument_products [arguments] and time_product [1], or none where it is
-    zero: addresses of the results."""
+    """statements in order; slopes and time_product [1], or none where it is zero: addresses of results. product: by the first
+    derivatives; second: by the second ones, for tangents, None where they were not asked for. sums: of both."""
 
     buffers: list[Buffer] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)  # graph nodes, as `Buffer.kind == "constant"` in order
-    slopes: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
-    products: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
-    argument_products: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
-    time_product: Refs = field(default_factory=lambda: np.zeros(0, np.int64))
+    slopes: Refs = field(default_factory=_none)
+    product: Product = field(default_factory=Product)
+    second: Product | None = None
+    time_product: Refs = field(default_factory=_none)
     sums: list[Sum] = field(default_factory=list)
     same: dict[int, int] = field(default_factory=dict)  # constants that are views of the same numbers -> the first of them
     tainted: set[int] = field(default_factory=set)  # buffers that depend on the incoming gradient
+
+    def sums_at(self) -> tuple[list[int], int]:
+        """The places of the results of all sums, and their end."""
+        _, layout, end = self.product.layout()
+        if self.second is not None:
+            _, more, end = self.second.layout(end)
+            layout = [*layout, *more]
+        return [begin for _, _, begin in layout], end
 
     def new(self, kind: str, size: int, name: str = "", mask: bool = False) -> int:
         index = len(self.buffers)
@@ -159,7 +200,7 @@ class Program:
         buffers, places = split(refs)
         ordered = (buffers == buffers[0]).all() and (np.diff(places) == 1).all() if len(refs) > 1 else True
         first = self.buffers[int(buffers[0])]
-        if ordered and first.kind in ("local", "input") and first.name != "t":
+        if ordered and first.kind in ("local", "input") and first.name not in SCALARS:
             return refs
         return self.statement("{0}", [refs])
 

@@ -15,7 +15,7 @@ from ..gradients.of_times import TimeGradient
 from ..integrate import Options, backward_grid
 from ..problem import OwnTimes, Problem
 from ..step_control import succeeded
-from .engine import Engine, as_rows, evaluations
+from .engine import Engine, as_rows, calls_of_step, evaluations
 from .ways import Way
 
 Gradients = tuple[list[Tensor], list[Tensor], list[Any], Tensor | None]  # for y0's leaves, arguments, wanted constants and t
@@ -24,7 +24,7 @@ Gradients = tuple[list[Tensor], list[Tensor], list[Any], Tensor | None]  # for y
 def _sums(engine: Engine, way: Way) -> tuple[Tensor, Tensor]:
     """Where gradients of constants and arguments are added up."""
     plan, arguments = engine.plan, engine.arguments
-    constants = engine.y0.new_zeros((way.chunks, plan.sums_at[2]))
+    constants = engine.y0.new_zeros((way.chunks, plan.sums_at[1]))
     return constants, torch.zeros_like(arguments) if plan.batched else arguments
 
 
@@ -48,7 +48,7 @@ def reverse(engine: Engine, grad_ys: list[Tensor]) -> Gradients:
     call.bind_gradients(grads.data_ptr(), grad_y0.data_ptr(), arguments.data_ptr(), constants.data_ptr(), constants.shape[1])
     way.run(call)
     way.end(memory)
-    engine.nfe_backward = engine.steps * (engine.kind.tableau.stages - 1) + 1
+    engine.nfe_backward = engine.steps * calls_of_step(engine.kind.tableau) + 1
     return _gradients(engine, grad_y0, constants, arguments)
 
 

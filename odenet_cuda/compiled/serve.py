@@ -63,6 +63,8 @@ def prepare(
         if why:
             return "; ".join(why)
         plan, called = _find(plans, problem, partial(plans.find, func, kind, structure, args))
+        if rosenbrock and gradient != "adjoint" and plan.state <= _MOST_IMPLICIT:
+            plan = _with_second(field, plan, structure, args, chosen, problem.per_sample)
         args = plan.rows.of(args)
         sources = Sources(plan, structure, args, chosen, t)
         how = gradient if sources.wanted else ""
@@ -108,6 +110,16 @@ def _find(plans: Plans, problem: Problem, find: Callable[[], Plan]) -> tuple[Pla
     return plan, 1
 
 
+def _with_second(
+    field: Compilation, plan: Plan, structure: Structure, args: Sequence[Any], chosen: Sequence[Tensor] | None, per_sample: bool
+) -> Plan:
+    """One that has second derivatives too, which gradients of a Rosenbrock method need; the same where none are wanted."""
+    if not Sources(plan, structure, plan.rows.of(args), chosen).wanted:
+        return plan
+    kind = field.plans.kind(structure, args, per_sample, field.cuda, True, second=True)
+    return field.plans.find(field.func, kind, structure, args)
+
+
 def of_options(problem: Problem, options: Options) -> list[str]:
     why = []
     if not isinstance(options.tableau, ButcherTableau) and rosenbrock_of(options.tableau) is None:
@@ -133,8 +145,6 @@ def _of_rosenbrock(plan: Plan, gradient: str) -> str:
     """gradient: "" where none is wanted."""
     if plan.state > _MOST_IMPLICIT:
         return f"a sample has {plan.state} numbers: compiled systems have at most {_MOST_IMPLICIT}"
-    if gradient not in ("", "adjoint"):
-        return f"gradient={gradient!r} of a Rosenbrock method needs second derivatives of func, which are not compiled"
     return ""
 
 

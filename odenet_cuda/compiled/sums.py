@@ -101,13 +101,21 @@ class Sums(SumTable):
         ]
         return program.reduce(np.stack(products, 1), False).reshape(rows, columns)
 
-    def keep(self, results: list[fx.Node | None]) -> None:
-        """Only the sums that these results need: a field may add up over the samples for the shape alone, or for its own
-        derivative."""
-        needed = {node for node in results if node is not None}
-        for node in reversed(list(self.lowered.recording.graphs[0].nodes)):
-            if node in needed and node not in self.index:
-                needed |= set(node.all_input_nodes)
-        kept = [node for node in self.index if node in needed]
-        self.program.sums = [self.program.sums[self.index[node]] for node in kept]
+    def keep(self, *results: list[fx.Node | None]) -> list[list[Sum]]:
+        """Only the sums that these results need, each list its own, which are given back: a field may add up over the samples
+        for the shape alone, or for its own derivative."""
+        kept: list[fx.Node] = []
+        found = []
+        for of_one in results:
+            needed = {node for node in of_one if node is not None}
+            for node in reversed(list(self.lowered.recording.graphs[0].nodes)):
+                if node in needed and node not in self.index:
+                    needed |= set(node.all_input_nodes)
+            own = [node for node in self.index if node in needed]
+            if shared := next((node for node in own if node in kept), None):
+                raise Unreadable(f"{where(shared)}: a sum over samples is in first and in second derivatives")
+            kept += own
+            found.append([self.program.sums[self.index[node]] for node in own])
+        self.program.sums = [s for of_one in found for s in of_one]
         self.index = {node: index for index, node in enumerate(kept)}
+        return found

@@ -13,34 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..problem import Structure
+from .call import Call
 from .counters import Counter, Tallies, without
-from .decompositions import decompositions
 from .effects import counted, made_at_first, refuse_output, refuse_results
 from .leaks import Leak, Observed, Tracked, observe, summary
 from .marks import Changes, Disturbed, Marks, Unreadable, Unset, same_bits
 from .memory import has_memory
 from .numbers import Numbers
-from .picked import Picked
 from .reach import Reach
 from .walk import Slot
 
 Item = tuple[dict[str, Any], Any]
 Given = Callable[..., AbstractContextManager[list[Any]]]  # the arguments for a call; takes what wraps tensors
 
-BATCHES = (7, 11)  # of the two recordings
-
-_MOVED = 0.375  # from the time and state of the first recording to those of the second
-
 
 @dataclass
 class Recording:
     """The graphs at both batch sizes. outputs: in the graph's output, `leaves` slopes, then gradients for the leaves of the
     state, for each argument that has one number a sample, and for `wanted`, the constants that require a gradient; by_time: and
-    then for the time."""
+    then for the time; second: and then those of the second derivatives for all but the time, see `Call`."""
 
     graphs: list[fx.Graph]
     modules: list[fx.GraphModule]
@@ -55,63 +47,10 @@ class Recording:
     counters: Sequence[Counter] = ()  # the former, and where its code can do no more than count
     added: list[Any] = field(default_factory=list)  # what a call adds to counters and counting, as far as it is to be counted
     by_time: bool = False
+    second: bool = False
 
     def constant(self, node: fx.Node) -> Tensor:
         return getattr(self.modules[0], str(node.target))
-
-
-@dataclass
-class Call:
-    """A call of func as it is recorded. t: of the first recording. batched: which arguments have one entry a sample; trained:
-    whether these get gradients. whole: the state has no axis of samples, it is one sample. by_time: the time gets one too."""
-
-    func: Callable
-    structure: Structure
-    t: Tensor
-    batched: list[int]
-    whole: bool
-    trained: list[bool] = field(default_factory=list)
-    by_time: bool = False
-
-    def field(self, index: int, args: Sequence[Any], wanted: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
-        """The slopes and their product with cotangents as one function, and what to call it with at recording `index`."""
-        batch, moved = 0 if self.whole else BATCHES[index], index * _MOVED
-        leaves = [sample_rows(leaf, batch) + moved for leaf in self.structure.leaves]
-        samples = [sample_rows(args[i], batch) for i in self.batched]
-        generator = torch.Generator().manual_seed(index)
-        cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x) for x in leaves]
-        n, m = len(leaves), len(samples)
-        wants = [True] * n + self.trained + [True] * n
-
-        def field(t: Tensor, *inputs: Tensor) -> Any:
-            with torch.enable_grad():
-                inputs = tuple(x.detach().requires_grad_(want) for x, want in zip(inputs, wants, strict=True))
-                t = t.detach().requires_grad_(self.by_time)
-                given = list(args)
-                for i, place in enumerate(self.batched):
-                    given[place] = inputs[n + i]
-                slopes = self.structure.flatten(self.func(t, self.structure.unflatten(inputs[:n]), *given))
-                for slope, leaf in zip(slopes, leaves, strict=True):
-                    if slope.shape != leaf.shape or slope.dtype != leaf.dtype:
-                        words = f"{slope.dtype} {list(slope.shape)} for {leaf.dtype} {list(leaf.shape)}"
-                        raise Unreadable(f"func returned {words}")
-                sources = [*(x for x, want in zip(inputs[: n + m], wants, strict=False) if want), *wanted()]
-                sources += [t] if self.by_time else []
-                if any(slope.requires_grad for slope in slopes):
-                    used = [(slope, g) for slope, g in zip(slopes, inputs[n + m :], strict=True) if slope.requires_grad]
-                    grads = torch.autograd.grad([x for x, _ in used], sources, [g for _, g in used], allow_unused=True)
-                else:
-                    grads = (None,) * len(sources)  # type: ignore[assignment]
-                of_inputs = iter(grads)
-                found = [next(of_inputs) if want else None for want in wants[: n + m]]
-            return [*(slope.detach() for slope in slopes), *found, *of_inputs]
-
-        return field, [self.t + moved, *leaves, *samples, *cotangents]
-
-    def trace(self, index: int, args: Sequence[Any], wanted: list[Tensor]) -> fx.GraphModule:
-        field, inputs = self.field(index, args, lambda: wanted)
-        with sdpa_kernel(SDPBackend.MATH), Picked():  # attention as the products that it consists of
-            return make_fx(field, decomposition_table=decompositions(), record_stack_traces=True)(*inputs)
 
 
 def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, marks: Marks, pure: bool = False) -> Recording:
@@ -162,7 +101,9 @@ def record(call: Call, args: Sequence[Any], reach: Reach, numbers: Numbers, mark
     read, graphs = list(observed.read.values()), [module.graph for module in modules]
     left = changes.items, tallies.slots, changes.tensors
     count, whole = len(call.structure.leaves), call.whole
-    return Recording(graphs, modules, count, call.batched, wanted, whole, read, *left, counters, counts, call.by_time)
+    return Recording(
+        graphs, modules, count, call.batched, wanted, whole, read, *left, counters, counts, call.by_time, call.second
+    )
 
 
 @contextmanager
@@ -303,13 +244,6 @@ def _wanted(observed: Observed, known: dict[int, Tensor]) -> list[Tensor]:
 
 def _writes(path: str) -> Unreadable:
     return Unreadable(f"func writes {path}, and may read it in its next call: it is read once a call leaves that as it was")
-
-
-def sample_rows(x: Tensor, batch: int) -> Tensor:
-    """`batch` rows of x, repeated as needed; 0: x itself."""
-    if batch == 0:
-        return x.detach()
-    return x.detach()[torch.arange(batch, device=x.device) % x.shape[0]]
 
 
 def value_of(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -88,7 +88,7 @@ class Kind:
             return Target(dtype, "one" if self.batch == 1 else "pack", solve)
         taped = self.taped and solve in (self.control, "reverse")  # the tape is written and read by the same threads
         solves = (self.control, "reverse") if taped else (solve,)
-        implicit = solve == self.control and isinstance(self.tableau, StepFunction)
+        implicit = solve in (self.control, "reverse") and isinstance(self.tableau, StepFunction)
         return Target(dtype, "one", solve, plan.team(solves, self.batch, self.card, self.matmul, implicit))
 
     def way(self, plan: Plan, solve: str) -> "Way":
@@ -141,12 +141,12 @@ class Way:
         backwards = solve not in ("grid", "per_sample", "joint")
         self.places = tiles
         if solve.endswith("per_sample"):
-            self.chunks, self.chunk = self._shared(tiles, plan.sums_at[2], backwards or taped)
+            self.chunks, self.chunk = self._shared(tiles, plan.sums_at[1], backwards or taped)
             self.places = self.chunks * library.team
         elif before is not None and before.solve == "per_sample":
             self.chunks, self.chunk, self.places = before.chunks, library.team, before.places
         elif backwards or (joint and self.on_card):
-            self.chunks, self.chunk = self._divided(tiles, plan.sums_at[2], joint)
+            self.chunks, self.chunk = self._divided(tiles, plan.sums_at[1], joint)
         else:
             self.chunks, self.chunk = 0, library.team
         self.records = self.places * library.groups

@@ -67,7 +67,11 @@ def refusal(request: Request) -> str:
 
 def solve(request: Request) -> Solution | str:
     """Where a gradient is recorded, the first call of func shows what it depends on."""
-    found = _record(request) if request.records else _solve(request, request.problem.field)
+    options, field = request.options, request.problem.field
+    inside = options.step_size is not None or options.grid_constructor is not None  # outputs may lie within a step
+    if options.tableau.chained and not inside:
+        field.slopes_are_used_up()  # type: ignore[attr-defined]
+    found = _record(request) if request.records else _solve(request, field)
     if isinstance(found, str):
         return found
     ys, last = found
@@ -117,9 +121,19 @@ class _Looked:
         k = self.field(t, y, stage)
         if self._first:
             self._first = False
-            if any([data.dtype in SHORT for node in _nodes(k) for data in node._input_metadata]):
+            if any(map(_is_short, _nodes(k))):
                 raise _Rounded
         return k
+
+
+_Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+
+
+def _is_short(node: Any) -> bool:
+    """Whether it takes in a gradient of 16 bits."""
+    if type(node) is _Leaf:
+        return node.variable.dtype in SHORT
+    return any([data.dtype in SHORT for data in node._input_metadata])
 
 
 def _nodes(outputs: Sequence[Tensor]) -> Iterable[Any]:

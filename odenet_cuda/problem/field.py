@@ -41,6 +41,10 @@ class Field:
         field._unknown, field._first, field._returns_one_buffer = self._unknown, self._first, self._returns_one_buffer
         return field
 
+    def slopes_are_used_up(self) -> None:
+        """Promises that func is not called again before its last slopes have been used: they need not be copied."""
+        self._unknown = 0
+
     @property
     def tensors(self) -> list[Tensor]:
         """Those that func is known to have, which a captured graph reads where they lie."""
