@@ -31,6 +31,9 @@ class Event:
     given, as far as none of them ends the solve; not those whose function has its sign of before again, after what the others
     have changed. Times are one where they differ by less than 64 units in the last place, of the time in the state's type.
 
+    The time of an event, and the state there, have first derivatives where fn passes through zero. Where it only touches zero
+    or jumps they have none: RuntimeError where a gradient comes to them.
+
     Where func is a compiled field, fn and apply are read with it, if they can be.
     """
 
