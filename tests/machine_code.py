@@ -75,7 +75,7 @@ namespace of_adjoint_{k} {{
 {adjoint}
 }}
 extern "C" ODENET_EXPORT void pack_{k}(const void* const* constants, const {T}* x, {T}* out, {T}* sums) {{
-  run<of_reverse_{k}::Equation, of_adjoint_{k}::Equation, Pack<{T}, kWidth>>(constants, x, out, sums);
+  run<of_reverse_{k}::Equation, of_adjoint_{k}::Equation, Pack<{T}, kWidth<{T}>>>(constants, x, out, sums);
 }}
 extern "C" ODENET_EXPORT void one_{k}(const void* const* constants, const {T}* x, {T}* out, {T}* sums) {{
   run<of_reverse_{k}::Equation, of_adjoint_{k}::Equation, {T}>(constants, x, out, sums);
@@ -223,7 +223,7 @@ def _distance(found: Tensor | None, expected: Tensor) -> float:
 def compile_cases(cases: list[Case], level: str, folder: Path) -> Path:
     """One library of them, with the flags of compiled fields."""
     text = _HEAD + "".join(case.text(k) for k, case in enumerate(cases))
-    text += f'extern "C" ODENET_EXPORT const int width = Lanes<Pack<{cases[0].dtype}, kWidth>>::width;\n}}\n}}\n'
+    text += f'extern "C" ODENET_EXPORT const int width = Lanes<Pack<{cases[0].dtype}, kWidth<{cases[0].dtype}>>>::width;\n}}\n}}\n'
     source, result = folder / "fields.cpp", folder / "fields.so"
     source.write_text(text)
     extra = os.environ.get("ODENET_CXXFLAGS", "").split()

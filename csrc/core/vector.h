@@ -73,8 +73,9 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Lanes of a pack: two vectors of floats.
-constexpr int kWidth = 2 * kVectorBytes / 4;
+// Lanes of a pack: two vectors. Of more, what a step keeps on the way back does not stay in the first cache.
+template <class T>
+constexpr int kWidth = 2 * kVectorBytes / int(sizeof(T));
 
 template <class T>
 struct VectorOf {

@@ -168,7 +168,7 @@ def _body(function: Function, shared: bool) -> str:
 
 def _types(target: Target) -> tuple[str, str, str]:
     """Of a pack, of what is solved, and of its control."""
-    pack = target.dtype if target.lanes == "one" or target.team else f"Pack<{target.dtype}, kWidth>"
+    pack = target.dtype if target.lanes == "one" or target.team else f"Pack<{target.dtype}, kWidth<{target.dtype}>>"
     equation = "Adjoint<Equation>" if target.solve.startswith("adjoint") else "Equation"
     control = {"per_sample": "kPerSample", "joint": "kJoint", "grid": "kGrid"}.get(target.solve.removeprefix("adjoint_"), "")
     return pack, equation, control

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..integrate import Grid, Options
 from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem
@@ -189,7 +190,10 @@ class Engine:
         counts = torch.zeros(way.records, dtype=torch.int64, device=self.y0.device)
         capacity = len(grid[0]) - 1 if grid is not None else way.longest
         while True:
-            self.tape = torch.empty(way.records * capacity * way.library.record_bytes, dtype=torch.uint8, device=counts.device)
+            size = way.records * capacity * way.library.record_bytes
+            self.tape = torch.empty(size, dtype=torch.uint8, device=counts.device)
+            if not self.cuda:
+                _C.ask_for_huge_pages(self.tape.data_ptr(), size)
             call.bind_tape(self.tape.data_ptr(), counts.data_ptr(), capacity)
             way.run(call)
             needed = int(counts[0]) if way.records == 1 else int(counts.max())

@@ -58,18 +58,18 @@ std::vector<double> arguments(double, uint64_t stride) {
 template <class T, class OfPack, class OfNumber, class Expected>
 void compare(const char* name, uint64_t stride, const OfPack& of_pack, const OfNumber& of_number,
              const Expected& expected) {
-  using P = Pack<T, kWidth>;
+  using P = Pack<T, kWidth<T>>;
   std::vector<T> x = arguments(T(0), stride);
-  x.resize((x.size() + kWidth - 1) / kWidth * kWidth);
+  x.resize((x.size() + kWidth<T> - 1) / kWidth<T> * kWidth<T>);
   double worst = 0;
   T at = 0;
   int64_t differ = 0;
   uint64_t digest = 0;
-  for (size_t begin = 0; begin < x.size(); begin += kWidth) {
+  for (size_t begin = 0; begin < x.size(); begin += kWidth<T>) {
     P pack;
     memcpy(&pack, &x[begin], sizeof(pack));
     pack = of_pack(pack);
-    for (int i = 0; i < kWidth; ++i) {
+    for (int i = 0; i < kWidth<T>; ++i) {
       const T found = lane(pack, i), alone = of_number(x[begin + i]);
       const double error = units(found, expected(x[begin + i]));
       if (error > worst) worst = error, at = x[begin + i];
