@@ -57,18 +57,21 @@ class Sparsity:
         return blocks_of(self.n, self.lines, self.columns) if self.n >= NARROW_FROM else None
 
     def _check(self, product: Callable[[Tensor, bool], Tensor], entries: Tensor, like: Tensor) -> None:
-        """By one more product, with random numbers."""
+        """By one more product, with random numbers, others for each system: a func that couples systems is found so too."""
         generator = torch.Generator("cpu").manual_seed(_SEED)
-        w = torch.rand(self.n, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype) + 0.5
-        right = product(w.expand_as(like), False).detach()
-        parts = w[self.lines] * entries  # [systems, entries]
+        w = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype) + 0.5
+        right = product(w, False).detach()
+        parts = w[:, self.lines] * entries  # [systems, entries]
         found, size = [torch.zeros_like(like).index_add(1, self.columns, x) for x in (parts, parts.abs())]
         apart = (found - right).abs() > torch.finfo(like.dtype).eps ** 0.5 * (size + right.abs())
         if bool(apart.any()):
-            column = int(apart.nonzero()[0, 1])
+            system, column = apart.nonzero()[0].tolist()
+            alone = (
+                "" if len(like) == 1 else f", or func couples system {system} with others, whose pattern is of the whole state"
+            )
             raise ValueError(
                 f"jac_sparsity must be True wherever df/dy may be other than 0: column {column} of df/dy has entries outside "
-                f"of it, which add up to {float((right - found)[apart][0]):.3g} in a product"
+                f"of it, which add up to {float((right - found)[apart][0]):.3g} in a product{alone}"
             )
 
     @property

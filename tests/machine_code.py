@@ -223,7 +223,8 @@ def _distance(found: Tensor | None, expected: Tensor) -> float:
 def compile_cases(cases: list[Case], level: str, folder: Path) -> Path:
     """One library of them, with the flags of compiled fields."""
     text = _HEAD + "".join(case.text(k) for k, case in enumerate(cases))
-    text += f'extern "C" ODENET_EXPORT const int width = Lanes<Pack<{cases[0].dtype}, kWidth<{cases[0].dtype}>>>::width;\n}}\n}}\n'
+    pack = f"Pack<{cases[0].dtype}, kWidth<{cases[0].dtype}>>"
+    text += f'extern "C" ODENET_EXPORT const int width = Lanes<{pack}>::width;\n}}\n}}\n'
     source, result = folder / "fields.cpp", folder / "fields.so"
     source.write_text(text)
     extra = os.environ.get("ODENET_CXXFLAGS", "").split()

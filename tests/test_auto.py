@@ -143,10 +143,13 @@ def test_gradients_through_switches(control, steps):
     torch.testing.assert_close(grad, (ends[0] - ends[1]) / 2e-2, rtol=1e-4, atol=1e-9)
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+def test_second_derivatives(gradient):
     func = VanDerPol(60.0)
-    ys = solve(func, start(2.0), [0.0, 1.0], method="auto", rtol=1e-8, atol=1e-8).ys
+    ys = solve(func, start(2.0), [0.0, 1.0], method="auto", gradient=gradient, rtol=1e-8, atol=1e-8).ys
+    (once,) = torch.autograd.grad(ys[-1, 0, 0], func.mu, retain_graph=True)
     (first,) = torch.autograd.grad(ys[-1, 0, 0], func.mu, create_graph=True)
+    torch.testing.assert_close(first, once, rtol=1e-9, atol=0.0)
     (second,) = torch.autograd.grad(first, func.mu)
     firsts = []
     for h in (0.5, -0.5):

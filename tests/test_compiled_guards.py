@@ -1848,6 +1848,12 @@ UNSEEN |= {
     "a function of numpy's": lambda t, y: y * float(FROMPY(2.0)),
     "an operator of the user's": lambda t, y: torch.ops.odenet_users.twice(y),
     "a file": lambda t, y: y * np.load("numbers.npy")[0],
+    "torch's threads": lambda t, y: y * torch.get_num_threads(),
+    "torch's seed": lambda t, y: y * torch.initial_seed(),
+    "a state of torch's": lambda t, y: y * torch.get_rng_state().sum(),
+    "a switch of torch's": lambda t, y: y if torch.backends.mkldnn.enabled else -y,
+    "another switch": lambda t, y: y if CUDNN.deterministic else -y,
+    "how numpy prints": lambda t, y: y * np.get_printoptions()["precision"],
 }
 
 
@@ -1896,6 +1902,7 @@ OPERATORS.impl("twice", lambda x: SCALE.k * x, "CompositeImplicitAutograd")
 torch.ops.odenet_users.twice  # noqa: B018
 ITERATOR, GENERATOR, LARGE, BYTES = iter(range(10**6)), np.random.default_rng(0), np.ones(20_000), bytearray(b"ab")
 STREAM, WORDS, COUNTER, NUMBER = io.BytesIO(b"ab"), array.array("d", [2.0]), itertools.count(), ctypes.c_double(2.0)
+CUDNN = torch.backends.cudnn
 TORCH, TRAINED = torch.Generator().manual_seed(0), nn.Parameter(number(2.0))
 
 

@@ -125,3 +125,26 @@ def test_compiled(gradient):
         torch.testing.assert_close(x, y, rtol=RTOL, atol=1e-8)
     grad_y0, grad_rate = torch.autograd.grad(solution.ys.sum(), (y0, net.rate))
     assert grad_y0[1].isnan().all() and grad_rate.isnan() and grad_y0[[0, 2]].isfinite().all()
+
+
+# ---- rows that were rejected, with what is no number ----
+
+
+@pytest.mark.parametrize("method", ["dopri5", "vern7", "rodas5p", "kvaerno5", "auto"])
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "quadrature"])
+def test_a_rejected_row_that_overflows(method, gradient):
+    """It is tried again, while another was accepted in that step: what it tried then has no part in any gradient."""
+    found = []
+    for samples in ((0, 1, 2), (0,), (1,), (2,)):
+        rate = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
+        y0 = torch.tensor([[9.0], [0.3], [-0.2]], dtype=torch.float64)[list(samples)].requires_grad_()
+        t = torch.tensor([0.0, 0.1, 0.5], dtype=torch.float64, requires_grad=True)
+        how = {"first_step": 0.25, "rtol": 1e-4, "atol": 1e-4, "step_control": "per_sample"}
+        func = lambda t, y, rate=rate: 0.1 * torch.sin(t) - rate * y**9  # noqa: E731
+        solution = solve(func, y0, t, method=method, gradient=gradient, **how)
+        assert bool(solution.ys.isfinite().all()) and (0 not in samples or int(solution.stats.num_rejected[0]) > 3)
+        found.append(torch.autograd.grad(solution.ys.sum(), (y0, rate, t)))
+    together, alone = found[0], found[1:]
+    torch.testing.assert_close(together[0], torch.cat([x[0] for x in alone]), rtol=1e-4, atol=1e-5)
+    for i in (1, 2):
+        torch.testing.assert_close(together[i], sum([x[i] for x in alone]), rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ PLACES = {  # (output times, jumps)
 }
 SIDES = {"left": lambda s, jump: s > jump, "right": lambda s, jump: s >= jump}  # of which func takes the jump itself
 METHODS = {"dopri5": 1e-8, "dopri8": 1e-8, "tsit5": 1e-8, "bosh3": 1e-5, "adaptive_heun": 1e-4}
+STIFF = {"rodas5p": 1e-7, "kvaerno5": 1e-5, "kvaerno3": 1e-5, "rosenbrock23": 1e-4, "auto": 1e-7, "bdf": 1e-6}
 SPARE = 300  # multiples of the tolerance, for errors of gradients
 SAME_STEPS = 3  # a jump that is seen costs this many steps more at most
 
@@ -91,6 +92,24 @@ def test_gradients(gradient, step_control, place):
 def test_methods(gradient, method):
     for step_control, place in itertools.product(("joint", "per_sample"), ("on an output", "everywhere")):
         compare(place, "right", 1, METHODS[method], gradient=gradient, step_control=step_control, method=method)
+
+
+@pytest.mark.parametrize("method", STIFF)
+@pytest.mark.parametrize("gradient", ["direct", "adjoint", "quadrature"])
+def test_stiff_methods(gradient, method):
+    """The integral of the parameters over a backward step is on the same side of a jump as the step."""
+    if method == "bdf" and gradient == "direct":
+        return
+    for step_control, side in zip(("joint", "per_sample"), SIDES, strict=True):
+        for sign in (1, -1):
+            how = {"gradient": gradient, "step_control": step_control, "method": method}
+            compare("everywhere", side, sign, STIFF[method], **how)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "vern7", "bosh3"])
+def test_two_coupled_states(method):
+    compare("everywhere", "right", 1, 1e-7, gradient="reversible", method=method)
+    compare("everywhere", "left", -1, 1e-7, gradient="reversible", method=method, step_control="per_sample")
 
 
 @pytest.mark.parametrize("place", ["at the start", "at the end"])

@@ -1,6 +1,7 @@
 """step_control="per_sample": every sample has its own steps."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -314,3 +315,21 @@ def test_fixed_methods_have_no_step_control(method):
         solve(lambda t, y: -y, torch.ones(2, 1), [0.0, 1.0], method=method, **PER_SAMPLE)
     with pytest.raises(ValueError, match=f"per_sample.*needs an adaptive adjoint_method, got '{method}'"):
         solve(lambda t, y: -y, torch.ones(2, 1), [0.0, 1.0], gradient="adjoint", adjoint_method=method, **PER_SAMPLE)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "vern7", "rodas5p", "kvaerno5", "auto"])
+def test_samples_that_func_couples_are_told_of(method):
+    """A state of one axis whose numbers are one system, means over a batch; not what keeps samples apart, or noise."""
+    y0 = torch.tensor([[1.0, 2.0], [30.0, -1.0], [-5.0, 0.1]], dtype=torch.float64)
+    options = {"step_control": "per_sample", "method": method, "rtol": 1e-5, "atol": 1e-5}
+    coupled = (lambda t, y: y.flip(0) - y, y0[:, 0]), (lambda t, y: y.mean(0) - y, y0)
+    for func, start in coupled:
+        with pytest.warns(UserWarning, match="depends on others, which are at other times"):
+            solve(func, start, [0.0, 1.0], **options)
+    apart = lambda t, y: -y * torch.cos(t) - 0.1 * y * y.sum(1, keepdim=True)  # noqa: E731
+    noisy = lambda t, y: -y + 1e-7 * torch.rand_like(y)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for func in (apart, noisy) if method in ("dopri5", "vern7") else (apart,):
+            solve(func, y0, [0.0, 1.0], **options)
+        solve(coupled[0][0], y0[:, 0], [0.0, 1.0], **{**options, "step_control": "joint"})

@@ -478,3 +478,24 @@ def test_the_stepper_beside_a_reading(monkeypatch):
     ends(field)
     threads[0].join()
     assert len(outcome) == 1
+
+
+@pytest.mark.parametrize("how", [{}, {"method": "dopri5", "step_size": None, "step_control": "per_sample"}])
+def test_a_number_of_samples_that_func_asks_for(how):
+    """One that no trial had, at the first solve of it."""
+    field = odenet_cuda.compile(lambda t, y: -y if y.shape[0] == 17 else torch.sin(y))
+    for count in (5, 5, 5, 4, 5, 4):
+        assert_as_stepper(field, y0=rows(count, 2), **how)
+        assert field.explain() == "compiled"
+    with pytest.warns(UserWarning, match="was not seen"):
+        assert_as_stepper(field, y0=rows(17, 2), **how)
+
+
+def test_other_numbers_of_samples_are_compared_a_few_times():
+    watch = Watch()
+    assert not watch.due_with(5)  # of the first solve the reading knows
+    watch.add(1e-3)
+    watch.add(1e-3)
+    watch.compared(1e-3)
+    assert [watch.due_with(5), watch.due_with(7), watch.due_with(7)] == [False, True, False]
+    assert sum(watch.due_with(size) for size in range(100, 200)) < 10

@@ -1,6 +1,7 @@
 """df/dy by a known pattern of zeros: colours, products, solves and their gradients, and patterns that are wrong."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -208,6 +209,19 @@ def test_a_pattern_that_misses_entries():
     late = lambda t, y: -y + (torch.roll(y, 1) if float(t) > 0.05 else 0 * y)  # noqa: E731
     with pytest.raises(ValueError, match="jac_sparsity must be True"):
         solve(late, y0, [0.0, 1.0], method="rodas5p", jac_sparsity=torch.eye(6))
+
+
+@pytest.mark.parametrize("method", ["rodas5p", "kvaerno5", "bdf"])
+def test_a_pattern_of_samples_that_func_couples(method: str):
+    """df/dy of a sample alone would be the sum over samples, and steps of lower order."""
+    func = lambda t, y: y.mean(0, keepdim=True) - 3 * y  # noqa: E731
+    y0 = torch.linspace(0.1, 0.9, 6, dtype=D).reshape(3, 2)
+    with pytest.raises(ValueError, match="couples system"):
+        solve(func, y0, [0.0, 1.0], method=method, jac_sparsity=torch.eye(2))
+    whole = torch.eye(2).repeat(3, 3)
+    solution = solve(func, y0, [0.0, 1.0], method=method, jac_sparsity=whole, rtol=1e-8, atol=1e-8)
+    mean = y0.mean(0)
+    torch.testing.assert_close(solution.ys[-1], mean * math.exp(-2) + (y0 - mean) * math.exp(-3), rtol=1e-6, atol=1e-6)
 
 
 def test_patterns_that_are_refused():

@@ -257,6 +257,26 @@ def test_quadrature_of_rates():
     assert solution.stats.nfe_backward < 3000
 
 
+def test_quadrature_of_leaves_of_several_ranks():
+    """Under per-sample control the time has the rank of the first leaf alone."""
+
+    def func(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        a, b = y
+        t = t.reshape(-1, 1)
+        return rate * torch.sin(t) * b.sum((1, 2))[:, None] - a, torch.cos(3 * t)[:, None] * b - 0.3 * b**3
+
+    found = []
+    for how in ({"method": "dopri8"}, {"method": "rodas5p", "gradient": "quadrature", "step_control": "per_sample"}):
+        rate = torch.tensor(0.7, dtype=D, requires_grad=True)
+        a = torch.linspace(0.5, 1.5, 9, dtype=D).reshape(3, 3).requires_grad_()
+        b = torch.linspace(-1.0, 1.0, 12, dtype=D).reshape(3, 2, 2).requires_grad_()
+        solution = solve(func, (a, b), [0.0, 1.0, 2.0], rtol=1e-9, atol=1e-9, **how)
+        total = sum([(leaf * torch.arange(1, 1 + leaf.numel(), dtype=D).reshape(leaf.shape)).sum() for leaf in solution.ys])
+        found.append(torch.autograd.grad(total, (a, b, rate)))
+    for x, y in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
 def test_adjoint_by_an_explicit_method():
     """And by the method itself, which then differentiates func twice."""
     func = nn.Linear(2, 2).double()

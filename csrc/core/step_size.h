@@ -268,17 +268,18 @@ ODENET_HD D time_within(const D& time, double c, const D& dt) {
 }
 
 // The time at which the stage with node c of the planned step is evaluated, in the state's real type. Beside a
-// discontinuity of f the stage on it is moved to the side on which the step lies.
+// discontinuity of f the stage on it is moved to the side on which the step lies, and so is one with a node beyond 1.
 template <class R>
 ODENET_HD R stage_time(const Row& r, double c) {
   if (c == 0) {
     const R time = round_to<R>(r[kTime]);
     return r[kJumped] != 0 ? next_after(time, r[kDirection]) : time;
   }
-  if (c != 1) return round_to<R>(time_within(r[kTime], c, r[kDt]));
+  if (c < 1) return round_to<R>(time_within(r[kTime], c, r[kDt]));
   const R end = round_to<R>(r[kStepEnd]);
   const bool on_jump = r.stop_kind == kStopJump || r.stop_kind == kStopEndJump;
-  return r.running() && r[kStepEnd] == r.stop && on_jump ? next_after(end, -r[kDirection]) : end;
+  if (r.running() && r[kStepEnd] == r.stop && on_jump) return next_after(end, -r[kDirection]);
+  return c == 1 ? end : round_to<R>(time_within(r[kTime], c, r[kDt]));
 }
 
 // Rows of the stepper, whose state is in memory. times [stages, rows]: of the step that is to be tried.

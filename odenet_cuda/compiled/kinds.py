@@ -76,7 +76,11 @@ _QUIET = {
 }  # fmt: skip
 
 # What gives other values from call to call, or values from elsewhere.
-UNSEEN = [globals, locals, eval, exec, compile, __import__, open, input, id, torch.load, np.load, np.fromfile, np.loadtxt]
+UNSEEN = [
+    globals, locals, eval, exec, compile, __import__, open, input, id, torch.load, np.load, np.fromfile, np.loadtxt,
+    torch.get_num_threads, torch.get_num_interop_threads, torch.initial_seed, torch.get_rng_state,
+    np.get_printoptions, np.geterr,
+]  # fmt: skip
 UNSEEN_NAMES = {"f_globals", "f_locals", "_getframe", "currentframe", "read_text", "read_bytes", "__subclasses__"}
 _IMPURE = {
     "os", "posix", "nt", "time", "datetime", "secrets", "uuid", "sys", "socket", "subprocess", "contextvars", "gc", "inspect",
@@ -125,7 +129,9 @@ def derived(kind: type) -> bool:
 
 
 def impure(module: Any) -> str:
-    """The root of this module of the standard library if its values change from call to call."""
+    """The root of this module of the standard library, or part of torch, if its values change from call to call."""
+    if str(module).startswith("torch.backends"):  # switches
+        return "torch.backends"
     root = str(module).split(".")[0].lstrip("_")
     return root if root in _IMPURE and is_library(None, str(module)) else ""
 

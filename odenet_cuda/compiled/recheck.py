@@ -38,7 +38,7 @@ def recheck(field: Compilation, engine: Engine, structure: Structure, args: Sequ
     is compiled then until `reset`; and where func cannot be called or has changed what it reads: the stepper serves this solve,
     so that the user meets what it raises. reading: the lock of whoever calls func with what is not the user's."""
     watch = engine.plan.watch
-    if not watch.due or not reading.acquire(blocking=False):
+    if not watch.due_with(engine.batch) or not reading.acquire(blocking=False):
         return
     start = time.perf_counter()
     try:

@@ -136,7 +136,8 @@ def _of_way_back(problem: Problem, options: Options, adjoint: Options | None) ->
     if adjoint is None:
         return ""
     if not isinstance(adjoint.tableau, ButcherTableau):
-        return f"backward steps of adjoint_method={adjoint.method!r} are not compiled"
+        served = "; gradient='direct' is" if rosenbrock_of(adjoint.tableau) is not None else ""
+        return f"backward steps of adjoint_method={adjoint.method!r} are not compiled{served}"
     anew = problem.per_sample and options.adaptive and not adjoint.tableau.fsal
     return "the stepper's per-sample adjoint by this method evaluates the first stage of a step anew" if anew else ""
 

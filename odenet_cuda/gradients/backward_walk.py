@@ -17,7 +17,7 @@ from ..solvers.trajectory import End, Evaluation, Index, Recorder, Step
 from ..solvers.whole import whole_of
 from ..stepper import Rows, Stepper
 from .accumulator import Accumulator
-from .failed import without_others
+from .failed import has_broken_rows, without_others
 from .of_times import TimeGradient
 from .whole import undo_whole
 
@@ -51,7 +51,8 @@ class BackwardWalk:
     ):
         tableau, a = recorder.tableau, recorder.tableau.rows
         self.problem, self.tableau, self.captured, self.t_grad = problem, tableau, captured, t_grad
-        self.careful = problem.per_sample and problem.failed  # what is no number may belong to rows without a part
+        self.failed = problem.per_sample and problem.failed
+        self.careful = self.failed  # what is no number may belong to rows without a part
         self.leaves, self.n, self.points = len(problem.leaves), len(problem.state_leaves), len(a)
         self.keep_graphs, self.step_costs = keep_graphs, recorder.step_costs
         self.begin(grad_outputs)
@@ -132,6 +133,7 @@ class BackwardWalk:
 
     def _undo_step(self, step: Step) -> None:
         dt = step.dt if isinstance(step.dt, Tensor) else torch.full_like(self.one, step.dt)
+        self.careful = self.failed or has_broken_rows(step)
         base, lam, into_y0 = self.outputs(step, self.lam, dt) if step.outputs else (None, self.lam, None)
         if (whole := whole_of(step)) is None:
             self.undo_points(step, lam, dt, base, into_y0)

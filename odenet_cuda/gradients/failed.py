@@ -5,6 +5,7 @@ itself, and so are the row's gradient and all that rows share. Where a row has n
 loss does with it has no part in any gradient.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, times_as_tensor
-from ..solvers.trajectory import Evaluation
+from ..solvers.trajectory import Evaluation, Step
+from ..solvers.whole import WholeStep
 
 
 def known_cotangents(problem: Problem, grad_ys: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
@@ -71,6 +73,14 @@ def stand_ins(problem: Problem, i: int) -> tuple[Tensor | None, Tensor | None]:
     return failed, torch.where(failed, rows[~failed][0], rows)
 
 
+def has_broken_rows(step: Step) -> bool:
+    """Whether what a rejected row tried may be no number. On CUDA the host knows that of its error alone."""
+    if step.broken or step.accept is None or step.accept.device.type != "cpu" or bool(step.accept.all()):
+        return step.broken
+    slopes = [k.detach() for evaluation in step.evaluations if evaluation is not None for k in evaluation.k]
+    return bool(slopes) and not all([math.isfinite(x) for x in torch.stack(torch._foreach_norm(slopes, 1)).tolist()])
+
+
 def without_others(problem: Problem, evaluation: Evaluation, cotangents: Sequence[Tensor]) -> Evaluation:
     """The evaluation with other rows in place of those without a cotangent whose slope is no number: zero times their Jacobian
     would be none either."""
@@ -83,6 +93,9 @@ def without_others(problem: Problem, evaluation: Evaluation, cotangents: Sequenc
     field: Any = problem.field
     with torch.enable_grad():
         y = [torch.where(broken.reshape(-1, *[1] * (x.dim() - 1)), x[other], x).detach() for x in evaluation.y]
+        if isinstance(evaluation, WholeStep):  # of size 0, which cannot fail
+            dt = 2 * len(problem.state_leaves)
+            y[dt] = torch.where(broken, 0, y[dt])
         y = [leaf.requires_grad_(old.requires_grad) for leaf, old in zip(y, evaluation.y, strict=True)]
         t = evaluation.t.detach().requires_grad_(evaluation.t.requires_grad)
         other_one = replace(evaluation, t=t, y=y)

@@ -16,7 +16,7 @@ from ..problem import Problem, times_as_tensor
 from ..products import Targets, gradients
 from ..solvers.trajectory import Evaluation, Recorder, Step
 from ..solvers.whole import arguments, whole_of
-from ..tableau import Method, is_whole
+from ..tableau import Method, StepFunction
 
 SECOND = " for second derivatives"
 
@@ -91,8 +91,8 @@ def replay(
         dt = sum_of(entry.dt, difference_of(at_t1, at_t0))
         views, slopes, point = problem.time_views(entry.times.detach()), [k], y
         whole = whole_of(entry)
-        if whole is not None or is_whole(tableau):
-            method: Any = tableau if whole is None else whole.method
+        if whole is not None or isinstance(tableau, StepFunction):
+            method: Any = entry.method or tableau if whole is None else whole.method
             ends = [(None if at_t0 is None else (1 - c) * at_t0, None if at_t1 is None else c * at_t1) for c in tableau.c]
             views = [shifts.moved(view, sum_of(*end)) for view, end in zip(views, ends, strict=True)]
             rows = torch.as_tensor(dt, dtype=torch.float64, device=problem.device).reshape(-1)

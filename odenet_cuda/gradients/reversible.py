@@ -131,6 +131,8 @@ class ReversibleWalk:
         self.grad_ys = grad_ys
         self.grad_t = TimeGradient(problem)
         self.at_t0 = torch.zeros(problem.rows, dtype=torch.float64, device=problem.device)  # of the step after, by its start
+        self.after = torch.full((problem.rows,), torch.nan, dtype=problem.real, device=problem.device)  # where that one begins
+        self.end_slope: Leaves = []  # at the end of this one
         self.careful = problem.per_sample and problem.failed  # what is no number may belong to rows without a part
         self.x: list[Leaves] = []
         self.g: list[Leaves] = []
@@ -185,8 +187,23 @@ class ReversibleWalk:
             ends = [(index, mask) for index, _, mask in step.outputs]
             for index, mask in ends or ([step.ends[1]] if step.ends[1] else []):
                 value = self.at_t0 + at_t1
+                if not step.ends_on(index):
+                    value = self._beside_jump(step, index, value)
                 self._add_time(index, value if mask is None else torch.where(mask, value, 0.0))
             self.at_t0 = at_t0 if accept is None else torch.where(accept, at_t0, self.at_t0)
+            self.after = step.times[0] if accept is None else torch.where(accept, step.times[0], self.after)
+
+    def _beside_jump(self, step: Step, index: Any, value: Tensor) -> Tensor:
+        """dL/dt of an output inside the interval. Where it lies on a discontinuity of func, which stays there, that of the
+        output alone: the step after does not begin where this one ends. Else value, with which both move."""
+        grads, slopes = [], []
+        for grad, slope in zip(self.grad_ys, self.end_slope, strict=False):
+            if grad is not None:
+                place = (index, torch.arange(len(index), device=index.device)) if isinstance(index, Tensor) else index
+                grads.append(grad[place])
+                slopes.append(slope)
+        alone = self._dot(grads, slopes) if grads else torch.zeros_like(value)
+        return torch.where(step.times[-1] != self.after, alone, value)
 
     def _add_outputs(self, step: Step) -> None:
         """Those at the end of the step: it has no others."""
@@ -211,6 +228,8 @@ class ReversibleWalk:
         x, into, of = self.x, shear.into, shear.of
         calls = self._stages(shear, t0, t1, dt)
         k = [[slope.detach() for slope in call.k] for call in calls]
+        if shear is self.step.shears[-1]:
+            self.end_slope = k[0]
         before = moved_back(shear, x, k, dt)
         g = self.g[into] if accept is None else [torch.where(_shaped(accept, leaf), leaf, 0) for leaf in self.g[into]]
         mu, by_nodes = self._products(shear, calls, g, dt)

@@ -58,7 +58,8 @@ class StepIntegral(Recorder):
 
     def __init__(self, method: StepFunction, backward: Problem, field: WholeField):
         super().__init__(method, backward.t, backward.per_sample, len(backward.leaves))
-        self.problem, self.field, self.nodes = backward, field, method.nodes
+        self.problem, self.field = backward, field
+        self.nodes = [(c, weight, row, method.c.index(c) if c in method.c else -1) for c, weight, row in method.nodes]
         self.every_slope = self.at_once = True
         self.integral = Accumulator(field.params, len(self.nodes), field.like[0].device)
 
@@ -69,15 +70,24 @@ class StepIntegral(Recorder):
         assert step.y0 is not None
         start, end = (torch.as_tensor(t, dtype=torch.float64, device=problem.device).reshape(-1) for t in (t0, t1))
         dt, n = end - start, field.leaves
-        for c, weight, row in self.nodes:
+        for c, weight, row, stage in self.nodes:
             with torch.no_grad():
                 state = [x.detach() for x in combined(step.y0, dt, row, step.k)]
             part = -weight * (dt if step.accept is None else dt * step.accept)
+            if step.accept is not None:  # what others tried may be no number
+                kept = step.accept
+                state = [torch.where(_shaped(kept, x), x, y0.detach()) for x, y0 in zip(state, step.y0, strict=True)]
             cotangents = [per_row(part, x) * x for x in (*state[n:], *field.costs)]
-            k = field.evaluate(problem.time_views((start + c * dt).to(problem.real)[None])[0], state[:n])
+            # Those of stages as func saw them: beside a discontinuity on the side of the step.
+            t = step.first if c == 0 else step.times[stage] if stage > 0 else (start + c * dt).to(problem.real)
+            k = field.evaluate(problem.time_views(t.reshape(1, -1))[0], state[:n])
             self.integral.add(field.product(k, cotangents, (), field.targets, False))
         self.integral.flush()
 
     def take(self) -> list[Tensor]:
         totals = zip(self.integral.results(), self.field.params, strict=True)
         return [torch.zeros_like(x) if total is None else total for total, x in totals]
+
+
+def _shaped(mask: Tensor, leaf: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (leaf.dim() - 1))

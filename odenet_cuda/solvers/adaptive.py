@@ -25,6 +25,7 @@ from .families import family_of
 from .hooks import AfterStep, Callbacks, Looker, runs_ahead, some
 from .interruption import BETWEEN, DECIDED, DECIDING, MOVING, until_now
 from .norms import write_norm
+from .rows import warn_of_coupled
 from .start import Resumed, first_slope, first_state, plan_first_step, plan_resumed, starts_on_jump, stop_table
 from .stiffness import StiffnessLook
 from .trajectory import Evaluation, Recorder, Trajectory
@@ -202,6 +203,7 @@ class AdaptiveSolver:
         self.phase = BETWEEN
 
     def trajectory(self) -> Trajectory:
+        warn_of_coupled(self.problem, self.stepper, self.method, self.host_view)
         if len(self.problem.t) == 2:
             for out, leaf in zip(self.ys, self.stepper.y0, strict=False):
                 out[1] = leaf

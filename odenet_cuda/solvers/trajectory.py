@@ -87,6 +87,7 @@ class Step:
     is recorded as a whole; empty without graphs.
     noise: where random generators stood before the first slope and before that of point 1, where func draws numbers.
     method: that made it, where not all steps are by that of the solve.
+    broken: whether the error of a row that was rejected is no number.
     """
 
     times: Tensor
@@ -100,6 +101,7 @@ class Step:
     evaluations: Sequence[Evaluation | None] = ()
     noise: Any = None
     method: Any = None
+    broken: bool = False
 
     def ends_on(self, index: Index) -> bool:
         """Whether an output is the end of the step itself, which moves with its time."""
@@ -244,6 +246,7 @@ class Recorder:
             outputs.append((ends[0], 1.0, ends[1]))
         rows = sent(accept)
         step = Step(times, self._first, sent(dt), rows, outputs, (begins, ends), y0, slopes, evaluations)
+        step.broken = not np.isfinite(host[_RATIO][~accept]).all()
         self._keep(sent(t0), sent(time), step)
         self._first = torch.where(rows, times[-1], self._first)
 
@@ -295,6 +298,6 @@ class Recorder:
             self.tape.append(step)
 
 
-_ACCEPT, _TIME, _LAST_TIME, _LAST_DT, _OUTPUT_BEGIN, _OUTPUT_END = (
-    FIELDS[name] for name in ("accept", "time", "last_time", "last_dt", "output_begin", "output_end")
+_ACCEPT, _RATIO, _TIME, _LAST_TIME, _LAST_DT, _OUTPUT_BEGIN, _OUTPUT_END = (
+    FIELDS[name] for name in ("accept", "error_ratio", "time", "last_time", "last_dt", "output_begin", "output_end")
 )
