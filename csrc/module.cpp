@@ -208,13 +208,13 @@ void add_library(py::module_& m) {
              in.grad_size = size;
            })
       .def("bind_events",
-           [](SolveCall& in, Address t, Address y, Address index, Address count, Address fired, int64_t capacity,
+           [](SolveCall& in, Address t, Address y, Address index, Address count, Address signs, int64_t capacity,
               int64_t most) {
              in.events.t = reinterpret_cast<double*>(t);
              in.events.y = reinterpret_cast<void*>(y);
              in.events.index = reinterpret_cast<int64_t*>(index);
              in.events.count = reinterpret_cast<int64_t*>(count);
-             in.events.fired = reinterpret_cast<const int64_t*>(fired);
+             in.events.signs = reinterpret_cast<double*>(signs);
              in.events.capacity = capacity;
              in.events.most = most;
            })

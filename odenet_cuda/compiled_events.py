@@ -84,7 +84,7 @@ def _add(solution: Solution, request: Request, found: EventSolve, log: Log) -> N
         t, index = t[:, 0], index[:, 0]
     if not log.goes_on:
         t, index, y = t[0], index[0], [x[0] for x in y]
-        solution._event_column = index.reshape(-1).clamp(min=0)
+        solution._event_signs = log.signs
     elif count == 0:
         t, index, y = t[:0], index[:0], [x[:0] for x in y]
     solution.event_t, solution.event_index, solution.event_y = t, index, request.structure.unflatten(y)
@@ -107,7 +107,8 @@ class _Found(EventValues):
         y = [torch.where(mask, x, z) for mask, x, z in zip(masks, self.leaves, last, strict=True)]
         field: Any = problem.field
         rate = field.again()(problem.time_views(t.to(problem.real)[None])[0], [leaf.clone() for leaf in y])
-        return Crossing(found, index, index.clamp(min=0), t, torch.ones_like(t), y, rate)
+        pace = [x.abs() for x in rate]
+        return Crossing(found, index, index.clamp(min=0), self.log.signs, t, torch.ones_like(t), y, rate, pace)
 
 
 def _with_gradient(
@@ -131,8 +132,18 @@ def _with_gradient(
     if times is not None:
         at_times = [times.move([y[i] for y in outputs], i, 1.0) for i in range(1, len(outputs[0]))]
         outputs = [torch.stack([y[0], *of_leaf]) for y, *of_leaf in zip(outputs, *at_times, strict=True)]
-    ended.give(solution, request, end, outputs)
+    ended.give(solution, request, end, [_as_found(y, x, end) for y, x in zip(outputs, end.crossing.y, strict=True)])
     return solution
+
+
+def _as_found(outputs: Tensor, y: Tensor, end: ended.Ended) -> Tensor:
+    """The outputs of a leaf, which at the events is y as it was found, on the interpolant: there the event functions are zero,
+    and other events of that time come at that time."""
+    found = end.crossing.found
+    rows = found.reshape(-1, *[1] * (y.dim() - 1)) if end.request.problem.per_sample else found[0]
+    change = torch.zeros_like(outputs)
+    change[end.place] = torch.where(rows, y - outputs.detach()[end.place], 0.0)
+    return outputs + change
 
 
 class _Times:

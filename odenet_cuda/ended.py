@@ -157,6 +157,7 @@ def give(solution: Solution, request: Request, ended: Ended, outputs: Sequence[T
     t = ended.request.t.to(found.device, torch.float64)
     t = t.gather(1, place[0][:, None])[:, 0] if asked.per_sample else t[place : place + 1]
     t = crossing.t + (t - t.detach())
+    solution._at_event = t, y
     if torch.is_grad_enabled():
         rate = crossing.rate
         if request.settings.gradient in ("adjoint", "quadrature") and any([leaf.requires_grad for leaf in y]):
@@ -165,7 +166,7 @@ def give(solution: Solution, request: Request, ended: Ended, outputs: Sequence[T
         t, y = attach(ended.watch, crossing, t, y, rate)
     t = torch.where(found, t, math.nan)
     solution.event_t, solution.event_index = (t, crossing.index) if asked.per_sample else (t[0], crossing.index[0])
-    solution._event_column = crossing.column
+    solution._event_signs = crossing.signs
     of_rows = [found.reshape(-1, *[1] * (leaf.dim() - 1)) if asked.per_sample else found[0] for leaf in y]
     solution.event_y = unflatten([torch.where(rows, leaf, math.nan) for rows, leaf in zip(of_rows, y, strict=True)])
     if solution.interpolant is not None:

@@ -25,8 +25,14 @@ class Event:
     quarter is located on the interpolant of the step, to a few units in the last place of the time. So two zeros within a
     quarter of a step, or one that fn only touches between its ends, can be missed: ``max_step`` narrows what can. A function
     that is zero where the solve begins, or whose own event has just been, has no sign there, and takes that of the first
-    quarter at whose end it is not zero. Of several events the first in time counts, of several at one time the first that was
-    given.
+    quarter at whose end it is not zero.
+
+    Of several events the first in time counts. Those at one time happen one after the other in the order in which they were
+    given, as far as none of them ends the solve; not those whose function has its sign of before again, after what the others
+    have changed. Times are one where they differ by less than 64 units in the last place, of the time in the state's type.
+
+    The time of an event, and the state there, have first derivatives where fn passes through zero. Where it only touches zero
+    or jumps they have none: RuntimeError where a gradient comes to them.
 
     Where func is a compiled field, fn and apply are read with it, if they can be.
     """
@@ -77,12 +83,13 @@ class Jump:
 @dataclass(frozen=True, eq=False)
 class Events:
     """Those of one solve. args: what their functions are called with after (t, y). from_zero: one that is zero where the solve
-    begins ends it there. fired: for each row which value has just come to its zero, -1 for none, [rows]."""
+    begins ends it there. signs: with which the values begin, float64 [rows, values], NaN: that which they have there; None
+    for all."""
 
     events: tuple[Event, ...]
     args: tuple[Any, ...] = ()
     from_zero: bool = False
-    fired: Tensor | None = None
+    signs: Tensor | None = None
 
 
 def check_events(events: "Event | Events | Sequence[Event] | None", args: Sequence[Any]) -> Events | None:

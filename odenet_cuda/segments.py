@@ -190,14 +190,14 @@ class _Segments:
         self._note_outputs(part, first, inside, times.shape[1])
         found, index, ok = self._outcome(part)
         before = self.y
-        last = self._last_of(part, times)
-        if part.event_y is not None:
-            last = chosen(self._mask(found), self.structure.flatten(part.event_y), last)
+        last, now = self._last_of(part, times)
+        if part.event_t is not None:
+            last, now = self._at_events(part, found, index, last, now)
         self.y = chosen(self._mask(ok), last, [leaf.detach() for leaf in before])
-        self._arrive(part, times, found, ok)
+        self._arrive(now, ok)
         self.now_of = np.where(found, -1, stops)
         self.going = self.going & ok & (self.at != self.end)
-        self._after_events(found & ok, index, part._event_column)
+        self._after_events(found & ok, index, part._event_signs)
 
     def _times_ahead(self) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """(the times of the segment [rows, W] from where each row is, NaN where it has fewer; the first output ahead of each;
@@ -253,27 +253,36 @@ class _Segments:
             ok = (part._state[FIELDS["status"]] == SUCCESS).cpu().numpy()
         return (index >= 0) & self.going, index, ok
 
-    def _last_of(self, part: Solution, times: Tensor) -> list[Tensor]:
-        """The state at the last time of each row."""
+    def _last_of(self, part: Solution, times: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The state at the last time of each row, and the times."""
         ys = self.structure.flatten(part.ys)
+        place = (~times.detach().isnan()).sum(1) - 1
+        now = times.gather(1, place[:, None])[:, 0]
         if not self.per_sample:
-            return [leaf[-1] for leaf in ys]
-        last = (~times.detach().isnan()).sum(1).to(self.device) - 1
-        return [leaf[last, torch.arange(self.rows, device=self.device)] for leaf in ys]
+            return [leaf[-1] for leaf in ys], now
+        return [leaf[place.to(self.device), torch.arange(self.rows, device=self.device)] for leaf in ys], now
 
-    def _arrive(self, part: Solution, times: Tensor, found: np.ndarray, ok: np.ndarray) -> None:
+    def _at_events(
+        self, part: Solution, found: np.ndarray, index: np.ndarray, last: list[Tensor], now: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """The same, of rows with an event those there. Where it changes nothing the solve goes on as if it were not: nothing
+        that comes later moves with its time."""
+        assert self.events is not None and part.event_t is not None
+        changes = np.array([event.apply is not None for event in self.events.events])[index]
+        t, y = part.event_t.reshape(-1), self.structure.flatten(part.event_y)
+        for rows, t_of, y_of in ((found, *(part._at_event or (t, y))), (found & changes, t, y)):
+            last = chosen(self._mask(rows), y_of, last)
+            now = torch.where(torch.from_numpy(rows).to(now.device), t_of.to(now.device), now)
+        return last, now
+
+    def _arrive(self, now: Tensor, ok: np.ndarray) -> None:
         """Where the rows are now."""
-        last = (~times.detach().isnan()).sum(1, keepdim=True) - 1
-        now = times.gather(1, last)[:, 0]
-        if part.event_t is not None:
-            mask = torch.from_numpy(found).to(now.device)
-            now = torch.where(mask, part.event_t.reshape(-1).to(now.device), now)
         moved = self.going & ok
         self.now = torch.where(torch.from_numpy(moved).to(now.device), now, self.now.to(now.device))
         self.at = self.now.detach().cpu().numpy().copy()
 
-    def _after_events(self, found: np.ndarray, index: np.ndarray, column: Tensor | None) -> None:
-        """Rows with an event end or go on from a changed state. column: see `Crossing`."""
+    def _after_events(self, found: np.ndarray, index: np.ndarray, signs: Tensor | None) -> None:
+        """Rows with an event end or go on from a changed state. signs: see `Crossing`."""
         self.event_place.append(np.where(found, self.happened, -1))
         self.happened = self.happened + found
         if self.events is None:
@@ -287,5 +296,6 @@ class _Segments:
                 state = event.apply(self._time(), self.structure.unflatten(self.y), *self.args)
                 self._change(here & self.going & ~over, state, f"apply of event {k}")
         self.going = self.going & ~over
-        fired = None if column is None else torch.where(self._mask(found).reshape(-1), column, -1)
-        self.events = replace(self.events, from_zero=False, fired=fired)
+        if signs is not None:
+            signs = torch.where(self._mask(found).reshape(-1, 1), signs, math.nan)
+        self.events = replace(self.events, from_zero=False, signs=signs)

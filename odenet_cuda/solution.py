@@ -170,7 +170,8 @@ class Solution(Generic[State]):
         self.event_t: Tensor | None = None
         self.event_y: State | None = None
         self.event_index: Tensor | None = None
-        self._event_column: Tensor | None = None
+        self._event_signs: Tensor | None = None  # see `Events`, of a solve that ends at its event
+        self._at_event: tuple[Tensor, list[Tensor]] | None = None  # t, y of rows with one, as if t were given
         self.engine, self.explanation = "", {}  # type: str, dict[str, str]
         self._times, self._device, self._state = times, device, state
         self._t: Tensor | None = None
@@ -198,7 +199,7 @@ class Solution(Generic[State]):
             t = to_device(torch.from_numpy(self._times[-1].copy()), self._device)
         else:
             t = self.t[-1:].expand(len(torch.utils._pytree.tree_leaves(self.y_last)[0]) if self.per_sample else 1).clone()
-        if self.event_t is not None and self._event_column is not None and self.event_t.dim() < 2:
+        if self.event_t is not None and self._event_signs is not None and self.event_t.dim() < 2:
             at = self.event_t.detach().reshape(-1)
             t = torch.where(at.isnan(), t, at)
         return t if self.per_sample else t[0]

@@ -194,6 +194,26 @@ def test_functions_of_float32(name):
     check_function(name, Y0.float())
 
 
+NONE, BIAS = torch.zeros(0, 4, dtype=D), rows(4, seed=5)
+EMPTY = {
+    "mm": lambda y: y[:, :0] @ NONE,
+    "addmm": lambda y: torch.addmm(BIAS, y[:, :0], NONE),
+    "linear": lambda y: F.linear(y[:, :0], NONE.t(), BIAS),
+    "mv": lambda y: (y[:, :0] @ NONE[:, 0])[:, None],
+    "bmm": lambda y: (y[:, None, :0] @ y[:, :0, None])[:, 0],
+    "of no result": lambda y: (y @ NONE.t()).sum(1, keepdim=True),
+    "einsum": lambda y: torch.einsum("bi,ij->bj", y[:, :0], NONE),
+    "outer": lambda y: torch.einsum("bi,bj->bij", y[:, :0], y).sum((1, 2))[:, None],
+    "mean of parts": lambda y: torch.cat([y[:, :0], y], 1).sum(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_products_over_empty_axes(name):
+    """They are zero, and so is what comes of them."""
+    read(lambda t, y: EMPTY[name](y) - y)
+
+
 TIMES = {
     "times a scalar": lambda t, y: y * t,
     "sin": lambda t, y: y + torch.sin(2 * t),

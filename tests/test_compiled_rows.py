@@ -242,3 +242,26 @@ def test_paths(method):
     options = {"step_size": 0.05} if method == "rk4" else {"jump_t": [0.25, 0.5, 0.75]}
     sources = [*func.parameters(), func.two_c]
     compare(field, func, rows(BATCH, 2), sources, method=method, **options)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["argument", "attribute"])
+@pytest.mark.parametrize("name", ["gathered", "taken"])
+def test_what_can_be_read_as_a_table_of_all_samples(name, kept):
+    """For as many samples as the recordings have, and more, a gather along rows is one from the first rows of a table too."""
+    take = {
+        "gathered": lambda z, place: z.gather(1, place),
+        "taken": lambda z, place: torch.take_along_dim(z, place, 1),
+    }[name]
+    knots = torch.linspace(0, 1, 7, dtype=D)
+
+    class Table(nn.Module):
+        def forward(self, t, y, *args):
+            place = (torch.searchsorted(knots, torch.ones_like(y[:, :1]) * t, right=True) - 1).clamp(0, 5)
+            return take(args[0] if args else self.z, place) - y
+
+    func = Table()
+    field = odenet_cuda.compile(func)
+    for batch in (9, 12, 40):
+        func.z, z = rows(batch, 6, seed=batch), rows(batch, 6, seed=batch).requires_grad_()
+        options = {"step_control": "per_sample", "jump_t": knots[1:-1], "args": () if kept else (z,)}
+        compare(field, func, rows(batch, 1), [] if kept else [z], **options)

@@ -300,15 +300,6 @@ def test_first_derivatives_only():
         torch.autograd.grad(first.sum(), y0)
 
 
-@pytest.mark.parametrize("fn", [lambda t, y: (y > 3).double() - 0.5, lambda t, y: (3 - y.detach()) + 0 * y])
-def test_no_derivative_of_a_function_without_one(fn):
-    """Not a number, never one that looks like a gradient."""
-    y0 = torch.ones(1, dtype=D, requires_grad=True)
-    solution = solve(clock, y0, [0.0, 4.0], events=Event(fn))
-    by_t, by_y = (torch.autograd.grad(x.sum(), y0, retain_graph=True)[0] for x in (solution.event_t, solution.event_y))
-    assert not by_t.isfinite().any() and by_y.isnan().all()
-
-
 def test_gradients_without_a_graph_are_not_asked_for():
     with torch.no_grad():
         event_t, ys = odeint_event(Ball(), torch.tensor([1.0, 0.0], dtype=D), 0.0, event_fn=Ball().hit)

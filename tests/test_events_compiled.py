@@ -192,22 +192,28 @@ def test_what_is_no_number_is_said_in_words():
 
 
 def test_functions_made_anew_are_read_once():
-    """Where they are alike; what differs in a closure is read anew, and no more than a few times."""
+    """Where they are alike; what differs in a closure is read anew, as far as what was read serves as many solves."""
 
     def event(level: float) -> Event:
         return Event(lambda t, y: y[:, 0] - level)
 
     field, y0 = odenet_cuda.compile(lambda t, y: torch.ones_like(y)), torch.zeros(2, 1, dtype=D)
     for _ in range(3):
-        solution = solve(field, y0, [0.0, 9.0], events=event(2.0), **TIGHT)
+        solution = solve(field, y0, [0.0, 20.0], events=event(2.0), **TIGHT)
         assert solution.engine == "compiled" and float(solution.event_t[0]) == pytest.approx(2.0)
     assert len(field._plans.with_events) == 1
     engines = []
-    for level in range(3, 9):
-        solution = solve(field, y0, [0.0, 9.0], events=event(float(level)), **TIGHT)
+    for level in range(3, 13):
+        solution = solve(field, y0, [0.0, 20.0], events=event(float(level)), **TIGHT)
         assert float(solution.event_t[0]) == pytest.approx(level)
         engines.append(solution.engine)
-    assert engines == ["compiled"] * 3 + ["stepper"] * 3 and event_plan.MADE_ANEW in field.explain()
+    assert engines == ["compiled"] * 7 + ["stepper"] * 3 and event_plan.MADE_ANEW in field.explain()
+    for _ in range(16):
+        solve(field, y0, [0.0, 20.0], events=event(9.0), **TIGHT)
+    assert field.explain() == "compiled" and len(field._plans.with_events) == 8
+    solution = solve(field, y0, [0.0, 20.0], events=event(5.5), **TIGHT)  # in place of the one that was used longest ago
+    assert solution.engine == "compiled" and float(solution.event_t[0]) == pytest.approx(5.5)
+    assert len(field._plans.with_events) == 8 and not any(x.are([event(2.0)]) for x in field._plans.with_events)
 
 
 def test_what_they_read_may_change():

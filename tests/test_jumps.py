@@ -151,3 +151,24 @@ def test_times_of_float32_meet_jumps_that_are_written_out():
 def test_compiled(gradient, step_control, compiled_quickly):
     for place in PLACES:
         compare(place, "right", 1, 1e-8, compiled=True, gradient=gradient, step_control=step_control)
+
+
+def test_steps_of_the_pid_controller_are_those_of_the_stepper(compiled_quickly):
+    """Beyond rounding: after a jump steps are so small that their error is nothing else, and the PID controller remembers it.
+    So samples count whose steps stay as many by the stepper where the state is a little other."""
+    chance = torch.Generator().manual_seed(1)
+    y0 = torch.randn(300, 3, dtype=torch.float64, generator=chance)
+    k = torch.rand(300, 1, dtype=torch.float64, generator=chance) * 5 + 0.5
+    func = lambda t, y, k: torch.sin(k * y.flip(1)) - 0.3 * y + torch.where(t < 1.0, 1.0, -2.0)  # noqa: E731
+    options = {"step_control": "per_sample", "controller": "PID", "rtol": 1e-6, "atol": 1e-8, "jump_t": [0.3, 1.0, 1.7]}
+
+    def steps(func, y0):
+        stats = solve(func, y0, [0.0, 2.0], args=(k,), **options).stats
+        return torch.stack([stats.num_accepted, stats.num_rejected])
+
+    field = odenet_cuda.compile(func)
+    found, right = steps(field, y0), steps(func, y0)
+    assert field.explain() == "compiled"
+    near = [steps(func, y0 * (1 + i * 2.0**-52)) for i in (-2, -1, 1, 2)]
+    settled = torch.stack([(x == right).all(0) for x in near]).all(0)
+    assert settled.sum() > 250 and (found != right).any(0)[settled].sum() <= 3

@@ -139,6 +139,22 @@ def test_nothing_else_changes(mode, monkeypatch):
     assert len(calls) == 1 and not seen
 
 
+def test_solves_too_short_to_compare():
+    """Between times a few units in the last place apart no step can be taken: that says nothing about the code."""
+    y0, options = rows(5, 2), {"step_control": "per_sample"}
+    field = odenet_cuda.compile(lambda t, y: torch.sin(y) * torch.cos(t))
+    for first in (True, False):
+        for units in (1, 3, 40, 500, 10_000):
+            field = odenet_cuda.compile(field.func) if first else field
+            watch = None if first else watch_of(field)
+            if watch is not None:
+                watch.unseen = 10**9
+            t = [3.0, 3.0 + units * 2.0**-51]
+            assert torch.equal(solve(field, y0, t, **options).ys, solve(field.func, y0, t, **options).ys)
+        solve(field, y0, [3.0, 4.0], **options)
+        assert field.explain() == "compiled"
+
+
 def test_when_it_is_due():
     """Early, then after fifty times the time it took; so it takes two hundredths of the time of the solves."""
     watch = Watch()

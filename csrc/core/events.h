@@ -9,13 +9,15 @@
 namespace odenet {
 namespace ODENET_LEVEL {
 
-constexpr int kParts = 4;  // of a step, as solvers/events.py has them
+constexpr int kParts = 4;      // of a step, as solvers/events.py has them
+constexpr int kTogether = 64;  // units in the last place of the time, that events at one time are apart, as there
 
 // What the samples in the lanes of a pack have come upon.
 template <class M, class P>
 struct Happened {
   P sign[M::events + 1];           // of the last value of each function that was not zero; 0: there is none
   P which;                         // the event in the last step
+  P next[M::events + 1];           // with which sign each goes on from there; not a number: that of its value
   int64_t count[Lanes<P>::width];  // events so far; -1: a value was not a number, and the sample has ended
 };
 
@@ -41,10 +43,11 @@ struct Events {
   ODENET_HD void begin(const MaskOf<P>& begun, const P& time) const {
     for_lanes(begun, [&](int i) { happened.count[i] = 0; });
     look(begun, time);
-    if (in.events.fired == nullptr) return;
     for_lanes(begun, [&](int i) {
-      const int64_t fired = in.events.fired[at.sample[i]];
-      if (fired >= 0) set_lane(happened.sign[fired], i, T(0));
+      for (int e = 0; e < M::events; ++e) {
+        const double sign = in.events.signs[at.sample[i] * M::events + e];
+        if (sign == sign) set_lane(happened.sign[e], i, static_cast<T>(sign));
+      }
     });
   }
 
@@ -55,7 +58,8 @@ struct Events {
     MaskOf<P> crossed(false), undefined(false);
     for (int part = 0; part < kParts; ++part) {
       P y[kOwn<M>], values[M::events];
-      values_at(P(T(part + 1) / T(kParts)), dt, y, values);
+      const P theta = T(part + 1) / T(kParts);
+      values_at(theta, time_at(theta), dt, y, values);
       MaskOf<P> here(false);
       for (int e = 0; e < M::events; ++e) {
         const P sign = sign_of(values[e]);
@@ -81,6 +85,9 @@ struct Events {
     int64_t& count = happened.count[i];
     if (count < 0) return true;
     const int which = static_cast<int>(lane(happened.which, i));
+    for (int e = 0; e < M::events; ++e) {
+      call.signs[at.sample[i] * M::events + e] = static_cast<double>(lane(happened.next[e], i));
+    }
     if (count < call.capacity) {
       const int64_t place = count * in.batch + at.sample[i];
       call.t[place] = lane(c.last_end, i);
@@ -103,7 +110,9 @@ struct Events {
       }
     });
     look(lanes, time);
-    for (int e = 0; e < M::events; ++e) set(lanes & (happened.which == P(T(e))), happened.sign[e], P(T(0)));
+    for (int e = 0; e < M::events; ++e) {
+      set(lanes & (happened.next[e] == happened.next[e]), happened.sign[e], happened.next[e]);
+    }
   }
 
  private:
@@ -131,27 +140,27 @@ struct Events {
     return select(over, c.last_end, time);
   }
 
-  ODENET_HD void values_at(const P& theta, const P& dt, P* y, P* values) const {
+  ODENET_HD void values_at(const P& theta, const D& time, const P& dt, P* y, P* values) const {
     P weights[M::stages];
     interpolant<M>(theta, dt, weights);
     for (int n = 0; n < kOwn<M>; ++n) {
       y[n] = x.y[n];
       for (int j = 0; j < M::stages; ++j) y[n] = fused(weights[j], x.k[j][n], y[n]);
     }
-    M::event_values(in, convert<T>(time_at(theta)), y, x.arguments, values, values);
+    M::event_values(in, convert<T>(time), y, x.arguments, values, values);
   }
 
-  // The least of the values that count, positive ahead of the event and not behind it.
-  ODENET_HD P least_at(const P& theta, const P& dt, const P* before, P* y, P& which) const {
-    P values[M::events], least = P(T(INFINITY));
-    values_at(theta, dt, y, values);
-    which = P(T(0));
-    MaskOf<P> passed(false);  // the first that is, is the event
+  // The value of a function that had this sign, positive ahead of the event and not behind it.
+  ODENET_HD static P oriented(int e, const P& before, const P& value) {
+    return select(counts(e, before), before * value, P(T(INFINITY)));
+  }
+
+  // The least of these.
+  ODENET_HD P least_at(const P& theta, const P& dt, const P* before) const {
+    P y[kOwn<M>], values[M::events], least = P(T(INFINITY));
+    values_at(theta, time_at(theta), dt, y, values);
     for (int e = 0; e < M::events; ++e) {
-      const P value = select(counts(e, before[e]), before[e] * values[e], P(T(INFINITY)));
-      const MaskOf<P> less = negate(value >= least) & negate(passed);
-      set(less, which, P(T(e)));
-      passed = passed | negate(value > P(T(0)));
+      const P value = oriented(e, before[e], values[e]);
       set(negate(value >= least), least, value);
     }
     return least;
@@ -161,12 +170,12 @@ struct Events {
   // Takahashi 2021, doi 10.1145/3423597). low: the part of the step of each lane. before: the signs there.
   ODENET_HD void end_at_zero(const MaskOf<P>& crossed, const MaskOf<P>& undefined, P low, const P* before,
                              const P& dt) const {
-    P y[kOwn<M>], which, high = low + P(T(1) / T(kParts)), slack = high - low;
+    P high = low + P(T(1) / T(kParts)), slack = high - low;
     const P scale = T(0.2) / slack;
     const D size_of_time = maximum(abs(c.last_time), abs(c.last_end)) / abs(c.last_dt);
     P tolerance = convert<T>(size_of_time) * kEpsilon;
     tolerance = select(tolerance > P(kEpsilon / 2), tolerance, P(kEpsilon / 2));
-    P at_low = least_at(low, dt, before, y, which), at_high = least_at(high, dt, before, y, which);
+    P at_low = least_at(low, dt, before), at_high = least_at(high, dt, before);
     at_low = select(at_low > P(T(0)), at_low, P(T(0)));
     at_high = select(at_high < P(T(0)), at_high, P(T(0)));
     for (int turn = 0; turn < 2 * kDigits; ++turn) {
@@ -182,7 +191,7 @@ struct Events {
       const P inner = select(shift <= abs(middle - secant), secant + side * shift, middle);
       const P room = slack - size * T(0.5);
       const P next = select(abs(inner - middle) <= room, inner, middle - side * room);
-      const P value = least_at(next, dt, before, y, which);
+      const P value = least_at(next, dt, before);
       const MaskOf<P> ahead = value > P(T(0));
       set(active & ahead, low, next);
       set(active & ahead, at_low, value);
@@ -190,11 +199,37 @@ struct Events {
       set(active & negate(ahead), at_high, value);
       slack = slack * T(0.5);
     }
-    const P value = least_at(high, dt, before, y, which);
-    for_lanes(crossed & (undefined | negate(value == value)), [&](int i) { happened.count[i] = -1; });
+    P together = tolerance * T(kTogether);
+    together = select(together < P(T(1) / T(kTogether)), together, P(T(1) / T(kTogether)));
+    end_at(crossed, undefined, high, together, before, dt);
+  }
+
+  // The first of the functions that has come to zero here, or does so at the same time, is the event; the others of
+  // them go on with the sign that they had, and so does what has come to its own event at the start of the step just
+  // now.
+  ODENET_HD void end_at(const MaskOf<P>& crossed, const MaskOf<P>& undefined, const P& theta, const P& together,
+                        const P* before, const P& dt) const {
+    P y[kOwn<M>], values[M::events], later[M::events];
+    const P after = theta + together;
+    values_at(after, c.last_time + convert<double>(after) * c.last_dt, dt, y, later);
+    values_at(theta, time_at(theta), dt, y, values);
+    P which(T(0)), least = P(T(INFINITY)), next[M::events];
+    MaskOf<P> passed(false), nothing = undefined;
+    for (int e = 0; e < M::events; ++e) {
+      const P value = oriented(e, before[e], values[e]);
+      const MaskOf<P> hit = negate(value > P(T(0))) | (oriented(e, before[e], later[e]) <= P(T(0)));
+      const MaskOf<P> just = (before[e] == P(T(0))) & (theta <= together);
+      next[e] = select(hit | just, before[e], P(T(NAN)));
+      set((hit | negate(value >= least)) & negate(passed), which, P(T(e)));
+      set(negate(value >= least), least, value);
+      passed = passed | hit;
+      nothing = nothing | negate(value == value);
+    }
+    for (int e = 0; e < M::events; ++e) set(crossed, happened.next[e], select(which == P(T(e)), P(T(0)), next[e]));
+    for_lanes(crossed & nothing, [&](int i) { happened.count[i] = -1; });
     set(crossed, happened.which, which);
     for (int n = 0; n < kOwn<M>; ++n) x.y1[n] = select(crossed, y[n], x.y1[n]);
-    set(MaskOf<D>(crossed), c.last_end, time_at(high));
+    set(MaskOf<D>(crossed), c.last_end, time_at(theta));
   }
 
   static constexpr int kDigits = Layout<T>::fraction + 1;

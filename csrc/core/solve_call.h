@@ -7,11 +7,11 @@ namespace odenet {
 
 // The events of a solve that has some, see events.h.
 struct EventCall {
-  double* t;             // [capacity, batch]: of the first, the second, ... of each sample
-  void* y;               // [capacity, batch, state]: ahead of what they change
-  int64_t* index;        // [capacity, batch]: which they are
-  int64_t* count;        // [batch]: how many there were, also beyond the capacity; -1: a value was not a number
-  const int64_t* fired;  // [batch]: of which function the sample begins at a zero that counts no more, or -1; or null
+  double* t;       // [capacity, batch]: of the first, the second, ... of each sample
+  void* y;         // [capacity, batch, state]: ahead of what they change
+  int64_t* index;  // [capacity, batch]: which they are
+  int64_t* count;  // [batch]: how many there were, also beyond the capacity; -1: a value was not a number
+  double* signs;   // [batch, events]: with which the functions begin, NaN: that of their values; then as after the last
   int64_t capacity;
   int64_t most;  // the last of so many ends the sample
 };

@@ -16,13 +16,14 @@ from ..solution import SolverError
 from ..step_control import SUCCESS
 from ..tableau import ButcherTableau
 from .attach import Sources, attach
-from .differences import Difference, Unchecked, distance, worst_of
+from .differences import Difference, Unchecked, Unsettled, distance, worst_of
 from .engine import Engine
 
 _CHANGE = 4
 _ROWS = 64  # samples among which those of the trials are
 _MANY = 1 << 18  # numbers in a state, of which not all are compared again
 _STEP = 0.1  # of the state, about: what a step of a trial changes
+_SHORTEST = 2.0**-43  # of a solve, in units of its times: its steps have many units in the last place of these
 _NEAR = 1e-3  # of the times at which trials of an implicit method begin
 _STIFF = 0.5  # the largest step times the field's rate of change, so that a step magnifies rounding by little
 
@@ -48,6 +49,8 @@ class Comparison:
         self.shrink = 0.3**seed
         self.t0, self.t1 = engine.problem.interval
         self.span, self.direction = abs(self.t1 - self.t0), -1.0 if self.t1 < self.t0 else 1.0
+        if self.span < _SHORTEST * max(abs(self.t0), abs(self.t1)):
+            raise Unsettled(f"the times of the solve, {self.t0} to {self.t1}, are too close for steps between them")
         self.implicit = not isinstance(engine.kind.tableau, ButcherTableau)
         if self.implicit:  # far from zero no two times are as close as steps may have to be
             self.t1 = self.t0 + self.direction * min(self.span, _NEAR)

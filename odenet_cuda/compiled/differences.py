@@ -19,7 +19,7 @@ class Unchecked(NoCompiler):
 
 
 class Unsettled(Unchecked):
-    """Nothing can be said, for what is compared changed meanwhile."""
+    """Nothing can be said: what is compared changed meanwhile, or the solve is too short for a step of any use."""
 
 
 @dataclass

@@ -20,11 +20,14 @@ from .function_text import FunctionText
 from .functions import Function
 from .plan import Plan
 from .plans import Plans
+from .refusals import MOST_AHEAD
 from .trace import Unreadable
 from .watch import Watch
 
-_MOST = 4  # kinds of event functions that a field is read with
-MADE_ANEW = f"func was read with {_MOST} sets of event functions already: keep them, and hand what differs to them in args"
+_MOST = MOST_AHEAD  # sets of event functions, the latest, that are kept of a field
+MADE_ANEW = (
+    "the event functions are others from call to call: keep them, and hand what differs to them in args; or call reset()"
+)
 _HEAD = "const SolveCall& in, const P& t, const P* y, const P* arguments"
 
 
@@ -66,10 +69,18 @@ def together(func: Callable, functions: Sequence[Callable], changes: Sequence[Ca
 
     def both(t: Any, state: Any, *args: Any) -> Any:
         y, numbers, _ = state
+        slopes, t = func(t, y, *args), _of_samples(t, y, numbers[0])
         values = [_as_one(fn(t, y, *args), like) for fn, like in zip(functions, numbers, strict=True)]
-        return func(t, y, *args), values, [_in_shape(change(t, y, *args), y) for change in changes]
+        return slopes, values, [_in_shape(change(t, y, *args), y) for change in changes]
 
     return both
+
+
+def _of_samples(t: Any, y: Any, like: Any) -> Any:
+    """The time as the stepper has it: of the rank of y where each sample has one, also where func is read with one for all."""
+    if t.dim() or not like.dim():
+        return t
+    return t.expand(len(like), *[1] * (pytree.tree_leaves(y)[0].dim() - 1))
 
 
 def _in_shape(state: Any, y: Any) -> Any:
@@ -88,13 +99,15 @@ def _as_one(value: Any, like: Any) -> Any:
 def found_with(plans: Plans, func: Callable, events: Sequence[Event]) -> WithEvents:
     """plans: of func. Raises Unreadable."""
     plans.begin(func)
-    for found in plans.with_events:
-        if found.are(events):
-            return found
-    if len(plans.with_events) >= _MOST:
-        raise Unreadable(MADE_ANEW)
-    plans.with_events.append(WithEvents(func, events))
-    return plans.with_events[-1]
+    kept = plans.with_events
+    found = next((x for x in kept if x.are(events)), None)
+    if found is None:
+        plans.event_readings.begin((), (), MADE_ANEW)
+        found = WithEvents(func, events)
+    else:
+        plans.event_readings.served += 1
+    kept[:] = [found, *[x for x in kept if x is not found][: _MOST - 1]]
+    return found
 
 
 def alike(x: Any, y: Any) -> bool:

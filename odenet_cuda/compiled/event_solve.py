@@ -35,19 +35,19 @@ Found = tuple[Tensor, Tensor, Tensor]  # t and index, [K, rows], of the events o
 
 class Log:
     """The events of a solve. t, index: [K, rows], of the k-th event of each row, and the leaves of y [K, rows, ...]; what a row
-    has not, is anything. count: of each row, -1 where a value was not a number. goes_on: whether the solve does, from them."""
+    has not, is anything. count: of each row, -1 where a value was not a number. signs: as of `Events`, at first and then at the
+    last event of each row. goes_on: whether the solve does, from them."""
 
-    def __init__(self, engine: Engine, most: int, capacity: int, fired: Tensor | None, goes_on: bool):
-        rows, self.most, self.capacity, self.fired, self.goes_on = engine.batch, most, capacity, fired, goes_on
+    def __init__(self, engine: Engine, most: int, capacity: int, signs: Tensor, goes_on: bool):
+        rows, self.most, self.capacity, self.signs, self.goes_on = engine.batch, most, capacity, signs.clone(), goes_on
         self.t = torch.empty(capacity, rows, dtype=torch.float64, device="cpu")
         self.rows_of_y = engine.y0.new_empty(capacity, rows, engine.state)
         self.index = torch.empty(capacity, rows, dtype=torch.int64, device="cpu")
         self.count = torch.empty(rows, dtype=torch.int64, device="cpu")
 
     def bind(self, call: Any) -> None:
-        fired = 0 if self.fired is None else self.fired.data_ptr()
-        places = [x.data_ptr() for x in (self.t, self.rows_of_y, self.index, self.count)]
-        call.bind_events(*places, fired, self.capacity, self.most)
+        places = [x.data_ptr() for x in (self.t, self.rows_of_y, self.index, self.count, self.signs)]
+        call.bind_events(*places, self.capacity, self.most)
 
 
 class EventSolve:
@@ -59,7 +59,8 @@ class EventSolve:
         self.plan, self.args = plan, plan.rows.of(args)
         self.engine = Engine(plan, problem, options, self.args, None)
         self.most, self.goes_on = most or 1, most is not None
-        self.fired = None if events.fired is None else events.fired.to("cpu", torch.int64).contiguous()
+        unknown = torch.full((self.engine.batch, len(plan.events)), torch.nan, dtype=torch.float64, device="cpu")
+        self.signs = unknown if events.signs is None else events.signs.contiguous()
         if self.engine.kind.control != "per_sample":
             raise Unreadable("events under joint control are looked at by the stepper")
         plan.build(self.engine.kind.wanted)
@@ -68,7 +69,7 @@ class EventSolve:
         engine, capacity = self.engine, min(self.most, _FEW)
         start = time.perf_counter()
         while True:
-            log = Log(engine, self.most, capacity, self.fired, self.goes_on)
+            log = Log(engine, self.most, capacity, self.signs, self.goes_on)
             way = engine.kind.way(engine.plan, engine.kind.control)
             ys, state, host = engine.run(way, engine.y0, engine.problem, None, bind=log.bind)
             needed = int(log.count.max())

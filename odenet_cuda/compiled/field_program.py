@@ -17,7 +17,7 @@ from .memory import has_memory
 from .numbers import Place
 from .program import Contract, Linear, Program
 from .reading import Reading
-from .rows import Rows, choices_of
+from .rows import Rows, Tried, choices_of
 from .trace import Recording, Unreadable, record, value_of
 from .values import where
 
@@ -44,6 +44,7 @@ class FieldProgram:
         pure: bool = False,
         by_time: bool = False,
         second: bool = False,
+        tried: Tried | None = None,
     ):
         self.whole = whole
         leaves = structure.leaves
@@ -52,9 +53,8 @@ class FieldProgram:
         self.state = sum(self.leaf_sizes)
         if max(self.leaf_sizes) > LARGEST:
             raise Unreadable(f"a sample has {max(self.leaf_sizes)} numbers, more than {LARGEST}: the stepper is as fast there")
-        self.recording = self._record(
-            Call(func, structure, t, [], whole, by_time=by_time, second=second), args, reading, marks, pure
-        )
+        call = Call(func, structure, t, [], whole, by_time=by_time, second=second)
+        self.recording = self._record(call, args, reading, marks, pure, tried or Tried())
         self.batched, args = self.recording.batched, self.rows.of(args)
         self.argument_sizes = [args[i][:1].numel() for i in self.batched]
         self.lowering = Lowering(self.recording, self.leaf_sizes, self.argument_sizes)
@@ -62,7 +62,7 @@ class FieldProgram:
         self._check_size()
         self._find_constants(args, reading)
 
-    def _record(self, call: Call, args: Sequence[Any], reading: "Reading", marks: Marks, pure: bool) -> Recording:
+    def _record(self, call: Call, args: Sequence[Any], reading: "Reading", marks: Marks, pure: bool, tried: Tried) -> Recording:
         rows = 0 if self.whole else call.structure.leaves[0].shape[0]
         able = [
             i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows and not self.whole
@@ -70,17 +70,20 @@ class FieldProgram:
         choices = [list(c) for n in range(len(able) + 1) for c in combinations(able, n)]
         choices.sort(key=lambda c: (len(c) not in (0, len(able)), len(c)))
         failure = Unreadable("")
-        for tensors in choices_of([] if self.whole else list(reading.reach.tensors.values()), rows):
+        all_choices = [
+            (tensors, batched)
+            for tensors in choices_of([] if self.whole else list(reading.reach.tensors.values()), rows)
+            for batched in choices[: _MOST_CHOICES // 4 if tensors else _MOST_CHOICES]
+        ]
+        for tensors, batched in tried.left(all_choices):
             self.rows = Rows([places[0] for x in tensors if (places := reading.places(x, args, ()))])
             given, func = self.rows.of(args), self.rows.over(call.func)
-            more = list(range(len(args), len(given)))
-            for batched in choices[: _MOST_CHOICES // 4 if tensors else _MOST_CHOICES]:
-                try:
-                    chosen = [*batched, *more]
-                    found = replace(call, func=func, batched=chosen, trained=[given[i].requires_grad for i in chosen])
-                    return record(found, given, reading.reach, reading.numbers, marks, pure)
-                except Unreadable as error:
-                    failure = failure if tensors else error
+            chosen = [*batched, *range(len(args), len(given))]
+            try:
+                found = replace(call, func=func, batched=chosen, trained=[given[i].requires_grad for i in chosen])
+                return record(found, given, reading.reach, reading.numbers, marks, pure)
+            except Unreadable as error:
+                failure = failure if tensors else error
         raise failure
 
     def _check_size(self) -> None:

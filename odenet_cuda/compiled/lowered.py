@@ -81,6 +81,8 @@ class Lowered:
             raise Unreadable(f"{where(node)} has numbers of type {value.dtype}")
         if self.shapes(node)[1] is not None:
             raise Unreadable(f"{where(node)}: a tensor of func has one entry a sample; give it in args")
+        if value.numel() == 0:
+            return Sample(self.program.full(value.shape, 0.0), None, str(value.dtype) == "torch.bool")
         if node not in self.constants:
             extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
             buffer = self.program.new("constant", extent, f"w{len(self.constants)}", str(value.dtype) == "torch.bool")

@@ -22,6 +22,7 @@ from .marks import Disturbed, Marks
 from .numbers import Place
 from .reading import Reading
 from .refusals import Readings
+from .rows import Tried
 from .sameness import Unguarded
 from .teams import Card, Team, card_of, teams_for
 from .trace import Unreadable, written
@@ -48,11 +49,12 @@ class Plan(FieldProgram):
         pure: bool = False,
         by_time: bool = False,
         second: bool = False,
+        tried: Tried | None = None,
     ):
         reading = reading or Reading(func, args)
         t = torch.zeros((), dtype=structure.leaves[0].dtype, device=structure.leaves[0].device)
         with reading.unmarked(t.device) as marks:
-            super().__init__(func, structure, t, args, whole, reading, marks, pure, by_time, second)
+            super().__init__(func, structure, t, args, whole, reading, marks, pure, by_time, second, tried)
             with reading.numbers.given(args) as given:
                 self._check(self.rows.over(func), structure, t, self.rows.of(given), per_sample)
             self._check_marks(marks)

@@ -17,11 +17,13 @@ from .marks import Disturbed
 from .plan import Plan
 from .reading import Reading
 from .refusals import Never, Readings, Refused
+from .rows import Tried
 from .trace import Unreadable
 
 _SERVED = (torch.float32, torch.float64)
 _SMALL = 64  # numbers: a batch of no more, whose samples are mixed, is read as one sample
 _MOST_PLANS = 4  # kept of one kind of state: those of training and of evaluation, say
+_MOST_TRIED = 4  # choices of what has one row a sample that could be recorded
 _MOST_KINDS = 256  # of states, of which is kept what follows from them alone
 _FLAGS = (  # of torch, which func may ask for; whether gradients or inference mode are on is left to check.py
     torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
@@ -91,7 +93,8 @@ class Plans:
         self.kept: dict[Any, list[Plan | Refused]] = {}
         self._readings: dict[Any, Readings] = {}  # of each kind
         self.again: dict[tuple, Any] = {}  # what solves have left for others of their kind, see again.py
-        self.with_events: list[Any] = []  # what has been read together with events, see event_plan.py
+        self.with_events: list[Any] = []  # what has been read together with events, the last first, see event_plan.py
+        self.event_readings = Readings()
         self.latest: Plan | None = None
         self.called_first = True  # whether func is called where it is to be read after that
         self._distrust = ""  # why it is read no more, see recheck.py
@@ -182,11 +185,10 @@ class Plans:
         rows = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
         failure = Unreadable("the leaves of y0 have no common axis of samples")
         if len(rows) == 1 and None not in rows:
-            try:
-                with _in_words():
-                    return Plan(func, structure, args, False, Reading(func, args, numbers, leaves[0]), per_sample, **how)
-            except Unreadable as error:
-                failure = error
+            found = self._read_samples(func, structure, args, numbers, per_sample, how)
+            if isinstance(found, Plan):
+                return found
+            failure = found
         vectors = all(leaf.dim() < 2 for leaf in leaves)
         if not per_sample and (vectors or sum(leaf.numel() for leaf in leaves) <= _SMALL):
             try:
@@ -205,6 +207,24 @@ class Plans:
         except Unreadable as error:
             # What cannot be compared may be gone at the next call, as a parameter that is not initialized yet.
             return Refused(error, Never())
+
+    def _read_samples(
+        self, func: Any, structure: Structure, args: Sequence[Any], numbers: Any, per_sample: bool, how: dict[str, Any]
+    ) -> Plan | Unreadable:
+        """As a func of samples, with the first choice of what has one row a sample that is right; else why the first that could
+        be recorded is not."""
+        tried, failure = Tried(), None
+        for _ in range(_MOST_TRIED):
+            try:
+                with _in_words():
+                    reading = Reading(func, args, numbers, structure.leaves[0])
+                    return Plan(func, structure, args, False, reading, per_sample, **how, tried=tried)
+            except Unreadable as error:
+                failure = failure or error
+                if not tried.count or not tried.more or isinstance(error, Disturbed):
+                    break
+        assert failure is not None
+        return failure
 
 
 def same_as(func: Any) -> Callable[[Any], bool]:

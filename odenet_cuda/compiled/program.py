@@ -222,6 +222,9 @@ class Program:
     def matmul(self, a: Refs, b: Refs, bias: Refs | None = None) -> Refs:
         """a [n, rows, k], b [n, k, columns], bias [rows, columns]: the products, [n, rows, columns]."""
         columns = np.swapaxes(b, 1, 2)
+        if a.size == 0 or b.size == 0:
+            shape = *a.shape[:2], b.shape[2]
+            return self.full(shape, 0.0) if bias is None else np.broadcast_to(bias, shape)
         by_row = self.is_matrix(columns[0])
         if by_row or self.is_matrix(a[0]):
             left, right = (a, columns) if by_row else (columns, a)
@@ -254,6 +257,8 @@ class Program:
 
     def contract(self, a: Refs, b: Refs) -> Refs:
         """The products of a and b, broadcast, summed over the last axis."""
+        if a.shape[-1] == 0:
+            return self.full(np.broadcast_shapes(a.shape, b.shape)[:-1], 0.0)
         a, b = np.broadcast_arrays(self._together(a), self._together(b))
         shape, columns = a.shape[:-1], a.shape[-1]
         a, b = a.reshape(-1, columns), b.reshape(-1, columns)
@@ -284,7 +289,7 @@ class Program:
         """[n, m] -> [n]"""
         if operand.shape[1] == 1:
             return operand[:, 0]
-        if operand.shape[1] == 0 and not largest:
+        if len(operand) == 0 or (operand.shape[1] == 0 and not largest):
             return self.full((len(operand),), 0.0)
         out = self.new("local", len(operand))
         self.statements.append(Reduce(out, largest, operand))

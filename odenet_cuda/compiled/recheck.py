@@ -43,7 +43,7 @@ def recheck(field: Compilation, engine: Engine, structure: Structure, args: Sequ
     start = time.perf_counter()
     try:
         found = _difference(engine, structure, args, field.func)
-    except Unsettled:  # nothing can be said
+    except Unsettled:
         watch.failed()
         return
     except Exception as error:

@@ -19,7 +19,8 @@ def _split_axes(value: Sample, axes: Any) -> tuple[Refs, list[int]]:
     reduced = sorted(int(axis) % rank for axis in axes) if axes else list(range(rank))
     kept = [axis for axis in range(rank) if axis not in reduced]
     count = int(np.prod([value.refs.shape[axis] for axis in kept]))
-    return value.refs.transpose([*kept, *reduced]).reshape(count, -1), reduced
+    number = int(np.prod([value.refs.shape[axis] for axis in reduced]))
+    return value.refs.transpose([*kept, *reduced]).reshape(count, number), reduced
 
 
 def _of_one_sample(value: Sample, axes: Any, node: Any) -> Refs:

@@ -46,12 +46,13 @@ class Readings:
     def debt(self) -> int:
         return self._ahead - self.served
 
-    def begin(self, stale: Sequence[Any], args: Sequence[Any]) -> None:
-        """Counts one. stale: what has been read, the last first, none of which serves this call. Raises Unreadable."""
+    def begin(self, stale: Sequence[Any], args: Sequence[Any], why: str = "") -> None:
+        """Counts one. stale: what has been read, the last first, none of which serves this call. why: in words, where it is
+        known what changes. Raises Unreadable."""
         self._ahead, self.served = max(0, self._ahead - self.served), 0
         if self._ahead > WORTH * (MOST_AHEAD - 1):
             what = stale[0].guards.changed(args) if stale and not self._why else ""
             what = f"{what}, which func reads from Python," if what else "what func reads from Python"
-            self._why = self._why or f"{what} changes from call to call, and would be read anew each time; call reset()"
+            self._why = self._why or why or f"{what} changes from call to call, and would be read anew each time; call reset()"
             raise Unreadable(self._why)
         self._ahead, self._why = self._ahead + WORTH, ""

@@ -4,7 +4,7 @@ They are arguments of the program, like those that func is given, behind these w
 other samples than the user's, operations of the thread that calls it get other rows instead; the tensor is left alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,23 @@ from .marks import Unreadable
 from .numbers import Place
 
 _MOST_CHOICES = 6
+Choice = tuple[list[Tensor], list[int]]  # tensors of func, and which of its arguments
+
+
+class Tried:
+    """Choices of what has one row a sample that have been tried over several readings of one func. count: so many, in their
+    order. more: whether others are left."""
+
+    def __init__(self) -> None:
+        self.count, self.more = 0, True
+
+    def left(self, choices: Iterable[Choice]) -> Iterator[Choice]:
+        """Those that are, each tried when it is given."""
+        rest = list(choices)[self.count :]
+        self.more = bool(rest)
+        for i, choice in enumerate(rest, 1):
+            self.count, self.more = self.count + 1, i < len(rest)
+            yield choice
 
 
 class Rows:

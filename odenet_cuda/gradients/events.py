@@ -6,6 +6,9 @@ g(t, y(t)) = 0 holds for every y0 and every parameter p, so with the rate r = dy
 
 where dy is the change of the state at the time of the event as it was. That may be the time of an output, which moves itself:
 then these are what moves beside it.
+
+Where the divisor, the rate of g along the solution, is zero or not finite the time has no derivative: g only touches zero, or
+is constant but for jumps. That is an error where a gradient comes to such a time, and none where it does not.
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import formulas
 from ..captured import Known, Walk
 from ..products import real_product
 from ..solvers.events import Crossing, EventWatch
@@ -22,6 +24,7 @@ from .first_only import first_only, links
 from .one_by_one import one_by_one
 
 NO_SECOND_DERIVATIVE = "the times of events and jumps have first derivatives only: for second ones solve without them"
+_ROUNDING = 16  # units in the last place of the terms of a sum, within which it may be zero
 
 
 def attach(
@@ -43,17 +46,45 @@ def attach(
             grads = torch.autograd.grad(g.sum(), [t, *leaves], retain_graph=True, allow_unused=True)
     by_t, *by_y = grads
     slope = torch.zeros_like(crossing.t) if by_t is None else by_t.double()
+    sizes = [None if x is None else x.abs() for x in by_y]
+    terms = slope.abs() + _along(sizes, crossing.pace, problem.rows)
     slope = slope + _along(by_y, rate, problem.rows)
-    t_event, *y_event = _Implicit.apply(crossing.found, slope, tuple(rate), t0, g, *y)
+    small = slope.abs() <= _ROUNDING * torch.finfo(problem.real).eps * terms
+    lost = crossing.found & (small | ~slope.isfinite())
+    t_event, *y_event = _Implicit.apply(_Times(crossing, slope, lost, problem.per_sample), tuple(rate), t0, g, *y)
     return t_event, y_event
 
 
-class _Implicit(torch.autograd.Function):
-    """found: rows with an event. slope: dg/dt along the solution, [rows]."""
+class _Times:
+    """Those of events. slope: dg/dt along the solution, [rows]. lost: rows where it is none to divide by."""
 
+    def __init__(self, crossing: Crossing, slope: Tensor, lost: Tensor, per_sample: bool):
+        self.found, self.slope, self.per_sample = crossing.found, slope, per_sample
+        self.lost = (lost, crossing.t, crossing.index) if bool(lost.any()) else None
+
+    def refuse(self, total: Tensor) -> None:
+        """Raises RuntimeError where a gradient comes to a time that has none. total: that of each time, [rows]."""
+        if self.lost is None:
+            return
+        lost, t, index = self.lost
+        used = lost & (total != 0)
+        if not bool(used.any()):
+            return
+        row = int(used.nonzero()[0])
+        sample = f" in sample {row}" if self.per_sample else ""
+        rate = float(self.slope[row])
+        raise RuntimeError(
+            f"the time of event {int(index[row])}{sample}, t = {float(t[row]):.9g}, has no derivative: along the solution its "
+            f"function changes there at a rate of {rate:.3g}, zero within rounding or not finite: it only touches zero, or is "
+            "constant but for jumps. Remedy: a function that passes through zero (y - 1 for torch.sign(y - 1)), or leave this "
+            "time, and the state there, out of the loss"
+        )
+
+
+class _Implicit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, found, slope, rate, t, g, *y):
-        ctx.found, ctx.slope, ctx.rate, ctx.links = found, slope, rate, links((t, g, *y))
+    def forward(ctx, times, rate, t, g, *y):
+        ctx.times, ctx.rate, ctx.links = times, rate, links((t, g, *y))
         ctx.set_materialize_grads(False)
         return t.clone(), *(leaf.clone() for leaf in y)
 
@@ -61,17 +92,11 @@ class _Implicit(torch.autograd.Function):
     @one_by_one
     @first_only(NO_SECOND_DERIVATIVE)
     def backward(ctx, grad_t: Any, *grad_y: Any):
-        found, slope = ctx.found, ctx.slope
-        total = torch.zeros_like(slope) if grad_t is None else grad_t
-        total = torch.where(found, total + _along(grad_y, ctx.rate, len(slope)), 0.0)
-        by_g = torch.where(total == 0, 0.0, -total / slope)
-        # Where the event function only touches zero its time has no derivative: nothing that depends on it may look as if.
-        spoilt = torch.where(by_g.isfinite(), 0.0, torch.nan)
-        by_y = [
-            (torch.zeros_like(rate) if x is None else x) + formulas.per_row(spoilt, rate)
-            for x, rate in zip(grad_y, ctx.rate, strict=True)
-        ]
-        return None, None, None, grad_t, by_g, *by_y
+        times = ctx.times
+        total = torch.zeros_like(times.slope) if grad_t is None else grad_t
+        total = torch.where(times.found, total + _along(grad_y, ctx.rate, len(times.slope)), 0.0)
+        times.refuse(total)
+        return None, None, grad_t, torch.where(total == 0, 0.0, -total / times.slope), *grad_y
 
 
 def moved(y: Sequence[Tensor], rate: Sequence[Tensor], shift: Tensor) -> list[Tensor]:

@@ -20,6 +20,7 @@ from ..step_control import SUCCESS
 from .hooks import runs_ahead
 
 PARTS = 4  # of a step, at whose ends event functions are looked at
+TOGETHER = 64  # units in the last place of the time, that events are apart at most which are at one time
 
 
 @dataclass
@@ -27,17 +28,20 @@ class Crossing:
     """Where each row ended: at its event, or, where none was found, at its last time.
 
     found: bool [rows]. index: of the event, -1 without one, [rows]. column: of its value, see `EventWatch.values`, [rows].
+    signs: with which the solve goes on from there, see `Events`.
     t: float64 [rows]. theta: float64 [rows], within the step, 1 at its end. y: the leaves there. rate: dy/dt of the
-    interpolant there, in leaves.
+    interpolant there, in leaves. pace: the sizes of the terms of which it is the sum.
     """
 
     found: Tensor
     index: Tensor
     column: Tensor
+    signs: Tensor
     t: Tensor
     theta: Tensor
     y: list[Tensor]
     rate: list[Tensor]
+    pace: list[Tensor]
 
 
 class EventValues:
@@ -100,9 +104,8 @@ class EventWatch(EventValues):
         self.kept: list[Tensor] = []  # of the step of each row: the leaves of y0, then the slopes of each leaf
         with torch.no_grad():
             self.signs = _signs(self.values(problem.start_time(False), problem.state_leaves))  # [rows, values]
-        if events.fired is not None:
-            columns = torch.arange(self.signs.shape[1], device=device)
-            self.signs = self.signs.masked_fill(columns == events.fired[:, None], 0.0)
+        if events.signs is not None:
+            self.signs = torch.where(events.signs.isnan(), self.signs, events.signs)
         if bool(self.signs.isnan().any()):
             raise ValueError("an event function is not a number at the start")
         self.before = self.signs
@@ -199,15 +202,19 @@ class EventWatch(EventValues):
             masks = [held.reshape(-1, *[1] * (leaf.dim() - 1)) if self.problem.per_sample else held[0] for leaf in self.start]
             self.start = [torch.where(*parts) for parts in zip(masks, self.kept, self.start, strict=False)]
         self.powers = self._polynomials()
-        theta = self._root()
-        values, column = self._oriented(theta), torch.zeros_like(self.held, dtype=torch.long)
-        hit = values <= 0
-        column = torch.where(hit.any(1), hit.int().argmax(1), values.argmin(1))
+        theta, together = self._root()
+        values = self._oriented(theta)
         if bool(self.undefined.any()):
             self._refuse_undefined()
+        hit = (values <= 0) | (self._wanted(self._values(self.t0 + (theta + together) * self.dt, theta + together)) <= 0)
+        column = torch.where(hit.any(1), hit.int().argmax(1), values.argmin(1))
+        signs = torch.where(hit, self.before, math.nan)
+        signs = torch.where((self.before == 0) & (theta <= together)[:, None], 0.0, signs)
+        signs = signs.scatter(1, column[:, None], 0.0)
         event_of = torch.tensor([i for i, count in enumerate(self.counts) for _ in range(count)], device=held.device)
         index = torch.where(held, event_of[column], -1)
-        return Crossing(held, index, column, self._time(theta), theta, self._state(theta), self._rate(theta))
+        rate, pace = self._rate(theta, self.powers), self._rate(theta, [[x.abs() for x in q] for q in self.powers])
+        return Crossing(held, index, column, signs, self._time(theta), theta, self._state(theta), rate, pace)
 
     def _refuse_undefined(self) -> None:
         row = int(self.undefined.nonzero()[0])
@@ -231,34 +238,31 @@ class EventWatch(EventValues):
         return torch.where(beyond | (theta == 1), self.t1, t)
 
     def _state(self, theta: Tensor) -> list[Tensor]:
-        return self._sum(self.start, [self.dt * theta ** (d + 1) for d in range(len(self.powers))])
+        return _sum(self.start, [self.dt * theta ** (d + 1) for d in range(len(self.powers))], self.powers)
 
-    def _rate(self, theta: Tensor) -> list[Tensor]:
-        zero = [torch.zeros_like(leaf) for leaf in self.start]
-        return self._sum(zero, [(d + 1) * theta**d for d in range(len(self.powers))])
-
-    def _sum(self, start: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        found = []
-        for i, leaf in enumerate(start):
-            value = formulas.widened(leaf)
-            for weight, of_power in zip(weights, self.powers, strict=True):
-                value = value + formulas.per_row(weight, value) * formulas.widened(of_power[i])
-            found.append(value.to(leaf.dtype))
-        return found
+    def _rate(self, theta: Tensor, powers: list[list[Tensor]]) -> list[Tensor]:
+        zero = [torch.zeros_like(leaf) for leaf in (powers[0] if powers else self.start)]
+        return _sum(zero, [(d + 1) * theta**d for d in range(len(powers))], powers)
 
     def _oriented(self, theta: Tensor) -> Tensor:
         """The values [rows, values], positive before the crossing and not after; infinite where none of them can count."""
-        problem = self.problem
-        t = problem.time_views(self._time(theta).to(problem.real)[None])[0]
-        values = self.values(t, self._state(theta))
+        values = self._values(self._time(theta), theta)
         self.undefined |= values.isnan().any(1) & self.held
+        return self._wanted(values)
+
+    def _values(self, t: Tensor, theta: Tensor) -> Tensor:
+        return self.values(self.problem.time_views(t.to(self.problem.real)[None])[0], self._state(theta))
+
+    def _wanted(self, values: Tensor) -> Tensor:
+        """These, as `_oriented` says."""
         wanted = (self.before != 0) & ((self.directions == 0) | (self.directions == -self.before))
         wanted = torch.where(self.waits[:, None], self.before == 0, wanted)
         return torch.where(wanted, self.before * values, math.inf)
 
-    def _root(self) -> Tensor:
+    def _root(self) -> tuple[Tensor, Tensor]:
         """The first theta in the part of each row's step at which a value has crossed, by the method of interpolation,
-        truncation and projection: as few halvings as bisection at worst (Oliveira and Takahashi 2021, doi 10.1145/3423597)."""
+        truncation and projection: as few halvings as bisection at worst (Oliveira and Takahashi 2021, doi 10.1145/3423597).
+        With it, how far behind it others are at the same time."""
         low, high = self.low.clone(), self.high.clone()
         eps = torch.finfo(self.problem.real).eps
         ulp = eps * torch.maximum(self.t0.abs(), self.t1.abs()) / torch.where(self.dt == 0, 1.0, self.dt).abs()
@@ -288,9 +292,20 @@ class EventWatch(EventValues):
             low, at_low = torch.where(before, x, low), torch.where(before, value, at_low)
             high, at_high = torch.where(after, x, high), torch.where(after, value, at_high)
             slack = slack / 2
-        return high
+        return high, (TOGETHER * tolerance).clamp(max=1 / TOGETHER)
 
 
 def _signs(values: Tensor) -> Tensor:
     """-1, 0 or 1, and NaN of NaN, of which torch.sign makes 0."""
     return torch.where(values.isnan(), values, values.sign())
+
+
+def _sum(start: list[Tensor], weights: list[Tensor], powers: list[list[Tensor]]) -> list[Tensor]:
+    """The leaves start + sum_d weights[d] powers[d]. weights: [rows] each."""
+    found = []
+    for i, leaf in enumerate(start):
+        value = formulas.widened(leaf)
+        for weight, of_power in zip(weights, powers, strict=True):
+            value = value + formulas.per_row(weight, value) * formulas.widened(of_power[i])
+        found.append(value.to(leaf.dtype))
+    return found
