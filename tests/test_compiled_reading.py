@@ -876,19 +876,20 @@ def test_core_needs_no_torch():
 
 
 def test_math_of_the_check():
-    """A program that is wrong in one number is refused: the check sees a wrong slope and a wrong product."""
+    """A program that is wrong in one number is refused: the check sees a wrong slope, product and second derivative."""
     net = Net()
-    plan = read(net, rows(5, 2))
+    plan = plan_of_a_field.Plan(net, Structure(rows(5, 2)), (), False, by_time=True, second=True)
     from odenet_cuda.compiled.check import check_program
 
     structure, t = Structure(rows(5, 2)), torch.zeros((), dtype=D)
     check_program(plan, net, structure, t, ())
-    for name in ("slopes", "products"):
-        right = getattr(plan.program, name)
-        setattr(plan.program, name, right[::-1].copy())
+    assert plan.program.second is not None
+    for owner, name in ((plan.program, "slopes"), (plan.program.product, "state"), (plan.program.second, "state")):
+        right = getattr(owner, name)
+        setattr(owner, name, right[::-1].copy())
         with pytest.raises(Unreadable, match="misread"):
             check_program(plan, net, structure, t, ())
-        setattr(plan.program, name, right)
+        setattr(owner, name, right)
 
 
 def test_texts_that_take_minutes_to_compile(monkeypatch):
