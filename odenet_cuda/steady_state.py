@@ -47,7 +47,7 @@ def steady_state(
     max_time: float = 1e6,
     max_num_steps: int = 100_000,
     method: str = "dopri5",
-    step_control: str = "per_sample",
+    step_control: str | None = None,
     step_rtol: float | None = None,
     step_atol: float | None = None,
     valid: Callable[[Any], Any] | None = None,
@@ -59,6 +59,8 @@ def steady_state(
     max_time, max_num_steps: until which it must have settled. method: adaptive, with func at the end of a step as its last
         slope: "dopri5", "tsit5", "bosh3", and for stiff systems "rodas5p", "kvaerno5" and the like. step_rtol, step_atol:
         tolerances of the steps, by default a hundredth of the others, but at least four units in the last place.
+    step_control: by default "per_sample" where every leaf of y0 has axes besides that of samples, else "joint": the numbers of
+        a state with one axis may depend on each other.
     valid: as of `solve`.
 
     y has gradients for all that func depends on, by the implicit function theorem: with func(y; theta) = 0 they are
@@ -77,7 +79,7 @@ def steady_state(
     (2.0, 1.0)
     """
     _check(rtol, atol, max_time, method)
-    settings = settings_by_name(method=method, step_control=step_control, max_num_steps=max_num_steps)
+    settings = settings_by_name(method=method, step_control=step_control or _control_of(y0), max_num_steps=max_num_steps)
     with torch.no_grad(), no_cast_is_kept():
         tolerances = step_rtol, step_atol
         request = Request(
@@ -104,6 +106,11 @@ def _check(rtol: Any, atol: Any, max_time: Any, method: str) -> None:
         raise ValueError(f"method must be adaptive and end its steps with the slope there: {served}, got {method!r}")
     if transforms.active():
         raise NotImplementedError("steady_state is not served inside torch.func transforms and forward mode")
+
+
+def _control_of(y0: Any) -> str:
+    leaves = [x for x in torch.utils._pytree.tree_leaves(y0) if isinstance(x, Tensor)]
+    return "per_sample" if all([x.dim() > 1 for x in leaves]) else "joint"
 
 
 def _of_steps(y0: Any, rtol: float, atol: float, step_rtol: float | None, step_atol: float | None) -> tuple[float, float]:

@@ -140,3 +140,15 @@ def test_refusals():
     w = torch.tensor(1.0, dtype=D, requires_grad=True)
     with pytest.raises(NotImplementedError, match="complex"):
         steady_state(lambda t, y: w - y, torch.ones(1, 1, dtype=torch.complex128))
+
+
+def test_a_state_of_one_axis_is_one_system():
+    """Three numbers that exchange and keep their sum: taken for samples, each would come to rest somewhere else."""
+
+    def exchange(t, y):
+        return torch.stack([y[1] - y[0], y[0] - 2 * y[1] + y[2], y[1] - y[2]])
+
+    found = steady_state(exchange, torch.tensor([5.0, 1.0, 0.0], dtype=D), **TIGHT)
+    torch.testing.assert_close(found.y, torch.full((3,), 2.0, dtype=D), rtol=1e-7, atol=0)
+    assert found.t.shape == () and steady_state(lambda t, y: 1 - y, torch.zeros(2, 1), rtol=1e-4).t.shape == (2,)
+    assert steady_state(lambda t, y: 1 - y, torch.zeros((), dtype=D)).y.item() == pytest.approx(1, abs=1e-5)
