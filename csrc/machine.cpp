@@ -1,6 +1,5 @@
 #include "machine.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <stdexcept>
@@ -72,14 +71,6 @@ int64_t last_level_cache() {
     return usual;
   }();
   return size;
-}
-
-void ask_for_huge_pages(int64_t address, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr int64_t page = int64_t{2} << 20;
-  const int64_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace odenet

@@ -16,7 +16,4 @@ Level level();                               // the one in use: the last of them
 void choose_level(const std::string& name);  // throws std::invalid_argument where the machine has it not
 int64_t last_level_cache();                  // bytes
 
-// Memory that is written for the first time then costs a fault for 2 MiB instead of 4 KiB, where the system allows it.
-void ask_for_huge_pages(int64_t address, int64_t bytes);
-
 }  // namespace odenet

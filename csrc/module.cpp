@@ -76,7 +76,6 @@ void add_machine(py::module_& m) {
   m.def("choose_level", &choose_level);
   m.def("cpu_level", [] { return std::string(name_of(level())); });
   m.def("last_level_cache", &last_level_cache);
-  m.def("ask_for_huge_pages", &ask_for_huge_pages);
 }
 
 void add_build(py::module_& m) {

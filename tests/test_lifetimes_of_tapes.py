@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from compile_native import require_compiler
 from torch import nn
 
 import odenet_cuda
@@ -130,3 +131,31 @@ def test_create_graph_keeps_it(gradient):
     (again,) = torch.autograd.grad(y1, weight)
     torch.testing.assert_close(second, torch.exp(-weight).detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(again, first.detach(), rtol=1e-12, atol=0)
+
+
+def test_the_memory_of_a_compiled_tape_serves_the_next():
+    """Once nobody can go back along it: not while a graph is retained."""
+    from odenet_cuda.compiled.tape import Tape
+
+    device = torch.device("cpu")
+    first = Tape(100_000, device)
+    second, address = Tape(100_000, device), first.address
+    assert second.address != address
+    del first
+    assert Tape(500_000, device).address != address  # too small for this one
+    third = Tape(90_000, device)
+    assert third.address == address and Tape(90_000, device).address not in (address, second.address)
+
+    require_compiler()
+    func = odenet_cuda.compile(lambda t, y: -y * y)
+    y0 = torch.rand(40, 2, dtype=torch.float64).requires_grad_()
+
+    def ends(start):
+        return odenet_cuda.solve(func, start, [0.0, 1.0], step_control="per_sample", rtol=1e-6, atol=1e-8).ys[-1].sum()
+
+    loss = ends(y0)
+    (once,) = torch.autograd.grad(loss, y0, retain_graph=True)
+    for _ in range(3):
+        torch.autograd.grad(ends(y0 + 1), y0)
+    (again,) = torch.autograd.grad(loss, y0)
+    assert torch.equal(once, again)

@@ -275,11 +275,11 @@ ODENET_HD R stage_time(const Row& r, double c) {
     const R time = round_to<R>(r[kTime]);
     return r[kJumped] != 0 ? next_after(time, r[kDirection]) : time;
   }
-  if (c < 1) return round_to<R>(time_within(r[kTime], c, r[kDt]));
+  const bool jump = r.stop_kind == kStopJump || r.stop_kind == kStopEndJump;
+  const bool on_jump = c >= 1 && r.running() && r[kStepEnd] == r.stop && jump;
+  if (c != 1 && !on_jump) return round_to<R>(time_within(r[kTime], c, r[kDt]));
   const R end = round_to<R>(r[kStepEnd]);
-  const bool on_jump = r.stop_kind == kStopJump || r.stop_kind == kStopEndJump;
-  if (r.running() && r[kStepEnd] == r.stop && on_jump) return next_after(end, -r[kDirection]);
-  return c == 1 ? end : round_to<R>(time_within(r[kTime], c, r[kDt]));
+  return on_jump ? next_after(end, -r[kDirection]) : end;
 }
 
 // Rows of the stepper, whose state is in memory. times [stages, rows]: of the step that is to be tried.

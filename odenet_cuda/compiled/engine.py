@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _C
 from ..integrate import Grid, Options
 from ..ops import FIELDS, NUM_FIELDS
 from ..problem import Problem
@@ -20,6 +19,7 @@ from ..step_control import most_tried
 from ..tableau import Method
 from .marks import Unreadable, same_bits
 from .plan import Plan
+from .tape import Tape
 from .teams import card_of
 from .ways import Kind, Way
 
@@ -53,7 +53,7 @@ class Engine:
 
     sources: Any = None
     backward: Any = None  # gradients.Adjoint, where that is how
-    tape: Tensor | None = None
+    tape: Tape | None = None
     kind: Kind
     nfe_backward = 0
     called = 0  # of the calls of func that this solve takes the place of, those that were made
@@ -190,11 +190,9 @@ class Engine:
         counts = torch.zeros(way.records, dtype=torch.int64, device=self.y0.device)
         capacity = len(grid[0]) - 1 if grid is not None else way.longest
         while True:
-            size = way.records * capacity * way.library.record_bytes
-            self.tape = torch.empty(size, dtype=torch.uint8, device=counts.device)
-            if not self.cuda:
-                _C.ask_for_huge_pages(self.tape.data_ptr(), size)
-            call.bind_tape(self.tape.data_ptr(), counts.data_ptr(), capacity)
+            self.tape = None  # which did not suffice
+            self.tape = Tape(way.records * capacity * way.library.record_bytes, counts.device)
+            call.bind_tape(self.tape.address, counts.data_ptr(), capacity)
             way.run(call)
             needed = int(counts[0]) if way.records == 1 else int(counts.max())
             way.longest = needed + needed // 8 + 2

@@ -44,7 +44,7 @@ def reverse(engine: Engine, grad_ys: list[Tensor]) -> Gradients:
     place = y0.data_ptr()  # the first alone is read, and nothing written
     call, memory = way.begin(problem, None, engine.constants, engine.arguments, place, place, place, place)
     assert engine.tape is not None
-    call.bind_tape(engine.tape.data_ptr(), engine.counts.data_ptr(), engine.capacity)
+    call.bind_tape(engine.tape.address, engine.counts.data_ptr(), engine.capacity)
     call.bind_gradients(grads.data_ptr(), grad_y0.data_ptr(), arguments.data_ptr(), constants.data_ptr(), constants.shape[1])
     way.run(call)
     way.end(memory)
