@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from problems import ADAPTIVE_METHODS, FIXED_METHODS, ORDERS, PROBLEMS, Recording, VanDerPol
@@ -325,6 +326,23 @@ def test_what_func_may_return(name, step_control):
     options = {"method": "rk4", "step_size": 0.01} if step_control == "fixed" else {"step_control": step_control}
     ys = solve(func, y0, t, **options).ys.reshape(6, 2)
     torch.testing.assert_close(ys, exact(t), rtol=2 * SOLVED, atol=0)  # most of it the interpolant's, between steps
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "dopri5"])
+def test_gradients_of_times_where_func_returns_one_buffer(method):
+    """They are made of slopes, which func must not overwrite, not by NumPy either, of which torch knows nothing."""
+    memory = np.empty(2)
+
+    def written(t, y):
+        np.multiply(y.detach().numpy(), -float(t.detach()), out=memory)
+        return torch.from_numpy(memory)
+
+    found = []
+    for func in (written, lambda t, y: -t.detach() * y.detach()):
+        t = torch.linspace(0.5, 2.0, 5, dtype=torch.float64).requires_grad_()
+        ys = solve(func, DECAY, t, method=method).ys
+        found.append(torch.autograd.grad((ys * torch.arange(5.0)[:, None]).sum(), t)[0])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_func_by_numpy():

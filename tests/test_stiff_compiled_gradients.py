@@ -1,5 +1,6 @@
 """Gradients of compiled Rosenbrock solves: those of the discrete solve, by second derivatives of func."""
 
+import math
 from typing import Any
 
 import pytest
@@ -75,6 +76,36 @@ def test_those_of_the_stepper(method: str, control: str):
     for t in ([0.0, 0.4, 0.41, 0.7, 1.5], [1.0, 0.95]):  # and backwards, where the pull pushes
         rate = (k if t[0] == 0 else k / 50).detach().requires_grad_()
         both(func, y0, t, (rate,), weights, **options)
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_df_dy_is_that_beside_a_discontinuity(control: str):
+    """A step that begins on one has the df/dy of its own side, in the step and on the way back."""
+    rate = torch.tensor(0.5, dtype=D, requires_grad=True)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return -torch.where(t <= 0.5, rate, 3 * rate) * y
+
+    y0 = torch.linspace(0.5, 1.5, 3, dtype=D)[:, None]
+    options: Any = dict(method="rodas5p", rtol=1e-7, atol=1e-10, jump_t=[0.5], step_control=control)
+    for t in ([0.0, 0.3, 1.0], [0.5, 1.0], [0.0, 0.5], [1.0, 0.25]):
+        (_, found), solution = both(func, y0, t, params=[rate], tolerance=1e-9, **options)
+        past = [min(x, 0.5) + 3 * max(x - 0.5, 0.0) for x in t]
+        exact = [y0 * math.exp(-0.5 * (x - past[0])) for x in past]
+        assert torch.allclose(solution.ys, torch.stack(exact), rtol=1e-6)
+        weights = torch.linspace(0.5, 1.5, 3 * len(t), dtype=D).reshape(-1, 3, 1)
+        slopes = [(past[0] - x) * y for x, y in zip(past, exact, strict=True)]
+        assert torch.allclose(found, (weights * torch.stack(slopes)).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("force", [torch.sin, torch.round])
+def test_one_number_and_the_time(force: Any):
+    """df/dt of a state () is no sum over samples, and may be zero."""
+    rate = torch.tensor(2.0, dtype=D, requires_grad=True)
+    y0, options = torch.tensor(0.7, dtype=D), dict[str, Any](method="rodas5p", rtol=1e-6, atol=1e-8, jump_t=[0.5])
+    both(lambda t, y: -rate * y * y + force(t), y0, [0.0, 0.3, 1.0], params=[rate], **options)
+    rows = y0.reshape(1, 1)
+    both(lambda t, y: -rate * y * y + force(t), rows, [0.0, 0.3, 1.0], params=[rate], step_control="per_sample", **options)
 
 
 def test_times_of_each_sample_and_float32():

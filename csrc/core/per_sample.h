@@ -57,7 +57,10 @@ struct PerSample {
     const P dt = convert<T>(c.dt);
     const bool taped = in.tape_count != nullptr;
     const P last = M::timed || taped ? end_times<P>(c, at) : P(T(0));
-    try_step(in, x, dt, [&](double node) { return node == 1 ? last : convert<T>(time_within(c.time, node, c.dt)); });
+    try_step(in, x, dt, [&](double node) {
+      const P time = convert<T>(time_within(c.time, node, c.dt));
+      return node == 1 ? last : node == 0 ? select(fresh != P(T(0)), first, time) : time;
+    });
     c.square = square_of_ratio(in, x, dt);
     MaskOf<P> accept, smallest, ended(false), jumped(false), output(false);
     MaskOf<P> rare = control_lanes(s, c, at, dt, accept, smallest), crossed(false);

@@ -43,7 +43,9 @@ ODENET_HD void undo_rosenbrock(const SolveCall& in, Reverse<M, P>& g, const Reco
   const MaskOf<P> counts = accept;
   const P dt = convert<T>(record.dt);
   const auto time_at = [&](double c) {
-    return !M::timed ? none : c == 1 ? record.last : convert<T>(time_within(record.time, c, record.dt));
+    if (!M::timed) return none;
+    const P time = convert<T>(time_within(record.time, c, record.dt));
+    return c == 1 ? record.last : c == 0 ? select(record.fresh != none, record.first, time) : time;
   };
   // The stages again.
   for (int n = 0; n < N; ++n) {

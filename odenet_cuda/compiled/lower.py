@@ -109,8 +109,8 @@ class Lowering(Lowered):
         first, later = outputs[n : n + size], outputs[n + size :]
         if self.recording.by_time and (by_time := later.pop(0)) is not None:
             found = self.values[by_time]
-            refs = self.sums.addend(by_time) if isinstance(found, Summed) else self.as_sample(by_time).refs
-            program.time_product = refs.reshape(-1)
+            of_sample = self.sums.addend(by_time) if isinstance(found, Summed) else self.sample(by_time, by_time, node).refs
+            program.time_product = of_sample.reshape(-1)
         parts = [first, later] if later else [first]
         gradients = [list(map(self._summed, part[n + m :])) for part in parts]
         sums = self.sums.keep(*gradients)

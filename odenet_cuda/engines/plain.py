@@ -69,7 +69,8 @@ def solve(request: Request) -> Solution | str:
     """Where a gradient is recorded, the first call of func shows what it depends on."""
     options, field = request.options, request.problem.field
     inside = options.step_size is not None or options.grid_constructor is not None  # outputs may lie within a step
-    if options.tableau.chained and not inside:
+    # Of a time that moves the derivative is a slope, which is kept for it.
+    if options.tableau.chained and not inside and not request.t.requires_grad:
         field.slopes_are_used_up()  # type: ignore[attr-defined]
     found = _record(request) if request.records else _solve(request, field)
     if isinstance(found, str):

@@ -42,7 +42,8 @@ class Field:
         return field
 
     def slopes_are_used_up(self) -> None:
-        """Promises that func is not called again before its last slopes have been used: they need not be copied."""
+        """Promises that func is not called again before its last slopes have been used, and that nobody keeps them, as the
+        derivative of a time that moves does: they need not be copied."""
         self._unknown = 0
 
     @property
