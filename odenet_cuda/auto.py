@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .formulas import of_rows
 from .rosenbrock import RODAS5P
 from .shears import Leaves, combined
 from .tableau import StepFunction
@@ -60,15 +61,11 @@ class AutoStep:
             y1, k = stiff_step(field, t, dt, y0, k0, jac)
             return y1, [*[zeros] * _EXPLICIT, *k], None
         stiff: Any = self.stiff
-        chosen = lambda x, y: [torch.where(_shaped(stiff, a), a, b) for a, b in zip(x, y, strict=True)]  # noqa: E731
+        chosen = lambda x, y: [torch.where(of_rows(stiff, a), a, b) for a, b in zip(x, y, strict=True)]  # noqa: E731
         y_a, k_a = explicit_step(field, t, torch.where(stiff, 0.0, dt), y0, k0)
         y_b, k_b = stiff_step(field, t, torch.where(stiff, dt, 0.0), y0, k0, jac)
         slopes = [*[chosen(zeros, k) for k in k_a], *[chosen(k, zeros) for k in k_b[:-1]], chosen(k_b[-1], k_a[-1])]
         return chosen(y_b, y_a), slopes, None
-
-
-def _shaped(mask: Tensor, leaf: Tensor) -> Tensor:
-    return mask.reshape(-1, *[1] * (leaf.dim() - 1))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ KEPT_RESULTS = (
     "solve recorded no gradients has none: use gradient='direct'"
 )
 _END = 2**64  # no number is as high
-_Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 Edge = tuple[Node, int]
 
 
@@ -85,7 +85,7 @@ class Walk:
                 continue
             if self.outside and node in self.outside:
                 self.edges[node, index] = None
-            elif type(node) is _Leaf:
+            elif type(node) is Leaf:
                 leaf = node.variable
                 if id(leaf) not in self.inputs and id(leaf) not in self.known.tensors:
                     self.leaves[node] = leaf
@@ -156,7 +156,7 @@ def outside(field: Callable[..., list[Tensor]], evaluation: Any, known: Known, s
     found = []
     for edge in last.edges:
         node: Any = edge[0]
-        tensor = node.variable if type(node) is _Leaf else used.found.get(edge)
+        tensor = node.variable if type(node) is Leaf else used.found.get(edge)
         if tensor is None:
             raise RuntimeError(
                 f"func depends on an earlier result, of {node.name()}, which it uses in no operation of this thread: its "

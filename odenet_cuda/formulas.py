@@ -29,6 +29,11 @@ def per_row(value: Number, leaf: Tensor) -> Number:
     return value.reshape(()) if value.numel() == 1 else value.reshape(-1, *[1] * (leaf.dim() - 1))
 
 
+def of_rows(mask: Tensor, leaf: Tensor) -> Tensor:
+    """bool [rows], shaped to choose rows of a leaf."""
+    return mask.reshape(-1, *[1] * (leaf.dim() - 1))
+
+
 def stage(y0: Tensor | None, k: Sequence[Tensor], a: Sequence[float], dt: Number) -> Tensor:
     """``y0 + dt * sum_j a[j] k[j]``."""
     total = y0

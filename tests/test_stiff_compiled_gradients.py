@@ -216,7 +216,9 @@ def test_second_derivatives_are_read(name: str):
         return operation(y) * torch.cos(t) * k + operation(k * y)
 
     y0, k = torch.randn(6, 4, dtype=D), torch.rand(6, 1, dtype=D).requires_grad_()
+    state = torch.get_rng_state()
     plan = Plan(func, Structure(y0), (k,), False, by_time=True, second=True)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from torch's own generator
     assert plan.program.second is not None and len(plan.program.second.arguments) == 1
 
 

@@ -4,7 +4,8 @@
 //   T, state, parts, arguments, stages, degree, leaves, fsal, timed, taps; a(i, j), b(j), c(i), e(j), p(j, d),
 //   leaf_end(i): constants, field(in, t, y, arguments, dy, taps): the slope of a pack of samples, product(in, t, y,
 //   arguments, g, dy, gy, taps): the slope, g^T df/dy, and taps, from which the gradients of constants and arguments
-//   are made.
+//   are made; of Rosenbrock methods also row(...): a row of df/dy, and second(in, t, y, arguments, g, v, rate, gy,
+//   taps): the gradient of g . (df/dy v + df/dt rate), and its taps.
 //
 // Where a sample has several threads, a team's groups, each has some rows of everything [state] and [taps]: see row_of.
 #pragma once

@@ -191,12 +191,15 @@ def _check_at(
 
     leaves = [near(leaf).requires_grad_() for leaf in structure.leaves]
     samples = [near(args[i]).requires_grad_(args[i].requires_grad) for i in plan.batched]
-    g = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf) for leaf in leaves]
+    g, tangents = (
+        [torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf) for leaf in leaves]
+        for _ in range(2)
+    )
     given = list(args)
     for i, place in enumerate(plan.batched):
         given[place] = samples[i]
     at = t.detach().clone().requires_grad_(plan.recording.by_time)
-    tangents, rate = [torch.randn_like(x) for x in g], torch.ones_like(at)
+    rate = torch.ones_like(at)
     with torch.enable_grad(), others:
         slopes = structure.flatten(func(at, structure.unflatten(leaves), *given))
         wanted = [slopes, *_derivatives(plan, slopes, [*leaves, *samples], at, g, [*tangents, rate])]

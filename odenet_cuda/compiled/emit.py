@@ -119,7 +119,7 @@ def emit(
     equation has besides, see event_plan.py. Raises TooLarge."""
     backward = target.solve not in ("per_sample", "joint", "grid")
     state, arguments = sum(leaf_sizes), len(program.product.arguments)
-    taps, _, end = program.product.layout()
+    taps, _, behind = program.product.layout()
     ends = [(f"i == {i}", float(end)) for i, end in enumerate(np.cumsum(leaf_sizes).tolist())]
     leaf_end = "".join(f"    if ({condition}) return {int(value)};\n" for condition, value in ends)
     implicit = isinstance(tableau, StepFunction)
@@ -133,7 +133,7 @@ def emit(
     if backward and implicit:
         assert program.second is not None
         second = len(program.second.layout()[0])
-        bodies += _accumulate("accumulate_second", program.second, end)
+        bodies += _accumulate("accumulate_second", program.second, behind)
     return (
         f"// {title}\n"
         + (memory.defines() if memory is not None else "#define ODENET_ONE_LANE\n" if target.lanes == "one" else "")

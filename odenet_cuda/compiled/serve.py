@@ -69,7 +69,7 @@ def prepare(
         sources = Sources(plan, structure, args, chosen, t)
         how = gradient if sources.wanted else ""
         adjoint = backward.options if how == "adjoint" else None
-        if refusal := _of_way_back(problem, options, adjoint) or (_of_rosenbrock(plan, how) if rosenbrock else ""):
+        if refusal := _of_way_back(problem, options, adjoint) or (_of_rosenbrock(plan) if rosenbrock else ""):
             return refusal
         engine = Engine(plan, problem, options, args, grid, field.matmul, how, adjoint)
         engine.sources, engine.backward, engine.called = sources, backward, called
@@ -142,8 +142,7 @@ def _of_way_back(problem: Problem, options: Options, adjoint: Options | None) ->
     return "the stepper's per-sample adjoint by this method evaluates the first stage of a step anew" if anew else ""
 
 
-def _of_rosenbrock(plan: Plan, gradient: str) -> str:
-    """gradient: "" where none is wanted."""
+def _of_rosenbrock(plan: Plan) -> str:
     if plan.state > _MOST_IMPLICIT:
         return f"a sample has {plan.state} numbers: compiled systems have at most {_MOST_IMPLICIT}"
     return ""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import plain
+from ..captured import Leaf
 from ..formulas import SHORT
 from ..outcome import solution_of, stats_of
 from ..problem import Field
@@ -127,12 +128,9 @@ class _Looked:
         return k
 
 
-_Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
-
-
 def _is_short(node: Any) -> bool:
     """Whether it takes in a gradient of 16 bits."""
-    if type(node) is _Leaf:
+    if type(node) is Leaf:
         return node.variable.dtype in SHORT
     return any([data.dtype in SHORT for data in node._input_metadata])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import noise
 from ..captured import Watch
+from ..formulas import of_rows
 from ..held import Captured
 from ..problem import Problem
 from ..products import Targets
@@ -224,7 +225,7 @@ class Recomputation:
         with torch.no_grad():
             ends = self.stepper.y[-1]
             if step.accept is not None:
-                ends = [torch.where(self._shaped(step.accept, end), end, y) for end, y in zip(ends, y0, strict=False)]
+                ends = [torch.where(of_rows(step.accept, end), end, y) for end, y in zip(ends, y0, strict=False)]
             on_host = self.problem.device.type == "cpu"
             for y, end, other, rounding in zip(y0, ends, expected, self._rounding, strict=False):
                 if not (on_host and torch.equal(end, other)):
@@ -272,14 +273,11 @@ class Recomputation:
     def _replaced(self, old: Any, new: list[Tensor], mask: Tensor | None) -> list[Tensor]:
         if mask is None:
             return new
-        return [torch.where(self._shaped(mask, b), b.detach(), a) for a, b in zip(old, new, strict=True)]
+        return [torch.where(of_rows(mask, b), b.detach(), a) for a, b in zip(old, new, strict=True)]
 
     def _rows(self, step: Step, new: Tensor, old: Tensor) -> Tensor:
         """A copy of new where the step was accepted, else old."""
-        return new.clone() if step.accept is None else torch.where(self._shaped(step.accept, new), new, old)
-
-    def _shaped(self, mask: Tensor, leaf: Tensor) -> Tensor:
-        return mask.reshape(-1, *[1] * (leaf.dim() - 1))
+        return new.clone() if step.accept is None else torch.where(of_rows(step.accept, new), new, old)
 
 
 def _inside(step: Step) -> bool:

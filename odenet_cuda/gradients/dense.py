@@ -14,6 +14,7 @@ from ..problem import OwnTimes, Problem, times_as_tensor
 from ..solution import Stats
 from ..solvers.trajectory import Output, Recorder, Step
 from . import checkpoint, direct
+from .first_only import End
 
 _NONE = (
     "gradient={!r} does not reach the values of an interpolant: solve with gradient='direct' or 'checkpoint', give the times "
@@ -44,7 +45,7 @@ class DenseGradient:
     def __call__(self, at: Tensor, values: list[Tensor]) -> list[Tensor]:
         """values: leaves [times, *leaf.shape] at times [times] or [times, rows]."""
         if self.gradient not in ("direct", "checkpoint"):
-            return list(_NoGradient.apply(self.gradient, len(values), *values, at, *self.y0, *self.captured.tensors))
+            return list(End.apply(_NONE.format(self.gradient), len(values), *values, at, *self.y0, *self.captured.tensors))
         unknown = values[0].detach().isnan().reshape(len(at), self.problem.rows, -1).any(2)
         first, (problem, recorder) = len(self.problem.t), self._asked(at.detach(), unknown)
         known = self.t.to(at.device, torch.float64)
@@ -104,16 +105,3 @@ def _outputs(theta: Tensor, inside: Tensor, first: int, masked: bool) -> list[Ou
         shares = theta[here, 0].tolist()
         return [(first + i, share, None) for i, share in zip(here, shares, strict=True)]
     return [(first + i, torch.where(inside[i], theta[i], 1.0), inside[i]) for i in here]
-
-
-class _NoGradient(torch.autograd.Function):
-    """The values themselves, which say so where a gradient is asked of them."""
-
-    @staticmethod
-    def forward(ctx, gradient, count, *tensors):
-        ctx.gradient = gradient
-        return tuple([x.clone() for x in tensors[:count]])
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(_NONE.format(ctx.gradient))

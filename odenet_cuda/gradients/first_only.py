@@ -21,7 +21,7 @@ def first_only(words: str) -> Callable[[Callable[..., tuple]], Callable[..., tup
             with torch.no_grad():
                 found = backward(ctx, *[grad if grad is None else grad.detach() for grad in grads])
             gradients = [x for x in found if x is not None]
-            ends = iter(_End.apply(words, len(gradients), *gradients, *ctx.links, *links(grads)))
+            ends = iter(End.apply(words, len(gradients), *gradients, *ctx.links, *links(grads)))
             return tuple([x if x is None else next(ends) for x in found])
 
         return call
@@ -34,8 +34,8 @@ def links(tensors: Iterable[Any]) -> list[Tensor]:
     return [x for x in tensors if isinstance(x, Tensor) and x.requires_grad]
 
 
-class _End(torch.autograd.Function):
-    """Between gradients and what they depend on."""
+class End(torch.autograd.Function):
+    """The first `count` tensors themselves, where they have no gradient for the rest: RuntimeError, in these words."""
 
     @staticmethod
     def forward(ctx, words, count, *tensors):

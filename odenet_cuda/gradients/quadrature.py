@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .. import formulas, noise, ops
 from ..captured import Watch
-from ..formulas import per_row
 from ..held import Captured
 from ..integrate import backward_grid, integrate
 from ..ops import FIELDS
@@ -132,7 +131,7 @@ class AdjointField:
         if self.whole and t.requires_grad:  # its value does not move, but it has its rate
             shift = t - t.detach()
             rates = self.solution.at(t.detach(), rate=True)
-            found = [y + per_row(shift, y) * rate for y, rate in zip(found, rates, strict=True)]
+            found = [y + formulas.per_row(shift, y) * rate for y, rate in zip(found, rates, strict=True)]
         if self.others_at is not None:
             found = [leaf[self.others_at] for leaf in found]
         y = [leaf if leaf.requires_grad else leaf.requires_grad_() for leaf in found]
@@ -176,7 +175,7 @@ class ParameterQuadrature(Recorder):
         dt = end - start
         k = [of_stage[leaf].detach() for leaf in range(self.leaves) for of_stage in step.k]
         if step.accept is not None:  # what others tried may be no number
-            k = [torch.where(step.accept.reshape(-1, *[1] * (x.dim() - 1)), x, 0) for x in k]
+            k = [torch.where(formulas.of_rows(step.accept, x), x, 0) for x in k]
         for low, high in pairwise(self.field.solution.cuts(start, dt)):
             for node, share in zip(self.nodes, self.weights, strict=True):
                 theta = low + node * (high - low)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import noise
 from ..captured import Watch
+from ..formulas import of_rows
 from ..held import Captured
 from ..problem import Problem
 from ..products import Targets, gradients, real_product
@@ -211,7 +212,7 @@ class ReversibleWalk:
             for i, grad in enumerate(self.grad_ys):
                 if grad is not None:
                     half, leaf = divmod(i, len(self.g[0]))
-                    part = grad[place] if mask is None else torch.where(_shaped(mask, grad[place]), grad[place], 0)
+                    part = grad[place] if mask is None else torch.where(of_rows(mask, grad[place]), grad[place], 0)
                     self.g[half][leaf] = self.g[half][leaf] + part
 
     def _add_time(self, index: Any, value: Tensor) -> None:
@@ -230,7 +231,7 @@ class ReversibleWalk:
         if shear is self.step.shears[-1]:
             self.end_slope = k[0]
         before = moved_back(shear, x, k, dt)
-        g = self.g[into] if accept is None else [torch.where(_shaped(accept, leaf), leaf, 0) for leaf in self.g[into]]
+        g = self.g[into] if accept is None else [torch.where(of_rows(accept, leaf), leaf, 0) for leaf in self.g[into]]
         mu, by_nodes = self._products(shear, calls, g, dt)
         back = combined(self.g[of], mu, (1.0,) * len(mu), torch.ones_like(dt))
         if shear.rest:
@@ -238,8 +239,8 @@ class ReversibleWalk:
         by_dt = self._by_dt(shear, k, g, mu) if self.t_grad else torch.zeros_like(dt)
         kept_g = [shear.keep * leaf for leaf in g] if shear.keep != 1 else g
         if accept is not None:
-            before = [torch.where(_shaped(accept, a), a, b) for a, b in zip(before, x[into], strict=True)]
-            kept_g = [torch.where(_shaped(accept, a), a, b) for a, b in zip(kept_g, self.g[into], strict=True)]
+            before = [torch.where(of_rows(accept, a), a, b) for a, b in zip(before, x[into], strict=True)]
+            kept_g = [torch.where(of_rows(accept, a), a, b) for a, b in zip(kept_g, self.g[into], strict=True)]
         self.x[into], self.g[into], self.g[of] = before, kept_g, back
         return by_dt, by_nodes
 
@@ -305,8 +306,3 @@ class ReversibleWalk:
         """The real inner product of two states, row by row, float64 [rows]."""
         rows = self.problem.rows
         return torch.stack([real_product(a, b).reshape(rows, -1).sum(1) for a, b in zip(g, x, strict=True)]).sum(0)
-
-
-def _shaped(mask: Tensor, leaf: Tensor) -> Tensor:
-    """bool [rows], to choose rows of a leaf."""
-    return mask.reshape(-1, *[1] * (leaf.dim() - 1))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..formulas import per_row
+from ..formulas import of_rows, per_row
 from ..newton import combined
 from ..problem import Field, Problem
 from ..products import NOTHING, gradients
@@ -76,7 +76,7 @@ class StepIntegral(Recorder):
             part = -weight * (dt if step.accept is None else dt * step.accept)
             if step.accept is not None:  # what others tried may be no number
                 kept = step.accept
-                state = [torch.where(_shaped(kept, x), x, y0.detach()) for x, y0 in zip(state, step.y0, strict=True)]
+                state = [torch.where(of_rows(kept, x), x, y0.detach()) for x, y0 in zip(state, step.y0, strict=True)]
             cotangents = [per_row(part, x) * x for x in (*state[n:], *field.costs)]
             # Those of stages as func saw them: beside a discontinuity on the side of the step.
             t = step.first if c == 0 else step.times[stage] if stage > 0 else (start + c * dt).to(problem.real)
@@ -87,7 +87,3 @@ class StepIntegral(Recorder):
     def take(self) -> list[Tensor]:
         totals = zip(self.integral.results(), self.field.params, strict=True)
         return [torch.zeros_like(x) if total is None else total for total, x in totals]
-
-
-def _shaped(mask: Tensor, leaf: Tensor) -> Tensor:
-    return mask.reshape(-1, *[1] * (leaf.dim() - 1))
